@@ -1,0 +1,60 @@
+"""Linear-time attention (FAVOR+) on NumPy arrays, with Numba as the only engine.
+
+>>> import numpy as np
+>>> import favor_np
+>>> fm = favor_np.feature_map("positive", dim=16, num_features=64)
+>>> q, k, v = np.random.default_rng(0).standard_normal((3, 1000, 16))
+>>> favor_np.favor_attention(q, k, v, fm, causal=True).shape
+(1000, 16)
+
+The names below are loaded when first used: ``import favor_np`` imports NumPy only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttentionState": "state",
+    "FeatureMap": "features",
+    "exact_attention": "exact",
+    "favor_attention": "attention",
+    "feature_map": "features",
+    "sample_projection": "projection",
+    "thread_limit": "threads",
+}
+
+__all__ = [
+    "AttentionState",
+    "FeatureMap",
+    "__version__",
+    "exact_attention",
+    "favor_attention",
+    "feature_map",
+    "sample_projection",
+    "thread_limit",
+]
+
+if TYPE_CHECKING:
+    from favor_np.attention import favor_attention as favor_attention
+    from favor_np.exact import exact_attention as exact_attention
+    from favor_np.features import FeatureMap as FeatureMap
+    from favor_np.features import feature_map as feature_map
+    from favor_np.projection import sample_projection as sample_projection
+    from favor_np.state import AttentionState as AttentionState
+    from favor_np.threads import thread_limit as thread_limit
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"favor_np.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'favor_np' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,182 @@
+"""FAVOR+ attention: fold keys and values into a state, read it with queries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import validation
+from favor_np.features import FeatureMap
+
+if TYPE_CHECKING:
+    from favor_np.state import AttentionState
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@overload
+def favor_attention(
+    q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
+    causal: bool = ..., key_mask: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
+    state: AttentionState | None = ..., return_state: Literal[False] = ...,
+    out: Array | None = ..., num_threads: int | None = ..., check_finite: bool = ...,
+) -> Array: ...  # fmt: skip
+@overload
+def favor_attention(
+    q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
+    causal: bool = ..., key_mask: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
+    state: AttentionState | None = ..., return_state: Literal[True],
+    out: Array | None = ..., num_threads: int | None = ..., check_finite: bool = ...,
+) -> tuple[Array, AttentionState]: ...  # fmt: skip
+def favor_attention(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    causal: bool = False,
+    key_mask: npt.ArrayLike | None = None,
+    enable_gqa: bool = False,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    check_finite: bool = False,
+) -> Array | tuple[Array, AttentionState]:
+    """Attend in linear time: an estimate of softmax attention by random features.
+
+    Row i of the result is ``sum_j a_ij v_j / sum_j a_ij`` with ``a_ij = phi_q(q_i) . phi_k(k_j)``,
+    over all keys or, if `causal`, over j <= i.  Its expectation over projections follows
+    ``softmax(scale * q k^T) v`` for a "positive" map.  Time is O(L m d), extra memory constant.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., L_q, d)
+        Queries.
+    k : array_like, shape (..., L_k, d)
+        Keys.  Leading axes of all arrays broadcast as in NumPy.
+    v : array_like, shape (..., L_k, dv)
+        Values.
+    feature_map : FeatureMap
+        Of dimension d; any kind but "trig".  A map with a projection a head is matched with
+        axis -3 of keys and values.
+    causal : bool, default False
+        Query i sees keys up to i only, to the bit.
+    key_mask : array_like of bool, shape (..., L_k), optional
+        True where a key takes part.  A masked key vanishes wholly, NaN in it included.
+    enable_gqa : bool, default False
+        Grouped queries: axis -3 of `q` is a multiple of that of `k` and `v`, and query head h
+        uses their head ``h // (heads of q / heads of k)``.
+    state : AttentionState, optional
+        What came before these keys; it is not changed.
+    return_state : bool, default False
+        Return the state after these keys as well.
+    out : ndarray, optional
+        Where to write the result; it may overlap an input.
+    num_threads : int, optional
+        Default: see `thread_limit`.  The result is the same for any number.
+    check_finite : bool, default False
+        Refuse NaN and infinity instead of passing them on to the rows that may see them.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L_q, dv)
+        float32, float64 or a 16-bit float as the inputs (computed in float32); integers and
+        bool count as float64.  A row with no key is zero.
+    state : AttentionState
+        Only if `return_state`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real (complex, object, str, longdouble, numpy.matrix), has a mask set,
+        or `out` or `state` has another dtype than the result is computed in.
+    ValueError
+        If shapes do not fit, `causal` is set with L_q != L_k, the map is "trig" or of another
+        dimension, `state` belongs to another map, `out` is read-only, or `check_finite` is set
+        and an array is not finite.
+
+    See Also
+    --------
+    exact_attention : Softmax attention itself: faster on short sequences, and without error.
+
+    Notes
+    -----
+    Choromanski et al. 2021, "Rethinking Attention with Performers" (arXiv:2009.14794), sections
+    2.2 to 2.4 and appendix B.1 for the prefix sums.  The stabiliser is one running power of two a
+    feature: there is no epsilon anywhere.  Log2-features beyond 2**20 saturate.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import favor_np
+    >>> fm = favor_np.feature_map("positive", dim=4, num_features=64)
+    >>> q = k = np.ones((3, 4))
+    >>> v = np.array([[1.0], [0.0], [0.0]])
+    >>> favor_np.favor_attention(q, k, v, fm, causal=True).ravel()
+    array([1.        , 0.5       , 0.33333333])
+    """
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+    if feature_map.kind == "trig":
+        raise ValueError(
+            "feature_map must not be of kind 'trig': its estimates can be negative, so a "
+            "denominator can vanish; it serves studies of the kernel only"
+        )
+    call = validation.attention_call(
+        q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
+        num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
+        state_shape=None if state is None else _state_shape(state, feature_map),
+    )  # fmt: skip
+    validation.flag("return_state", return_state)
+    if state is not None and state.dtype != call.compute:
+        raise TypeError(
+            f"state has dtype {state.dtype}, but these arrays are computed in {call.compute}"
+        )
+    if state is not None and state.value_dim != call.v.shape[-1]:
+        raise ValueError(
+            f"v must have shape (..., L, {state.value_dim}) to fit state, got {call.v.shape}"
+        )
+    result, target = call.targets(out)
+    following = None
+    if return_state or state is not None:
+        from favor_np.state import AttentionState
+
+        if state is not None:
+            following = state.copy()
+        else:
+            following = AttentionState.zeros(
+                feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute
+            )
+    folds = return_state and call.keys > 0
+    if target.size == 0 and not folds:
+        pass
+    elif call.keys == 0 and state is None:
+        target[...] = 0
+    else:
+        from favor_np import launch
+
+        launch.attend(
+            feature_map, call.q, call.k, call.v, call.mask, target,
+            dtype=call.compute, causal=call.causal, grouped=call.grouped,
+            state=None if following is None else following.arrays,
+            state_shape=None if following is None else following.batch_shape,
+            threads=call.threads,
+        )  # fmt: skip
+    if target is not result:
+        result[...] = target
+    if return_state:
+        assert following is not None
+        return result, following
+    return result
+
+
+def _state_shape(state: AttentionState, feature_map: FeatureMap) -> tuple[int, ...]:
+    from favor_np.state import AttentionState
+
+    if not isinstance(state, AttentionState):
+        raise TypeError(f"state must be an AttentionState, got {validation.got(state)}")
+    state.same_map(feature_map)
+    return state.batch_shape

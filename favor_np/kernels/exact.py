@@ -1,0 +1,194 @@
+"""Exact softmax attention by the same read: the keys of a tile are its features.
+
+With one feature a key (phi_q[j] = exp2(q . k_j), S = V, z = 1) the read of ``favor`` is softmax
+attention with a running maximum.  Blocks of queries pass over the keys tile by tile; nothing of size
+L x L exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from favor_np.kernels.favor import (
+    CHUNK,
+    RAISE_QUERIES,
+    activate_queries,
+    cut,
+    lift_queries,
+    measure_queries,
+    own_values,
+    pack,
+    pack_values,
+    write_rows,
+)
+from favor_np.kernels.gemm import gemm, gemm_t
+from favor_np.kernels.jit import jit
+from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, transpose
+
+#: Query tiles that share one packed tile of keys.
+GROUP = 8
+
+#: ``kind`` and ``kernel_epsilon`` are what the activation of a positive map expects.
+ExactParameters = namedtuple(
+    "ExactParameters", "kind kernel_epsilon scale limit far masked causal"
+)
+ExactTiles = namedtuple(
+    "ExactTiles",
+    "rows keys values raw phi across num spare den part ones longest square key_square "
+    "c top higher",
+)
+
+
+@jit()
+def carve_exact(floats, ints, d, vcols):
+    """Cut the tiles from one thread's workspace."""
+    lanes = VECTOR_BYTES // floats.itemsize
+    dcols = -(-d // lanes) * lanes
+    doubles = 8 // floats.itemsize
+    rows, at = cut(floats, 0, CHUNK, dcols)
+    keys, at = cut(floats, at, CHUNK, dcols)
+    values, at = cut(floats, at, CHUNK, vcols)
+    raw, at = cut(floats, at, CHUNK, CHUNK)
+    phi, at = cut(floats, at, CHUNK, CHUNK)
+    across, at = cut(floats, at, GROUP * dcols, CHUNK)
+    num, at = cut(floats, at, GROUP * CHUNK, vcols)
+    spare, at = cut(floats, at, CHUNK, vcols)
+    den, at = cut(floats, at, GROUP, CHUNK)
+    part, at = cut(floats, at, 1, CHUNK)
+    ones, at = cut(floats, at, 1, CHUNK)
+    longest, at = cut(floats, at, 1, GROUP * doubles)
+    square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
+    key_square, at = cut(floats, at, 1, CHUNK * doubles)
+    c, mark = cut(ints, 0, 1, CHUNK)
+    top, mark = cut(ints, mark, GROUP, CHUNK)
+    higher, mark = cut(ints, mark, 1, CHUNK)
+    return ExactTiles(
+        rows, keys, values, raw, phi, across.reshape(GROUP, dcols, CHUNK),
+        num.reshape(GROUP, CHUNK, vcols), spare, den, part, ones,
+        longest[0].view(np.float64), square.view(np.float64).reshape(GROUP, CHUNK),
+        key_square[0].view(np.float64), c, top, higher,
+    )  # fmt: skip
+
+
+@jit()
+def longest_of(squares, limit):
+    """The largest finite squared norm after shortening to limit."""
+    longest = 0.0
+    for square in squares:
+        if square < math.inf:
+            longest = max(longest, min(square, limit * limit))
+    return longest
+
+
+@jit()
+def pack_queries(par, q, row, count, t):
+    """Pack a block of queries, scaled and transposed; its sums start at zero."""
+    lanes = VECTOR_BYTES // q.itemsize
+    factor = q.dtype.type(par.scale)
+    for g in range(-(-count // CHUNK)):
+        here = min(CHUNK, count - g * CHUNK)
+        pack(q, row + g * CHUNK, here, t.rows, par.limit, t.square[g])
+        t.longest[g] = longest_of(t.square[g, :here], par.limit) * par.scale * par.scale
+        for i in range(here):
+            for x in range(t.rows.shape[1]):
+                t.rows[i, x] *= factor
+        for i in range(0, CHUNK, lanes):
+            for x in range(0, t.rows.shape[1], lanes):
+                transpose(t.rows, i, x, t.across[g])
+        t.den[g] = 0
+        t.num[g] = 0
+
+
+@jit()
+def pack_keys(par, k, row, count, mask, mask_row, t):
+    """Pack a tile of keys; the longest squared norm and the first key that is not finite."""
+    pack(k, row, count, t.keys, par.limit, t.key_square)
+    bad = CHUNK
+    for j in range(CHUNK):
+        alive = j < count and (mask_row < 0 or mask[mask_row + j])
+        if alive and t.key_square[j] == math.inf:
+            alive, bad = False, min(bad, j)
+        t.ones[0, j] = 1 if alive else 0
+        t.c[0, j] = 0 if alive else -4 * int(par.far)
+    return longest_of(t.key_square[:count], par.limit), bad
+
+
+@jit()
+def read_tile(par, g, count, d, first, diagonal, clean, t):
+    """Add a tile of keys to the sums of one tile of queries."""
+    lanes = VECTOR_BYTES // t.rows.itemsize
+    cols = -(-count // lanes) * lanes
+    rows = -(-count // 8) * 8
+    top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
+    gemm(t.keys, t.across[g], t.raw, 0, CHUNK, 0, cols, d, False)
+    if diagonal:
+        for j in range(CHUNK):
+            t.raw[j, : min(j, cols)] = -par.masked
+    if first:
+        measure_queries(par, 1, cols, t.raw, CHUNK, t.c, 0, 0, top)
+    over = activate_queries(par, 1, cols, t.raw, CHUNK, t.c, t.ones, 0, 0, top, t.phi, t.part)
+    if over > RAISE_QUERIES:
+        measure_queries(par, 1, cols, t.raw, CHUNK, t.c, 0, 0, t.higher)
+        lift_queries(t.higher, top, cols, 0, den, num, t.raw)
+        activate_queries(par, 1, cols, t.raw, CHUNK, t.c, t.ones, 0, 0, top, t.phi, t.part)
+    for i in range(count):
+        den[0, i] += t.part[0, i]
+    if diagonal:
+        own_values(t.phi, t.values, clean, count, num, t.spare)
+    else:
+        gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], CHUNK, True)
+
+
+@jit()
+def exact_block(par, q, k, v, mask, job, out, t):
+    """One block of up to GROUP tiles of queries against all keys they may see.
+
+    False if a product may be too large for the integers of this precision.
+    """
+    q_row, k_row, v_row, mask_row, out_row = job[0], job[1], job[2], job[3], job[4]
+    count, keys_count, offset = job[5], job[6], job[7]
+    pack_queries(par, q, q_row, count, t)
+    bad = keys_count
+    end = min(keys_count, offset + count) if par.causal else keys_count
+    for start in range(0, end, CHUNK):
+        here = min(CHUNK, keys_count - start)
+        m_row = mask_row + start if mask_row >= 0 else -1
+        longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
+        clean = pack_values(v, v_row + start, here, t.values, mask, m_row)
+        if first_bad < CHUNK:
+            bad = min(bad, start + first_bad)
+        for g in range(-(-count // CHUNK)):
+            position = offset + g * CHUNK
+            if par.causal and position < start:
+                continue
+            if t.longest[g] * longest > par.far * par.far:
+                return False
+            read_tile(par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
+                      par.causal and position == start, clean, t)  # fmt: skip
+    for g in range(-(-count // CHUNK)):
+        here = min(CHUNK, count - g * CHUNK)
+        for i in range(here):
+            if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
+                t.square[g, i] = math.inf
+        write_rows(t.num[g], t.den[g], t.square[g], here, out, out_row + g * CHUNK)
+    return True
+
+
+@jit(cache=True)
+def attend_exact(par, q, k, v, mask, jobs, out, floats, ints, ctl, n):
+    """Take jobs until none is left; how many are finished by now.  ctl[12]: float64 is needed."""
+    me = fetch_add(ctl, 4, 1)
+    lanes = VECTOR_BYTES // q.itemsize
+    t = carve_exact(floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes)
+    finished = 0
+    while True:
+        job = fetch_add(ctl, 0, 1)
+        if job >= n:
+            break
+        if not exact_block(par, q, k, v, mask, jobs[job], out, t):
+            fetch_add(ctl, 12, 1)
+        finished += 1
+    return fetch_add(ctl, 8, finished) + finished

@@ -1,0 +1,509 @@
+"""The fused FAVOR+ kernels: fold keys and values into a state, read it out with queries.
+
+A state is ``(c, S, z)`` for each feature r: ``S[r] * 2**c[r] = sum_j phi_r(k_j) v_j`` and
+``z[r] * 2**c[r] = sum_j phi_r(k_j)``.  The integer c[r] follows the largest log2-feature seen, so
+that nothing overflows and some key always contributes at least 2**-RAISE to its feature; moving it
+is exact, and therefore no bit of an earlier output depends on a later key.
+
+Everything happens on chunks of CHUNK positions and tiles of up to CHUNK features:
+
+    keys    (C, d) -> pack -> project (C, F) -> activate -> phi_k (C, F)
+    queries (C, d) -> pack -> project (F, C) -> activate -> phi_q (F, C)
+    num (C, dv) += phi_q.T S + tril(phi_q.T phi_k.T) V,   then   S += phi_k.T V
+
+Keys lie token-major and queries feature-major: then both maxima run along vectors.
+Features are numbered sign-major: with antithetic pairs, row ``r`` of W is feature r and, with its
+sign turned, feature ``half + r``; one product serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from favor_np.kernels.gemm import gemm, gemm_t
+from favor_np.kernels.jit import EXACT, jit
+from favor_np.kernels.simd import (
+    VECTOR_BYTES,
+    exp2,
+    fetch_add,
+    fma,
+    highest,
+    load,
+    maximum,
+    nearest,
+    splat,
+    store,
+    transpose,
+)
+
+CHUNK = 64
+POSITIVE, RELU, ELU = 0, 1, 2
+#: log2 head-room over the running maxima before they are moved.
+RAISE_KEYS, RAISE_QUERIES = 16, 24
+LOG2E = math.log2(math.e)
+
+#: What a kernel needs to know about the feature map and the call.
+Parameters = namedtuple(
+    "Parameters",
+    "kind signs rows key_norm kernel_epsilon limit far masked span causal",
+)
+#: The tiles a thread works on, cut from its workspace.
+Tiles = namedtuple(
+    "Tiles",
+    "rows across raw phi values num spare scores keys height den part sums scale square "
+    "top higher excess",
+)
+
+
+@jit()
+def cut(floats, start, rows, cols):
+    """The next matrix of a workspace, and where the one after it starts."""
+    end = start + rows * cols
+    return floats[start:end].reshape(rows, cols), end
+
+
+@jit()
+def carve(par, floats, ints, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace; ``workspace_size`` says how much they need."""
+    lanes = VECTOR_BYTES // floats.itemsize
+    dcols = -(-d // lanes) * lanes
+    tiles = blocks * par.signs
+    rows, at = cut(floats, 0, CHUNK, dcols)
+    across, at = cut(floats, at, dcols, CHUNK)
+    raw, at = cut(floats, at, width, CHUNK)
+    phi, at = cut(floats, at, width, CHUNK)
+    values, at = cut(floats, at, CHUNK, vcols)
+    num, at = cut(floats, at, CHUNK, vcols)
+    spare, at = cut(floats, at, CHUNK, vcols)
+    scores, at = cut(floats, at, CHUNK, CHUNK)
+    flat, at = cut(floats, at, tiles * CHUNK, width)
+    height, at = cut(floats, at, 1, CHUNK)
+    den, at = cut(floats, at, 1, CHUNK)
+    part, at = cut(floats, at, 1, CHUNK)
+    sums, at = cut(floats, at, 1, tiles * width)
+    scale, at = cut(floats, at, 1, width)
+    square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
+    top, mark = cut(ints, 0, 1, CHUNK)
+    higher, mark = cut(ints, mark, 1, CHUNK)
+    excess, mark = cut(ints, mark, CHUNK, lanes)
+    keys = flat.reshape(tiles, CHUNK, width)
+    return Tiles(rows, across, raw, phi, values, num, spare, scores, keys, height[0], den, part,
+                 sums, scale, square[0].view(np.float64), top, higher, excess)  # fmt: skip
+
+
+@jit()
+def pack(source, row, count, target, limit, squares):
+    """Copy rows row:row+count of source to the zero-padded tile; their squared norms to squares.
+
+    A finite row longer than limit is shortened to it; a row with NaN or infinity is zeroed and its
+    square becomes infinite.
+    """
+    width = source.shape[1]
+    for i in range(count):
+        total = 0.0
+        for x in range(width):
+            value = source[row + i, x]
+            target[i, x] = value
+            total += float(value) * float(value)
+        if not total <= limit * limit:
+            largest = 0.0
+            clean = True
+            for x in range(width):
+                clean = clean and math.isfinite(source[row + i, x])
+                largest = max(largest, abs(float(source[row + i, x])))
+            if clean:
+                scaled = 0.0
+                for x in range(width):
+                    scaled += (float(source[row + i, x]) / largest) ** 2
+                for x in range(width):
+                    ratio = float(source[row + i, x]) / largest
+                    target[i, x] = ratio * (limit / math.sqrt(scaled))
+                total = largest * math.sqrt(scaled) * (largest * math.sqrt(scaled))
+                total = min(total, 1e300)
+            else:
+                target[i, :width] = 0
+                total = math.inf
+        squares[i] = total
+    target[:count, width:] = 0
+    target[count:] = 0
+
+
+@jit()
+def pack_values(source, row, count, target, mask, mask_row):
+    """Copy value rows to the zero-padded tile, masked ones as zeros; False if one is not finite."""
+    width = source.shape[1]
+    check = target.dtype.type(0)
+    for i in range(count):
+        if mask_row >= 0 and not mask[mask_row + i]:
+            target[i] = 0
+            continue
+        for x in range(width):
+            value = source[row + i, x]
+            target[i, x] = value
+            check += value * 0
+    target[:count, width:] = 0
+    target[count:] = 0
+    return check == 0
+
+
+@jit(fastmath=EXACT)
+def log_feature(kind, y):
+    """log2 of the exponential part of a feature map at the projection y."""
+    zero = splat(y, 0)
+    if kind == POSITIVE:
+        return y
+    if kind == ELU:
+        return (y - maximum(y, zero)) * splat(y, LOG2E)
+    return zero
+
+
+@jit(fastmath=EXACT)
+def factor(kind, y, epsilon):
+    """What a feature map multiplies its exponential part with: elu(y) + 1 = e**min(y, 0) (1 + y+)."""
+    if kind == POSITIVE:
+        return splat(y, 1)
+    if kind == ELU:
+        return splat(y, 1) + maximum(y, splat(y, 0))
+    return splat(y, epsilon) + maximum(y, splat(y, 0))
+
+
+@jit(fastmath=EXACT)
+def activate_keys(par, sign, rows, raw, height, bias, b, c, slot, r0, target, sums):
+    """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature."""
+    lanes = VECTOR_BYTES // raw.itemsize
+    kind, epsilon = par.kind, par.kernel_epsilon
+    worst = splat(c, 0)
+    turn = splat(raw, sign)
+    for f in range(0, raw.shape[1], lanes):
+        shift, beta, total = load(c, slot, r0 + f), load(bias, b, f), splat(raw, 0)
+        if kind == POSITIVE:
+            for i in range(rows):
+                y = fma(turn, load(raw, i, f), beta) - splat(raw, height[i])
+                n = nearest(y) - shift
+                worst = maximum(worst, n)
+                value = exp2(y, n)
+                store(target, i, f, value)
+                total = total + value
+        else:
+            for i in range(rows):
+                x = load(raw, i, f)
+                y = log_feature(kind, x) - splat(raw, height[i])
+                n = nearest(y) - shift
+                worst = maximum(worst, n)
+                value = exp2(y, n) * factor(kind, x, epsilon)
+                store(target, i, f, value)
+                total = total + value
+        store(sums, 0, r0 + f, total)
+    return highest(worst)
+
+
+@jit(fastmath=EXACT)
+def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, scale):
+    """Raise c to the largest log2-feature of the coming keys, rescaling the state; how many come.
+
+    Keys stay together while they pass the state and the first key among them by at most par.span:
+    beyond it the rows before the tall key would lose theirs to underflow.  Which key is tall
+    depends on the keys before it alone, so cutting there keeps causality exact.
+    """
+    lanes = VECTOR_BYTES // z.itemsize
+    width = keys.shape[2]
+    blocks = keys.shape[0] // par.signs
+    for i in range(rows):
+        store(excess, i, 0, splat(c, 0))
+    for side in range(par.signs):
+        turn = splat(z, 1 - 2 * side)
+        for b in range(blocks):
+            raw = keys[b * par.signs]
+            for f in range(0, width, lanes):
+                r = (side * blocks + b) * width + f
+                beta = load(bias, w + b, f)
+                y = fma(turn, load(raw, 0, f), beta)
+                y = log_feature(par.kind, y) - splat(z, height[0])
+                base = maximum(load(c, slot, r), nearest(y))
+                for i in range(rows):
+                    y = fma(turn, load(raw, i, f), beta)
+                    y = log_feature(par.kind, y) - splat(z, height[i])
+                    store(excess, i, 0, maximum(load(excess, i, 0), nearest(y) - base))
+    accepted = count
+    for i in range(1, count):
+        if highest(load(excess, i, 0)) > par.span:
+            accepted = i
+            break
+    for side in range(par.signs):
+        turn = splat(z, 1 - 2 * side)
+        for b in range(blocks):
+            raw = keys[b * par.signs]
+            for f in range(0, width, lanes):
+                r = (side * blocks + b) * width + f
+                beta = load(bias, w + b, f)
+                old = load(c, slot, r)
+                top = old
+                for i in range(accepted):
+                    y = fma(turn, load(raw, i, f), beta)
+                    y = log_feature(par.kind, y) - splat(z, height[i])
+                    top = maximum(top, nearest(y))
+                by = exp2(splat(z, 0), old - top)
+                store(scale, 0, f, by)
+                store(z, slot, r, load(z, slot, r) * by)
+                store(c, slot, r, top)
+                for lane in range(lanes):
+                    if scale[0, f + lane] != 1:
+                        row = s[slot, r + lane]
+                        for x in range(row.size):
+                            row[x] *= scale[0, f + lane]
+    return accepted
+
+
+@jit(fastmath=EXACT)
+def activate_queries(par, sign, cols, raw, features, c, z, slot, r0, top, target, part):
+    """Projections raw (F, C) to query features relative to 2**(top - c), and part = z . phi_q.
+
+    Returns how far the largest log2-feature passes top.
+    """
+    lanes = VECTOR_BYTES // raw.itemsize
+    kind, epsilon = par.kind, par.kernel_epsilon
+    turn = splat(raw, sign)
+    worst = splat(c, 0)
+    for i in range(0, cols, lanes):
+        level, total = load(top, 0, i), splat(raw, 0)
+        if kind == POSITIVE:
+            for r in range(features):
+                y = turn * load(raw, r, i)
+                n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
+                worst = maximum(worst, n)
+                value = exp2(y, n)
+                store(target, r, i, value)
+                total = fma(value, splat(raw, z[slot, r0 + r]), total)
+        else:
+            for r in range(features):
+                x = load(raw, r, i)
+                y = log_feature(kind, x)
+                n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
+                worst = maximum(worst, n)
+                value = exp2(y, n) * factor(kind, x, epsilon)
+                store(target, r, i, value)
+                total = fma(value, splat(raw, z[slot, r0 + r]), total)
+        store(part, 0, i, total)
+    for r in range(features, target.shape[0]):
+        target[r] = 0
+    return highest(worst)
+
+
+@jit(fastmath=EXACT)
+def measure_queries(par, sign, cols, raw, features, c, slot, r0, top):
+    """top = the largest log2-feature of each query in this tile."""
+    lanes = VECTOR_BYTES // raw.itemsize
+    turn = splat(raw, sign)
+    for i in range(0, cols, lanes):
+        level = splat(c, c[slot, r0]) + nearest(log_feature(par.kind, turn * load(raw, 0, i)))
+        for r in range(1, features):
+            y = log_feature(par.kind, turn * load(raw, r, i))
+            level = maximum(level, nearest(y) + splat(c, c[slot, r0 + r]))
+        store(top, 0, i, level)
+
+
+@jit()
+def lift_queries(new, top, cols, rows, den, num, scores):
+    """Raise top to new where that is higher, rescaling what was summed under the old one."""
+    for i in range(cols):
+        if new[0, i] > top[0, i]:
+            by = 2.0 ** max(float(top[0, i] - new[0, i]), -1000.0)
+            top[0, i] = new[0, i]
+            den[0, i] *= by
+            for x in range(num.shape[1]):
+                num[i, x] *= by
+            for j in range(rows):
+                scores[j, i] *= by
+
+
+@jit()
+def fold_chunk(par, keys, values, count, s, z, slot, sums):
+    """S += phi_k.T V and z += sum phi_k."""
+    width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
+    for t in range(keys.shape[0]):
+        r0 = t % par.signs * half + t // par.signs * width
+        gemm_t(keys[t], values, s[slot, r0 : r0 + width], 0, width, 0, values.shape[1], count, True)
+    for r in range(z.shape[1]):
+        z[slot, r] += sums[0, r]
+
+
+@jit()
+def read_chunk(par, q, row, count, weight, w, c, s, z, slot, keys, values, clean, out, out_row, t):
+    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
+    lanes = VECTOR_BYTES // q.itemsize
+    cols = -(-count // lanes) * lanes
+    rows = -(-count // 8) * 8
+    d, vcols = q.shape[1], values.shape[1]
+    blocks, width = keys.shape[0] // par.signs, keys.shape[2]
+    half = blocks * width
+    pack(q, row, count, t.rows, par.limit, t.square)
+    for i in range(0, cols, lanes):
+        for x in range(0, t.rows.shape[1], lanes):
+            transpose(t.rows, i, x, t.across)
+    first = True
+    for b in range(blocks):
+        features = min(width, par.rows - b * width)
+        gemm_t(weight[w + b], t.across, t.raw, 0, width, 0, cols, d, False)
+        for side in range(par.signs):
+            sign, r0 = 1 - 2 * side, side * half + b * width
+            if first:
+                measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.top)
+            over = activate_queries(
+                par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
+            )
+            if over > RAISE_QUERIES:
+                measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.higher)
+                lift_queries(t.higher, t.top, cols, rows, t.den, t.num, t.scores)
+                activate_queries(
+                    par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
+                )
+            for i in range(cols):
+                t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
+            gemm_t(t.phi, s[slot, r0 : r0 + width], t.num, 0, rows, 0, vcols, width, not first)
+            if par.causal:
+                phi_k = keys[b * par.signs + side]
+                for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
+                    end = min(i + 2 * lanes, cols)
+                    last = min(-(-end // 8) * 8, rows)
+                    gemm(phi_k, t.phi, t.scores, 0, last, i, end, width, not first)
+            first = False
+    if par.causal:
+        own_keys(count, cols, rows, values, clean, t)
+    write_rows(t.num, t.den[0], t.square, count, out, out_row)
+
+
+@jit()
+def own_keys(count, cols, rows, values, clean, t):
+    """num and den of the chunk's own keys, from scores[j, i] = phi_k[j] . phi_q[i], j <= i."""
+    lanes = VECTOR_BYTES // values.itemsize
+    for j in range(rows):
+        t.scores[j, : min(j, cols)] = 0
+    for i in range(0, cols, lanes):
+        total = load(t.den, 0, i)
+        for j in range(min(i + lanes, rows)):
+            total = total + load(t.scores, j, i)
+        store(t.den, 0, i, total)
+    own_values(t.scores, values, clean, count, t.num, t.spare)
+
+
+@jit()
+def own_values(scores, values, clean, count, num, spare):
+    """``num[i] += sum_j<=i scores[j, i] values[j]``, scores[j, i] being zero for j > i."""
+    if clean:
+        for i in range(0, count, 8):
+            gemm_t(scores, values, num, i, i + 8, 0, num.shape[1], i + 8, True)
+    else:  # zero times infinity must not reach the rows before it
+        for i in range(count):
+            block = i // 8 * 8
+            gemm_t(scores, values, spare, block, block + 8, 0, num.shape[1], i + 1, False)
+            for x in range(num.shape[1]):
+                num[i, x] += spare[i, x]
+
+
+@jit()
+def write_rows(num, den, square, count, out, row):
+    """out = num / den; zeros where there is no key, NaN where the query is not finite."""
+    one = out.dtype.type(1)
+    for i in range(count):
+        inverse = den[i]
+        if square[i] == math.inf:
+            inverse *= math.nan
+        elif inverse != 0:  # it vanishes only where there is no key at all
+            inverse = one / inverse
+        for x in range(out.shape[1]):
+            out[row + i, x] = num[i, x] * inverse
+
+
+@jit()
+def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slot, t):
+    """Pack and map the keys from row on, keeping c above them; how many of them were taken."""
+    rows = -(-count // 8) * 8
+    d = k.shape[1]
+    blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
+    half = blocks * width
+    pack(k, row, count, t.rows, par.limit, t.square)
+    for i in range(rows):
+        t.height[i] = par.masked
+    for i in range(count):
+        if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
+            t.height[i] = min(par.key_norm * t.square[i], par.far)
+    accepted = count
+    fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
+    for attempt in range(2):
+        for b in range(blocks):
+            gemm(t.rows, weight[w + b], t.keys[b * par.signs], 0, rows, 0, width, d, False)
+        if attempt == 1 or fresh:
+            accepted = raise_keys(
+                par, rows, count, t.keys, t.height, bias, w, c, s, z, slot, t.excess, t.scale
+            )
+            for i in range(accepted, rows):
+                t.height[i] = par.masked
+        over = 0
+        for b in range(blocks):
+            for side in range(par.signs - 1, -1, -1):
+                r0, tile = side * half + b * width, b * par.signs
+                reach = activate_keys(
+                    par, 1 - 2 * side, rows, t.keys[tile], t.height, bias, w + b, c, slot, r0,
+                    t.keys[tile + side], t.sums,
+                )  # fmt: skip
+                over = max(over, reach)
+        if over <= RAISE_KEYS:
+            break
+    for i in range(accepted):
+        if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
+            t.keys[:, i] = math.nan
+            t.sums[:] = math.nan
+    return accepted
+
+
+@jit()
+def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z, slot, out, t):
+    """Everything for one problem: its keys and values, one state, its group of queries."""
+    k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
+    w, queries_count = job[4], job[6]
+    start = 0
+    while start < keys_count:
+        count = min(CHUNK - start % CHUNK, keys_count - start)
+        m_row = mask_row + start if mask_row >= 0 else -1
+        taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w, c, s, z,
+                           slot, t)  # fmt: skip
+        clean = pack_values(v, v_row + start, taken, t.values, mask, m_row)
+        if par.causal:
+            for g in range(q_rows.size):
+                read_chunk(par, q, q_rows[g] + start, taken, weight, w, c, s, z, slot, t.keys,
+                           t.values, clean, out, out_rows[g] + start, t)  # fmt: skip
+        fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
+        start += taken
+    if not par.causal:
+        for g in range(q_rows.size):
+            for start in range(0, queries_count, CHUNK):
+                read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), weight, w,
+                           c, s, z, slot, t.keys, t.values, True, out, out_rows[g] + start,
+                           t)  # fmt: skip
+
+
+@jit(cache=True)
+def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, out, floats, ints,
+           ctl, n):  # fmt: skip
+    """Take jobs until none is left; how many are finished by now."""
+    me = fetch_add(ctl, 4, 1)
+    t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], weight.shape[2],
+              c.shape[1] // (weight.shape[2] * par.signs))  # fmt: skip
+    finished = 0
+    while True:
+        job = fetch_add(ctl, 0, 1)
+        if job >= n:
+            break
+        slot = jobs[job, 5]
+        if slot < 0:
+            slot = me
+            c[slot] = -4 * int(par.far)
+            s[slot] = 0
+            z[slot] = 0
+        attend_one(par, q, k, v, mask, weight, bias, jobs[job], q_rows[job], out_rows[job], c, s, z,
+                   slot, out, t)  # fmt: skip
+        finished += 1
+    return fetch_add(ctl, 8, finished) + finished

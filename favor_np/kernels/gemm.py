@@ -1,0 +1,57 @@
+"""Matrix products of tiles: every flop of the library that is not an activation is here.
+
+All matrices are C-ordered; the ranges given must lie inside them, rows in multiples of 8 and columns
+in whole vectors.  ``gemm`` computes ``c (+)= a @ b``, ``gemm_t`` computes ``c (+)= a.T @ b``.
+"""
+
+from __future__ import annotations
+
+from favor_np.kernels.jit import jit
+from favor_np.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile
+
+_tall, _tall_t = (gemm_tile(TALL, 2, transposed=t) for t in (False, True))
+_short, _short_t = (gemm_tile(SHORT, 2, transposed=t) for t in (False, True))
+_narrow, _narrow_t = (gemm_tile(8, 1, transposed=t) for t in (False, True))
+
+
+@jit()
+def _tall_end(first, last):
+    """Where rows first:last, cut into tall tiles and then as few short ones as fit, turn short."""
+    end = last
+    while (end - first) % TALL:
+        end -= SHORT
+    return end
+
+
+@jit()
+def gemm(a, b, c, row0, row1, col0, col1, depth, add):
+    """``c[row0:row1, col0:col1] (+)= a[row0:row1, :depth] @ b[:depth, col0:col1]``."""
+    lanes = VECTOR_BYTES // c.itemsize
+    turn = _tall_end(row0, row1)
+    j = col0
+    while j + 2 * lanes <= col1:
+        for i in range(row0, turn, TALL):
+            _tall(a, i, b, j, c, depth, add)
+        for i in range(turn, row1, SHORT):
+            _short(a, i, b, j, c, depth, add)
+        j += 2 * lanes
+    if j < col1:
+        for i in range(row0, row1, 8):
+            _narrow(a, i, b, j, c, depth, add)
+
+
+@jit()
+def gemm_t(a, b, c, row0, row1, col0, col1, depth, add):
+    """``c[row0:row1, col0:col1] (+)= a[:depth, row0:row1].T @ b[:depth, col0:col1]``."""
+    lanes = VECTOR_BYTES // c.itemsize
+    turn = _tall_end(row0, row1)
+    j = col0
+    while j + 2 * lanes <= col1:
+        for i in range(row0, turn, TALL):
+            _tall_t(a, i, b, j, c, depth, add)
+        for i in range(turn, row1, SHORT):
+            _short_t(a, i, b, j, c, depth, add)
+        j += 2 * lanes
+    if j < col1:
+        for i in range(row0, row1, 8):
+            _narrow_t(a, i, b, j, c, depth, add)

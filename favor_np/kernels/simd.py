@@ -1,0 +1,442 @@
+"""Explicit vectors for Numba: a register type, the operations the kernels need, and a GEMM tile.
+
+LLVM's loop vectoriser stops at half the machine's width on most AVX-512 hosts and keeps no
+accumulator in a register across a loop nest, so the hot loops say what they mean.  A ``Vector`` is
+one register: VECTOR_BYTES of float32 or float64, or of the integers of that width.  Nothing here
+reads past the vectors it is asked for; whole vectors are the caller's promise.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+from numba.np.arrayobj import make_array
+
+_AVX512_NAMES = ("avx512", "lake-server", "cascade", "cooper", "cannon", "icelake", "tigerlake",
+                 "rocketlake", "sapphire", "emerald", "granite", "diamond", "znver4", "znver5",
+                 "x86-64-v4")  # fmt: skip
+_AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "alderlake",
+               "raptorlake", "meteorlake", "x86-64-v3")  # fmt: skip
+
+
+def host_isa() -> str:
+    """Name the widest vectors the code is compiled for: avx512, avx2, neon or plain.
+
+    ``NUMBA_CPU_NAME`` (and ``NUMBA_CPU_FEATURES``) decide where they are set, as for Numba.
+    """
+    name = numba.config.CPU_NAME
+    if name and name not in ("host", llvmlite.binding.get_host_cpu_name()):
+        if any(part in name for part in _AVX512_NAMES):
+            return "avx512"
+        if any(part in name for part in _AVX2_NAMES):
+            return "avx2"
+        return "neon" if name.startswith(("cortex", "neoverse", "apple", "armv8")) else "plain"
+    features = llvmlite.binding.get_host_cpu_features()
+    if features.get("avx512f") and features.get("avx512dq"):
+        return "avx512"
+    if features.get("avx2") and features.get("fma"):
+        return "avx2"
+    return "neon" if features.get("neon") else "plain"
+
+
+ISA = host_isa()
+VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "plain": 16}[ISA]
+#: Rows of the two GEMM tiles, each two vectors wide: as many sums as the registers hold.
+TALL, SHORT = (14, 8) if ISA in ("avx512", "neon") else (6, 4)
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """One register of ``dtype`` (float32, float64, int32 or int64)."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        self.lanes = VECTOR_BYTES * 8 // dtype.bitwidth
+        super().__init__(name=f"Vector({dtype}x{self.lanes})")
+
+    @property
+    def integer(self) -> Vector:
+        """The vector of integers of the same width."""
+        return Vector(types.int32 if self.dtype.bitwidth == 32 else types.int64)
+
+    @property
+    def ir(self) -> Any:
+        """Its LLVM type."""
+        scalar = {
+            types.float32: ir.FloatType(),
+            types.float64: ir.DoubleType(),
+            types.int32: ir.IntType(32),
+            types.int64: ir.IntType(64),
+        }[self.dtype]
+        return ir.VectorType(scalar, self.lanes)
+
+    def constant(self, value: float) -> Any:
+        """The vector with ``value`` in every lane."""
+        return ir.Constant(self.ir, [value] * self.lanes)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.ir)
+
+
+def _call(builder: Any, name: str, vector: Any, *args: Any) -> Any:
+    """Call the LLVM intrinsic ``llvm.<name>`` on whole vectors."""
+    suffix = {"float": "f32", "double": "f64", "i32": "i32", "i64": "i64"}[str(vector.element)]
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(vector, [vector] * len(args)),
+        f"llvm.{name}.v{vector.count}{suffix}",
+    )
+    return builder.call(function, args)
+
+
+def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
+    empty = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(empty, scalar, ir.Constant(ir.IntType(32), 0))
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(one, empty, mask)
+
+
+def _leading(builder: Any, array: Any, width: int) -> Any:
+    """Elements from one row of a C-ordered matrix to the next."""
+    size = ir.Constant(ir.IntType(64), width // 8)
+    return builder.sdiv(builder.extract_value(array.strides, 0), size)
+
+
+def _address(context: Any, builder: Any, array_type: Any, value: Any, i: Any, j: Any) -> Any:
+    array = make_array(array_type)(context, builder, value)
+    offset = builder.add(builder.mul(i, _leading(builder, array, array_type.dtype.bitwidth)), j)
+    return builder.gep(array.data, [offset])
+
+
+def _load(builder: Any, pointer: Any, vector: Any, width: int) -> Any:
+    value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+    value.align = width // 8
+    return value
+
+
+@intrinsic
+def load(typingctx, array, i, j):  # type: ignore[no-untyped-def]
+    """The vector at ``array[i, j:j + lanes]``."""
+    vector = Vector(array.dtype)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _address(context, builder, array, args[0], args[1], args[2])
+        return _load(builder, pointer, vector.ir, array.dtype.bitwidth)
+
+    return vector(array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, array, i, j, value):  # type: ignore[no-untyped-def]
+    """``array[i, j:j + lanes] = value``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = _address(context, builder, array, args[0], args[1], args[2])
+        where = builder.bitcast(pointer, value.ir.as_pointer())
+        builder.store(args[3], where).align = array.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, value), codegen
+
+
+@intrinsic
+def splat(typingctx, like, scalar):  # type: ignore[no-untyped-def]
+    """``scalar`` in every lane of a vector of the element type of the array or vector ``like``."""
+    vector = Vector(like.dtype)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _splat(builder, context.cast(builder, args[1], scalar, like.dtype), vector.ir)
+
+    return vector(like, scalar), codegen
+
+
+def _elementwise(name: str, floats: str, integers: str) -> Callable[..., Any]:
+    @intrinsic
+    def operation(typingctx, a, b):  # type: ignore[no-untyped-def]
+        method = floats if isinstance(a.dtype, types.Float) else integers
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return getattr(builder, method)(*args)
+
+        return a(a, b), codegen
+
+    operation.__name__ = name
+    return operation  # type: ignore[no-any-return]
+
+
+_add = _elementwise("add", "fadd", "add")
+_sub = _elementwise("sub", "fsub", "sub")
+_mul = _elementwise("mul", "fmul", "mul")
+
+
+def _operator(symbol: Callable[..., Any], operation: Callable[..., Any]) -> None:
+    @overload(symbol)
+    def vector_operator(a, b):  # type: ignore[no-untyped-def]
+        if isinstance(a, Vector) and a == b:
+            return lambda a, b: operation(a, b)
+        return None
+
+
+_operator(operator.add, _add)
+_operator(operator.sub, _sub)
+_operator(operator.mul, _mul)
+
+
+@intrinsic
+def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """``a * b + c``, fused where the machine can."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _call(builder, "fmuladd", a.ir, *args)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """The larger of each pair of lanes; of floats none may be NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if isinstance(a.dtype, types.Float):
+            return builder.select(builder.fcmp_ordered(">", *args), *args)
+        return builder.select(builder.icmp_signed(">", *args), *args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def minimum(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """The smaller of each pair of lanes; of floats none may be NaN."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def highest(typingctx, a):  # type: ignore[no-untyped-def]
+    """The largest lane of a vector of integers."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        element = a.ir.element
+        name = f"llvm.vector.reduce.smax.v{a.lanes}{element}"
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(element, [a.ir]), name
+        )
+        return builder.call(function, args)
+
+    return a.dtype(a), codegen
+
+
+# Per type: 1.5 * 2**mantissa (adding it rounds to an integer), bits of the mantissa, and 2**f on
+# [-1/2, 1/2] as 1 + c0 f + c1 f**2 + ..., a weighted least-squares fit at Chebyshev nodes with the
+# coefficients rounded one after the other; its relative error is 0.06 of half an ulp.
+_EXP2 = {
+    types.float32: (
+        12582912.0,
+        23,
+        (0.6931471824645996, 0.24022644758224487, 0.055503591895103455, 0.009618841111660004,
+         0.0013391136890277267, 0.00015238006017170846),
+    ),
+    types.float64: (
+        6755399441055744.0,
+        52,
+        (0.6931471805599453, 0.24022650695910133, 0.05550410866482226, 0.009618129107593498,
+         0.0013333558146380658, 0.00015403530457765014, 1.5252733805508415e-05,
+         1.3215435001110848e-06, 1.0178086773687693e-07, 7.073826046303358e-09,
+         4.449955477539561e-10),
+    ),
+}  # fmt: skip
+
+
+@intrinsic
+def nearest(typingctx, y):  # type: ignore[no-untyped-def]
+    """The integer nearest to each lane, for |y| < 2**22 (float32) or 2**51 (float64)."""
+    magic = _EXP2[y.dtype][0]
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        shifted = builder.bitcast(builder.fadd(args[0], y.constant(magic)), y.integer.ir)
+        bits = builder.bitcast(y.constant(magic), y.integer.ir)
+        return builder.sub(shifted, bits)
+
+    return y.integer(y), codegen
+
+
+@intrinsic
+def exp2(typingctx, y, n):  # type: ignore[no-untyped-def]
+    """``2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds.
+
+    Zero where n is below the exponent of the smallest normal number; n must not pass the largest.
+    """
+    magic, mantissa, coefficients = _EXP2[y.dtype]
+    lowest = -126 if mantissa == 23 else -1022
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        value, exponent = args
+        whole = builder.fsub(
+            builder.fadd(value, y.constant(magic)), y.constant(magic)
+        )
+        f = builder.fsub(value, whole)
+        p = y.constant(coefficients[-1])
+        for coefficient in (*coefficients[-2::-1], 1.0):
+            p = _call(builder, "fmuladd", y.ir, p, f, y.constant(coefficient))
+        moved = builder.add(
+            builder.bitcast(p, n.ir), builder.shl(exponent, n.constant(mantissa))
+        )
+        tiny = builder.icmp_signed("<", exponent, n.constant(lowest))
+        return builder.select(tiny, y.constant(0.0), builder.bitcast(moved, y.ir))
+
+    return y(y, n), codegen
+
+
+@intrinsic
+def transpose(typingctx, source, i, j, target):  # type: ignore[no-untyped-def]
+    """``target[j:j + lanes, i:i + lanes] = source[i:i + lanes, j:j + lanes].T``, in registers."""
+    vector = Vector(source.dtype)
+    lanes = vector.lanes
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def step(value: Any, n: int) -> Any:
+            return builder.add(value, ir.Constant(ir.IntType(64), n))
+
+        rows = [
+            _load(
+                builder,
+                _address(context, builder, source, args[0], step(args[1], r), args[2]),
+                vector.ir,
+                source.dtype.bitwidth,
+            )
+            for r in range(lanes)
+        ]
+        half = lanes // 2
+        low = [x for pair in zip(range(half), range(lanes, lanes + half), strict=True) for x in pair]
+        high = [x + half for x in low]
+        mask_type = ir.VectorType(ir.IntType(32), lanes)
+        # Riffling the rows log2(lanes) times with themselves half a deck away transposes them.
+        for _ in range(lanes.bit_length() - 1):
+            pairs = [(rows[r], rows[r + half]) for r in range(half)]
+            rows = [
+                builder.shuffle_vector(a, b, ir.Constant(mask_type, mask))
+                for a, b in pairs
+                for mask in (low, high)
+            ]
+        for r in range(lanes):
+            pointer = _address(context, builder, target, args[3], step(args[2], r), args[1])
+            where = builder.bitcast(pointer, vector.ir.as_pointer())
+            builder.store(rows[r], where).align = source.dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target), codegen
+
+
+def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any]:
+    """Make ``tile(a, i, b, j, c, depth, add)``: one tile of ``c (+)= a @ b`` or ``a.T @ b``.
+
+    The tile is ``c[i:i + rows, j:j + vectors * lanes]``.  Its sums stay in registers over the whole
+    depth and are formed in the order of the depth, each by its own chain of fused multiply-adds:
+    an element's bits depend on nothing but its own row of a and column of b.
+    """
+
+    @intrinsic
+    def tile(typingctx, a_t, i_t, b_t, j_t, c_t, depth_t, add_t):  # type: ignore[no-untyped-def]
+        signature = types.void(
+            a_t, types.intp, b_t, types.intp, c_t, types.intp, types.boolean
+        )
+        vector = Vector(c_t.dtype)
+        width = c_t.dtype.bitwidth
+
+        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            index = ir.IntType(64)
+            i, j, depth = args[1], args[3], args[5]
+
+            def const(n: int) -> Any:
+                return ir.Constant(index, n)
+
+            a, b, c = (
+                make_array(sig.args[n])(context, builder, args[n]) for n in (0, 2, 4)
+            )
+            lda, ldb, ldc = (_leading(builder, array, width) for array in (a, b, c))
+            a_start = builder.gep(a.data, [i if transposed else builder.mul(i, lda)])
+            b_start = builder.gep(b.data, [j])
+            c_start = builder.gep(c.data, [builder.add(builder.mul(i, ldc), j)])
+            entry = builder.block
+            loop = builder.append_basic_block("depth")
+            done = builder.append_basic_block("done")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k = builder.phi(index)
+            k.add_incoming(const(0), entry)
+            sums = [[builder.phi(vector.ir) for _ in range(vectors)] for _ in range(rows)]
+            b_row = builder.gep(b_start, [builder.mul(k, ldb)])
+            b_vectors = [
+                _load(builder, builder.gep(b_row, [const(v * vector.lanes)]), vector.ir, width)
+                for v in range(vectors)
+            ]
+            following = []
+            for r in range(rows):
+                if transposed:
+                    where = builder.add(builder.mul(k, lda), const(r))
+                else:
+                    where = builder.add(k, builder.mul(const(r), lda))
+                scalar = builder.load(builder.gep(a_start, [where]))
+                wide = _splat(builder, scalar, vector.ir)
+                following.append([
+                    _call(builder, "fmuladd", vector.ir, wide, b_vectors[v], sums[r][v])
+                    for v in range(vectors)
+                ])
+            after = builder.add(k, const(1))
+            k.add_incoming(after, loop)
+            for r in range(rows):
+                for v in range(vectors):
+                    sums[r][v].add_incoming(vector.constant(0.0), entry)
+                    sums[r][v].add_incoming(following[r][v], loop)
+            builder.cbranch(builder.icmp_signed("<", after, depth), loop, done)
+            builder.position_at_end(done)
+
+            def write(accumulate: bool) -> None:
+                for r in range(rows):
+                    for v in range(vectors):
+                        offset = builder.add(
+                            builder.mul(const(r), ldc), const(v * vector.lanes)
+                        )
+                        pointer = builder.gep(c_start, [offset])
+                        value = following[r][v]
+                        if accumulate:
+                            value = builder.fadd(_load(builder, pointer, vector.ir, width), value)
+                        where = builder.bitcast(pointer, vector.ir.as_pointer())
+                        builder.store(value, where).align = width // 8
+
+            with builder.if_else(args[6]) as (then, otherwise):
+                with then:
+                    write(accumulate=True)
+                with otherwise:
+                    write(accumulate=False)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return tile  # type: ignore[no-any-return]
+
+
+@intrinsic
+def fetch_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+    """Add to an int64 array's element atomically; the element as it was before."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.gep(
+            make_array(signature.args[0])(context, builder, args[0]).data, [args[1]]
+        )
+        return builder.atomic_rmw("add", pointer, args[2], "acq_rel")
+
+    return types.int64(array, types.intp, types.int64), codegen

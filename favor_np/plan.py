@@ -1,0 +1,275 @@
+"""What a call looks like before it runs: layouts, workspaces, and the table of jobs.
+
+Everything here is a function of shapes, dtypes and the feature map.  Nothing but the number of
+workspaces depends on the number of threads, so no bit of a result does.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np.features import FeatureMap
+from favor_np.kernels import exact as exact_kernels
+from favor_np.kernels import favor as kernels
+from favor_np.kernels.simd import VECTOR_BYTES
+
+Array: TypeAlias = npt.NDArray[Any]
+Shape: TypeAlias = tuple[int, ...]
+
+CHUNK = kernels.CHUNK
+#: Largest |log2-feature| kept, by itemsize: longer queries and keys are shortened to it.  The
+#: activations round by adding a large number, so it stays well below 2**22 and 2**51.
+FAR = {4: 2.0**20, 8: 2.0**28}
+#: log2-features of the keys of one chunk may pass its first key by this much (see raise_keys).
+SPAN = {4: 40, 8: 400}
+#: relu and elu features are not exponentials of the projection: it only has to stay finite.
+LONGEST = 2.0**60
+
+
+def padded(count: int, itemsize: int) -> int:
+    """Return `count` rounded up to whole vectors."""
+    lanes = VECTOR_BYTES // itemsize
+    return -(-count // lanes) * lanes
+
+
+def integer_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the integer dtype of the same width: that of the exponents c."""
+    return np.dtype(np.int32 if dtype.itemsize == 4 else np.int64)
+
+
+def aligned(shape: Shape, dtype: npt.DTypeLike) -> Array:
+    """Return zeros that begin on a cache line: a vector that crosses two is loaded twice."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the features of one map lie in memory, for one dtype and width of values.
+
+    The rows of W are cut into `blocks` of `width`; feature r of sign s is row ``s * half + r`` of
+    the state, padded rows are features of W = 0 that no query reads.
+    """
+
+    dtype: np.dtype[Any]
+    weight: Array
+    bias: Array
+    blocks: int
+    half: int
+    features: int
+    value_columns: int
+    floats: int
+    ints: int
+    real: Array
+    causal: Any
+    bidirectional: Any
+
+
+@functools.lru_cache(maxsize=64)
+def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Layout:
+    """Return the layout, with the map's weights packed for the kernels."""
+    size = dtype.itemsize
+    heads, rows, dim = feature_map.weight.shape
+    signs = 2 if feature_map.antithetic else 1
+    positive = feature_map.kind == "positive"
+    kind = {"positive": kernels.POSITIVE, "relu": kernels.RELU, "elu": kernels.ELU}
+    blocks = -(-rows // CHUNK)
+    width = -(-(-(-rows // blocks)) // 16) * 16
+    half = blocks * width
+    unit = kernels.LOG2E if positive else 1.0
+    padding = np.zeros((heads, half, dim))
+    padding[:, :rows] = feature_map.weight * unit
+    weight = aligned((heads * blocks, dim, width), dtype)
+    weight[:] = padding.reshape(heads * blocks, width, dim).swapaxes(1, 2)
+    bias = aligned((heads, half), dtype)
+    bias[:, :rows] = feature_map.bias * unit
+    longest = math.sqrt((padding**2).sum(-1).max())
+    columns, value_columns = padded(dim, size), padded(value_dim, size)
+
+    def parameters(causal: bool) -> Any:
+        return kernels.Parameters(
+            kind=kind[feature_map.kind],
+            signs=signs,
+            rows=rows,
+            key_norm=feature_map.key_norm * kernels.LOG2E,
+            kernel_epsilon=float(feature_map.kernel_epsilon),
+            limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
+            far=FAR[size],
+            masked=8 * FAR[size],
+            span=SPAN[size] if causal else 2**30,
+            causal=causal,
+        )
+
+    floats = (
+        2 * CHUNK * columns  # rows, across
+        + 2 * CHUNK * width  # raw, phi
+        + 3 * CHUNK * value_columns  # values, num, spare
+        + CHUNK * CHUNK  # scores
+        + signs * half * CHUNK  # keys
+        + 3 * CHUNK  # height, den, part
+        + signs * half  # sums
+        + width  # scale
+        + CHUNK * 8 // size  # square
+    )
+    return Layout(
+        dtype=dtype,
+        weight=weight,
+        bias=bias.reshape(heads * blocks, width),
+        blocks=blocks,
+        half=half,
+        features=signs * half,
+        value_columns=value_columns,
+        floats=-(-floats // 16) * 16,
+        ints=2 * CHUNK + CHUNK * (VECTOR_BYTES // size),
+        real=np.concatenate([s * half + np.arange(rows) for s in range(signs)]),
+        causal=parameters(True),
+        bidirectional=parameters(False),
+    )
+
+
+def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
+    """Return the constants of exact attention."""
+    far, limit = (2.0**20, 1e150) if dtype.itemsize == 4 else (2.0**48, math.sqrt(2.0**46 / scale))
+    return exact_kernels.ExactParameters(
+        kind=kernels.POSITIVE,
+        kernel_epsilon=0.0,
+        scale=scale * kernels.LOG2E,
+        limit=limit,
+        far=far,
+        masked=8 * far,
+        causal=causal,
+    )
+
+
+def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int, int]:
+    """Return how many floats and integers a thread of exact attention works on."""
+    size, group = dtype.itemsize, exact_kernels.GROUP
+    columns, value_columns = padded(dim, size), padded(value_dim, size)
+    floats = (
+        (2 + group) * CHUNK * columns  # rows, keys, across
+        + (2 + group) * CHUNK * value_columns  # values, spare, num
+        + 2 * CHUNK * CHUNK  # raw, phi
+        + (group + 2) * CHUNK  # den, part, ones
+        + (group + group * CHUNK + CHUNK) * 8 // size  # longest, square, key_square
+    )
+    return -(-floats // 16) * 16, (group + 2) * CHUNK
+
+
+class _Spare(threading.local):
+    """Workspaces that this Python thread used before and may use again."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Any] = {}
+
+
+_spare = _Spare()
+
+
+@contextmanager
+def reused(key: Any, make: Callable[[], Any]) -> Iterator[Any]:
+    """Lend what ``make()`` once made under this key; nobody else has it meanwhile."""
+    kept = _spare.kept
+    thing = kept.pop(key, None)
+    if thing is None:
+        thing = make()
+        while len(kept) >= 4:
+            kept.pop(next(iter(kept)))
+    try:
+        yield thing
+    finally:
+        kept[key] = thing
+
+
+@dataclass(frozen=True, eq=False)
+class Jobs:
+    """Who attends to whom: one job for each state, with the group of queries that reads it."""
+
+    table: Array
+    q_rows: Array
+    out_rows: Array
+    state_shape: Shape
+    out_shape: Shape
+
+
+@functools.lru_cache(maxsize=256)
+def jobs(
+    q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
+    grouped: bool, q_length: int, k_length: int, blocks: int,
+) -> Jobs:  # fmt: skip
+    """Return the jobs for leading axes that broadcast (validated before).
+
+    With `grouped` the last of the leading axes holds the heads, and several query heads share one
+    head of keys and values.
+    """
+    state_shape = np.broadcast_shapes(
+        k, v, mask or (), (heads,) if heads else (), state or ()
+    )
+    out_shape = np.broadcast_shapes(q, state_shape)
+    full, q_full, state_full = out_shape, q, state_shape
+    if grouped:
+        kv_heads = state_shape[-1]
+        q_full = (*q[:-1], kv_heads, q[-1] // kv_heads)
+        state_full = (*state_shape, 1)
+        full = np.broadcast_shapes(q_full, state_full)
+        out_shape = (*full[:-2], full[-2] * full[-1])
+    count = math.prod(state_shape)
+
+    def index(shape: Shape, into: Shape) -> Array:
+        numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+        return np.broadcast_to(numbers, into).ravel()
+
+    order = np.argsort(index(state_full, full), kind="stable").reshape(count, -1)
+    head = index((heads,), state_shape) if heads else np.zeros(count, np.int64)
+    table = np.stack(
+        [
+            index(k, state_shape) * k_length,
+            index(v, state_shape) * k_length,
+            np.full(count, -1) if mask is None else index(mask, state_shape) * k_length,
+            np.full(count, k_length),
+            head * blocks,
+            np.full(count, -1) if state is None else np.arange(count),
+            np.full(count, q_length),
+        ],
+        axis=1,
+    ).astype(np.int64)
+    return Jobs(
+        np.ascontiguousarray(table),
+        np.ascontiguousarray(index(q_full, full)[order] * q_length),
+        np.ascontiguousarray(order * q_length),
+        state_shape,
+        out_shape,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def exact_jobs(
+    q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
+) -> tuple[Array, Shape]:
+    """Return the jobs of exact attention, a block of queries each, and the leading axes of out."""
+    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0)
+    block = CHUNK * exact_kernels.GROUP
+    # The last blocks of a causal problem have the most keys: they go first.
+    starts = np.arange(0, q_length, block, dtype=np.int64)[::-1]
+    heads = of.q_rows.shape[1]
+    rows = np.repeat(of.table[:, [0, 1, 2, 3]], heads, axis=0)
+    q_rows, out_rows = of.q_rows.ravel(), of.out_rows.ravel()
+    table = np.empty((len(q_rows), len(starts), 8), np.int64)
+    table[..., 0] = q_rows[:, None] + starts
+    table[..., 1], table[..., 2], table[..., 3] = rows[:, :3].T[..., None]
+    table[..., 4] = out_rows[:, None] + starts
+    table[..., 5] = np.minimum(block, q_length - starts)
+    table[..., 6] = k_length
+    table[..., 7] = starts
+    return table.swapaxes(0, 1).reshape(-1, 8).copy(), of.out_shape

@@ -1,0 +1,273 @@
+"""Threads: how many, and the pool that shares out the jobs of one kernel call.
+
+Numba's own parallel layers abort, hang or leak under fork, nesting or concurrent callers.  Here the
+calling thread always works and helpers are optional: whatever has happened to them (fork,
+interpreter shutdown, a thread limit), a call finishes.  Jobs are claimed inside compiled code with
+an atomic counter, so each thread takes the interpreter lock once a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: int64 control words of a call: next job, next workspace, finished jobs, trouble.
+CONTROL = 16
+
+_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("favor_np_threads", default=None)
+
+
+@contextlib.contextmanager
+def thread_limit(count: int) -> Iterator[None]:
+    """Use `count` threads for the calls inside a ``with`` block.
+
+    It holds for the current context only (thread or asyncio task).  An argument ``num_threads``
+    overrides it; it overrides the environment variables FAVOR_NP_NUM_THREADS,
+    NUMBA_NUM_THREADS and OMP_NUM_THREADS, in this order.
+
+    Parameters
+    ----------
+    count : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `count` is not an integer, or is below 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import favor_np
+    >>> with favor_np.thread_limit(1):
+    ...     favor_np.exact_attention(np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 1))).ravel()
+    array([1., 1.])
+    """
+    from favor_np.validation import integer
+
+    token = _limit.set(integer("count", count))
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def _cgroup_cpus() -> float:
+    """Processor quota of the tightest control group around this process, or infinity."""
+    best = math.inf
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return best
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup/cpu" if controllers else "/sys/fs/cgroup")
+        here = root / path.lstrip("/")
+        for folder in (here, *here.parents):
+            try:
+                if controllers:
+                    quota = (folder / "cpu.cfs_quota_us").read_text()
+                    period = (folder / "cpu.cfs_period_us").read_text()
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()[:2]
+                if quota.strip() != "max" and int(quota) > 0:
+                    best = min(best, int(quota) / int(period))
+            except (OSError, ValueError):
+                pass
+            if folder == root:
+                break
+    return best
+
+
+def default_threads(environ: Mapping[str, str] | None = None) -> int:
+    """Return the thread count of the environment, else that of the processors we may use."""
+    environ = os.environ if environ is None else environ
+    for name in ("FAVOR_NP_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = environ.get(name, "").split(",")[0].strip()
+        if text.isdigit() and int(text) > 0:
+            return int(text)
+    if hasattr(os, "process_cpu_count"):  # Python 3.13: knows affinity and PYTHON_CPU_COUNT
+        allowed = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    quota = _cgroup_cpus()
+    return max(1, allowed if quota == math.inf else min(allowed, math.ceil(quota)))
+
+
+_default: int | None = None
+
+
+def resolve_threads(argument: int | None) -> int:
+    """Return the thread count in force: argument, then `thread_limit`, then the environment."""
+    global _default
+    if argument is not None:
+        return argument
+    limit = _limit.get()
+    if limit is not None:
+        return limit
+    if _default is None:
+        _default = default_threads()
+    return _default
+
+
+class TilePool:
+    """Runs a kernel on the calling thread and on helpers that wake up in time."""
+
+    def __init__(self) -> None:
+        self._getcpu: Callable[[], int] | None = None
+        self._steered = sys.platform.startswith("linux")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._active = 0
+        self._cpu = -1
+
+    def stop(self) -> None:
+        """Send the helpers home and hold the lock: done before a fork."""
+        self._lock.acquire()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(1.0)
+        self._threads, self._cpu = [], -1
+
+    def release(self) -> None:
+        """Go on in the parent after a fork."""
+        self._lock.release()
+
+    def restart(self) -> None:
+        """Begin anew in the child of a fork."""
+        self._reset()
+
+    def _grow(self, count: int) -> None:
+        with self._lock:
+            while len(self._threads) < count:
+                thread = threading.Thread(
+                    target=self._help, args=(self._queue,), daemon=True, name="favor_np-helper"
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is going down
+                    return
+                self._threads.append(thread)
+                self._cpu = -1
+
+    @staticmethod
+    def _help(jobs: queue.SimpleQueue[Any]) -> None:
+        while True:
+            job = jobs.get()
+            if job is None:
+                return
+            kernel, args, count, done, errors = job
+            try:
+                if kernel(*args) == count:
+                    done.release()
+            except BaseException as error:  # the caller must not wait for ever
+                errors.append(error)
+                with contextlib.suppress(RuntimeError):
+                    done.release()
+            # Do not keep the caller's arrays alive until the next job.
+            job = kernel = args = done = errors = None
+
+    def _steer(self) -> None:
+        """Keep the helpers off the caller's processor: the scheduler likes to put them there."""
+        try:
+            if self._getcpu is None:
+                import ctypes
+
+                self._getcpu = ctypes.PyDLL(None).sched_getcpu
+            cpu = self._getcpu()
+            if cpu == self._cpu:
+                return
+            self._cpu = cpu
+            allowed = os.sched_getaffinity(0) - {cpu}
+            if allowed:
+                for thread in self._threads:
+                    os.sched_setaffinity(thread.native_id or 0, allowed)
+        except (OSError, AttributeError):
+            self._steered = False
+
+    def call(
+        self, kernel: Callable[..., int], args: tuple[Any, ...], count: int, threads: int
+    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Run the `count` jobs of ``kernel(*args, control, count)`` on up to `threads` threads.
+
+        Returns the control words.
+        """
+        control = np.zeros(CONTROL, np.int64)
+        args = (*args, control, count)
+        if threads <= 1 or count <= 1:
+            kernel(*args)
+            return control
+        with self._lock:
+            self._active += 1
+            helpers = min(threads - self._active, count - 1)  # other callers fill the machine too
+        try:
+            if helpers > len(self._threads):
+                self._grow(helpers)
+            helpers = min(helpers, len(self._threads))
+            if helpers > 0 and self._steered:
+                self._steer()
+            done, errors = threading.Lock(), list[BaseException]()
+            done.acquire()
+            for _ in range(helpers):
+                self._queue.put((kernel, args, count, done, errors))
+            if kernel(*args) != count:  # a helper still works on a job it has claimed
+                interrupted: KeyboardInterrupt | None = None
+                while True:
+                    try:
+                        done.acquire()
+                        break
+                    except KeyboardInterrupt as error:  # the arrays are in use: finish first
+                        interrupted = error
+                if interrupted is not None:
+                    raise interrupted
+            if errors:
+                raise errors[0]
+        finally:
+            with self._lock:
+                self._active -= 1
+        return control
+
+
+POOL = TilePool()
+
+
+def _before_fork() -> None:
+    # A fork while another thread compiles would leave Numba's lock held in the child for ever.
+    compiler = sys.modules.get("numba.core.compiler_lock")
+    if compiler is not None:
+        compiler.global_compiler_lock.acquire()
+    POOL.stop()
+
+
+def _after_fork(resume: Callable[[], None]) -> None:
+    resume()
+    compiler = sys.modules.get("numba.core.compiler_lock")
+    if compiler is not None:
+        compiler.global_compiler_lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=lambda: _after_fork(POOL.release),
+        after_in_child=lambda: _after_fork(POOL.restart),
+    )

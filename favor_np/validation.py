@@ -1,0 +1,360 @@
+"""Checks of user input: the only place that raises on a bad argument.
+
+Every error is a builtin type whose message names the argument, what was expected and
+what was got, and is raised before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+# ----------------------------------------------------------------------------------------
+# Scalars and options
+# ----------------------------------------------------------------------------------------
+
+
+def got(value: object) -> str:
+    """Describe `value` for an error message, in a few words."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def integer(name: str, value: object, *, minimum: int = 1) -> int:
+    """Return `value` as an int of at least `minimum`; bool and float are refused."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got {got(value)}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {got(value)}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def positive_float(name: str, value: object) -> float:
+    """Return `value` as a float that is finite and greater than zero."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {got(value)}")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0.0):
+        raise ValueError(f"{name} must be finite and greater than 0, got {number}")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """Return `value` as a bool; only True and False (Python's or NumPy's) are accepted."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {got(value)}")
+    return bool(value)
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> str:
+    """Return `value` if it is one of the strings `options`."""
+    listed = ", ".join(map(repr, options))
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {listed}, got {got(value)}")
+    if value not in options:
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+    return value
+
+
+def float_dtype(name: str, value: npt.DTypeLike) -> np.dtype[Any]:
+    """Return `value` as the native dtype float32 or float64."""
+    try:
+        dtype = np.dtype(value).newbyteorder("=")
+    except TypeError:
+        raise TypeError(f"{name} must be float32 or float64, got {got(value)}") from None
+    if value is None or dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"{name} must be float32 or float64, got {got(value)}")
+    return dtype
+
+
+# ----------------------------------------------------------------------------------------
+# Small arrays: projections, and the inputs of the readable feature maps
+# ----------------------------------------------------------------------------------------
+
+
+def real_array(name: str, value: object) -> npt.NDArray[np.floating[Any]]:
+    """Return `value` as a native float32 or float64 array; other real types become those."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise TypeError(f"{name} is a masked array with a mask set; pass plain numbers")
+    if isinstance(value, np.matrix):
+        raise TypeError(f"{name} must be an array, got numpy.matrix; use numpy.asarray")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a rectangular array: {error}") from None
+    if array.dtype.kind in "biu":
+        return array.astype(np.float64)
+    # float16, and bfloat16 and its kin (kind "V" or "f", from ml_dtypes), fit into float32.
+    small = array.dtype.itemsize <= 2 and np.can_cast(array.dtype, np.float32)
+    if array.dtype.kind == "f" and array.dtype.itemsize in (4, 8):
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
+    if small and array.dtype.kind in "fV":
+        return array.astype(np.float32)
+    raise TypeError(f"{name} must hold real numbers (float32 or float64), got dtype {array.dtype}")
+
+
+def projection_matrix(name: str, value: object) -> npt.NDArray[np.floating[Any]]:
+    """Return a private, read-only, finite copy of a projection (m, d) or (heads, m, d)."""
+    array = np.array(real_array(name, value), order="C", copy=True)
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise ValueError(
+            f"{name} must have shape (m, d) or (heads, m, d) with no axis empty, "
+            f"got shape {array.shape}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    array.setflags(write=False)
+    return array
+
+
+def feature_input(name: str, value: object, dim: int) -> npt.NDArray[np.float64]:
+    """Return `value` (..., L, dim) as float64."""
+    array = real_array(name, value)
+    if array.ndim < 2 or array.shape[-1] != dim:
+        raise ValueError(f"{name} must have shape (..., L, {dim}), got shape {array.shape}")
+    return array.astype(np.float64, copy=False)
+
+
+# ----------------------------------------------------------------------------------------
+# The arrays of attention
+# ----------------------------------------------------------------------------------------
+
+Array: TypeAlias = npt.NDArray[Any]
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def tensor(name: str, value: object, axes: int = 2) -> Array:
+    """Return `value` as an array of real numbers with at least `axes` axes, in its own dtype."""
+    if type(value) is not np.ndarray:
+        if isinstance(value, np.ma.MaskedArray):
+            if np.ma.is_masked(value):
+                raise TypeError(f"{name} is a masked array with a mask set; use key_mask instead")
+            value = value.data
+        if isinstance(value, np.matrix):
+            raise TypeError(f"{name} must be an array, got numpy.matrix; use numpy.asarray")
+        if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
+            try:
+                value = np.from_dlpack(value)  # type: ignore[arg-type]
+            except (BufferError, RuntimeError, ValueError) as error:
+                raise TypeError(f"{name} does not lie in this machine's memory: {error}") from None
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is not a rectangular array: {error}") from None
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(f"{name} cannot be read as an array: {error}") from None
+    array: Array = value  # type: ignore[assignment]
+    if array.dtype not in _FLOATS:
+        if array.dtype.kind in "biu":
+            array = array.astype(np.float64)
+        elif not _is_small_float(array.dtype):
+            raise TypeError(
+                f"{name} must hold real numbers up to float64, got dtype {array.dtype}"
+            )
+    if array.ndim < axes:
+        raise ValueError(f"{name} must have at least {axes} axes, got shape {array.shape}")
+    return array
+
+
+def _is_small_float(dtype: np.dtype[Any]) -> bool:
+    """Whether dtype is float16, or bfloat16 or a like of it from ml_dtypes."""
+    if dtype.kind not in "fV" or dtype.itemsize > 2 or dtype.names is not None:
+        return False
+    return bool(np.can_cast(dtype, np.float32))
+
+
+def dtypes(*arrays: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
+    """Return the dtype of the result, and the one it is computed in."""
+    first = arrays[0].dtype
+    result = first if all(a.dtype == first for a in arrays) else np.result_type(*arrays)
+    result = result.newbyteorder("=")
+    return result, np.dtype(np.float64 if result == np.float64 else np.float32)
+
+
+def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Return (..., L, d) as a read-only, aligned, C-ordered matrix of all its rows."""
+    if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
+        array = np.require(array, dtype, ("C", "A"))
+    rows = array.reshape(-1, array.shape[-1])
+    rows.flags.writeable = False
+    return rows
+
+
+def last_axis(name: str, array: Array, length: int, of: str) -> None:
+    """Refuse an array whose last axis is not `length`."""
+    if array.shape[-1] != length:
+        raise ValueError(
+            f"{name} must have shape (..., L, {length}) to fit {of}, got shape {array.shape}"
+        )
+
+
+def same_length(k: Array, v: Array) -> None:
+    """Refuse keys and values of different length."""
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f"v must have one row for each row of k, got {v.shape[-2]} rows (shape {v.shape}) "
+            f"for {k.shape[-2]} (shape {k.shape})"
+        )
+
+
+def mask_of(value: object, keys: int) -> Array | None:
+    """Return a key mask (..., keys) of bool, or None."""
+    if value is None:
+        return None
+    mask = np.asarray(value)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"key_mask must be boolean, True where a key takes part, got {got(mask)}")
+    if mask.ndim < 1 or mask.shape[-1] != keys:
+        raise ValueError(f"key_mask must have shape (..., {keys}), got shape {mask.shape}")
+    return np.ascontiguousarray(mask)
+
+
+def broadcast(**shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the common shape of the leading axes."""
+    given = list(shapes.values())
+    if all(shape == given[0] for shape in given):
+        return given[0]
+    try:
+        return np.broadcast_shapes(*given)
+    except ValueError:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the leading axes do not broadcast: {listed}") from None
+
+
+def finite(**arrays: Array) -> None:
+    """Refuse arrays that hold NaN or infinity."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def output(value: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Check an array that the result is to be written to."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, got {got(value)}")
+    if value.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"out must have shape {shape}, got {value.shape}")
+    if not value.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    return value
+
+
+def thread_count(value: object) -> int | None:
+    """Return ``num_threads`` as a positive int, or None."""
+    return None if value is None else integer("num_threads", value)
+
+
+class AttentionCall(NamedTuple):
+    """The checked arguments of an attention function."""
+
+    q: Array
+    k: Array
+    v: Array
+    mask: Array | None
+    causal: bool
+    grouped: bool
+    threads: int | None
+    state_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    result: np.dtype[Any]
+    compute: np.dtype[Any]
+
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return int(self.k.shape[-2])
+
+    def targets(self, out: object) -> tuple[Array, Array]:
+        """Return the array of the result, and the C-ordered one that a kernel may write to."""
+        if out is None:
+            result: Array = np.empty(self.out_shape, self.result)
+        else:
+            result = output(out, self.out_shape, self.result)
+        direct = self.result == self.compute and result.flags.c_contiguous and result.flags.aligned
+        if direct and out is not None:
+            direct = not any(np.may_share_memory(result, a) for a in (self.q, self.k, self.v))
+        return result, result if direct else np.empty(self.out_shape, self.compute)
+
+
+def attention_call(
+    q: object,
+    k: object,
+    v: object,
+    *,
+    key_mask: object,
+    causal: object,
+    grouped: object,
+    check_finite: object,
+    num_threads: object,
+    dim: int | None = None,
+    heads: int | None = None,
+    state_shape: tuple[int, ...] | None = None,
+) -> AttentionCall:
+    """Check what all attention functions take; `dim` and `heads` are those of a feature map."""
+    is_causal, is_grouped = flag("causal", causal), flag("enable_gqa", grouped)
+    q, k, v = tensor("q", q), tensor("k", k), tensor("v", v)
+    if dim is None:
+        dim = q.shape[-1]
+        if dim == 0:
+            raise ValueError(f"q must have at least one dimension, got shape {q.shape}")
+        of = "q"
+    else:
+        of = "feature_map"
+    last_axis("q", q, dim, of)
+    last_axis("k", k, dim, of)
+    same_length(k, v)
+    if is_causal and q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"causal=True needs as many queries as keys, got {q.shape[-2]} rows of q and "
+            f"{k.shape[-2]} of k"
+        )
+    mask = mask_of(key_mask, k.shape[-2])
+    shapes = {"k": k.shape[:-2], "v": v.shape[:-2]}
+    if mask is not None:
+        shapes["key_mask"] = mask.shape[:-1]
+    if heads is not None:
+        shapes["feature_map"] = (heads,)
+    if state_shape is not None:
+        shapes["state"] = state_shape
+    state = broadcast(**shapes)
+    if state_shape is not None and state != state_shape:
+        raise ValueError(f"state has batch_shape {state_shape}, but k and v need {state}")
+    if is_grouped:
+        out_batch = grouped_shape(q.shape[:-2], state)
+    else:
+        out_batch = broadcast(q=q.shape[:-2], keys=state)
+    if flag("check_finite", check_finite):
+        finite(q=q, k=k, v=v)
+    result, compute = dtypes(q, k, v)
+    return AttentionCall(
+        q, k, v, mask, is_causal, is_grouped, thread_count(num_threads), state,
+        (*out_batch, q.shape[-2], v.shape[-1]), result, compute,
+    )  # fmt: skip
+
+
+def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the leading axes of grouped-query attention."""
+    if not q or not keys:
+        raise ValueError(f"enable_gqa=True needs a head axis, got leading axes q {q}, keys {keys}")
+    if keys[-1] == 0 or q[-1] % keys[-1]:
+        raise ValueError(
+            f"with enable_gqa=True the heads of q must be a multiple of those of k and v, "
+            f"got {q[-1]} and {keys[-1]}"
+        )
+    return (*broadcast(q=q[:-1], keys=keys[:-1]), q[-1])
