@@ -37,6 +37,7 @@ from favor_np.kernels.simd import (
     splat,
     store,
     transpose,
+    view,
 )
 
 CHUNK = 64
@@ -62,7 +63,7 @@ Tiles = namedtuple(
 def cut(floats, start, rows, cols):
     """The next matrix of a workspace, and where the one after it starts."""
     end = start + rows * cols
-    return floats[start:end].reshape(rows, cols), end
+    return view(floats, start, rows, cols), end
 
 
 @jit()

@@ -17,6 +17,7 @@ from typing import Any
 
 import llvmlite
 import numba
+from numba import types
 from numba.core.caching import FunctionCache
 
 #: Reassociation is allowed (it is what vectorises a sum), NaN and infinity stay what they are.
@@ -67,6 +68,11 @@ def jit(*, fastmath: frozenset[str] = FAST, cache: bool = False) -> Callable[...
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(nogil=True, error_model="numpy", fastmath=set(fastmath))(function)
+        specialise = dispatcher.get_call_template
+        # A literal 0 or True at a call site is no reason to compile the callee once more.
+        dispatcher.get_call_template = lambda args, kws: specialise(
+            [types.unliteral(a) for a in args], {k: types.unliteral(a) for k, a in kws.items()}
+        )
         if cache and os.environ.get("FAVOR_NP_CACHE", "1") != "0" and not numba.config.DISABLE_JIT:
             try:
                 store = _ForgivingCache(dispatcher.py_func)

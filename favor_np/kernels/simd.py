@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
-from numba.np.arrayobj import make_array
+from numba.np.arrayobj import make_array, populate_array
 
 _AVX512_NAMES = ("avx512", "lake-server", "cascade", "cooper", "cannon", "icelake", "tigerlake",
                  "rocketlake", "sapphire", "emerald", "granite", "diamond", "znver4", "znver5",
@@ -427,6 +427,32 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
         return signature, codegen
 
     return tile  # type: ignore[no-any-return]
+
+
+@intrinsic
+def view(typingctx, array, start, rows, cols):  # type: ignore[no-untyped-def]
+    """The C-ordered matrix (rows, cols) over array's memory from flat element start on.
+
+    Unchecked, and without a reference: slicing costs ten times the code.
+    """
+    matrix = types.Array(array.dtype, 2, "C")
+    size = array.dtype.bitwidth // 8
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = builder.gep(make_array(array)(context, builder, args[0]).data, [args[1]])
+        result = make_array(matrix)(context, builder)
+        item = ir.Constant(ir.IntType(64), size)
+        populate_array(
+            result,
+            data=data,
+            shape=[args[2], args[3]],
+            strides=[builder.mul(args[3], item), item],
+            itemsize=item,
+            meminfo=None,
+        )
+        return result._getvalue()
+
+    return matrix(array, types.intp, types.intp, types.intp), codegen
 
 
 @intrinsic
