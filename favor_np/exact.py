@@ -11,6 +11,9 @@ from favor_np import validation
 
 Array: TypeAlias = npt.NDArray[Any]
 
+#: Beyond it a logit in float32 has an error of several per cent, and is computed in float64.
+LARGEST_LOGIT = 2.0**19
+
 
 def exact_attention(
     q: npt.ArrayLike,
@@ -66,8 +69,8 @@ def exact_attention(
     -----
     Tiles of keys pass under tiles of queries with a running maximum (Milakov and Gimelshein 2018,
     arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135): the keys of a tile act as its features,
-    so the kernel is the one that reads a FAVOR+ state.  Logits beyond 2**20 are computed in
-    float64 whatever the dtype.
+    so the kernel is the one that reads a FAVOR+ state.  Rows with
+    logits beyond 2**19 are computed in float64 whatever the dtype.
 
     Examples
     --------
@@ -91,16 +94,31 @@ def exact_attention(
     elif target.size:
         from favor_np import launch
 
-        for dtype in (call.compute, np.dtype(np.float64)):
-            here = target if target.dtype == dtype else np.empty(target.shape, dtype)
-            if launch.attend_exact(
-                call.q, call.k, call.v, call.mask, here,
-                dtype=dtype, causal=call.causal, scale=scale, grouped=call.grouped,
+        def compute(to: Array) -> bool:
+            return launch.attend_exact(
+                call.q, call.k, call.v, call.mask, to,
+                dtype=to.dtype, causal=call.causal, scale=scale, grouped=call.grouped,
                 threads=call.threads,
-            ):  # fmt: skip
-                break
-        if here is not target:
-            target[...] = here
+            )  # fmt: skip
+
+        if not compute(target) and target.dtype == np.float32:
+            wide = np.empty(target.shape)
+            compute(wide)
+            np.copyto(target, wide, where=_too_large(call, scale)[..., None], casting="same_kind")
     if target is not result:
         result[...] = target
     return result
+
+
+def _too_large(call: validation.AttentionCall, scale: float) -> npt.NDArray[np.bool_]:
+    """Return which rows see a logit that float32 cannot resolve: row by row, so that no later key
+    decides how an earlier row is computed."""
+    q, k = (np.sqrt((x.astype(np.float64) ** 2).sum(-1)) for x in (call.q, call.k))
+    k = np.where(np.isfinite(k), k, 0.0)
+    if call.mask is not None:
+        k = np.where(call.mask, k, 0.0)
+    if call.grouped:
+        k = np.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)
+    longest = np.maximum.accumulate(k, axis=-1) if call.causal else k.max(-1, keepdims=True)
+    rows = q * longest > LARGEST_LOGIT / scale
+    return np.broadcast_to(rows, call.out_shape[:-1])

@@ -95,8 +95,8 @@ def attend_exact(
     grouped: bool,
     threads: int | None,
 ) -> bool:
-    """Write softmax attention to the C-ordered `out`; False if float32 cannot hold the logits."""
-    table, _ = plan.exact_jobs(
+    """Write softmax attention to the C-ordered `out`; False if a logit may be too large for it."""
+    table = plan.exact_jobs(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
         grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip

@@ -199,8 +199,6 @@ class Jobs:
     table: Array
     q_rows: Array
     out_rows: Array
-    state_shape: Shape
-    out_shape: Shape
 
 
 @functools.lru_cache(maxsize=256)
@@ -213,17 +211,12 @@ def jobs(
     With `grouped` the last of the leading axes holds the heads, and several query heads share one
     head of keys and values.
     """
-    state_shape = np.broadcast_shapes(
-        k, v, mask or (), (heads,) if heads else (), state or ()
-    )
-    out_shape = np.broadcast_shapes(q, state_shape)
-    full, q_full, state_full = out_shape, q, state_shape
+    state_shape = np.broadcast_shapes(k, v, mask or (), (heads,) if heads else (), state or ())
+    q_full, state_full = q, state_shape
     if grouped:
-        kv_heads = state_shape[-1]
-        q_full = (*q[:-1], kv_heads, q[-1] // kv_heads)
+        q_full = (*q[:-1], state_shape[-1], q[-1] // state_shape[-1])
         state_full = (*state_shape, 1)
-        full = np.broadcast_shapes(q_full, state_full)
-        out_shape = (*full[:-2], full[-2] * full[-1])
+    full = np.broadcast_shapes(q_full, state_full)
     count = math.prod(state_shape)
 
     def index(shape: Shape, into: Shape) -> Array:
@@ -248,16 +241,14 @@ def jobs(
         np.ascontiguousarray(table),
         np.ascontiguousarray(index(q_full, full)[order] * q_length),
         np.ascontiguousarray(order * q_length),
-        state_shape,
-        out_shape,
     )
 
 
 @functools.lru_cache(maxsize=256)
 def exact_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
-) -> tuple[Array, Shape]:
-    """Return the jobs of exact attention, a block of queries each, and the leading axes of out."""
+) -> Array:
+    """Return the jobs of exact attention, a block of queries each."""
     of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0)
     block = CHUNK * exact_kernels.GROUP
     # The last blocks of a causal problem have the most keys: they go first.
@@ -272,4 +263,4 @@ def exact_jobs(
     table[..., 5] = np.minimum(block, q_length - starts)
     table[..., 6] = k_length
     table[..., 7] = starts
-    return table.swapaxes(0, 1).reshape(-1, 8).copy(), of.out_shape
+    return table.swapaxes(0, 1).reshape(-1, 8).copy()

@@ -146,8 +146,9 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
 def exact_block(par, q, k, v, mask, job, out, t):
     """One block of up to GROUP tiles of queries against all keys they may see.
 
-    False if a product may be too large for the integers of this precision.
+    False if a logit may be too large for this precision: the rows it belongs to are then wrong.
     """
+    fits = True
     q_row, k_row, v_row, mask_row, out_row = job[0], job[1], job[2], job[3], job[4]
     count, keys_count, offset = job[5], job[6], job[7]
     pack_queries(par, q, q_row, count, t)
@@ -164,8 +165,7 @@ def exact_block(par, q, k, v, mask, job, out, t):
             position = offset + g * CHUNK
             if par.causal and position < start:
                 continue
-            if t.longest[g] * longest > par.far * par.far:
-                return False
+            fits = fits and t.longest[g] * longest <= par.far * par.far
             read_tile(par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
                       par.causal and position == start, clean, t)  # fmt: skip
     for g in range(-(-count // CHUNK)):
@@ -174,7 +174,7 @@ def exact_block(par, q, k, v, mask, job, out, t):
             if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
                 t.square[g, i] = math.inf
         write_rows(t.num[g], t.den[g], t.square[g], here, out, out_row + g * CHUNK)
-    return True
+    return fits
 
 
 @jit(cache=True)
