@@ -119,8 +119,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         + CHUNK * CHUNK  # scores
         + signs * half * CHUNK  # keys
         + 3 * CHUNK  # height, den, part
-        + signs * half  # sums
-        + width  # scale
+        + 3 * signs * half  # sums, scale, token
         + CHUNK * 8 // size  # square
     )
     return Layout(

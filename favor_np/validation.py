@@ -88,23 +88,10 @@ def float_dtype(name: str, value: npt.DTypeLike) -> np.dtype[Any]:
 
 def real_array(name: str, value: object) -> npt.NDArray[np.floating[Any]]:
     """Return `value` as a native float32 or float64 array; other real types become those."""
-    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise TypeError(f"{name} is a masked array with a mask set; pass plain numbers")
-    if isinstance(value, np.matrix):
-        raise TypeError(f"{name} must be an array, got numpy.matrix; use numpy.asarray")
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is not a rectangular array: {error}") from None
-    if array.dtype.kind in "biu":
-        return array.astype(np.float64)
-    # float16, and bfloat16 and its kin (kind "V" or "f", from ml_dtypes), fit into float32.
-    small = array.dtype.itemsize <= 2 and np.can_cast(array.dtype, np.float32)
-    if array.dtype.kind == "f" and array.dtype.itemsize in (4, 8):
-        return array.astype(array.dtype.newbyteorder("="), copy=False)
-    if small and array.dtype.kind in "fV":
-        return array.astype(np.float32)
-    raise TypeError(f"{name} must hold real numbers (float32 or float64), got dtype {array.dtype}")
+    array = tensor(name, value, axes=0)
+    dtype = np.dtype(np.float32) if array.dtype.itemsize <= 2 else array.dtype.newbyteorder("=")
+    real: npt.NDArray[np.floating[Any]] = array.astype(dtype, copy=False)
+    return real
 
 
 def projection_matrix(name: str, value: object) -> npt.NDArray[np.floating[Any]]:
@@ -134,7 +121,7 @@ def feature_input(name: str, value: object, dim: int) -> npt.NDArray[np.float64]
 # ----------------------------------------------------------------------------------------
 
 Array: TypeAlias = npt.NDArray[Any]
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_FLOATS = tuple(np.dtype(order + size) for order in "=<>" for size in ("f4", "f8"))
 
 
 def tensor(name: str, value: object, axes: int = 2) -> Array:
@@ -162,9 +149,7 @@ def tensor(name: str, value: object, axes: int = 2) -> Array:
         if array.dtype.kind in "biu":
             array = array.astype(np.float64)
         elif not _is_small_float(array.dtype):
-            raise TypeError(
-                f"{name} must hold real numbers up to float64, got dtype {array.dtype}"
-            )
+            raise TypeError(f"{name} must hold real numbers up to float64, got dtype {array.dtype}")
     if array.ndim < axes:
         raise ValueError(f"{name} must have at least {axes} axes, got shape {array.shape}")
     return array

@@ -23,7 +23,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.gemm import gemm, gemm_t
+from favor_np.kernels.gemm import gemm, gemm_t, gemm_two
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
@@ -36,6 +36,7 @@ from favor_np.kernels.simd import (
     nearest,
     splat,
     store,
+    sum_lanes,
     transpose,
     view,
 )
@@ -54,7 +55,7 @@ Parameters = namedtuple(
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
-    "rows across raw phi values num spare scores keys height den part sums scale square "
+    "rows across raw phi values num spare scores keys height den part sums scale token square "
     "top higher excess",
 )
 
@@ -85,14 +86,15 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     den, at = cut(floats, at, 1, CHUNK)
     part, at = cut(floats, at, 1, CHUNK)
     sums, at = cut(floats, at, 1, tiles * width)
-    scale, at = cut(floats, at, 1, width)
+    scale, at = cut(floats, at, 1, tiles * width)
+    token, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, across, raw, phi, values, num, spare, scores, keys, height[0], den, part,
-                 sums, scale, square[0].view(np.float64), top, higher, excess)  # fmt: skip
+                 sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
 
 
 @jit()
@@ -460,11 +462,108 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
     return accepted
 
 
+@jit(fastmath=EXACT)
+def step_token(par, q, q_row, k, k_row, v, v_row, weight, bias, w, c, s, z, slot, out, out_row, t):
+    """Fold one key and value, then read with one query: a chunk of one, without its tiles."""
+    lanes = VECTOR_BYTES // q.itemsize
+    width, state = weight.shape[2], s[slot]
+    half = z.shape[1] // par.signs
+    pack(q, q_row, 1, t.rows[0:1], par.limit, t.square[0:1])
+    pack(k, k_row, 1, t.rows[1:2], par.limit, t.square[1:2])
+    pack_values(v, v_row, 1, t.values[0:1], t.square, -1)
+    height = splat(q, min(par.key_norm * t.square[1], par.far))
+    raised = False
+    for b in range(half // width):
+        gemm_two(t.rows, weight[w + b], t.raw, width, q.shape[1])
+        for side in range(par.signs):
+            turn = splat(q, 1 - 2 * side)
+            for f in range(0, width, lanes):
+                r = side * half + b * width + f
+                x = load(t.raw, 1, f)
+                y = log_feature(par.kind, fma(turn, x, load(bias, w + b, f))) - height
+                old = load(c, slot, r)
+                top, by = old, splat(q, 1)
+                if highest(nearest(y) - old) > RAISE_KEYS:
+                    top, raised = maximum(old, nearest(y)), True
+                    by = exp2(splat(q, 0), old - top)
+                value = exp2(y, nearest(y) - top) * factor(par.kind, x, par.kernel_epsilon)
+                store(c, slot, r, top)
+                store(z, slot, r, fma(load(z, slot, r), by, value))
+                store(t.sums, 0, r, value)
+                store(t.scale, 0, r, by)
+                store(t.token, 0, r, turn * load(t.raw, 0, f))
+    if t.square[1] == math.inf:
+        t.sums[:] = math.nan
+        z[slot] = math.nan
+    if raised:
+        for r in range(z.shape[1]):
+            state[r] *= t.scale[0, r]
+    level = splat(c, -8 * int(par.far))
+    for side in range(par.signs):
+        t.token[0, side * half + par.rows : (side + 1) * half] = -par.masked  # no features
+    for r in range(0, z.shape[1], lanes):
+        y = log_feature(par.kind, load(t.token, 0, r))
+        level = maximum(level, nearest(y) + load(c, slot, r))
+    shift = splat(c, highest(level))
+    for r in range(0, z.shape[1], lanes):
+        x = load(t.token, 0, r)
+        y = log_feature(par.kind, x)
+        value = exp2(y, nearest(y) + (load(c, slot, r) - shift))
+        store(t.token, 0, r, value * factor(par.kind, x, par.kernel_epsilon))
+    for side in range(par.signs):
+        t.token[0, side * half + par.rows : (side + 1) * half] = 0
+    den = splat(q, 0)
+    for r in range(0, z.shape[1], lanes):
+        den = fma(load(t.token, 0, r), load(z, slot, r), den)
+    t.den[0, 0] = sum_lanes(den)
+    step_values(state, t.values, t.sums, t.token, t.num)
+    write_rows(t.num, t.den[0], t.square, 1, out, out_row)
+
+
+@jit(fastmath=EXACT)
+def step_values(state, values, phi_k, phi_q, num):
+    """``state[r] += phi_k[r] v`` and ``num = phi_q . state``, in one pass over the state."""
+    lanes = VECTOR_BYTES // state.itemsize
+    x = 0
+    while x + 4 * lanes <= state.shape[1]:
+        v0, v1 = load(values, 0, x), load(values, 0, x + lanes)
+        v2, v3 = load(values, 0, x + 2 * lanes), load(values, 0, x + 3 * lanes)
+        n0 = n1 = n2 = n3 = splat(state, 0)
+        for r in range(state.shape[0]):
+            a, b = splat(state, phi_k[0, r]), splat(state, phi_q[0, r])
+            s0 = fma(v0, a, load(state, r, x))
+            s1 = fma(v1, a, load(state, r, x + lanes))
+            s2 = fma(v2, a, load(state, r, x + 2 * lanes))
+            s3 = fma(v3, a, load(state, r, x + 3 * lanes))
+            store(state, r, x, s0)
+            store(state, r, x + lanes, s1)
+            store(state, r, x + 2 * lanes, s2)
+            store(state, r, x + 3 * lanes, s3)
+            n0, n1, n2, n3 = fma(s0, b, n0), fma(s1, b, n1), fma(s2, b, n2), fma(s3, b, n3)
+        store(num, 0, x, n0)
+        store(num, 0, x + lanes, n1)
+        store(num, 0, x + 2 * lanes, n2)
+        store(num, 0, x + 3 * lanes, n3)
+        x += 4 * lanes
+    while x < state.shape[1]:
+        v0, n0 = load(values, 0, x), splat(state, 0)
+        for r in range(state.shape[0]):
+            s0 = fma(v0, splat(state, phi_k[0, r]), load(state, r, x))
+            store(state, r, x, s0)
+            n0 = fma(s0, splat(state, phi_q[0, r]), n0)
+        store(num, 0, x, n0)
+        x += lanes
+
+
 @jit()
 def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z, slot, out, t):
     """Everything for one problem: its keys and values, one state, its group of queries."""
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
     w, queries_count = job[4], job[6]
+    if par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
+        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, c, s, z, slot, out,
+                   out_rows[0], t)  # fmt: skip
+        return
     start = 0
     while start < keys_count:
         count = min(CHUNK - start % CHUNK, keys_count - start)

@@ -12,6 +12,7 @@ from favor_np.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile
 _tall, _tall_t = (gemm_tile(TALL, 2, transposed=t) for t in (False, True))
 _short, _short_t = (gemm_tile(SHORT, 2, transposed=t) for t in (False, True))
 _narrow, _narrow_t = (gemm_tile(8, 1, transposed=t) for t in (False, True))
+_two, _two_one = gemm_tile(2, 4, transposed=False), gemm_tile(2, 1, transposed=False)
 
 
 @jit()
@@ -55,3 +56,16 @@ def gemm_t(a, b, c, row0, row1, col0, col1, depth, add):
     if j < col1:
         for i in range(row0, row1, 8):
             _narrow_t(a, i, b, j, c, depth, add)
+
+
+@jit()
+def gemm_two(a, b, c, cols, depth):
+    """``c[:2, :cols] = a[:2, :depth] @ b[:depth, :cols]``: the query and the key of one token."""
+    lanes = VECTOR_BYTES // c.itemsize
+    j = 0
+    while j + 4 * lanes <= cols:
+        _two(a, 0, b, j, c, depth, False)
+        j += 4 * lanes
+    while j < cols:
+        _two_one(a, 0, b, j, c, depth, False)
+        j += lanes

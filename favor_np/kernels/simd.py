@@ -239,6 +239,21 @@ def highest(typingctx, a):  # type: ignore[no-untyped-def]
     return a.dtype(a), codegen
 
 
+@intrinsic
+def sum_lanes(typingctx, a):  # type: ignore[no-untyped-def]
+    """The sum of the lanes of a vector of floats."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        element = a.ir.element
+        name = f"llvm.vector.reduce.fadd.v{a.lanes}f{a.dtype.bitwidth}"
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(element, [element, a.ir]), name
+        )
+        return builder.call(function, [ir.Constant(element, -0.0), args[0]], fastmath=("reassoc",))
+
+    return a.dtype(a), codegen
+
+
 # Per type: 1.5 * 2**mantissa (adding it rounds to an integer), bits of the mantissa, and 2**f on
 # [-1/2, 1/2] as 1 + c0 f + c1 f**2 + ..., a weighted least-squares fit at Chebyshev nodes with the
 # coefficients rounded one after the other; its relative error is 0.06 of half an ulp.
