@@ -61,7 +61,7 @@ class FeatureMap:
     bias : ndarray, shape (heads or 1, m), float64
         b: a constant added to the log-features of keys; zero for every map so far.
     key_norm : float
-        h(k) = key_norm * |k|**2: scale/2 ("positive"), 0 ("relu", "elu"), -scale/2 ("trig").
+        ``h(k) = key_norm * |k|**2``: scale/2 ("positive"), 0 ("relu", "elu"), -scale/2 ("trig").
     fingerprint : str
         SHA-256 (hexadecimal) of all that defines the features.
     """
@@ -170,7 +170,7 @@ class FeatureMap:
 
     @property
     def key_norm(self) -> float:
-        """The factor of |k|**2 that is subtracted from the log-features of a key."""
+        """The factor of ``|k|**2`` that is subtracted from the log-features of a key."""
         return {"positive": 0.5, "trig": -0.5}.get(self.kind, 0.0) * self.scale
 
     @cached_property

@@ -31,11 +31,11 @@ class AttentionState:
         Leading axes of keys and values.
     dtype : dtype
         float32 or float64.
-    c : ndarray of int, shape (*batch_shape, M)
+    c : ndarray of int, shape (..., M)
         Exponents of two; far below any exponent met in practice where nothing was folded.
-    S : ndarray, shape (*batch_shape, M, dv)
+    S : ndarray, shape (..., M, dv)
         Values, weighted by features, over ``2**c``.
-    z : ndarray, shape (*batch_shape, M)
+    z : ndarray, shape (..., M)
         Sums of features over ``2**c``.
 
     Examples
@@ -218,18 +218,18 @@ class AttentionState:
 
         Parameters
         ----------
-        q : array_like, shape (*batch_shape, d) or (*batch_shape, 1, d)
+        q : array_like, shape (..., d) or (..., 1, d)
             The token's query.
         k : array_like, like `q`
             Its key.
-        v : array_like, shape (*batch_shape, dv) or (*batch_shape, 1, dv)
+        v : array_like, shape (..., dv) or (..., 1, dv)
             Its value.
         num_threads : int, optional
             Default: see `thread_limit`.
 
         Returns
         -------
-        ndarray, shape (*batch_shape, dv) or (*batch_shape, 1, dv)
+        ndarray, shape (..., dv) or (..., 1, dv)
             In the dtype of the state.
 
         Raises

@@ -70,7 +70,7 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
     return value
 
 
-def float_dtype(name: str, value: npt.DTypeLike) -> np.dtype[Any]:
+def float_dtype(name: str, value: npt.DTypeLike | None) -> np.dtype[Any]:
     """Return `value` as the native dtype float32 or float64."""
     try:
         dtype = np.dtype(value).newbyteorder("=")
@@ -135,7 +135,7 @@ def tensor(name: str, value: object, axes: int = 2) -> Array:
             raise TypeError(f"{name} must be an array, got numpy.matrix; use numpy.asarray")
         if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
             try:
-                value = np.from_dlpack(value)  # type: ignore[arg-type]
+                value = np.from_dlpack(value)
             except (BufferError, RuntimeError, ValueError) as error:
                 raise TypeError(f"{name} does not lie in this machine's memory: {error}") from None
         try:
@@ -144,7 +144,7 @@ def tensor(name: str, value: object, axes: int = 2) -> Array:
             raise ValueError(f"{name} is not a rectangular array: {error}") from None
         except (RuntimeError, TypeError) as error:
             raise TypeError(f"{name} cannot be read as an array: {error}") from None
-    array: Array = value  # type: ignore[assignment]
+    array: Array = value
     if array.dtype not in _FLOATS:
         if array.dtype.kind in "biu":
             array = array.astype(np.float64)

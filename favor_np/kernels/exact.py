@@ -24,7 +24,7 @@ from favor_np.kernels.favor import (
     pack_values,
     write_rows,
 )
-from favor_np.kernels.gemm import gemm, gemm_t
+from favor_np.kernels.gemm import gemm_t, project
 from favor_np.kernels.jit import jit
 from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, transpose
 
@@ -123,7 +123,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
-    gemm(t.keys, t.across[g], t.raw, 0, CHUNK, 0, cols, d, False)
+    project(t.keys, t.across[g], t.raw, CHUNK, cols, d)
     if diagonal:
         for j in range(CHUNK):
             t.raw[j, : min(j, cols)] = -par.masked
@@ -139,7 +139,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     if diagonal:
         own_values(t.phi, t.values, clean, count, num, t.spare)
     else:
-        gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], CHUNK, True)
+        gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], 0, CHUNK, True)
 
 
 @jit()
@@ -191,4 +191,6 @@ def attend_exact(par, q, k, v, mask, jobs, out, floats, ints, ctl, n):
         if not exact_block(par, q, k, v, mask, jobs[job], out, t):
             fetch_add(ctl, 12, 1)
         finished += 1
+    if finished == 0:  # came too late: whoever finished the last job has said so
+        return 0
     return fetch_add(ctl, 8, finished) + finished

@@ -23,7 +23,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.gemm import gemm, gemm_t, gemm_two
+from favor_np.kernels.gemm import gemm, gemm_t, project, project_t, project_two
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
@@ -153,36 +153,35 @@ def pack_values(source, row, count, target, mask, mask_row):
 
 
 @jit(fastmath=EXACT)
-def log_feature(kind, y):
+def log_feature(par, y):
     """log2 of the exponential part of a feature map at the projection y."""
     zero = splat(y, 0)
-    if kind == POSITIVE:
+    if par.kind == POSITIVE:
         return y
-    if kind == ELU:
-        return (y - maximum(y, zero)) * splat(y, LOG2E)
+    if par.kind == ELU:
+        return maximum((y - maximum(y, zero)) * splat(y, LOG2E), splat(y, -par.far))
     return zero
 
 
 @jit(fastmath=EXACT)
-def factor(kind, y, epsilon):
+def factor(par, y):
     """What a feature map multiplies its exponential part with: elu(y) + 1 = e**min(y, 0) (1 + y+)."""
-    if kind == POSITIVE:
+    if par.kind == POSITIVE:
         return splat(y, 1)
-    if kind == ELU:
+    if par.kind == ELU:
         return splat(y, 1) + maximum(y, splat(y, 0))
-    return splat(y, epsilon) + maximum(y, splat(y, 0))
+    return splat(y, par.kernel_epsilon) + maximum(y, splat(y, 0))
 
 
 @jit(fastmath=EXACT)
 def activate_keys(par, sign, rows, raw, height, bias, b, c, slot, r0, target, sums):
     """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature."""
     lanes = VECTOR_BYTES // raw.itemsize
-    kind, epsilon = par.kind, par.kernel_epsilon
     worst = splat(c, 0)
     turn = splat(raw, sign)
     for f in range(0, raw.shape[1], lanes):
         shift, beta, total = load(c, slot, r0 + f), load(bias, b, f), splat(raw, 0)
-        if kind == POSITIVE:
+        if par.kind == POSITIVE:
             for i in range(rows):
                 y = fma(turn, load(raw, i, f), beta) - splat(raw, height[i])
                 n = nearest(y) - shift
@@ -193,10 +192,10 @@ def activate_keys(par, sign, rows, raw, height, bias, b, c, slot, r0, target, su
         else:
             for i in range(rows):
                 x = load(raw, i, f)
-                y = log_feature(kind, x) - splat(raw, height[i])
+                y = log_feature(par, x) - splat(raw, height[i])
                 n = nearest(y) - shift
                 worst = maximum(worst, n)
-                value = exp2(y, n) * factor(kind, x, epsilon)
+                value = exp2(y, n) * factor(par, x)
                 store(target, i, f, value)
                 total = total + value
         store(sums, 0, r0 + f, total)
@@ -224,11 +223,11 @@ def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, s
                 r = (side * blocks + b) * width + f
                 beta = load(bias, w + b, f)
                 y = fma(turn, load(raw, 0, f), beta)
-                y = log_feature(par.kind, y) - splat(z, height[0])
+                y = log_feature(par, y) - splat(z, height[0])
                 base = maximum(load(c, slot, r), nearest(y))
                 for i in range(rows):
                     y = fma(turn, load(raw, i, f), beta)
-                    y = log_feature(par.kind, y) - splat(z, height[i])
+                    y = log_feature(par, y) - splat(z, height[i])
                     store(excess, i, 0, maximum(load(excess, i, 0), nearest(y) - base))
     accepted = count
     for i in range(1, count):
@@ -246,7 +245,7 @@ def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, s
                 top = old
                 for i in range(accepted):
                     y = fma(turn, load(raw, i, f), beta)
-                    y = log_feature(par.kind, y) - splat(z, height[i])
+                    y = log_feature(par, y) - splat(z, height[i])
                     top = maximum(top, nearest(y))
                 by = exp2(splat(z, 0), old - top)
                 store(scale, 0, f, by)
@@ -267,12 +266,11 @@ def activate_queries(par, sign, cols, raw, features, c, z, slot, r0, top, target
     Returns how far the largest log2-feature passes top.
     """
     lanes = VECTOR_BYTES // raw.itemsize
-    kind, epsilon = par.kind, par.kernel_epsilon
     turn = splat(raw, sign)
     worst = splat(c, 0)
     for i in range(0, cols, lanes):
         level, total = load(top, 0, i), splat(raw, 0)
-        if kind == POSITIVE:
+        if par.kind == POSITIVE:
             for r in range(features):
                 y = turn * load(raw, r, i)
                 n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
@@ -283,10 +281,10 @@ def activate_queries(par, sign, cols, raw, features, c, z, slot, r0, top, target
         else:
             for r in range(features):
                 x = load(raw, r, i)
-                y = log_feature(kind, x)
+                y = log_feature(par, x)
                 n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
                 worst = maximum(worst, n)
-                value = exp2(y, n) * factor(kind, x, epsilon)
+                value = exp2(y, n) * factor(par, x)
                 store(target, r, i, value)
                 total = fma(value, splat(raw, z[slot, r0 + r]), total)
         store(part, 0, i, total)
@@ -301,9 +299,9 @@ def measure_queries(par, sign, cols, raw, features, c, slot, r0, top):
     lanes = VECTOR_BYTES // raw.itemsize
     turn = splat(raw, sign)
     for i in range(0, cols, lanes):
-        level = splat(c, c[slot, r0]) + nearest(log_feature(par.kind, turn * load(raw, 0, i)))
+        level = splat(c, c[slot, r0]) + nearest(log_feature(par, turn * load(raw, 0, i)))
         for r in range(1, features):
-            y = log_feature(par.kind, turn * load(raw, r, i))
+            y = log_feature(par, turn * load(raw, r, i))
             level = maximum(level, nearest(y) + splat(c, c[slot, r0 + r]))
         store(top, 0, i, level)
 
@@ -328,7 +326,7 @@ def fold_chunk(par, keys, values, count, s, z, slot, sums):
     width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
     for t in range(keys.shape[0]):
         r0 = t % par.signs * half + t // par.signs * width
-        gemm_t(keys[t], values, s[slot, r0 : r0 + width], 0, width, 0, values.shape[1], count, True)
+        gemm_t(keys[t], values, s[slot, r0 : r0 + width], 0, width, 0, values.shape[1], 0, count, True)
     for r in range(z.shape[1]):
         z[slot, r] += sums[0, r]
 
@@ -349,7 +347,7 @@ def read_chunk(par, q, row, count, weight, w, c, s, z, slot, keys, values, clean
     first = True
     for b in range(blocks):
         features = min(width, par.rows - b * width)
-        gemm_t(weight[w + b], t.across, t.raw, 0, width, 0, cols, d, False)
+        project_t(weight[w + b], t.across, t.raw, width, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -365,13 +363,13 @@ def read_chunk(par, q, row, count, weight, w, c, s, z, slot, keys, values, clean
                 )
             for i in range(cols):
                 t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
-            gemm_t(t.phi, s[slot, r0 : r0 + width], t.num, 0, rows, 0, vcols, width, not first)
+            gemm_t(t.phi, s[slot, r0 : r0 + width], t.num, 0, rows, 0, vcols, 0, width, not first)
             if par.causal:
                 phi_k = keys[b * par.signs + side]
                 for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
                     end = min(i + 2 * lanes, cols)
                     last = min(-(-end // 8) * 8, rows)
-                    gemm(phi_k, t.phi, t.scores, 0, last, i, end, width, not first)
+                    gemm(phi_k, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             first = False
     if par.causal:
         own_keys(count, cols, rows, values, clean, t)
@@ -397,11 +395,11 @@ def own_values(scores, values, clean, count, num, spare):
     """``num[i] += sum_j<=i scores[j, i] values[j]``, scores[j, i] being zero for j > i."""
     if clean:
         for i in range(0, count, 8):
-            gemm_t(scores, values, num, i, i + 8, 0, num.shape[1], i + 8, True)
+            gemm_t(scores, values, num, i, i + 8, 0, num.shape[1], 0, i + 8, True)
     else:  # zero times infinity must not reach the rows before it
         for i in range(count):
             block = i // 8 * 8
-            gemm_t(scores, values, spare, block, block + 8, 0, num.shape[1], i + 1, False)
+            gemm_t(scores, values, spare, block, block + 8, 0, num.shape[1], 0, i + 1, False)
             for x in range(num.shape[1]):
                 num[i, x] += spare[i, x]
 
@@ -437,7 +435,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
     for attempt in range(2):
         for b in range(blocks):
-            gemm(t.rows, weight[w + b], t.keys[b * par.signs], 0, rows, 0, width, d, False)
+            project(t.rows, weight[w + b], t.keys[b * par.signs], rows, width, d)
         if attempt == 1 or fresh:
             accepted = raise_keys(
                 par, rows, count, t.keys, t.height, bias, w, c, s, z, slot, t.excess, t.scale
@@ -474,44 +472,47 @@ def step_token(par, q, q_row, k, k_row, v, v_row, weight, bias, w, c, s, z, slot
     height = splat(q, min(par.key_norm * t.square[1], par.far))
     raised = False
     for b in range(half // width):
-        gemm_two(t.rows, weight[w + b], t.raw, width, q.shape[1])
+        project_two(t.rows, weight[w + b], t.raw, width, q.shape[1])
         for side in range(par.signs):
             turn = splat(q, 1 - 2 * side)
             for f in range(0, width, lanes):
                 r = side * half + b * width + f
                 x = load(t.raw, 1, f)
-                y = log_feature(par.kind, fma(turn, x, load(bias, w + b, f))) - height
+                y = log_feature(par, fma(turn, x, load(bias, w + b, f))) - height
                 old = load(c, slot, r)
                 top, by = old, splat(q, 1)
                 if highest(nearest(y) - old) > RAISE_KEYS:
                     top, raised = maximum(old, nearest(y)), True
                     by = exp2(splat(q, 0), old - top)
-                value = exp2(y, nearest(y) - top) * factor(par.kind, x, par.kernel_epsilon)
+                value = exp2(y, nearest(y) - top) * factor(par, x)
                 store(c, slot, r, top)
                 store(z, slot, r, fma(load(z, slot, r), by, value))
                 store(t.sums, 0, r, value)
                 store(t.scale, 0, r, by)
                 store(t.token, 0, r, turn * load(t.raw, 0, f))
     if t.square[1] == math.inf:
-        t.sums[:] = math.nan
-        z[slot] = math.nan
+        for r in range(z.shape[1]):
+            t.sums[0, r] = z[slot, r] = math.nan
     if raised:
         for r in range(z.shape[1]):
-            state[r] *= t.scale[0, r]
+            for x in range(state.shape[1]):
+                state[r, x] *= t.scale[0, r]
     level = splat(c, -8 * int(par.far))
     for side in range(par.signs):
-        t.token[0, side * half + par.rows : (side + 1) * half] = -par.masked  # no features
+        for r in range(side * half + par.rows, (side + 1) * half):
+            t.token[0, r] = -par.masked  # padding, no feature
     for r in range(0, z.shape[1], lanes):
-        y = log_feature(par.kind, load(t.token, 0, r))
+        y = log_feature(par, load(t.token, 0, r))
         level = maximum(level, nearest(y) + load(c, slot, r))
     shift = splat(c, highest(level))
     for r in range(0, z.shape[1], lanes):
         x = load(t.token, 0, r)
-        y = log_feature(par.kind, x)
+        y = log_feature(par, x)
         value = exp2(y, nearest(y) + (load(c, slot, r) - shift))
-        store(t.token, 0, r, value * factor(par.kind, x, par.kernel_epsilon))
+        store(t.token, 0, r, value * factor(par, x))
     for side in range(par.signs):
-        t.token[0, side * half + par.rows : (side + 1) * half] = 0
+        for r in range(side * half + par.rows, (side + 1) * half):
+            t.token[0, r] = 0
     den = splat(q, 0)
     for r in range(0, z.shape[1], lanes):
         den = fma(load(t.token, 0, r), load(z, slot, r), den)
@@ -606,4 +607,6 @@ def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, ou
         attend_one(par, q, k, v, mask, weight, bias, jobs[job], q_rows[job], out_rows[job], c, s, z,
                    slot, out, t)  # fmt: skip
         finished += 1
+    if finished == 0:  # came too late: whoever finished the last job has said so
+        return 0
     return fetch_add(ctl, 8, finished) + finished

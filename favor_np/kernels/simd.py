@@ -356,24 +356,24 @@ def transpose(typingctx, source, i, j, target):  # type: ignore[no-untyped-def]
 
 
 def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any]:
-    """Make ``tile(a, i, b, j, c, depth, add)``: one tile of ``c (+)= a @ b`` or ``a.T @ b``.
+    """Make ``tile(a, i, b, j, c, first, last, add)``: a tile of ``c (+)= a @ b`` or ``a.T @ b``.
 
-    The tile is ``c[i:i + rows, j:j + vectors * lanes]``.  Its sums stay in registers over the whole
-    depth and are formed in the order of the depth, each by its own chain of fused multiply-adds:
+    The tile is ``c[i:i + rows, j:j + vectors * lanes]``, summed over first <= k < last.  Its sums
+    stay in registers and are formed in the order of k, each by its own chain of fused multiply-adds:
     an element's bits depend on nothing but its own row of a and column of b.
     """
 
     @intrinsic
-    def tile(typingctx, a_t, i_t, b_t, j_t, c_t, depth_t, add_t):  # type: ignore[no-untyped-def]
+    def tile(typingctx, a_t, i_t, b_t, j_t, c_t, first_t, last_t, add_t):  # type: ignore[no-untyped-def]
         signature = types.void(
-            a_t, types.intp, b_t, types.intp, c_t, types.intp, types.boolean
+            a_t, types.intp, b_t, types.intp, c_t, types.intp, types.intp, types.boolean
         )
         vector = Vector(c_t.dtype)
         width = c_t.dtype.bitwidth
 
         def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
             index = ir.IntType(64)
-            i, j, depth = args[1], args[3], args[5]
+            i, j, first, last = args[1], args[3], args[5], args[6]
 
             def const(n: int) -> Any:
                 return ir.Constant(index, n)
@@ -391,7 +391,7 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
             builder.branch(loop)
             builder.position_at_end(loop)
             k = builder.phi(index)
-            k.add_incoming(const(0), entry)
+            k.add_incoming(first, entry)
             sums = [[builder.phi(vector.ir) for _ in range(vectors)] for _ in range(rows)]
             b_row = builder.gep(b_start, [builder.mul(k, ldb)])
             b_vectors = [
@@ -416,7 +416,7 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
                 for v in range(vectors):
                     sums[r][v].add_incoming(vector.constant(0.0), entry)
                     sums[r][v].add_incoming(following[r][v], loop)
-            builder.cbranch(builder.icmp_signed("<", after, depth), loop, done)
+            builder.cbranch(builder.icmp_signed("<", after, last), loop, done)
             builder.position_at_end(done)
 
             def write(accumulate: bool) -> None:
@@ -432,7 +432,7 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
                         where = builder.bitcast(pointer, vector.ir.as_pointer())
                         builder.store(value, where).align = width // 8
 
-            with builder.if_else(args[6]) as (then, otherwise):
+            with builder.if_else(args[7]) as (then, otherwise):
                 with then:
                     write(accumulate=True)
                 with otherwise:

@@ -1,0 +1,79 @@
+"""Arrays that begin or end at a page that nobody may touch: one element too far is a fault.
+
+Run as a program, in a process of its own, it makes every kind of call on such arrays.
+"""
+
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+
+PAGE = mmap.PAGESIZE
+
+
+def guarded(shape, dtype, front=False):
+    """Zeros of this shape that end (or begin) at a page without access."""
+    count, dtype = int(np.prod(shape)), np.dtype(dtype)
+    size = count * dtype.itemsize
+    pages = -(-max(size, 1) // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for address in (base, base + (pages + 1) * PAGE):
+        if protect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE if front else PAGE + pages * PAGE - size
+    return np.frombuffer(memory, dtype, count, offset).reshape(shape)
+
+
+def inputs(dtype, front):
+    rng = np.random.default_rng(0)
+    for L, Lk, d, dv, rows in [
+        (1, 1, 1, 1, 1),
+        (3, 5, 2, 7, 3),
+        (16, 16, 16, 16, 16),
+        (64, 65, 15, 17, 33),
+        (130, 129, 17, 1, 65),
+        (63, 200, 33, 31, 130),
+    ]:
+        arrays = []
+        for shape in ((2, L, d), (2, Lk, d), (2, Lk, dv)):
+            array = guarded(shape, dtype, front)
+            array[...] = rng.standard_normal(shape)
+            arrays.append(array)
+        mask = guarded((2, Lk), bool, front)
+        mask[...] = rng.random((2, Lk)) < 0.7
+        yield *arrays, mask, guarded((2, L, dv), dtype, front), rng.standard_normal((rows, d))
+
+
+def main():
+    from favor_np import AttentionState, FeatureMap, exact_attention, favor_attention, plan
+
+    for dtype in (np.float32, np.float64):
+        for front in (False, True):
+            # The kernels' own arrays too: workspaces, packed weights, states.
+            plan.aligned = lambda shape, dtype, front=front: guarded(shape, dtype, front)
+            for q, k, v, mask, out, W in inputs(dtype, front):
+                for kind, antithetic in (("positive", False), ("positive", True), ("elu", False)):
+                    fm = FeatureMap.from_projection(W, kind, antithetic=antithetic)
+                    favor_attention(q, k, v, fm, key_mask=mask, out=out)
+                    n = min(q.shape[1], k.shape[1])
+                    causal = [x[:, -n:] if not front else x[:, :n] for x in (q, k, v)]
+                    favor_attention(*causal, fm, causal=True)
+                    favor_attention(*(30 * x for x in causal), fm, causal=True)
+                    state = AttentionState.zeros(fm, v.shape[-1], (2,), dtype=dtype)
+                    state.update(k, v, mask)
+                    state.attend(q)
+                    state.step(q[:, 0], k[:, 0], v[:, 0])
+                exact_attention(q, k, v, key_mask=mask)
+                exact_attention(*causal, causal=True)
+    print("no fault")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["fault"]:  # to see that a fault is one
+        np.lib.stride_tricks.as_strided(guarded(3, np.float32), (4,))[3]
+        print("no fault")
+    else:
+        main()

@@ -1,0 +1,129 @@
+"""Slow, obvious references in extended precision: what the fast code is tested against.
+
+Everything is dense, one row after another, in log space, with no stabiliser and no epsilon.
+`longdouble` has 64 bits of precision and exponents up to 16383 on x86 (elsewhere it may be
+float64; the tests' inputs stay in its range).
+"""
+
+import numpy as np
+
+REAL = np.longdouble
+
+
+def log_features(x, W, kind="positive", scale=None, antithetic=False, kernel_epsilon=1e-3):
+    """Log of phi_r(x) for x (L, d) and W (m, d), without the factor 1/sqrt(M): (L, M)."""
+    x, W = np.asarray(x, REAL), np.asarray(W, REAL)
+    scale = REAL(x.shape[-1]) ** REAL(-0.5) if scale is None else REAL(scale)
+    x = np.sqrt(scale) * x
+    y = x @ W.T
+    if kind == "positive":
+        y = np.concatenate([y, -y], axis=-1) if antithetic else y
+        return y - np.sum(x * x, axis=-1, keepdims=True) / 2
+    if kind == "relu":
+        return np.log(np.maximum(y, 0) + REAL(kernel_epsilon))
+    if kind == "elu":  # elu(y) + 1 is exp(y) below zero and y + 1 above
+        return np.where(y > 0, np.log1p(np.maximum(y, 0)), y)
+    raise ValueError(kind)
+
+
+def features(x, W, kind="positive", scale=None, antithetic=False, kernel_epsilon=1e-3):
+    """phi(x) as in the papers, with the factor 1/sqrt(M): (L, M)."""
+    if kind == "trig":
+        x, W = np.asarray(x, REAL), np.asarray(W, REAL)
+        x = np.sqrt(REAL(x.shape[-1]) ** REAL(-0.5) if scale is None else REAL(scale)) * x
+        waves = np.concatenate([np.cos(x @ W.T), np.sin(x @ W.T)], axis=-1)
+        return np.exp(np.sum(x * x, axis=-1, keepdims=True) / 2) * waves / np.sqrt(REAL(len(W)))
+    log_phi = log_features(x, W, kind, scale, antithetic, kernel_epsilon)
+    return np.exp(log_phi) / np.sqrt(REAL(log_phi.shape[-1]))
+
+
+def weighted_mean(log_weights, v):
+    """Mean of the rows of v (n, dv) with weights exp(log_weights) (n,); zeros if n is 0."""
+    if len(v) == 0:
+        return np.zeros(v.shape[-1], REAL)
+    weights = np.exp(log_weights - log_weights.max())
+    return weights @ v / weights.sum()
+
+
+def visible_keys(i, num_keys, causal, key_mask):
+    """Indices of the keys that query i attends to."""
+    return [j for j in range(num_keys) if (j <= i or not causal) and key_mask[j]]
+
+
+def one_head_favor(q, k, v, W, causal, key_mask, **options):
+    log_q, log_k = log_features(q, W, **options), log_features(k, W, **options)
+    out = np.zeros((len(q), v.shape[-1]), REAL)
+    for i in range(len(q)):
+        keys = visible_keys(i, len(k), causal, key_mask)
+        terms = log_q[i] + log_k[keys]  # (keys, M)
+        top = np.max(terms, axis=-1, keepdims=True)
+        log_kernel = np.log(np.exp(terms - top).sum(-1)) + top[:, 0]
+        out[i] = weighted_mean(log_kernel, v[keys])
+    return out
+
+
+def one_head_exact(q, k, v, scale, causal, key_mask):
+    out = np.zeros((len(q), v.shape[-1]), REAL)
+    for i in range(len(q)):
+        keys = visible_keys(i, len(k), causal, key_mask)
+        out[i] = weighted_mean(scale * (k[keys] @ q[i]), v[keys])
+    return out
+
+
+def heads(q, k, v, key_mask, enable_gqa):
+    """Broadcast the leading axes and yield (index, q, k, v, mask) of every head."""
+    q, k, v = (np.asarray(x, REAL) for x in (q, k, v))
+    if enable_gqa:  # query head h uses key head h // (H / Hkv)
+        k = np.repeat(k, q.shape[-3] // k.shape[-3], axis=-3)
+        v = np.repeat(v, q.shape[-3] // v.shape[-3], axis=-3)
+    mask = np.ones(k.shape[-2], bool) if key_mask is None else np.asarray(key_mask, bool)
+    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2], mask.shape[:-1])
+    q, k, v = (np.broadcast_to(x, lead + x.shape[-2:]) for x in (q, k, v))
+    mask = np.broadcast_to(mask, lead + mask.shape[-1:])
+    return [(i, q[i], k[i], v[i], mask[i]) for i in np.ndindex(lead)], lead
+
+
+def favor_attention(q, k, v, W, causal=False, key_mask=None, enable_gqa=False, **options):
+    """Dense FAVOR attention; W (m, d) or (heads, m, d), options as of log_features."""
+    items, lead = heads(q, k, v, key_mask, enable_gqa)
+    out = np.zeros((*lead, np.shape(q)[-2], np.shape(v)[-1]), REAL)
+    for i, q1, k1, v1, mask in items:
+        W1 = W if np.ndim(W) == 2 else W[i[-1]]
+        out[i] = one_head_favor(q1, k1, v1, W1, causal, mask, **options)
+    return out
+
+
+def exact_attention(q, k, v, causal=False, scale=None, key_mask=None, enable_gqa=False):
+    """Dense softmax attention."""
+    scale = REAL(np.shape(q)[-1]) ** REAL(-0.5) if scale is None else REAL(scale)
+    items, lead = heads(q, k, v, key_mask, enable_gqa)
+    out = np.zeros((*lead, np.shape(q)[-2], np.shape(v)[-1]), REAL)
+    for i, q1, k1, v1, mask in items:
+        out[i] = one_head_exact(q1, k1, v1, scale, causal, mask)
+    return out
+
+
+def fold(k, v, W, key_mask=None, **options):
+    """The state (S, z) of one head: sums of phi(k) v^T and phi(k), without 1/sqrt(M)."""
+    keep = slice(None) if key_mask is None else np.asarray(key_mask, bool)
+    phi = np.exp(log_features(k, W, **options))[keep]
+    return phi.T @ np.asarray(v, REAL)[keep], phi.sum(0)
+
+
+def merge(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+def read(state, q, W, **options):
+    phi = np.exp(log_features(q, W, **options))
+    return phi @ state[0] / (phi @ state[1])[:, None]
+
+
+def relative_error(got, expected):
+    """max|got - expected| / max|expected|, the deviation that golden/README.md uses."""
+    got, expected = np.asarray(got, REAL), np.asarray(expected, REAL)
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    if got.size == 0:
+        return 0.0
+    worst = np.abs(got - expected).max()  # NaN stays NaN and fails every comparison
+    return float(worst / max(np.abs(expected).max(), np.finfo(np.float64).tiny))

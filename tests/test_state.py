@@ -1,0 +1,213 @@
+"""AttentionState: fold, merge, read."""
+
+import naive
+import numpy as np
+import pytest
+from test_attention import draw, each_dtype, each_map, inputs
+
+from favor_np import AttentionState, FeatureMap, favor_attention
+
+L = 150
+
+
+def content(state):
+    """S and z without the power of two they are stored with."""
+    return (
+        np.ldexp(np.asarray(state.S, naive.REAL), state.c[..., None]),
+        np.ldexp(np.asarray(state.z, naive.REAL), state.c),
+    )
+
+
+def error(a, b):
+    return max(naive.relative_error(x, y) for x, y in zip(content(a), content(b), strict=True))
+
+
+def folded(fm, k, v, mask=None):
+    state = AttentionState.zeros(fm, value_dim=v.shape[-1], batch_shape=k.shape[:-2], dtype=k.dtype)
+    state.update(k, v, key_mask=mask)
+    return state
+
+
+@each_map
+@each_dtype
+def test_fold_and_read(options, dtype):
+    fm = FeatureMap.from_projection(draw(17, 6), **options)
+    q, k, v = inputs(L, lead=(2,), dtype=dtype)
+    mask = np.random.default_rng(0).random((2, L)) < 0.7
+    state = folded(fm, k, v, mask)
+    assert state.c.shape == state.z.shape == (2, fm.num_features)
+    assert state.S.shape == (2, fm.num_features, 5)
+    assert np.issubdtype(state.c.dtype, np.integer)
+    assert state.S.dtype == state.z.dtype == dtype
+    limit = 100 * np.finfo(dtype).eps
+    for b in range(2):
+        S, z = naive.fold(k[b], v[b], fm.projection, mask[b], **options)
+        assert naive.relative_error(content(state)[0][b], S) < limit
+        assert naive.relative_error(content(state)[1][b], z) < limit
+        out = naive.read((S, z), q[b], fm.projection, **options)
+        assert naive.relative_error(state.attend(q)[b], out) < limit
+    assert state.attend(q).dtype == dtype
+
+
+@each_map
+@pytest.mark.parametrize("cuts", [[], [1], [64], [63, 65], [10, 20, 100], [0, 150], range(1, 150)])
+def test_update_in_pieces(options, cuts):
+    fm = FeatureMap.from_projection(draw(17, 6), **options)
+    _, k, v = inputs(L, lead=(2,))
+    whole, state = folded(fm, k, v), folded(fm, k[:, :0], v[:, :0])
+    for start, stop in zip([0, *cuts], [*cuts, L], strict=True):
+        state.update(k[:, start:stop], v[:, start:stop])
+    assert error(state, whole) < 1e-14
+
+
+@each_map
+@each_dtype
+def test_steps_are_causal_attention(options, dtype):
+    fm = FeatureMap.from_projection(draw(17, 6), **options)
+    q, k, v = inputs(90, lead=(2,), dtype=dtype)
+    whole, last = favor_attention(q, k, v, fm, causal=True, return_state=True)
+    state = folded(fm, k[:, :0], v[:, :0])
+    outputs = [state.step(q[:, t], k[:, t], v[:, t]) for t in range(90)]
+    limit = 100 * np.finfo(dtype).eps
+    assert outputs[0].dtype == dtype
+    assert naive.relative_error(np.stack(outputs, axis=1), whole) < limit
+    assert error(state, last) < limit
+
+
+@each_map
+@each_dtype
+@pytest.mark.parametrize("path", ["rise", "fall", "zigzag"])
+def test_steps_with_keys_far_apart(options, dtype, path):
+    """Keys that outweigh each other by hundreds of nats, then one that is not finite."""
+    fm = FeatureMap.from_projection(draw(17, 6), **options)
+    q, k, v = inputs(40, lead=(2,), dtype=dtype)
+    size = {"rise": np.arange(40), "fall": np.arange(40)[::-1], "zigzag": np.arange(40) % 3 * 20}
+    k *= (1 + size[path][:, None]).astype(dtype)
+    oracle = naive.favor_attention(q, k, v, fm.projection, causal=True, **options)
+    k[1, 30] = np.nan
+    state = folded(fm, k[:, :0], v[:, :0])
+    out = np.stack([state.step(q[:, t], k[:, t], v[:, t]) for t in range(40)], axis=1)
+    # Log-features of a thousand are rounded to a thousand eps.
+    limit = 2e4 * np.finfo(dtype).eps
+    assert naive.relative_error(out[:, :30], oracle[:, :30]) < limit
+    assert naive.relative_error(out[0], oracle[0]) < limit
+    assert np.isnan(out[1, 30:]).all()
+
+
+@each_map
+def test_merge(options):
+    """Associative and commutative, with the empty state as its neutral element."""
+    fm = FeatureMap.from_projection(draw(17, 6), **options)
+    _, k, v = inputs(L, lead=(2,))
+    k[:, 50:] *= 3  # the parts have different exponents c
+    cuts = [slice(0, 20), slice(20, 100), slice(100, 100), slice(100, L)]
+    whole = folded(fm, k, v)
+
+    def parts(order):
+        return [folded(fm, k[:, cuts[i]], v[:, cuts[i]]) for i in order]
+
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        first, *rest = parts(order)
+        for part in rest:
+            first.merge(part)
+        assert error(first, whole) < 1e-14
+    a, b, c, d = parts(range(4))
+    c.merge(d)
+    b.merge(c)
+    a.merge(b)
+    assert error(a, whole) < 1e-14
+    ab, ba = parts((0, 1)), parts((1, 0))
+    ab[0].merge(ab[1])
+    ba[0].merge(ba[1])
+    assert error(ab[0], ba[0]) < 1e-15
+    before = content(ab[1])
+    for x, y in zip(before, content(parts((1,))[0]), strict=True):
+        assert np.array_equal(x, y)  # the argument is left alone
+
+
+@each_dtype
+@pytest.mark.parametrize("far", [300, 3000])
+def test_merge_of_parts_far_apart(far, dtype):
+    """One part outweighs the other by e**far: nothing overflows, nothing becomes NaN."""
+    W = np.array([[4.0, 0], [3, 1], [-1, 2]])
+    fm = FeatureMap.from_projection(W, scale=1.0)
+    q, k, v = inputs(20, 2, 3, std=0.1, dtype=dtype)
+    low = k - dtype(np.sqrt(2 * far)) * np.array([1, 0], dtype)
+    for first, second in ((k, low), (low, k)):
+        state = folded(fm, first, v)
+        state.merge(folded(fm, second, v))
+        both = np.concatenate([first, second]), np.concatenate([v, v])
+        oracle = naive.favor_attention(q, *both, W, scale=1.0)
+        assert naive.relative_error(state.attend(q), oracle) < 1e4 * np.finfo(dtype).eps
+
+
+def test_copy_is_independent():
+    fm = FeatureMap.from_projection(draw(17, 6))
+    q, k, v = inputs(L)
+    state = folded(fm, k, v)
+    twin = state.copy()
+    out = state.attend(q)
+    assert np.array_equal(twin.attend(q), out)
+    twin.update(3 * k, v)
+    twin.step(q[0], k[0], v[0])
+    assert np.array_equal(state.attend(q), out)
+    assert not np.array_equal(twin.attend(q), out)
+
+
+def test_attention_does_not_change_the_state_it_starts_from():
+    fm = FeatureMap.from_projection(draw(17, 6))
+    q, k, v = inputs(L)
+    state = folded(fm, k, v)
+    before = content(state)
+    _, after = favor_attention(q, 3 * k, v, fm, causal=True, state=state, return_state=True)
+    for x, y in zip(before, content(state), strict=True):
+        assert np.array_equal(x, y)
+    assert error(after, state) > 0.01
+
+
+def test_an_empty_state_reads_zeros():
+    fm = FeatureMap.from_projection(draw(17, 6))
+    state = AttentionState.zeros(fm, value_dim=3, batch_shape=(2,))
+    assert np.array_equal(state.attend(draw(2, 4, 6)), np.zeros((2, 4, 3)))
+    for S_or_z in content(state):
+        assert not S_or_z.any()
+
+
+@each_map
+def test_masked_and_not_finite_tokens(options):
+    fm = FeatureMap.from_projection(draw(17, 6), **options)
+    q, k, v = inputs(90)
+    mask = np.random.default_rng(1).random(90) < 0.5
+    expected = folded(fm, k, v, mask).attend(q)
+    k[~mask] = v[~mask] = np.nan
+    assert np.array_equal(folded(fm, k, v, mask).attend(q), expected)
+    state = folded(fm, k[mask], v[mask])
+    state.update(np.full((1, 6), np.nan), np.ones((1, 5)))
+    assert np.isnan(state.attend(q)).all()
+
+
+def test_a_state_lives_for_a_million_tokens():
+    """Neither the mean nor the exponents drift: all values equal, so every output is it too."""
+    fm = FeatureMap.from_projection(draw(8, 2).astype(np.float32))
+    state = AttentionState.zeros(fm, value_dim=1, batch_shape=())
+    k = draw(50_000, 2, dtype=np.float32)
+    v = np.full((50_000, 1), 3, np.float32)
+    for _ in range(20):
+        state.update(k, v)
+    assert naive.relative_error(state.attend(k[:9]), np.full((9, 1), 3.0)) < 1e-5
+
+
+@each_map
+def test_grouped_heads_and_heads_of_their_own(options):
+    W = draw(2, 9, 6)
+    fm = FeatureMap.from_projection(W, **options)
+    _, k, v = inputs(40, lead=(3, 2))
+    q = draw(3, 6, 40, 6, seed=4)
+    state = folded(fm, k, v)
+    whole = favor_attention(q, k, v, fm, enable_gqa=True)
+    oracle = naive.favor_attention(
+        q, np.repeat(k, 3, 1), np.repeat(v, 3, 1), np.repeat(W, 3, 0), **options
+    )
+    assert naive.relative_error(whole, oracle) < 1e-14
+    mine = state.attend(q[:, ::3])
+    assert naive.relative_error(mine, oracle[:, ::3]) < 1e-14
