@@ -97,12 +97,35 @@ def carve(par, floats, ints, d, vcols, width, blocks):
                  sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
 
 
+@jit(fastmath=EXACT)
+def shorten(source, row, target, i, limit):
+    """Copy one row to target[i], shortened to limit or, if it is not finite, as zeros; its square.
+
+    Scaled by its largest entry first: the square of a finite row may be infinite.
+    """
+    largest, square = 0.0, 0.0
+    for x in range(source.shape[1]):
+        largest = max(largest, abs(float(source[row, x])))
+        if not math.isfinite(source[row, x]):
+            square = math.inf
+    if square == math.inf:
+        for x in range(source.shape[1]):
+            target[i, x] = 0
+        return square
+    for x in range(source.shape[1]):
+        square += (float(source[row, x]) / largest) ** 2
+    norm = math.sqrt(square)
+    for x in range(source.shape[1]):
+        target[i, x] = float(source[row, x]) / largest * (limit / norm)
+    return min(largest * norm, 1e150) ** 2
+
+
 @jit()
 def pack(source, row, count, target, limit, squares):
     """Copy rows row:row+count of source to the zero-padded tile; their squared norms to squares.
 
     A finite row longer than limit is shortened to it; a row with NaN or infinity is zeroed and its
-    square becomes infinite.
+    square is infinite.
     """
     width = source.shape[1]
     for i in range(count):
@@ -112,26 +135,13 @@ def pack(source, row, count, target, limit, squares):
             target[i, x] = value
             total += float(value) * float(value)
         if not total <= limit * limit:
-            largest = 0.0
-            clean = True
-            for x in range(width):
-                clean = clean and math.isfinite(source[row + i, x])
-                largest = max(largest, abs(float(source[row + i, x])))
-            if clean:
-                scaled = 0.0
-                for x in range(width):
-                    scaled += (float(source[row + i, x]) / largest) ** 2
-                for x in range(width):
-                    ratio = float(source[row + i, x]) / largest
-                    target[i, x] = ratio * (limit / math.sqrt(scaled))
-                total = largest * math.sqrt(scaled) * (largest * math.sqrt(scaled))
-                total = min(total, 1e300)
-            else:
-                target[i, :width] = 0
-                total = math.inf
+            total = shorten(source, row + i, target, i, limit)
         squares[i] = total
-    target[:count, width:] = 0
-    target[count:] = 0
+        for x in range(width, target.shape[1]):
+            target[i, x] = 0
+    for i in range(count, target.shape[0]):
+        for x in range(target.shape[1]):
+            target[i, x] = 0
 
 
 @jit()
