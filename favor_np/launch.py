@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,11 +32,27 @@ def _mask_rows(mask: Array | None) -> Array:
 
 def new_state(feature_map: FeatureMap, dtype: np.dtype[Any], count: int, value_dim: int) -> Any:
     """Return the arrays (c, S, z) of `count` empty states, as the kernels lay them out."""
-    layout = plan.layout(feature_map, dtype, value_dim)
-    c = plan.aligned((count, layout.features), plan.integer_of(dtype))
-    c[:] = -4 * int(plan.FAR[dtype.itemsize])
-    s = plan.aligned((count, layout.features, layout.value_columns), dtype)
-    return c, s, plan.aligned((count, layout.features), dtype)
+    return _empty(plan.layout(feature_map, dtype, value_dim), count)
+
+
+def _empty(layout: plan.Layout, count: int) -> Any:
+    c = plan.aligned((count, layout.features), plan.integer_of(layout.dtype))
+    c[:] = -4 * int(plan.FAR[layout.dtype.itemsize])
+    s = plan.aligned((count, layout.features, layout.value_columns), layout.dtype)
+    return c, s, plan.aligned((count, layout.features), layout.dtype)
+
+
+def merge(into: Any, other: Any) -> None:
+    """Add the states `other` to the states `into`: arrays (c, S, z) of equal shapes."""
+    (c, s, z), (other_c, other_s, other_z) = into, other
+    top = np.maximum(c, other_c)
+    keep = np.ldexp(1.0, c - top).astype(z.dtype)
+    add = np.ldexp(1.0, other_c - top).astype(z.dtype)
+    s *= keep[..., None]
+    s += add[..., None] * other_s
+    z *= keep
+    z += add * other_z
+    c[...] = top
 
 
 def attend(
@@ -54,32 +71,77 @@ def attend(
     threads: int | None,
 ) -> None:
     """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it."""
-    layout = plan.layout(feature_map, dtype, v.shape[-1])
+    queries, keys, value_dim = q.shape[-2], k.shape[-2], v.shape[-1]
+    layout = plan.layout(feature_map, dtype, value_dim)
     jobs = plan.jobs(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-        feature_map.num_heads, state_shape, grouped, q.shape[-2], k.shape[-2], layout.blocks,
+        feature_map.num_heads, state_shape, grouped, queries, keys, layout.blocks,
     )  # fmt: skip
-    count = len(jobs.table)
-    work = max(q.shape[-2], k.shape[-2]) * count * layout.features * q.shape[-1]
-    workers = 1 if work < SERIAL else min(resolve_threads(threads), count)
+    work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
+    arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
+              layout.weight, layout.bias)  # fmt: skip
+    call = _Call(
+        layout, arrays, out.reshape(-1, out.shape[-1]), causal, q.shape[-1], value_dim,
+        1 if work < SERIAL else resolve_threads(threads),
+    )  # fmt: skip
+    if causal or max(queries, keys) <= plan.SEGMENT:
+        call.run(jobs.table, jobs.q_rows, jobs.out_rows, state)
+        return
+    for first in range(0, len(jobs.table), plan.WAVE):
+        wave = slice(first, min(first + plan.WAVE, len(jobs.table)))
+        if state is None:
+            totals = new_state(feature_map, dtype, wave.stop - first, value_dim)
+        else:
+            totals = tuple(array[wave] for array in state)
+        folds, reads = plan.segments(jobs.table[wave], jobs.q_rows[wave], jobs.out_rows[wave])
+        call.fold(folds, totals)
+        call.run(*reads, totals)
 
-    def make() -> Any:
-        return (
-            plan.aligned((workers, layout.floats), dtype),
-            plan.aligned((workers, layout.ints), plan.integer_of(dtype)),
-            None if state is not None else new_state(feature_map, dtype, workers, v.shape[-1]),
-        )
 
-    key = (dtype, workers, layout.floats, layout.ints, layout.features, layout.value_columns,
-           state is None)  # fmt: skip
-    with plan.reused(key, make) as (floats, ints, own):
-        args = (
-            layout.causal if causal else layout.bidirectional,
-            rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
-            layout.weight, layout.bias, jobs.table, jobs.q_rows, jobs.out_rows,
-            *(own if state is None else state), out.reshape(-1, out.shape[-1]), floats, ints,
-        )  # fmt: skip
-        POOL.call(kernels.attend, args, count, workers)
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What all kernel calls of one attention call share."""
+
+    layout: plan.Layout
+    arrays: tuple[Array, ...]
+    out: Array
+    causal: bool
+    dim: int
+    value_dim: int
+    threads: int
+
+    def run(self, table: Array, q_rows: Array, out_rows: Array, state: Any) -> None:
+        """Run jobs; without a state each begins with an empty one of its own."""
+        layout, dtype = self.layout, self.layout.dtype
+        workers = min(self.threads, len(table))
+
+        def make() -> Any:
+            return (
+                plan.aligned((workers, layout.floats), dtype),
+                plan.aligned((workers, layout.ints), plan.integer_of(dtype)),
+                None if state is not None else _empty(layout, workers),
+            )
+
+        key = (dtype, workers, layout.floats, layout.ints, layout.features, layout.value_columns,
+               state is None)  # fmt: skip
+        with plan.reused(key, make) as (floats, ints, own):
+            args = (
+                layout.causal if self.causal else layout.bidirectional, *self.arrays,
+                table, q_rows, out_rows, *(own if state is None else state), self.out, floats, ints,
+            )  # fmt: skip
+            POOL.call(kernels.attend, args, len(table), workers)
+
+    def fold(self, folds: Array, totals: Any) -> None:
+        """Fold segments into states of their own, then merge these in order into their totals."""
+        for first in range(0, len(folds), plan.WAVE):
+            batch = folds[first : first + plan.WAVE].copy()
+            owners = batch[:, 5].copy()
+            batch[:, 5] = np.arange(len(batch))
+            parts = _empty(self.layout, len(batch))
+            none = np.empty((len(batch), 0), np.int64)
+            self.run(batch, none, none, parts)
+            for i, owner in enumerate(owners):
+                merge([a[owner] for a in totals], [a[i] for a in parts])
 
 
 def attend_exact(

@@ -31,6 +31,11 @@ CHUNK = kernels.CHUNK
 FAR = {4: 2.0**20, 8: 2.0**28}
 #: log2-features of the keys of one chunk may pass its first key by this much (see raise_keys).
 SPAN = {4: 40, 8: 400}
+#: Positions that bidirectional attention folds, and reads, as one job.  Longer sequences are folded
+#: in segments and these merged in order, whatever the number of threads: the same bits for any.
+SEGMENT = 8192
+#: States that are under way at a time.
+WAVE = 32
 #: relu and elu features are not exponentials of the projection: it only has to stay finite.
 LONGEST = 2.0**60
 
@@ -241,6 +246,28 @@ def jobs(
         np.ascontiguousarray(index(q_full, full)[order] * q_length),
         np.ascontiguousarray(order * q_length),
     )
+
+
+def segments(table: Array, q_rows: Array, out_rows: Array) -> tuple[Array, tuple[Array, ...]]:
+    """Cut bidirectional jobs into jobs that only fold and jobs that only read, by SEGMENT."""
+    keys, queries = int(table[0, 3]), int(table[0, 6])
+
+    def cut(length: int, count: int) -> tuple[Array, Array, Array]:
+        starts = np.arange(0, length, SEGMENT)
+        owner = np.repeat(np.arange(count), len(starts))
+        start = np.tile(starts, count)
+        return owner, start, np.minimum(SEGMENT, length - start)
+
+    owner, start, length = cut(keys, len(table))
+    folds = table[owner].copy()
+    folds[:, 0] += start
+    folds[:, 1] += start
+    folds[:, 2] += np.where(folds[:, 2] < 0, 0, start)
+    folds[:, 3], folds[:, 5], folds[:, 6] = length, owner, 0
+    owner, start, length = cut(queries, len(table))
+    reads = table[owner].copy()
+    reads[:, 3], reads[:, 5], reads[:, 6] = 0, owner, length
+    return folds, (reads, q_rows[owner] + start[:, None], out_rows[owner] + start[:, None])
 
 
 @functools.lru_cache(maxsize=256)

@@ -299,16 +299,9 @@ class AttentionState:
         mine, theirs = ((s.batch_shape, s.value_dim) for s in (self, other))
         if mine != theirs:
             raise ValueError(f"other must have (batch_shape, value_dim) {mine}, got {theirs}")
-        c, s, z = self.arrays
-        other_c, other_s, other_z = other.arrays
-        top = np.maximum(c, other_c)
-        keep, add = np.ldexp(1.0, c - top), np.ldexp(1.0, other_c - top)
-        keep, add = keep.astype(self.dtype), add.astype(self.dtype)
-        s *= keep[..., None]
-        s += add[..., None] * other_s
-        z *= keep
-        z += add * other_z
-        c[...] = top
+        from favor_np import launch
+
+        launch.merge(self.arrays, other.arrays)
         return self
 
     def copy(self) -> AttentionState:
