@@ -75,17 +75,20 @@ def attend(
     layout = plan.layout(feature_map, dtype, value_dim)
     jobs = plan.jobs(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-        feature_map.num_heads, state_shape, grouped, queries, keys, layout.blocks,
+        feature_map.num_heads, state_shape, grouped, queries, keys, layout.blocks, layout.rows,
+        causal,
     )  # fmt: skip
     work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               layout.weight, layout.bias)  # fmt: skip
     call = _Call(
-        layout, arrays, out.reshape(-1, out.shape[-1]), causal, q.shape[-1], value_dim,
-        1 if work < SERIAL else resolve_threads(threads),
+        layout, layout.causal if causal else layout.bidirectional, arrays,
+        out.reshape(-1, out.shape[-1]), 1 if work < SERIAL else resolve_threads(threads),
     )  # fmt: skip
+    if jobs.table[0, 8] > 1 and call.threads > 1 and call.by_features(jobs, state):
+        return
     if causal or max(queries, keys) <= plan.SEGMENT:
-        call.run(jobs.table, jobs.q_rows, jobs.out_rows, state)
+        call.run(call.parameters, jobs.table, jobs.q_rows, jobs.out_rows, state)
         return
     for first in range(0, len(jobs.table), plan.WAVE):
         wave = slice(first, min(first + plan.WAVE, len(jobs.table)))
@@ -95,7 +98,7 @@ def attend(
             totals = tuple(array[wave] for array in state)
         folds, reads = plan.segments(jobs.table[wave], jobs.q_rows[wave], jobs.out_rows[wave])
         call.fold(folds, totals)
-        call.run(*reads, totals)
+        call.run(call.parameters, *reads, totals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,33 +106,63 @@ class _Call:
     """What all kernel calls of one attention call share."""
 
     layout: plan.Layout
+    parameters: Any
     arrays: tuple[Array, ...]
     out: Array
-    causal: bool
-    dim: int
-    value_dim: int
     threads: int
 
-    def run(self, table: Array, q_rows: Array, out_rows: Array, state: Any) -> None:
-        """Run jobs; without a state each begins with an empty one of its own."""
+    def pool(self, kernel: Any, head: tuple[Any, ...], tail: tuple[Any, ...], jobs: int,
+             state: Any) -> Array:  # fmt: skip
+        """Call a kernel with workspaces for its threads; without a state, with one for each."""
         layout, dtype = self.layout, self.layout.dtype
-        workers = min(self.threads, len(table))
+        workers = min(self.threads, jobs)
 
         def make() -> Any:
             return (
                 plan.aligned((workers, layout.floats), dtype),
                 plan.aligned((workers, layout.ints), plan.integer_of(dtype)),
-                None if state is not None else _empty(layout, workers),
+                _empty(layout, workers) if state is None else (),
             )
 
         key = (dtype, workers, layout.floats, layout.ints, layout.features, layout.value_columns,
                state is None)  # fmt: skip
         with plan.reused(key, make) as (floats, ints, own):
-            args = (
-                layout.causal if self.causal else layout.bidirectional, *self.arrays,
-                table, q_rows, out_rows, *(own if state is None else state), self.out, floats, ints,
-            )  # fmt: skip
-            POOL.call(kernels.attend, args, len(table), workers)
+            states = own if state is None else state
+            return POOL.call(kernel, (*head, *states, *tail[:1], floats, ints, *tail[1:]), jobs,
+                             workers)  # fmt: skip
+
+    def run(
+        self, parameters: Any, table: Array, q_rows: Array, out_rows: Array, state: Any,
+        out: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Run jobs; without a state each begins with an empty one of its own."""
+        head = (parameters, *self.arrays, table, q_rows, out_rows)
+        return self.pool(
+            kernels.attend, head, (self.out if out is None else out,), len(table), state
+        )
+
+    def by_features(self, jobs: plan.Jobs, state: Any) -> bool:
+        """Run one long causal problem in parallel over sets of its features.
+
+        The sums are formed as one thread forms them, so the bits are the same.  False, with
+        nothing changed but `out`, if a chunk of keys has to be split.
+        """
+        layout = self.layout
+        q, _, v, mask, _, _ = self.arrays
+        whole = _empty(layout, 1) if state is None else state
+        parts = tuple(plan.sets_of(array, layout.signs) for array in whole)
+        records = plan.aligned((kernels.SETS * plan.SPLIT // plan.CHUNK, layout.record), v.dtype)
+        for start in range(0, int(jobs.table[0, 3]), plan.SPLIT):
+            table, q_rows, rows, chunks = plan.set_jobs(layout, jobs, start)
+            if self.run(layout.partial, table, q_rows, rows, parts, records)[12]:
+                return False
+            head = (layout.partial, q, v, mask, records, chunks)
+            tail = (self.out, layout.width, layout.blocks)
+            self.pool(kernels.combine, head, tail, len(chunks), ())
+        if state is not None:
+            for part, array in zip(parts, state, strict=True):
+                plan.join_sets(part, array, layout.signs)
+        return True
 
     def fold(self, folds: Array, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
@@ -139,7 +172,7 @@ class _Call:
             batch[:, 5] = np.arange(len(batch))
             parts = _empty(self.layout, len(batch))
             none = np.empty((len(batch), 0), np.int64)
-            self.run(batch, none, none, parts)
+            self.run(self.parameters, batch, none, none, parts)
             for i, owner in enumerate(owners):
                 merge([a[owner] for a in totals], [a[i] for a in parts])
 

@@ -34,6 +34,9 @@ SPAN = {4: 40, 8: 400}
 #: Positions that bidirectional attention folds, and reads, as one job.  Longer sequences are folded
 #: in segments and these merged in order, whatever the number of threads: the same bits for any.
 SEGMENT = 8192
+#: A single causal problem of at least this length is cut into sets of features instead, for which
+#: the sequence is walked in steps of SPLIT.
+LONG, SPLIT = 2048, 4096
 #: States that are under way at a time.
 WAVE = 32
 #: relu and elu features are not exponentials of the projection: it only has to stay finite.
@@ -80,6 +83,11 @@ class Layout:
     real: Array
     causal: Any
     bidirectional: Any
+    partial: Any
+    rows: int
+    signs: int
+    width: int
+    record: int
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,12 +110,12 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     bias[:, :rows] = feature_map.bias * unit
     longest = math.sqrt((padding**2).sum(-1).max())
     columns, value_columns = padded(dim, size), padded(value_dim, size)
+    record = CHUNK * (CHUNK + value_columns + 2)  # scores, num, den, top
 
-    def parameters(causal: bool) -> Any:
+    def parameters(causal: bool, partial: bool = False) -> Any:
         return kernels.Parameters(
             kind=kind[feature_map.kind],
             signs=signs,
-            rows=rows,
             key_norm=feature_map.key_norm * kernels.LOG2E,
             kernel_epsilon=float(feature_map.kernel_epsilon),
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
@@ -115,6 +123,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
             masked=8 * FAR[size],
             span=SPAN[size] if causal else 2**30,
             causal=causal,
+            partial=partial,
         )
 
     floats = (
@@ -122,6 +131,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         + 2 * CHUNK * width  # raw, phi
         + 3 * CHUNK * value_columns  # values, num, spare
         + CHUNK * CHUNK  # scores
+        + kernels.SETS * record
         + signs * half * CHUNK  # keys
         + 3 * CHUNK  # height, den, part
         + 3 * signs * half  # sums, scale, token
@@ -140,6 +150,11 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         real=np.concatenate([s * half + np.arange(rows) for s in range(signs)]),
         causal=parameters(True),
         bidirectional=parameters(False),
+        partial=parameters(True, True),
+        rows=rows,
+        signs=signs,
+        width=width,
+        record=record,
     )
 
 
@@ -208,7 +223,7 @@ class Jobs:
 @functools.lru_cache(maxsize=256)
 def jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
-    grouped: bool, q_length: int, k_length: int, blocks: int,
+    grouped: bool, q_length: int, k_length: int, blocks: int, rows: int, causal: bool,
 ) -> Jobs:  # fmt: skip
     """Return the jobs for leading axes that broadcast (validated before).
 
@@ -227,6 +242,8 @@ def jobs(
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
         return np.broadcast_to(numbers, into).ravel()
 
+    alone = causal and count == 1 and k_length >= LONG and blocks % kernels.SETS == 0
+    sets = kernels.SETS if alone and math.prod(q) <= 1 else 1
     order = np.argsort(index(state_full, full), kind="stable").reshape(count, -1)
     head = index((heads,), state_shape) if heads else np.zeros(count, np.int64)
     table = np.stack(
@@ -238,6 +255,8 @@ def jobs(
             head * blocks,
             np.full(count, -1) if state is None else np.arange(count),
             np.full(count, q_length),
+            np.full(count, rows),
+            np.full(count, sets),
         ],
         axis=1,
     ).astype(np.int64)
@@ -270,12 +289,50 @@ def segments(table: Array, q_rows: Array, out_rows: Array) -> tuple[Array, tuple
     return folds, (reads, q_rows[owner] + start[:, None], out_rows[owner] + start[:, None])
 
 
+def sets_of(array: Array, signs: int) -> Array:
+    """Return a copy of one state (1, features, ...) with one row for each set of its features."""
+    parts = array.reshape(signs, kernels.SETS, -1, *array.shape[2:]).swapaxes(0, 1)
+    new = aligned((kernels.SETS, array.shape[1] // kernels.SETS, *array.shape[2:]), array.dtype)
+    new.reshape(parts.shape)[...] = parts
+    return new
+
+
+def join_sets(parts: Array, array: Array, signs: int) -> None:
+    """Write what `sets_of` took apart back to the state."""
+    whole = array.reshape(signs, kernels.SETS, -1, *array.shape[2:])
+    whole[...] = parts.reshape(kernels.SETS, signs, -1, *array.shape[2:]).swapaxes(0, 1)
+
+
+def set_jobs(of: Layout, table: Jobs, start: int) -> tuple[Array, Array, Array, Array]:
+    """Return the jobs of one step over the sets of features, and those that combine its chunks."""
+    job, q_row, out_row = table.table[0], table.q_rows[0, 0], table.out_rows[0, 0]
+    length = min(SPLIT, int(job[3]) - start)
+    sets, per_set = np.arange(kernels.SETS), of.half // kernels.SETS
+    begin = np.array([start, start, start if job[2] >= 0 else 0])
+    work = np.tile(job, (kernels.SETS, 1))
+    work[:, :3] += begin
+    work[:, 3] = work[:, 6] = length
+    work[:, 4] += sets * (of.blocks // kernels.SETS)
+    work[:, 5] = sets
+    work[:, 7] = np.clip(of.rows - sets * per_set, 0, per_set)
+    work[:, 8] = 1
+    steps = SPLIT // CHUNK
+    at = np.arange(0, length, CHUNK)
+    chunks = np.empty((len(at), 8), np.int64)
+    chunks[:, 0], chunks[:, 1] = q_row + start + at, job[1] + start + at
+    chunks[:, 2] = job[2] + start + at if job[2] >= 0 else -1
+    chunks[:, 3], chunks[:, 4] = np.minimum(CHUNK, length - at), out_row + start + at
+    chunks[:, 5], chunks[:, 6], chunks[:, 7] = at // CHUNK, steps, kernels.SETS
+    q_rows = np.full((kernels.SETS, 1), q_row + start)
+    return work, q_rows, (sets * steps)[:, None], chunks
+
+
 @functools.lru_cache(maxsize=256)
 def exact_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> Array:
     """Return the jobs of exact attention, a block of queries each."""
-    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0)
+    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
     block = CHUNK * exact_kernels.GROUP
     # The last blocks of a causal problem have the most keys: they go first.
     starts = np.arange(0, q_length, block, dtype=np.int64)[::-1]

@@ -43,6 +43,8 @@ from favor_np.kernels.simd import (
 
 CHUNK = 64
 POSITIVE, RELU, ELU = 0, 1, 2
+#: Sets of features that a single long causal problem is cut into.
+SETS = 2
 #: log2 head-room over the running maxima before they are moved.
 RAISE_KEYS, RAISE_QUERIES = 16, 24
 LOG2E = math.log2(math.e)
@@ -50,12 +52,12 @@ LOG2E = math.log2(math.e)
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
     "Parameters",
-    "kind signs rows key_norm kernel_epsilon limit far masked span causal",
+    "kind signs key_norm kernel_epsilon limit far masked span causal partial",
 )
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
-    "rows across raw phi values num spare scores keys height den part sums scale token square "
+    "rows across raw phi values num spare scores keys records height den part sums scale token square "
     "top higher excess",
 )
 
@@ -82,6 +84,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     spare, at = cut(floats, at, CHUNK, vcols)
     scores, at = cut(floats, at, CHUNK, CHUNK)
     flat, at = cut(floats, at, tiles * CHUNK, width)
+    records, at = cut(floats, at, SETS, CHUNK * (CHUNK + vcols + 2))
     height, at = cut(floats, at, 1, CHUNK)
     den, at = cut(floats, at, 1, CHUNK)
     part, at = cut(floats, at, 1, CHUNK)
@@ -93,7 +96,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
-    return Tiles(rows, across, raw, phi, values, num, spare, scores, keys, height[0], den, part,
+    return Tiles(rows, across, raw, phi, values, num, spare, scores, keys, records, height[0], den, part,
                  sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
 
 
@@ -342,8 +345,14 @@ def fold_chunk(par, keys, values, count, s, z, slot, sums):
 
 
 @jit()
-def read_chunk(par, q, row, count, weight, w, c, s, z, slot, keys, values, clean, out, out_row, t):
-    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
+def read_chunk(
+    par, q, row, count, weight, w, features_count, sets, c, s, z, slot, keys, values, clean, out, out_row, t
+):
+    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys.
+
+    The sums of each of `sets` equal sets of features are formed apart and then added: so another
+    thread can form them.  With par.partial, out receives the sums themselves, for ``combine``.
+    """
     lanes = VECTOR_BYTES // q.itemsize
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
@@ -356,7 +365,7 @@ def read_chunk(par, q, row, count, weight, w, c, s, z, slot, keys, values, clean
             transpose(t.rows, i, x, t.across)
     first = True
     for b in range(blocks):
-        features = min(width, par.rows - b * width)
+        features = min(width, features_count - b * width)
         project_t(weight[w + b], t.across, t.raw, width, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
@@ -381,9 +390,58 @@ def read_chunk(par, q, row, count, weight, w, c, s, z, slot, keys, values, clean
                     last = min(-(-end // 8) * 8, rows)
                     gemm(phi_k, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             first = False
+        if sets > 1 and (b + 1) % (blocks // sets) == 0:
+            save(t, t.records, b * sets // blocks)
+            first = True
+    for r in range(sets if sets > 1 else 0):
+        add_record(t, t.records, r, r == 0)
+    if par.partial:
+        save(t, out, out_row)
+        return
     if par.causal:
         own_keys(count, cols, rows, values, clean, t)
     write_rows(t.num, t.den[0], t.square, count, out, out_row)
+
+
+@jit()
+def save(t, records, row):
+    """Write the sums of a chunk, before its own keys are added, to a row of records."""
+    vcols, at = t.num.shape[1], 2 * CHUNK
+    for i in range(CHUNK):
+        records[row, i] = t.den[0, i]
+        records[row, CHUNK + i] = t.top[0, i]
+        for x in range(vcols):
+            records[row, at + x] = t.num[i, x]
+        for j in range(CHUNK):
+            records[row, at + vcols + j] = t.scores[j, i]
+        at += vcols + CHUNK
+
+
+@jit()
+def add_record(t, records, row, first):
+    """Add the sums that ``save`` wrote to those in t, under the higher of the two tops."""
+    vcols, at = t.num.shape[1], 2 * CHUNK
+    one = records.dtype.type(1)
+    for i in range(CHUNK):
+        top = int(records[row, CHUNK + i])
+        mine, theirs = one * 0, one
+        if not first:
+            mine = one * 2.0 ** max(float(min(t.top[0, i] - top, 0)), -1000.0)
+            theirs = one * 2.0 ** max(float(min(top - t.top[0, i], 0)), -1000.0)
+            top = max(t.top[0, i], top)
+        t.top[0, i] = top
+        if first:
+            t.den[0, i] = 0
+            for x in range(vcols):
+                t.num[i, x] = 0
+            for j in range(CHUNK):
+                t.scores[j, i] = 0
+        t.den[0, i] = t.den[0, i] * mine + records[row, i] * theirs
+        for x in range(vcols):
+            t.num[i, x] = t.num[i, x] * mine + records[row, at + x] * theirs
+        for j in range(CHUNK):
+            t.scores[j, i] = t.scores[j, i] * mine + records[row, at + vcols + j] * theirs
+        at += vcols + CHUNK
 
 
 @jit()
@@ -471,7 +529,9 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
 
 
 @jit(fastmath=EXACT)
-def step_token(par, q, q_row, k, k_row, v, v_row, weight, bias, w, c, s, z, slot, out, out_row, t):
+def step_token(
+    par, q, q_row, k, k_row, v, v_row, weight, bias, w, features, c, s, z, slot, out, out_row, t
+):
     """Fold one key and value, then read with one query: a chunk of one, without its tiles."""
     lanes = VECTOR_BYTES // q.itemsize
     width, state = weight.shape[2], s[slot]
@@ -509,7 +569,7 @@ def step_token(par, q, q_row, k, k_row, v, v_row, weight, bias, w, c, s, z, slot
                 state[r, x] *= t.scale[0, r]
     level = splat(c, -8 * int(par.far))
     for side in range(par.signs):
-        for r in range(side * half + par.rows, (side + 1) * half):
+        for r in range(side * half + features, (side + 1) * half):
             t.token[0, r] = -par.masked  # padding, no feature
     for r in range(0, z.shape[1], lanes):
         y = log_feature(par, load(t.token, 0, r))
@@ -521,7 +581,7 @@ def step_token(par, q, q_row, k, k_row, v, v_row, weight, bias, w, c, s, z, slot
         value = exp2(y, nearest(y) + (load(c, slot, r) - shift))
         store(t.token, 0, r, value * factor(par, x))
     for side in range(par.signs):
-        for r in range(side * half + par.rows, (side + 1) * half):
+        for r in range(side * half + features, (side + 1) * half):
             t.token[0, r] = 0
     den = splat(q, 0)
     for r in range(0, z.shape[1], lanes):
@@ -568,38 +628,45 @@ def step_values(state, values, phi_k, phi_q, num):
 
 @jit()
 def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z, slot, out, t):
-    """Everything for one problem: its keys and values, one state, its group of queries."""
+    """Everything for one problem: its keys and values, one state, its group of queries.
+
+    False if the sums of a chunk cannot be partial ones because the chunk has to be split.
+    """
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
-    w, queries_count = job[4], job[6]
+    w, queries_count, features, sets = job[4], job[6], job[7], job[8]
     if par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
-        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, c, s, z, slot, out,
-                   out_rows[0], t)  # fmt: skip
-        return
+        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, features, c, s, z, slot,
+                   out, out_rows[0], t)  # fmt: skip
+        return True
     start = 0
     while start < keys_count:
         count = min(CHUNK - start % CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
         taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w, c, s, z,
                            slot, t)  # fmt: skip
+        if par.partial and taken < count:  # other jobs, with other features, do not know of it
+            return False
         clean = pack_values(v, v_row + start, taken, t.values, mask, m_row)
         if par.causal:
             for g in range(q_rows.size):
-                read_chunk(par, q, q_rows[g] + start, taken, weight, w, c, s, z, slot, t.keys,
-                           t.values, clean, out, out_rows[g] + start, t)  # fmt: skip
+                row = out_rows[g] + (start // CHUNK if par.partial else start)
+                read_chunk(par, q, q_rows[g] + start, taken, weight, w, features, sets, c, s, z,
+                           slot, t.keys, t.values, clean, out, row, t)  # fmt: skip
         fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
         for g in range(q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), weight, w,
-                           c, s, z, slot, t.keys, t.values, True, out, out_rows[g] + start,
-                           t)  # fmt: skip
+                           features, 1, c, s, z, slot, t.keys, t.values, True, out,
+                           out_rows[g] + start, t)  # fmt: skip
+    return True
 
 
 @jit(cache=True)
 def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, out, floats, ints,
            ctl, n):  # fmt: skip
-    """Take jobs until none is left; how many are finished by now."""
+    """Take jobs until none is left; how many are finished by now.  ctl[12] counts those given up."""
     me = fetch_add(ctl, 4, 1)
     t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], weight.shape[2],
               c.shape[1] // (weight.shape[2] * par.signs))  # fmt: skip
@@ -614,9 +681,38 @@ def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, ou
             c[slot] = -4 * int(par.far)
             s[slot] = 0
             z[slot] = 0
-        attend_one(par, q, k, v, mask, weight, bias, jobs[job], q_rows[job], out_rows[job], c, s, z,
-                   slot, out, t)  # fmt: skip
+        if not attend_one(par, q, k, v, mask, weight, bias, jobs[job], q_rows[job], out_rows[job],
+                          c, s, z, slot, out, t):  # fmt: skip
+            fetch_add(ctl, 12, 1)
         finished += 1
     if finished == 0:  # came too late: whoever finished the last job has said so
+        return 0
+    return fetch_add(ctl, 8, finished) + finished
+
+
+@jit(cache=True)
+def combine(par, q, v, mask, records, jobs, out, floats, ints, width, blocks, ctl, n):
+    """Outputs of causal chunks from the sums that several sets of features gave (par.partial).
+
+    A job is (q row, v row, mask row, count, out row, record of the first set, step, sets).
+    """
+    me = fetch_add(ctl, 4, 1)
+    lanes = VECTOR_BYTES // q.itemsize
+    vcols = -(-v.shape[1] // lanes) * lanes
+    t = carve(par, floats[me], ints[me], q.shape[1], vcols, width, blocks)
+    finished = 0
+    while True:
+        job = fetch_add(ctl, 0, 1)
+        if job >= n:
+            break
+        count = jobs[job, 3]
+        for r in range(jobs[job, 7]):
+            add_record(t, records, jobs[job, 5] + r * jobs[job, 6], r == 0)
+        pack(q, jobs[job, 0], count, t.rows, par.limit, t.square)
+        clean = pack_values(v, jobs[job, 1], count, t.values, mask, jobs[job, 2])
+        own_keys(count, -(-count // lanes) * lanes, -(-count // 8) * 8, t.values, clean, t)
+        write_rows(t.num, t.den[0], t.square, count, out, jobs[job, 4])
+        finished += 1
+    if finished == 0:
         return 0
     return fetch_add(ctl, 8, finished) + finished
