@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
-import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation

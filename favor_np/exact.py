@@ -111,8 +111,10 @@ def exact_attention(
 
 
 def _too_large(call: validation.AttentionCall, scale: float) -> npt.NDArray[np.bool_]:
-    """Return which rows see a logit that float32 cannot resolve: row by row, so that no later key
-    decides how an earlier row is computed."""
+    """Return which rows see a logit that float32 cannot resolve.
+
+    Row by row: no later key decides how an earlier row is computed.
+    """
     q, k = (np.sqrt((x.astype(np.float64) ** 2).sum(-1)) for x in (call.q, call.k))
     k = np.where(np.isfinite(k), k, 0.0)
     if call.mask is not None:

@@ -96,9 +96,11 @@ def attend(
             totals = new_state(feature_map, dtype, wave.stop - first, value_dim)
         else:
             totals = tuple(array[wave] for array in state)
-        folds, reads = plan.segments(jobs.table[wave], jobs.q_rows[wave], jobs.out_rows[wave])
+        folds, reads, q_rows, out_rows = plan.segments(
+            jobs.table[wave], jobs.q_rows[wave], jobs.out_rows[wave]
+        )
         call.fold(folds, totals)
-        call.run(call.parameters, *reads, totals)
+        call.run(call.parameters, reads, q_rows, out_rows, totals)
 
 
 @dataclass(frozen=True, eq=False)

@@ -267,7 +267,7 @@ def jobs(
     )
 
 
-def segments(table: Array, q_rows: Array, out_rows: Array) -> tuple[Array, tuple[Array, ...]]:
+def segments(table: Array, q_rows: Array, out_rows: Array) -> tuple[Array, Array, Array, Array]:
     """Cut bidirectional jobs into jobs that only fold and jobs that only read, by SEGMENT."""
     keys, queries = int(table[0, 3]), int(table[0, 6])
 
@@ -286,7 +286,7 @@ def segments(table: Array, q_rows: Array, out_rows: Array) -> tuple[Array, tuple
     owner, start, length = cut(queries, len(table))
     reads = table[owner].copy()
     reads[:, 3], reads[:, 5], reads[:, 6] = 0, owner, length
-    return folds, (reads, q_rows[owner] + start[:, None], out_rows[owner] + start[:, None])
+    return folds, reads, q_rows[owner] + start[:, None], out_rows[owner] + start[:, None]
 
 
 def sets_of(array: Array, signs: int) -> Array:

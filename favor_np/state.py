@@ -70,7 +70,7 @@ class AttentionState:
         value_dim: int,
         batch_shape: int | tuple[int, ...] = (),
         *,
-        dtype: npt.DTypeLike = None,
+        dtype: npt.DTypeLike | None = None,
     ) -> AttentionState:
         """Make the state of no keys at all.
 
@@ -312,7 +312,11 @@ class AttentionState:
         for new, old in zip(arrays, self.arrays, strict=True):
             new[...] = old
         return AttentionState(
-            self.feature_map, self.value_dim, self.batch_shape, self.dtype, arrays  # type: ignore[arg-type]
+            self.feature_map,
+            self.value_dim,
+            self.batch_shape,
+            self.dtype,
+            arrays,  # type: ignore[arg-type]
         )
 
     __copy__ = copy

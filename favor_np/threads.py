@@ -24,7 +24,9 @@ import numpy as np
 #: int64 control words of a call: next job, next workspace, finished jobs, trouble.
 CONTROL = 16
 
-_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("favor_np_threads", default=None)
+_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
+    "favor_np_threads", default=None
+)
 
 
 @contextlib.contextmanager

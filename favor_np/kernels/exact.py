@@ -32,9 +32,7 @@ from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, transpose
 GROUP = 8
 
 #: ``kind`` and ``kernel_epsilon`` are what the activation of a positive map expects.
-ExactParameters = namedtuple(
-    "ExactParameters", "kind kernel_epsilon scale limit far masked causal"
-)
+ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit far masked causal")
 ExactTiles = namedtuple(
     "ExactTiles",
     "rows keys values raw phi across num spare den part ones longest square key_square "

@@ -339,14 +339,33 @@ def fold_chunk(par, keys, values, count, s, z, slot, sums):
     width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
     for t in range(keys.shape[0]):
         r0 = t % par.signs * half + t // par.signs * width
-        gemm_t(keys[t], values, s[slot, r0 : r0 + width], 0, width, 0, values.shape[1], 0, count, True)
+        gemm_t(
+            keys[t], values, s[slot, r0 : r0 + width], 0, width, 0, values.shape[1], 0, count, True
+        )
     for r in range(z.shape[1]):
         z[slot, r] += sums[0, r]
 
 
 @jit()
 def read_chunk(
-    par, q, row, count, weight, w, features_count, sets, c, s, z, slot, keys, values, clean, out, out_row, t
+    par,
+    q,
+    row,
+    count,
+    weight,
+    w,
+    features_count,
+    sets,
+    c,
+    s,
+    z,
+    slot,
+    keys,
+    values,
+    clean,
+    out,
+    out_row,
+    t,
 ):
     """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys.
 

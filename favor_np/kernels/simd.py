@@ -125,11 +125,11 @@ def _load(builder: Any, pointer: Any, vector: Any, width: int) -> Any:
 
 
 @intrinsic
-def load(typingctx, array, i, j):  # type: ignore[no-untyped-def]
+def load(typingctx, array, i, j):
     """The vector at ``array[i, j:j + lanes]``."""
     vector = Vector(array.dtype)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = _address(context, builder, array, args[0], args[1], args[2])
         return _load(builder, pointer, vector.ir, array.dtype.bitwidth)
 
@@ -137,10 +137,10 @@ def load(typingctx, array, i, j):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store(typingctx, array, i, j, value):  # type: ignore[no-untyped-def]
+def store(typingctx, array, i, j, value):
     """``array[i, j:j + lanes] = value``."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = _address(context, builder, array, args[0], args[1], args[2])
         where = builder.bitcast(pointer, value.ir.as_pointer())
         builder.store(args[3], where).align = array.dtype.bitwidth // 8
@@ -150,11 +150,11 @@ def store(typingctx, array, i, j, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def splat(typingctx, like, scalar):  # type: ignore[no-untyped-def]
+def splat(typingctx, like, scalar):
     """``scalar`` in every lane of a vector of the element type of the array or vector ``like``."""
     vector = Vector(like.dtype)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return _splat(builder, context.cast(builder, args[1], scalar, like.dtype), vector.ir)
 
     return vector(like, scalar), codegen
@@ -162,10 +162,10 @@ def splat(typingctx, like, scalar):  # type: ignore[no-untyped-def]
 
 def _elementwise(name: str, floats: str, integers: str) -> Callable[..., Any]:
     @intrinsic
-    def operation(typingctx, a, b):  # type: ignore[no-untyped-def]
+    def operation(typingctx, a, b):
         method = floats if isinstance(a.dtype, types.Float) else integers
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             return getattr(builder, method)(*args)
 
         return a(a, b), codegen
@@ -181,9 +181,9 @@ _mul = _elementwise("mul", "fmul", "mul")
 
 def _operator(symbol: Callable[..., Any], operation: Callable[..., Any]) -> None:
     @overload(symbol)
-    def vector_operator(a, b):  # type: ignore[no-untyped-def]
+    def vector_operator(a, b):
         if isinstance(a, Vector) and a == b:
-            return lambda a, b: operation(a, b)
+            return lambda a, b: operation(a, b)  # noqa: PLW0108 (Numba compiles what is returned)
         return None
 
 
@@ -193,20 +193,20 @@ _operator(operator.mul, _mul)
 
 
 @intrinsic
-def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fma(typingctx, a, b, c):
     """``a * b + c``, fused where the machine can."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return _call(builder, "fmuladd", a.ir, *args)
 
     return a(a, a, a), codegen
 
 
 @intrinsic
-def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
+def maximum(typingctx, a, b):
     """The larger of each pair of lanes; of floats none may be NaN."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         if isinstance(a.dtype, types.Float):
             return builder.select(builder.fcmp_ordered(">", *args), *args)
         return builder.select(builder.icmp_signed(">", *args), *args)
@@ -215,20 +215,20 @@ def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def minimum(typingctx, a, b):  # type: ignore[no-untyped-def]
+def minimum(typingctx, a, b):
     """The smaller of each pair of lanes; of floats none may be NaN."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered("<", *args), *args)
 
     return a(a, a), codegen
 
 
 @intrinsic
-def highest(typingctx, a):  # type: ignore[no-untyped-def]
+def highest(typingctx, a):
     """The largest lane of a vector of integers."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         element = a.ir.element
         name = f"llvm.vector.reduce.smax.v{a.lanes}{element}"
         function = cgutils.get_or_insert_function(
@@ -240,10 +240,10 @@ def highest(typingctx, a):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def sum_lanes(typingctx, a):  # type: ignore[no-untyped-def]
+def sum_lanes(typingctx, a):
     """The sum of the lanes of a vector of floats."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         element = a.ir.element
         name = f"llvm.vector.reduce.fadd.v{a.lanes}f{a.dtype.bitwidth}"
         function = cgutils.get_or_insert_function(
@@ -276,11 +276,11 @@ _EXP2 = {
 
 
 @intrinsic
-def nearest(typingctx, y):  # type: ignore[no-untyped-def]
+def nearest(typingctx, y):
     """The integer nearest to each lane, for |y| < 2**22 (float32) or 2**51 (float64)."""
     magic = _EXP2[y.dtype][0]
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         shifted = builder.bitcast(builder.fadd(args[0], y.constant(magic)), y.integer.ir)
         bits = builder.bitcast(y.constant(magic), y.integer.ir)
         return builder.sub(shifted, bits)
@@ -289,7 +289,7 @@ def nearest(typingctx, y):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def exp2(typingctx, y, n):  # type: ignore[no-untyped-def]
+def exp2(typingctx, y, n):
     """``2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds.
 
     Zero where n is below the exponent of the smallest normal number; n must not pass the largest.
@@ -297,18 +297,14 @@ def exp2(typingctx, y, n):  # type: ignore[no-untyped-def]
     magic, mantissa, coefficients = _EXP2[y.dtype]
     lowest = -126 if mantissa == 23 else -1022
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         value, exponent = args
-        whole = builder.fsub(
-            builder.fadd(value, y.constant(magic)), y.constant(magic)
-        )
+        whole = builder.fsub(builder.fadd(value, y.constant(magic)), y.constant(magic))
         f = builder.fsub(value, whole)
         p = y.constant(coefficients[-1])
         for coefficient in (*coefficients[-2::-1], 1.0):
             p = _call(builder, "fmuladd", y.ir, p, f, y.constant(coefficient))
-        moved = builder.add(
-            builder.bitcast(p, n.ir), builder.shl(exponent, n.constant(mantissa))
-        )
+        moved = builder.add(builder.bitcast(p, n.ir), builder.shl(exponent, n.constant(mantissa)))
         tiny = builder.icmp_signed("<", exponent, n.constant(lowest))
         return builder.select(tiny, y.constant(0.0), builder.bitcast(moved, y.ir))
 
@@ -316,12 +312,12 @@ def exp2(typingctx, y, n):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def transpose(typingctx, source, i, j, target):  # type: ignore[no-untyped-def]
+def transpose(typingctx, source, i, j, target):
     """``target[j:j + lanes, i:i + lanes] = source[i:i + lanes, j:j + lanes].T``, in registers."""
     vector = Vector(source.dtype)
     lanes = vector.lanes
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         def step(value: Any, n: int) -> Any:
             return builder.add(value, ir.Constant(ir.IntType(64), n))
 
@@ -335,7 +331,9 @@ def transpose(typingctx, source, i, j, target):  # type: ignore[no-untyped-def]
             for r in range(lanes)
         ]
         half = lanes // 2
-        low = [x for pair in zip(range(half), range(lanes, lanes + half), strict=True) for x in pair]
+        low = [
+            x for pair in zip(range(half), range(lanes, lanes + half), strict=True) for x in pair
+        ]
         high = [x + half for x in low]
         mask_type = ir.VectorType(ir.IntType(32), lanes)
         # Riffling the rows log2(lanes) times with themselves half a deck away transposes them.
@@ -364,23 +362,21 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
     """
 
     @intrinsic
-    def tile(typingctx, a_t, i_t, b_t, j_t, c_t, first_t, last_t, add_t):  # type: ignore[no-untyped-def]
+    def tile(typingctx, a_t, i_t, b_t, j_t, c_t, first_t, last_t, add_t):
         signature = types.void(
             a_t, types.intp, b_t, types.intp, c_t, types.intp, types.intp, types.boolean
         )
         vector = Vector(c_t.dtype)
         width = c_t.dtype.bitwidth
 
-        def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, sig, args):
             index = ir.IntType(64)
             i, j, first, last = args[1], args[3], args[5], args[6]
 
             def const(n: int) -> Any:
                 return ir.Constant(index, n)
 
-            a, b, c = (
-                make_array(sig.args[n])(context, builder, args[n]) for n in (0, 2, 4)
-            )
+            a, b, c = (make_array(sig.args[n])(context, builder, args[n]) for n in (0, 2, 4))
             lda, ldb, ldc = (_leading(builder, array, width) for array in (a, b, c))
             a_start = builder.gep(a.data, [i if transposed else builder.mul(i, lda)])
             b_start = builder.gep(b.data, [j])
@@ -406,10 +402,12 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
                     where = builder.add(k, builder.mul(const(r), lda))
                 scalar = builder.load(builder.gep(a_start, [where]))
                 wide = _splat(builder, scalar, vector.ir)
-                following.append([
-                    _call(builder, "fmuladd", vector.ir, wide, b_vectors[v], sums[r][v])
-                    for v in range(vectors)
-                ])
+                following.append(
+                    [
+                        _call(builder, "fmuladd", vector.ir, wide, b_vectors[v], sums[r][v])
+                        for v in range(vectors)
+                    ]
+                )
             after = builder.add(k, const(1))
             k.add_incoming(after, loop)
             for r in range(rows):
@@ -422,9 +420,7 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
             def write(accumulate: bool) -> None:
                 for r in range(rows):
                     for v in range(vectors):
-                        offset = builder.add(
-                            builder.mul(const(r), ldc), const(v * vector.lanes)
-                        )
+                        offset = builder.add(builder.mul(const(r), ldc), const(v * vector.lanes))
                         pointer = builder.gep(c_start, [offset])
                         value = following[r][v]
                         if accumulate:
@@ -445,7 +441,7 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
 
 
 @intrinsic
-def view(typingctx, array, start, rows, cols):  # type: ignore[no-untyped-def]
+def view(typingctx, array, start, rows, cols):
     """The C-ordered matrix (rows, cols) over array's memory from flat element start on.
 
     Unchecked, and without a reference: slicing costs ten times the code.
@@ -453,7 +449,7 @@ def view(typingctx, array, start, rows, cols):  # type: ignore[no-untyped-def]
     matrix = types.Array(array.dtype, 2, "C")
     size = array.dtype.bitwidth // 8
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         data = builder.gep(make_array(array)(context, builder, args[0]).data, [args[1]])
         result = make_array(matrix)(context, builder)
         item = ir.Constant(ir.IntType(64), size)
@@ -471,10 +467,10 @@ def view(typingctx, array, start, rows, cols):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def fetch_add(typingctx, array, index, value):  # type: ignore[no-untyped-def]
+def fetch_add(typingctx, array, index, value):
     """Add to an int64 array's element atomically; the element as it was before."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pointer = builder.gep(
             make_array(signature.args[0])(context, builder, args[0]).data, [args[1]]
         )
