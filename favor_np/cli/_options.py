@@ -1,0 +1,148 @@
+"""What the sub-commands share: types of options, output files, the progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from favor_np.figures import require_matplotlib
+
+PICTURES = ("png", "pdf", "svg")
+
+
+class CommandError(Exception):
+    """What the user has to know, in one line; the program ends with status 2."""
+
+
+def integer(least: int = 1, *, even: bool = False) -> Callable[[str], int]:
+    """Make the type of an option: an integer of at least `least`."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (even and number % 2):
+            kind = "an even number" if even else "an integer"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} of at least {least}")
+        return number
+
+    return convert
+
+
+def real(*, positive: bool = False) -> Callable[[str], float]:
+    """Make the type of an option: a finite number, not negative or greater than 0."""
+
+    def convert(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if not 0.0 <= number < float("inf") or (positive and number == 0.0):
+            limit = "greater than 0" if positive else "not below 0"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {limit}")
+        return number
+
+    return convert
+
+
+@contextlib.contextmanager
+def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
+    """Yield a temporary file that takes the place of `path` at the end, if all went well.
+
+    That `path` can be written is known before the work begins, and no half-written file is
+    ever left there.  `inputs` are files that must not be overwritten.
+    """
+    if path is None:
+        yield None
+        return
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise CommandError(f"{path}: is a directory")
+    if not target.parent.is_dir():
+        raise CommandError(f"{path}: the directory {target.parent} does not exist")
+    if any(other is not None and target == Path(other).resolve() for other in inputs):
+        raise CommandError(f"{path}: would overwrite another file of this command")
+    if target.exists():
+        if not os.access(target, os.W_OK):
+            raise CommandError(f"{path}: cannot be written")
+        if not target.is_file():  # a device or a pipe
+            yield target
+            return
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written: {error.strerror}") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def picture_format(path: str | None) -> str:
+    """Check what a picture needs, before any work; its format, "" for no picture."""
+    if path is None:
+        return ""
+    require_matplotlib()
+    suffix = Path(path).suffix.lower().removeprefix(".") or "png"
+    if suffix not in PICTURES:
+        raise CommandError(f"{path}: a picture is one of .{', .'.join(PICTURES)}")
+    return suffix
+
+
+class ProgressBar:
+    """Bars on standard error, for stages that last over two seconds; silent without tqdm."""
+
+    def __init__(self, file: IO[str] | None = None) -> None:
+        self._file = file
+        self._stage = ""
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` is done; a stage that begins with 0 is shown at once."""
+        if stage != self._stage:
+            self._close()
+            self._stage = stage
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self._bar = tqdm(
+                    desc=stage,
+                    total=total,
+                    delay=2.0 if done else 0.0,
+                    file=self._file or sys.stderr,
+                    disable=None,  # where standard error is no terminal
+                    leave=False,
+                    unit_scale=True,
+                )
+        if self._bar is not None and done > self._bar.n:
+            self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

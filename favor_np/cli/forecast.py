@@ -1,0 +1,524 @@
+"""``favor-np forecast``: a price series forecast from its own past by causal attention."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import math
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from favor_np import __version__
+
+from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real
+
+if TYPE_CHECKING:
+    from favor_np.forecast import (
+        ExactComparison,
+        Forecast,
+        Prices,
+        ReturnEvaluation,
+        VolatilityEvaluation,
+    )
+
+    Evaluation = ReturnEvaluation | VolatilityEvaluation
+    Section = tuple[str, list[tuple[str, str]]]
+
+WIDTH = 80
+LABEL = 18  # width of the first column
+GLUE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line; printed as a space
+SIGNALS = {1: "BUY", 0: "HOLD", -1: "SELL"}
+
+DESCRIPTION = """\
+Forecast the next step of a price series from the steps before it, without training: the
+present window of returns is compared with every past one by causal FAVOR+ attention, and what
+followed the similar ones is averaged. Prints the forecast with its uncertainty, how such
+forecasts did on the past (walk-forward, never looking ahead), and what FAVOR+ cost and missed
+beside exact attention.
+"""
+
+EPILOG = """\
+PRICES.csv needs a column of prices (price, close, last, settle, value, or the only one of
+numbers) and should have one of times (ISO 8601 or Unix seconds), in any order. Rows without a
+usable price, negative ones included, are dropped and counted. BUY is one unit long until the
+next signal, SELL one short, HOLD no position. This is a demonstration, not financial advice.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add = parser.add_argument
+    add("prices", nargs="?", metavar="PRICES.csv", help="default: daily WTI crude oil; - is stdin")
+    add("--column", metavar="NAME", help="the price column: its name, or its number from 1")
+    add(
+        "--target",
+        choices=["return", "volatility"],
+        default="return",
+        help="predict the next return, or its absolute value (default return)",
+    )
+    add("--window", type=integer(), default=32, metavar="N", help="returns in a window (32)")
+    add("--horizon", type=integer(), default=1, metavar="N", help="steps ahead (1)")
+    add(
+        "--features",
+        type=integer(2, even=True),
+        default=1024,
+        metavar="M",
+        help="random features, even: more are more exact and take longer (1024)",
+    )
+    add(
+        "--scale",
+        type=real(positive=True),
+        metavar="S",
+        help="scale of attention: larger lets fewer, more similar windows count. Default: "
+        "1/window for returns (|x|² = 1 after scaling), 4/spans for volatility (|x|² <= 4)",
+    )
+    add(
+        "--threshold",
+        type=real(),
+        metavar="PCT",
+        help="predicted move in %% beyond which to BUY or SELL (default: the cost)",
+    )
+    add(
+        "--cost",
+        type=real(),
+        default=0.02,
+        metavar="PCT",
+        help="cost in %% of buying or selling a whole position (0.02)",
+    )
+    add("--seed", type=integer(0), default=0, metavar="N", help="seed of the features (0)")
+    add("--threads", type=integer(), metavar="N", help="threads (default: all there are)")
+    add("--json", action="store_true", help="print JSON instead of text")
+    add("--csv", metavar="OUT.csv", help="write every forecast")
+    add("--plot", metavar="OUT.png", help="draw a picture (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Forecast, print, write; return the exit status."""
+    from favor_np.forecast import (
+        PriceError,
+        compare_with_exact,
+        evaluate,
+        forecast,
+        plot,
+        read_prices,
+    )
+
+    picture = picture_format(args.plot)
+    with contextlib.ExitStack() as stack:
+        try:
+            prices = read_prices(args.prices, args.column)
+            table = stack.enter_context(output_file(args.csv, args.prices))
+            figure = stack.enter_context(output_file(args.plot, args.prices, args.csv))
+            progress = stack.enter_context(ProgressBar())
+            result = forecast(
+                prices,
+                target=args.target,
+                window=args.window,
+                horizon=args.horizon,
+                num_features=args.features,
+                scale=args.scale,
+                seed=args.seed,
+                num_threads=args.threads,
+                progress=progress,
+            )
+        except PriceError as error:
+            raise CommandError(str(error)) from None
+        threshold = None if args.threshold is None else args.threshold / 100
+        record = evaluate(result, threshold=threshold, cost=args.cost / 100)
+        exact = compare_with_exact(result, num_threads=args.threads, progress=progress)
+        if table is not None:
+            _write_csv(table, result, record, exact)
+        if figure is not None:
+            plot(result, record, exact).savefig(figure, format=picture)
+    if args.json:
+        print(json.dumps(_clean(_as_dict(result, record, exact)), indent=2, allow_nan=False))
+        return 0
+    lines = _report(result, record, exact)
+    lines += [f"Wrote {path}" for path in (args.csv, args.plot) if path is not None]
+    print("\n".join(lines))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------
+# Text
+# ----------------------------------------------------------------------------------------
+
+
+def _report(result: Forecast, record: Evaluation, exact: ExactComparison) -> list[str]:
+    """The report, at most 80 columns wide."""
+    sections = [
+        _read_section(result.prices),
+        _method_section(result),
+        _next_section(result, record),
+        _past_section(result, record, exact),
+        _exact_section(result, exact),
+    ]
+    lines = []
+    for title, rows in sections:
+        lines += [*textwrap.wrap(title, WIDTH), *(x for row in rows for x in _row(*row)), ""]
+    return [line.replace(GLUE, " ") for line in lines[:-1]]
+
+
+def _row(label: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=f"  {label:<{LABEL}}",
+        subsequent_indent=" " * (LABEL + 2),
+        break_on_hyphens=False,
+    )
+
+
+def _read_section(prices: Prices) -> Section:
+    column = f", column {prices.column}" if prices.column else ""
+    order = f", {prices.order} in the file" if prices.order in ("descending", "unsorted") else ""
+    rows = [
+        ("series", prices.name + column),
+        ("used", f"{len(prices):,} of {prices.rows:,} rows, {prices.time_label(0)} to "
+                 f"{prices.time_label(-1)}, {prices.step} apart{order}"),
+    ]  # fmt: skip
+    rows += [
+        ("dropped", f"{count:,} x {reason} (line {line:,}{' on' * (count > 1)}); returns span gaps")
+        for reason, (count, line) in prices.dropped.items()
+    ]
+    return "READ", rows + ([("note", prices.note)] if prices.note else [])
+
+
+def _method_section(result: Forecast) -> Section:
+    from favor_np.forecast._forecast import GOOD_REGIME
+
+    windows = "returns" if result.target == "return" else "log absolute returns"
+    rows = [
+        ("attention", f"causal FAVOR+ over {len(result):,} windows of {result.window:,} {windows}"),
+        ("features", f"{result.num_features:,}, seed {result.seed}, scale {result.scale:.4g}"),
+    ]
+    s, error = result.mean_s, 100 * result.weight_error
+    if s <= 1.01 * GOOD_REGIME:
+        rows.append(
+            ("regime", f"mean of s = |x + y|² is {s:.2f}: good (up to {GOOD_REGIME:g}); a single "
+                       f"weight is ±{GLUE}{_two(error)}{GLUE}%")
+        )  # fmt: skip
+    else:
+        rows.append(
+            ("WARNING", f"mean of s = |x + y|² is {s:.3g}, {s / GOOD_REGIME:.2g} times the limit "
+                        f"{GOOD_REGIME:g} of the good regime: a single weight is ±{GLUE}"
+                        f"{_two(error)}{GLUE}%, and the forecast may be far from exact "
+                        f"attention's. Take --scale {_round_down(result.scale * GOOD_REGIME / s)} "
+                        "or less, or more --features")
+        )  # fmt: skip
+    return "METHOD", rows
+
+
+def _next_section(result: Forecast, record: Evaluation) -> Section:
+    from favor_np.forecast import ReturnEvaluation
+
+    step, percent = result.next, _Percent(result)
+    ahead = "STEP" if result.horizon == 1 else f"{result.horizon} STEPS"
+    show = percent.signed if result.target == "return" else percent
+    similar = ", ".join(f"{p.time} ({show(p.move)})".replace(" ", GLUE) for p in step.similar)
+    alike = ("most alike", f"{similar}: past windows, and what followed")
+    if isinstance(record, ReturnEvaluation):
+        clear = "stands out" if abs(step.move) > 2 * step.standard_error else "does not stand out"
+        threshold = percent.plain(record.threshold)
+        rows = [
+            ("predicted move", f"{percent.signed(step.move)}, one standard deviation: "
+                               f"{percent.signed(step.move - step.spread)} to "
+                               f"{percent.signed(step.move + step.spread)}"),
+            ("P(up)", f"{100 * step.chance:.1f}{GLUE}%, P(down) "
+                      f"{100 * step.chance_down:.1f}{GLUE}%"),
+            ("standard error", f"{percent(step.standard_error)}, from {step.precedents:,.0f} "
+                               f"effective past windows: the move {clear} from zero"),
+            ("exact attention", percent.signed(step.exact)),
+            alike,
+            ("SIGNAL", f"{SIGNALS[int(record.signals[-1])]} (BUY above +{threshold}, SELL below "
+                       f"-{threshold})"),
+        ]  # fmt: skip
+    else:
+        mean = float(record.constant[-1])
+        rows = [
+            ("absolute move", f"{percent(step.move)}, {step.move / mean:.2f} times the mean so "
+                              f"far ({percent(mean)}); spread {percent(step.spread)}"),
+            ("P(above mean)", f"{100 * step.chance:.1f}{GLUE}%, from {step.precedents:,.0f} "
+                              "effective past windows"),
+            ("beside it", f"exact attention {percent(step.exact)}, exponentially weighted average "
+                          f"{percent(float(record.ewma[-1]))}"),
+            alike,
+            ("SIGNAL", "none: a volatility has no direction"),
+        ]  # fmt: skip
+    return f"NEXT {ahead} after {step.time}, price {step.price:g}", rows
+
+
+def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) -> Section:
+    from favor_np.forecast import ReturnEvaluation
+
+    percent, index = _Percent(result), result.index
+    label = result.prices.time_label
+    title = (
+        f"WALK-FORWARD {record.stop - record.start:,} forecasts, "
+        f"{label(int(index[record.start]))} to {label(int(index[record.stop - 1]))}"
+    )
+    no_peeking = f"each from its own past only; the first {result.warm_up:,} are not counted"
+    ours, theirs, count = _rmse_beside_exact(result, record, exact)
+    beside = f"exact attention {percent(theirs)}"
+    if exact.extrapolated:
+        beside += f" (on the first {count:,}, where FAVOR+ has {percent(ours)})"
+    if isinstance(record, ReturnEvaluation):
+        overlap = "" if result.horizon == 1 else f", outcomes overlap {result.horizon}-fold"
+        counts = {s: int((record.signals[record.start :] == s).sum()) for s in SIGNALS}
+        hit = f"{100 * record.hit_rate:.1f}{GLUE}% of {record.moves:,} moves"
+        a_year = " a year" if record.steps_per_year != 1 else " a step"
+        rows = [
+            ("judged", no_peeking),
+            ("hit rate", f"{hit if record.moves else 'no moves'}, 95{GLUE}% interval "
+                         f"{100 * record.hit_low:.1f} to {100 * record.hit_high:.1f}{GLUE}%"
+                         f"{overlap}; always up: {100 * record.up_share:.1f}{GLUE}%"),
+            ("error (rmse)", f"{percent(record.rmse)}, zero forecast {percent(record.rmse_zero)}, "
+                             + beside),
+            ("band", f"one standard deviation held {100 * record.coverage:.1f}{GLUE}% of the "
+                     f"outcomes (normal: 68.3{GLUE}%)"),
+            ("against zero", f"R² {record.r2:+.5f} (z{GLUE}={GLUE}{record.z:+.1f}): "
+                             + _verdict(record.z, "the zero forecast")),
+            ("strategy", f"{_growth(record.equity)} after costs of {percent.plain(record.cost)},"
+                         f" Sharpe {record.sharpe:.2f}{a_year}; {counts[1]:,}{GLUE}BUY, "
+                         f"{counts[-1]:,}{GLUE}SELL, {counts[0]:,}{GLUE}HOLD"),
+            ("buy and hold", f"{_growth(record.equity_hold)}, Sharpe {record.sharpe_hold:.2f}"),
+            ("in short", _honest_words(record)),
+        ]  # fmt: skip
+    else:
+        better = "better" if record.r2_ewma > record.r2 else "not better"
+        rows = [
+            ("judged", no_peeking),
+            ("error (rmse)", f"{percent(record.rmse)}, constant (mean so far) "
+                             f"{percent(record.rmse_constant)}, " + beside),
+            ("against constant", f"R² {record.r2:+.4f} (z{GLUE}={GLUE}{record.z:+.1f}): "
+                                 + _verdict(record.z, "the constant")),
+            ("weighted average", f"R² {record.r2_ewma:+.4f} (exponential, 0.94): {better}"),
+        ]  # fmt: skip
+    return title, rows
+
+
+def _exact_section(result: Forecast, exact: ExactComparison) -> Section:
+    percent = _Percent(result)
+    star = " *" if exact.extrapolated else ""
+    rows = [
+        ("FAVOR+", f"{_seconds(result.seconds)}, peak extra memory {_bytes(result.peak_bytes)}"),
+        ("exact", f"{_seconds(exact.seconds)}{star}, peak extra memory {_bytes(exact.peak_bytes)}"
+                  f"{star} (all weights, if stored: {_bytes(exact.matrix_bytes)})"),
+    ]  # fmt: skip
+    if exact.extrapolated:
+        rows.append(
+            ("", f"* would take over 10{GLUE}s: measured on the first {exact.rows:,} windows "
+                 f"({_seconds(exact.measured_seconds)}), the time extrapolated by the square of "
+                 "the length")
+        )  # fmt: skip
+    ratio = exact.seconds / result.seconds
+    rows.append(
+        ("faster", f"FAVOR+, {ratio:.3g} times" if ratio >= 1
+                   else f"exact, {1 / ratio:.3g} times, at this length")
+    )  # fmt: skip
+    share = 100 * exact.rmse / exact.spread if exact.spread > 0 else math.nan
+    part = f" (first {exact.rows:,})" if exact.extrapolated else ""
+    rows.append(
+        ("difference", f"correlation {exact.correlation:.4f}, rmse {percent.fine(exact.rmse)}: "
+                       f"{_two(share)}{GLUE}% of the spread of the exact forecasts{part}")
+    )  # fmt: skip
+    return f"FAVOR+ AND EXACT ATTENTION on the same {len(result):,} windows, compiled", rows
+
+
+def _rmse_beside_exact(
+    result: Forecast, record: Evaluation, exact: ExactComparison
+) -> tuple[float, float, int]:
+    """Errors of FAVOR+ and of exact attention on the forecasts that both made."""
+    part = slice(record.start, min(record.stop, exact.rows))
+    outcome = result.outcome[part]
+    ours, theirs = (
+        math.sqrt(((outcome - predicted[part]) ** 2).mean())
+        for predicted in (result.predicted, exact.predicted)
+    )
+    return ours, theirs, len(outcome)
+
+
+def _verdict(z: float, rival: str) -> str:
+    if z > 2:
+        return f"better than {rival}, by more than chance"
+    return f"worse than {rival}" if z < -2 else f"no better than {rival}"
+
+
+def _honest_words(record: ReturnEvaluation) -> str:
+    skill = record.hit_low > max(record.up_share, 1 - record.up_share) or record.z > 2
+    gain, hold = record.equity[-1], record.equity_hold[-1]
+    earned = "more" if gain > hold else "less"
+    if skill:
+        return f"There is some skill here; the strategy earned {earned} than buying and holding."
+    return (
+        "No skill that chance could not explain: past patterns did not tell the direction; the "
+        f"strategy earned {earned} than buying and holding" + (", by luck." if gain > hold else ".")
+    )
+
+
+class _Percent:
+    """Log returns as percentages, with the digits that suit the size of the series' moves."""
+
+    def __init__(self, result: Forecast) -> None:
+        outcome = abs(result.outcome[: -result.horizon])
+        size = 100 * float(outcome.mean())
+        self._digits = min(max(3 - math.floor(math.log10(size)), 3), 9) if size > 0 else 3
+
+    def __call__(self, value: float) -> str:
+        return f"{100 * value:.{self._digits}f}{GLUE}%"
+
+    @staticmethod
+    def plain(value: float) -> str:
+        return f"{100 * value:.6g}{GLUE}%"
+
+    def fine(self, value: float) -> str:
+        return f"{100 * value:.{self._digits + 2}f}{GLUE}%"
+
+    def signed(self, value: float) -> str:
+        return f"{100 * math.expm1(value):+.{self._digits}f}{GLUE}%"
+
+
+def _growth(equity: Any) -> str:
+    return f"{100 * (float(equity[-1]) - 1):+,.1f}{GLUE}%"
+
+
+def _two(value: float) -> str:
+    """Two figures, without an exponent unless it is huge."""
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
+
+
+def _round_down(value: float) -> str:
+    digits = 1 - math.floor(math.log10(value))
+    return f"{math.floor(value * 10**digits) / 10**digits:g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.3g}{GLUE}ms" if value < 1 else f"{value:.3g}{GLUE}s"
+
+
+def _bytes(value: int) -> str:
+    if value < 2**16:
+        return f"<{GLUE}64{GLUE}KiB"
+    return f"{value / 2**20:.3g}{GLUE}MiB" if value < 2**30 else f"{value / 2**30:.3g}{GLUE}GiB"
+
+
+# ----------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------
+
+
+def _as_dict(result: Forecast, record: Evaluation, exact: ExactComparison) -> dict[str, Any]:
+    """Everything that the report says; moves, errors and costs as log returns, not in %."""
+    prices, step = result.prices, result.next
+    past = {
+        name: value
+        for name, value in vars(record).items()
+        if name not in ("signals", "equity", "equity_hold", "constant", "ewma")
+    }
+    past |= {
+        "forecasts": record.stop - record.start,
+        "first": prices.time_label(int(result.index[record.start])),
+        "last": prices.time_label(int(result.index[record.stop - 1])),
+    }
+    ours, theirs, rows = _rmse_beside_exact(result, record, exact)
+    past["beside_exact"] = {"forecasts": rows, "rmse": ours, "rmse_exact": theirs}
+    forecast = {name: value for name, value in vars(step).items() if name != "similar"}
+    forecast["similar"] = [vars(precedent) for precedent in step.similar]
+    signals = getattr(record, "signals", None)
+    if signals is not None:
+        judged = signals[record.start :]
+        past |= {
+            "hit_rate": record.hit_rate,  # type: ignore[union-attr]
+            "strategy_return": float(record.equity[-1]) - 1,  # type: ignore[union-attr]
+            "buy_and_hold_return": float(record.equity_hold[-1]) - 1,  # type: ignore[union-attr]
+            "signals": {name: int((judged == sign).sum()) for sign, name in SIGNALS.items()},
+        }
+        forecast["signal"] = SIGNALS[int(signals[-1])]
+    return {
+        "favor_np": __version__,
+        "input": {
+            "name": prices.name,
+            "column": prices.column,
+            "rows": prices.rows,
+            "used": len(prices),
+            "dropped": {
+                reason: {"rows": count, "first_line": line}
+                for reason, (count, line) in prices.dropped.items()
+            },
+            "order": prices.order,
+            "step": prices.step,
+            "first": prices.time_label(0),
+            "last": prices.time_label(-1),
+            "note": prices.note,
+        },
+        "settings": {
+            "target": result.target,
+            "window": result.window,
+            "horizon": result.horizon,
+            "features": result.num_features,
+            "scale": result.scale,
+            "seed": result.seed,
+        },
+        "regime": {"mean_s": result.mean_s, "weight_error": result.weight_error},
+        "next": forecast,
+        "past": past,
+        "favor": {"seconds": result.seconds, "peak_bytes": result.peak_bytes},
+        "exact": {name: value for name, value in vars(exact).items() if name != "predicted"},
+    }
+
+
+def _clean(value: Any) -> Any:
+    """Replace what JSON has no word for (NaN, infinities) by null."""
+    if isinstance(value, dict):
+        return {name: _clean(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_csv(path: Path, result: Forecast, record: Evaluation, exact: ExactComparison) -> None:
+    """One row a forecast; moves are log returns over the horizon, unknown ones are empty."""
+    import numpy as np
+
+    prices = result.prices
+    columns: dict[str, Any] = {"price": prices.values[result.index]}
+    if prices.times is None:
+        columns = {"row": result.index + 1} | columns
+    else:
+        columns = {"time": np.datetime_as_string(prices.times[result.index], unit="s")} | columns
+    signals = getattr(record, "signals", None)
+    if signals is not None:
+        columns |= {
+            "predicted_move": result.predicted,
+            "spread": result.spread,
+            "p_up": result.chance,
+            "p_down": result.chance_down,
+            "signal": [SIGNALS[sign] for sign in signals.tolist()],
+        }
+    else:
+        columns |= {
+            "predicted_absolute_move": result.predicted,
+            "spread": result.spread,
+            "p_larger_than_mean": result.chance,
+            "constant": record.constant,  # type: ignore[union-attr]
+            "exponentially_weighted": record.ewma,  # type: ignore[union-attr]
+        }
+    columns["exact"] = np.append(exact.predicted, np.full(len(result) - exact.rows, np.nan))
+    columns["outcome"] = result.outcome
+    cells = [_column_cells(values) for values in columns.values()]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*cells, strict=True))
+
+
+def _column_cells(values: Any) -> list[Any]:
+    items = values if isinstance(values, list) else values.tolist()
+    return [
+        ("" if math.isnan(item) else f"{item:.10g}") if isinstance(item, float) else item
+        for item in items
+    ]

@@ -1,0 +1,60 @@
+"""``favor-np warmup``: compile every kernel once, so that later first calls find it cached."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description = (
+        "Compile the kernels and store them in the cache, so that the first call of any later "
+        "process is quick."
+    )
+    parser.add_argument("--float64", action="store_true", help="the kernels of float64 as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Call everything once on tiny inputs; return the exit status."""
+    import numpy as np
+
+    start = time.perf_counter()
+    types = [np.float32, np.float64] if args.float64 else [np.float32]
+    calls = [call for dtype in types for call in _calls(np.dtype(dtype))]
+    for done, (name, call) in enumerate(calls, 1):
+        if sys.stderr.isatty():
+            print(f"\r{done}/{len(calls)} {name:<40}", end="", file=sys.stderr, flush=True)
+        call()
+    if sys.stderr.isatty():
+        print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
+    print(f"{len(calls)} kernel calls ready in {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
+    """One small call for each way into the kernels."""
+    import numpy as np
+
+    from favor_np import AttentionState, exact_attention, favor_attention, feature_map
+
+    x = np.zeros((2, 8), dtype)
+    fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)
+    state = AttentionState.zeros(fm, value_dim=8)
+    return [
+        (f"{name}, {dtype}", call)
+        for name, call in (
+            ("bidirectional", lambda: favor_attention(x, x, x, fm)),
+            ("causal", lambda: favor_attention(x, x, x, fm, causal=True)),
+            ("streaming", lambda: state.step(x[0], x[0], x[0])),
+            ("merge", lambda: state.merge(state.copy())),
+            ("exact", lambda: exact_attention(x, x, x)),
+            ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
+        )
+    ]

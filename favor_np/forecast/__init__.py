@@ -1,0 +1,20 @@
+"""Forecasts of price series by causal attention over their own past, without training.
+
+The query at time t is the window of returns that ends at t, the keys are the windows before
+it, the values are what followed each of them; the forecast is their softmax-weighted mean,
+by FAVOR+ in linear time.  Nothing here ever looks ahead.
+"""
+
+from ._compare import ExactComparison as ExactComparison
+from ._compare import compare_with_exact as compare_with_exact
+from ._evaluate import ReturnEvaluation as ReturnEvaluation
+from ._evaluate import VolatilityEvaluation as VolatilityEvaluation
+from ._evaluate import evaluate as evaluate
+from ._forecast import Forecast as Forecast
+from ._forecast import NextStep as NextStep
+from ._forecast import Precedent as Precedent
+from ._forecast import forecast as forecast
+from ._plot import plot as plot
+from ._prices import PriceError as PriceError
+from ._prices import Prices as Prices
+from ._prices import read_prices as read_prices

@@ -1,0 +1,137 @@
+"""The same forecasts by exact attention: what the approximation costs and what it saves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._forecast import Forecast, Progress, timed
+from ._windows import F32, F64
+
+PART = 0.4  # share of the time limit that a part takes, where the whole would exceed it
+WORTH_TELLING = 2.0  # seconds
+TRIAL_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class ExactComparison:
+    """FAVOR+ beside exact attention on the same windows.
+
+    Parameters
+    ----------
+    predicted : ndarray, shape (rows,), float64
+        Exact forecasts, for the first `rows` of the forecast.
+    rows : int
+        How many were computed: all, or the part that the time limit allowed.
+    seconds : float
+        Time for the whole sequence; extrapolated from the part (it grows with the square of
+        the length) where `extrapolated`.
+    measured_seconds : float
+        Time for `rows`.
+    extrapolated : bool
+        Whether only a part was measured.
+    peak_bytes : int
+        Peak of the memory that `rows` took, results included.
+    matrix_bytes : int
+        What the float32 matrix of all weights would take, if it were stored.
+    correlation : float
+        Between FAVOR+ and exact forecasts, after the warm-up (NaN if they do not vary).
+    rmse : float
+        Root mean square of their difference, in log returns.
+    spread : float
+        Standard deviation of the exact forecasts, to judge `rmse` by.
+    """
+
+    predicted: F64
+    rows: int
+    seconds: float
+    measured_seconds: float
+    extrapolated: bool
+    peak_bytes: int
+    matrix_bytes: int
+    correlation: float
+    rmse: float
+    spread: float
+
+
+def compare_with_exact(
+    result: Forecast,
+    *,
+    max_seconds: float = 10.0,
+    num_threads: int | None = None,
+    progress: Progress | None = None,
+) -> ExactComparison:
+    """Compute the forecasts by exact attention, as far as the time allows.
+
+    Parameters
+    ----------
+    result : Forecast
+        A forecast by FAVOR+.
+    max_seconds : float
+        Where exact attention would take longer, only a first part of the sequence is computed,
+        in less than half of this time, and the time of the whole is extrapolated.
+    num_threads : int, optional
+        Threads.
+    progress : callable, optional
+        Called as ``progress(stage, done, total)``.
+
+    Returns
+    -------
+    ExactComparison
+
+    Examples
+    --------
+    >>> from favor_np.forecast import compare_with_exact, forecast, read_prices
+    >>> result = forecast(read_prices())
+    >>> exact = compare_with_exact(result)
+    >>> exact.rows == len(result), exact.correlation > 0.98
+    (True, True)
+    """
+    from favor_np.exact import exact_attention
+
+    windows = result.windows
+
+    def run(rows: int) -> F32:
+        part = slice(0, rows)
+        return exact_attention(
+            windows.queries[part],
+            windows.keys[part],
+            windows.values[part],
+            causal=True,
+            scale=result.scale,
+            num_threads=num_threads,
+        )
+
+    rows = total = len(result)
+    if total > TRIAL_ROWS:
+        trial = timed(run, TRIAL_ROWS)[1]
+        guess = trial * (total / TRIAL_ROWS) ** 2
+        if guess > max_seconds:
+            rows = max(TRIAL_ROWS, int(total * math.sqrt(PART * max_seconds / guess)))
+            guess = PART * max_seconds
+        if progress is not None and guess > WORTH_TELLING:  # one call: a bar cannot move
+            progress(f"exact attention, about {guess:.0f} s", 0, rows)
+    out, seconds, peak = timed(run, rows)
+    if progress is not None:
+        progress("exact attention", rows, rows)
+
+    predicted = out[:, 0].astype(np.float64) * windows.unit[:rows]
+    judged = slice(result.warm_up, rows)
+    error = result.predicted[judged] - predicted[judged]
+    spread = float(np.std(predicted[judged]))
+    varies = min(spread, float(np.std(result.predicted[judged]))) > 0
+    pair = (result.predicted[judged], predicted[judged])
+    return ExactComparison(
+        predicted=predicted,
+        rows=rows,
+        seconds=seconds * (total / rows) ** 2,
+        measured_seconds=seconds,
+        extrapolated=rows < total,
+        peak_bytes=peak,
+        matrix_bytes=4 * total**2,
+        correlation=float(np.corrcoef(*pair)[0, 1]) if varies else math.nan,
+        rmse=float(np.sqrt(np.mean(error**2))),
+        spread=spread,
+    )

@@ -1,0 +1,368 @@
+"""The forecast itself: one causal attention call over the whole history."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import measure, validation
+
+from ._prices import PriceError, Prices
+from ._windows import F32, F64, Windows, return_windows, volatility_windows
+
+TARGETS = ("return", "volatility")
+GOOD_REGIME = 4.0  # mean of s = |x + y|² up to which the estimator is good
+SLICE = 16_384  # rows a call: fixed, so that a progress bar cannot change a result
+FEWEST_FORECASTS = 16
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Precedent:
+    """A past window and what followed it: ``move`` is a log return (absolute for volatility)."""
+
+    time: str
+    weight: float
+    move: float
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """The forecast that is still open, made at the last price; moves are log returns.
+
+    Parameters
+    ----------
+    time : str
+        When it was made.
+    price : float
+        The last price.
+    move : float
+        Predicted log return over the horizon (absolute for target "volatility").
+    spread : float
+        Standard deviation of what followed in the past, with the weights of attention.
+    chance : float
+        Probability of an up move; for "volatility" of one larger than the mean so far.
+    chance_down : float
+        Probability of a down move (NaN for "volatility").
+    exact : float
+        `move` by exact attention.
+    standard_error : float
+        Standard error of `exact`, if what followed different windows is independent.
+    precedents : float
+        Effective number of past windows in the mean, 1 / Σ weight².
+    similar : tuple of Precedent
+        The past windows with the largest weights, none overlapping another by more than half.
+    """
+
+    time: str
+    price: float
+    move: float
+    spread: float
+    chance: float
+    chance_down: float
+    exact: float
+    standard_error: float
+    precedents: float
+    similar: tuple[Precedent, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Forecast:
+    """Every forecast that could have been made, each from its own past only.
+
+    Parameters
+    ----------
+    prices : Prices
+        The series.
+    target : {"return", "volatility"}
+        What is predicted.
+    window, horizon, num_features, seed : int
+        The settings.
+    scale : float
+        Scale of attention: weights are softmax(scale q.k).
+    index : ndarray, shape (L,), intp
+        Position of the price at which each forecast was made; the last is that of the last
+        price, and its outcome is not known.
+    predicted : ndarray, shape (L,), float64
+        Log return over the horizon, or its absolute value.
+    spread : ndarray, shape (L,), float64
+        Standard deviation of the outcomes that `predicted` is the mean of.
+    chance, chance_down : ndarray, shape (L,), float64
+        Probabilities: see `NextStep`.
+    outcome : ndarray, shape (L,), float64
+        What happened; NaN for the last `horizon`.
+    mean_s : float
+        Mean of ``s = |x + y|²`` over queries and keys: the estimator is good up to about 4.
+    seconds : float
+        Time of the attention calls, compilation excluded.
+    peak_bytes : int
+        Peak of the memory they took, results included.
+    next : NextStep
+        The forecast made at the last price, in detail.
+    windows : Windows
+        The sequence that attention ran over.
+    """
+
+    prices: Prices
+    target: str
+    window: int
+    horizon: int
+    num_features: int
+    seed: int
+    scale: float
+    index: npt.NDArray[np.intp]
+    predicted: F64
+    spread: F64
+    chance: F64
+    chance_down: F64
+    outcome: F64
+    mean_s: float
+    seconds: float
+    peak_bytes: int
+    next: NextStep
+    windows: Windows
+
+    def __repr__(self) -> str:
+        """One line: what was predicted, from what."""
+        return (
+            f"<Forecast of {self.target}: {len(self):,} windows of {self.window}, "
+            f"horizon {self.horizon}, next {self.next.move:+.3g} at {self.next.price:g}>"
+        )
+
+    def __len__(self) -> int:
+        """Number of forecasts."""
+        return len(self.index)
+
+    @property
+    def warm_up(self) -> int:
+        """Number of first forecasts that are not judged: 500, or a quarter of a short series."""
+        return min(500, (len(self) - self.horizon) // 4)
+
+    @property
+    def weight_error(self) -> float:
+        """Relative standard error of a single attention weight at s = `mean_s`.
+
+        Closed form for independent antithetic rows, sqrt(2 (cosh s - 1) / M); orthogonal rows
+        do a little better, and the forecast, a mean of many weights, much better.
+        """
+        return math.sqrt(2 * (math.cosh(min(self.mean_s, 700)) - 1) / self.num_features)
+
+
+def forecast(
+    prices: Prices | npt.ArrayLike,
+    *,
+    target: str = "return",
+    window: int = 32,
+    horizon: int = 1,
+    num_features: int = 1024,
+    scale: float | None = None,
+    seed: int = 0,
+    num_threads: int | None = None,
+    progress: Progress | None = None,
+) -> Forecast:
+    """Predict every step of a price series from the steps before it, and the next one.
+
+    The prediction at time t is a weighted mean of what followed each past window of returns,
+    with the softmax attention weights between those windows and the present one: patterns that
+    resemble the present count most.  Nothing is trained, and only windows whose outcome was
+    known at t take part.
+
+    Parameters
+    ----------
+    prices : Prices or array_like, shape (n,)
+        The series, from `read_prices` or as numbers.
+    target : {"return", "volatility"}
+        Predict the next log return from windows scaled to root mean square 1, or the next
+        absolute log return from windows of log absolute returns, which keep their scale.
+    window : int
+        Returns in a window.
+    horizon : int
+        Steps ahead.
+    num_features : int
+        Features M of the FAVOR+ map, an even number.
+    scale : float, optional
+        Scale of attention.  Larger: fewer, more similar windows count.  Default: 1 / window
+        ("return") so that ``|x|² = 1`` after scaling, 4 / number of spans ("volatility"), so that
+        ``|x|² ≤ 4``: this keeps the estimator in its good regime.
+    seed : int
+        Seed of the random features.  They never depend on the data.
+    num_threads : int, optional
+        Threads of the attention calls.
+    progress : callable, optional
+        Called as ``progress(stage, done, total)``.
+
+    Returns
+    -------
+    Forecast
+
+    Raises
+    ------
+    PriceError
+        If the series is too short for `window` and `horizon`.
+    TypeError, ValueError
+        If an option is of the wrong type or out of its range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favor_np.forecast import forecast
+    >>> prices = 100 + np.sin(np.arange(400) / 2)               # a series with a pattern
+    >>> result = forecast(prices, window=4)
+    >>> result
+    <Forecast of return: 395 windows of 4, horizon 1, next ...>
+    >>> known = result.outcome[result.warm_up : -1]
+    >>> predicted = result.predicted[result.warm_up : -1]
+    >>> bool(np.mean(np.sign(predicted) == np.sign(known)) > 0.8)
+    True
+    """
+    if not isinstance(prices, Prices):
+        prices = Prices.from_array(prices)
+    validation.choice("target", target, TARGETS)
+    window = validation.integer("window", window)
+    horizon = validation.integer("horizon", horizon)
+    num_features = validation.integer("num_features", num_features, minimum=2)
+    seed = validation.integer("seed", seed, minimum=0)
+    if scale is not None:
+        scale = validation.positive_float("scale", scale)
+    needed = window + 2 * horizon + FEWEST_FORECASTS
+    if len(prices) < needed:
+        raise PriceError(
+            f"{prices.name}: {len(prices):,} usable prices are too few: a window of {window:,} and "
+            f"a horizon of {horizon:,} need at least {needed:,}"
+        )
+
+    make = return_windows if target == "return" else volatility_windows
+    windows = make(np.log(prices.values), window, horizon)
+    if len(windows) < horizon + FEWEST_FORECASTS:
+        raise PriceError(f"{prices.name}: the price hardly ever moves: too little to forecast from")
+    scale = windows.scale if scale is None else scale
+    out, seconds, peak = _attend(windows, scale, num_features, seed, num_threads, progress)
+    predicted = out[:, 0] * windows.unit
+    spread = np.sqrt(np.maximum(out[:, 1] - out[:, 0] ** 2, 0.0)) * windows.unit
+    chance = np.clip(out[:, 2], 0.0, 1.0)
+    chance_down = np.clip(out[:, 3], 0.0, 1.0) if target == "return" else np.full(len(out), np.nan)
+    return Forecast(
+        prices=prices,
+        target=target,
+        window=window,
+        horizon=horizon,
+        num_features=num_features,
+        seed=seed,
+        scale=scale,
+        index=windows.index,
+        predicted=predicted,
+        spread=spread,
+        chance=chance,
+        chance_down=chance_down,
+        outcome=windows.outcome,
+        mean_s=_mean_s(windows, scale),
+        seconds=seconds,
+        peak_bytes=peak,
+        next=NextStep(
+            time=prices.time_label(-1),
+            price=float(prices.values[-1]),
+            move=float(predicted[-1]),
+            spread=float(spread[-1]),
+            chance=float(chance[-1]),
+            chance_down=float(chance_down[-1]),
+            **_last_row(prices, windows, scale, window, horizon),
+        ),
+        windows=windows,
+    )
+
+
+def _attend(
+    windows: Windows,
+    scale: float,
+    num_features: int,
+    seed: int,
+    num_threads: int | None,
+    progress: Progress | None,
+) -> tuple[F64, float, int]:
+    """Outputs in float64, seconds and peak bytes of FAVOR+ over the whole sequence."""
+    from favor_np.attention import favor_attention
+    from favor_np.features import feature_map
+
+    dim = windows.queries.shape[1]
+    fm = feature_map("positive", dim=dim, num_features=num_features, scale=scale, rng=seed)
+
+    def run(rows: int, size: int) -> F32:
+        out = np.empty((rows, windows.values.shape[1]), dtype=np.float32)
+        state = None
+        for start in range(0, rows, size):
+            part = slice(start, min(start + size, rows))
+            out[part], state = favor_attention(
+                windows.queries[part],
+                windows.keys[part],
+                windows.values[part],
+                fm,
+                causal=True,
+                state=state,
+                return_state=True,
+                num_threads=num_threads,
+            )
+            if progress is not None and rows == len(windows):
+                progress("FAVOR+ attention", part.stop, rows)
+        return out
+
+    out, seconds, peak = timed(lambda rows: run(rows, SLICE), len(windows))
+    return out.astype(np.float64), seconds, peak
+
+
+def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:
+    """Result, seconds and peak bytes of ``run(rows)``, after a short run that compiles it."""
+    run(min(rows, 256))
+    results: list[F32] = []
+
+    def call() -> None:
+        start = time.perf_counter()
+        results.append(run(rows))
+        seconds.append(time.perf_counter() - start)
+
+    seconds: list[float] = []
+    peak = measure.peak_memory(call)
+    while sum(seconds) < 0.25 and len(seconds) < 5:  # short calls: the best of several
+        call()
+        results.pop()
+    return results[0], min(seconds), peak
+
+
+def _mean_s(windows: Windows, scale: float) -> float:
+    """Mean of |x + y|² over all pairs: |x|² + |y|² + 2 x.y, each by its mean."""
+    q, k = windows.queries, windows.keys
+    squares = (np.einsum("ij,ij->", x, x, dtype=np.float64) / len(x) for x in (q, k))
+    return float(scale * (sum(squares) + 2 * q.mean(0, np.float64) @ k.mean(0, np.float64)))
+
+
+def _last_row(
+    prices: Prices, windows: Windows, scale: float, window: int, horizon: int
+) -> dict[str, Any]:
+    """What exact attention says of the last row: one row costs next to nothing."""
+    logits = scale * (windows.keys @ windows.queries[-1]).astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    weights /= weights.sum()
+    moves = windows.values[:, 0].astype(np.float64) * windows.unit[-1]
+    exact = float(weights @ moves)
+    similar: list[int] = []
+    for row in np.argsort(-weights, kind="stable"):
+        if all(abs(row - other) >= (window + 1) // 2 for other in similar):
+            similar.append(int(row))
+        if len(similar) == 3:
+            break
+    ends = windows.index - horizon
+    return {
+        "exact": exact,
+        "standard_error": float(np.sqrt(weights**2 @ (moves - exact) ** 2)),
+        "precedents": float(1 / (weights @ weights)),
+        "similar": tuple(
+            Precedent(prices.time_label(int(ends[i])), float(weights[i]), float(windows.known[i]))
+            for i in similar
+        ),
+    }

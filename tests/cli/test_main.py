@@ -1,0 +1,252 @@
+"""The program as a whole: start, help, info, warm-up, and how errors look."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import favor_np
+from favor_np.cli import COMMANDS, main
+from favor_np.cli import _options as options
+
+
+def program(*arguments, **kwargs):
+    command = [sys.executable, "-m", "favor_np.cli", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, **kwargs
+    )
+
+
+def test_version_and_help(capsys):
+    for argv in (["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"favor-np {favor_np.__version__}" in out
+    for name in COMMANDS:
+        assert name in out
+
+
+def test_help_starts_quickly_and_imports_little():
+    code = (
+        "import sys; from favor_np.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('numpy', 'numba', 'matplotlib', 'tqdm') if m in sys.modules])"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 3  # about 0.05 s; a loaded machine may take longer
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nothing"],
+        ["forecast", "a", "b"],
+        ["forecast", "--window", "0"],
+        ["forecast", "--window", "x"],
+        ["forecast", "--features", "7"],
+        ["forecast", "--scale", "nan"],
+        ["forecast", "--scale", "0"],
+        ["forecast", "--cost", "-1"],
+        ["forecast", "--threshold", "inf"],
+        ["forecast", "--target", "profit"],
+        ["forecast", "--seed", "-1"],
+        ["warmup", "--float16"],
+    ],
+)
+def test_wrong_options_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("favor-np: error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["favor_np"].startswith(favor_np.__version__)
+    assert {"python", "numpy", "numba", "processor", "vectors", "threads", "cache"} <= set(lines)
+    assert int(lines["threads"]) >= 1
+
+
+def test_warmup(capsys):
+    assert main(["warmup", "--float64"]) == 0
+    assert "12 kernel calls ready" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 4 TiB"), "not enough memory: Unable to allocate 4 TiB"),
+        (OSError(28, "No space left on device", "x.csv"), "x.csv: No space left on device"),
+        (options.CommandError("two\nlines"), "two lines"),
+        (ImportError("a plot needs matplotlib", name="matplotlib"), "a plot needs matplotlib"),
+    ],
+)
+def test_errors_of_a_command_are_one_line(error, message, capsys, monkeypatch):
+    from favor_np.cli import info
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == f"favor-np: error: {message}\n"
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    from favor_np.cli import info
+
+    for error in (ValueError("bug"), ImportError("bug", name="favor_np.gone"), KeyError("bug")):
+
+        def fail(args, error=error):
+            raise error
+
+        monkeypatch.setattr(info, "run", fail)
+        with pytest.raises(type(error), match="bug"):
+            main(["info"])
+
+
+def test_interrupt(monkeypatch, capsys):
+    from favor_np.cli import info
+
+    def fail(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", fail)
+    assert main(["info"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "favor_np.cli", "info"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "favor_np.cli", "info"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("favor-np: error: No space left")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_the_signs():
+    done = program("forecast", "--help", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "|x|?" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------
+# Output files, progress
+# ----------------------------------------------------------------------------------------
+
+
+def test_output_file_appears_only_when_all_went_well(tmp_path):
+    target = tmp_path / "out.csv"
+    target.write_text("old")
+
+    def fail():
+        with options.output_file(str(target)) as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert target.read_text() == "old"
+    with options.output_file(str(target)) as path:
+        path.write_text("new")
+        assert target.read_text() == "old"
+        old = target.stat().st_ino
+    assert target.read_text() == "new"
+    assert target.stat().st_ino != old  # put in place whole, not written over
+    assert [p.name for p in tmp_path.iterdir()] == ["out.csv"]
+    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_output_file_that_cannot_be_is_known_at_once(tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("x")
+    for path in (tmp_path, tmp_path / "none" / "out.csv", source):
+        with (
+            pytest.raises(options.CommandError, match=str(path.name)),
+            options.output_file(str(path), str(source)),
+        ):
+            raise AssertionError("the work began")
+    with options.output_file(None) as nothing:
+        assert nothing is None
+
+
+def test_output_to_a_device():
+    with options.output_file(os.devnull) as path:
+        path.write_text("gone")
+    assert os.path.exists(os.devnull)
+
+
+def test_progress_bar_shows_only_long_stages(monkeypatch):
+    pytest.importorskip("tqdm")
+
+    class Terminal:
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return True
+
+    quick = Terminal()
+    with options.ProgressBar(quick) as bar:
+        for done in range(1, 11):
+            bar("quick", done, 10)
+    assert quick.text.strip() == ""
+    slow = Terminal()
+    with options.ProgressBar(slow) as bar:
+        bar("long one", 0, 10)
+        bar("long one", 10, 10)
+    assert "long one" in slow.text
+
+
+def test_progress_bar_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with options.ProgressBar() as bar:
+        bar("stage", 0, 10)
+        bar("stage", 10, 10)
