@@ -15,6 +15,7 @@ import numpy as np
 from favor_np.kernels.favor import (
     CHUNK,
     RAISE_QUERIES,
+    across,
     activate_queries,
     cut,
     lift_queries,
@@ -24,9 +25,9 @@ from favor_np.kernels.favor import (
     pack_values,
     write_rows,
 )
-from favor_np.kernels.gemm import gemm_t, project
+from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
-from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, transpose
+from favor_np.kernels.simd import VECTOR_BYTES, fetch_add
 
 #: Query tiles that share one packed tile of keys.
 GROUP = 8
@@ -47,7 +48,7 @@ def carve_exact(floats, ints, d, vcols):
     dcols = -(-d // lanes) * lanes
     doubles = 8 // floats.itemsize
     rows, at = cut(floats, 0, CHUNK, dcols)
-    keys, at = cut(floats, at, CHUNK, dcols)
+    keys, at = cut(floats, at, dcols, CHUNK)
     values, at = cut(floats, at, CHUNK, vcols)
     raw, at = cut(floats, at, CHUNK, CHUNK)
     phi, at = cut(floats, at, CHUNK, CHUNK)
@@ -84,7 +85,6 @@ def longest_of(squares, limit):
 @jit()
 def pack_queries(par, q, row, count, t):
     """Pack a block of queries, scaled and transposed; its sums start at zero."""
-    lanes = VECTOR_BYTES // q.itemsize
     factor = q.dtype.type(par.scale)
     for g in range(-(-count // CHUNK)):
         here = min(CHUNK, count - g * CHUNK)
@@ -93,9 +93,7 @@ def pack_queries(par, q, row, count, t):
         for i in range(here):
             for x in range(t.rows.shape[1]):
                 t.rows[i, x] *= factor
-        for i in range(0, CHUNK, lanes):
-            for x in range(0, t.rows.shape[1], lanes):
-                transpose(t.rows, i, x, t.across[g])
+        across(t.rows, t.across[g])
         t.den[g] = 0
         t.num[g] = 0
 
@@ -103,7 +101,8 @@ def pack_queries(par, q, row, count, t):
 @jit()
 def pack_keys(par, k, row, count, mask, mask_row, t):
     """Pack a tile of keys; the longest squared norm and the first key that is not finite."""
-    pack(k, row, count, t.keys, par.limit, t.key_square)
+    pack(k, row, count, t.rows, par.limit, t.key_square)
+    across(t.rows, t.keys)
     bad = CHUNK
     for j in range(CHUNK):
         alive = j < count and (mask_row < 0 or mask[mask_row + j])
@@ -121,7 +120,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
-    project(t.keys, t.across[g], t.raw, CHUNK, cols, d)
+    project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
     if diagonal:
         for j in range(CHUNK):
             t.raw[j, : min(j, cols)] = -par.masked

@@ -23,7 +23,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.gemm import gemm, gemm_t, project, project_t, project_two
+from favor_np.kernels.gemm import gemm, gemm_t, project_t, project_two
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
@@ -57,7 +57,7 @@ Parameters = namedtuple(
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
-    "rows across raw phi values num spare scores keys records height den part sums scale token square "
+    "rows columns raw phi values num spare scores keys records height den part sums scale token square "
     "top higher excess",
 )
 
@@ -76,7 +76,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     dcols = -(-d // lanes) * lanes
     tiles = blocks * par.signs
     rows, at = cut(floats, 0, CHUNK, dcols)
-    across, at = cut(floats, at, dcols, CHUNK)
+    columns, at = cut(floats, at, dcols, CHUNK)
     raw, at = cut(floats, at, width, CHUNK)
     phi, at = cut(floats, at, width, CHUNK)
     values, at = cut(floats, at, CHUNK, vcols)
@@ -96,7 +96,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
-    return Tiles(rows, across, raw, phi, values, num, spare, scores, keys, records, height[0], den, part,
+    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, records, height[0], den, part,
                  sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
 
 
@@ -163,6 +163,15 @@ def pack_values(source, row, count, target, mask, mask_row):
     target[:count, width:] = 0
     target[count:] = 0
     return check == 0
+
+
+@jit()
+def across(rows, columns):
+    """Transpose packed rows: products read a column of their left matrix at a time."""
+    lanes = VECTOR_BYTES // rows.itemsize
+    for i in range(0, CHUNK, lanes):
+        for x in range(0, rows.shape[1], lanes):
+            transpose(rows, i, x, columns)
 
 
 @jit(fastmath=EXACT)
@@ -379,13 +388,11 @@ def read_chunk(
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
     pack(q, row, count, t.rows, par.limit, t.square)
-    for i in range(0, cols, lanes):
-        for x in range(0, t.rows.shape[1], lanes):
-            transpose(t.rows, i, x, t.across)
+    across(t.rows, t.columns)
     first = True
     for b in range(blocks):
         features = min(width, features_count - b * width)
-        project_t(weight[w + b], t.across, t.raw, width, cols, d)
+        project_t(weight[w + b], t.columns, t.raw, width, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -520,9 +527,10 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
             t.height[i] = min(par.key_norm * t.square[i], par.far)
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
+    across(t.rows, t.columns)
     for attempt in range(2):
         for b in range(blocks):
-            project(t.rows, weight[w + b], t.keys[b * par.signs], rows, width, d)
+            project_t(t.columns, weight[w + b], t.keys[b * par.signs], rows, width, d)
         if attempt == 1 or fresh:
             accepted = raise_keys(
                 par, rows, count, t.keys, t.height, bias, w, c, s, z, slot, t.excess, t.scale

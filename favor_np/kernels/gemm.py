@@ -63,13 +63,6 @@ def gemm_t(a, b, c, row0, row1, col0, col1, first, last, add):
 
 
 @jit()
-def project(a, b, c, rows, cols, depth):
-    """``c[:rows, :cols] = a[:rows, :depth] @ b[:depth, :cols]``, summed by SLICE."""
-    for k in range(0, depth, SLICE):
-        gemm(a, b, c, 0, rows, 0, cols, k, min(k + SLICE, depth), k > 0)
-
-
-@jit()
 def project_t(a, b, c, rows, cols, depth):
     """``c[:rows, :cols] = a[:depth, :rows].T @ b[:depth, :cols]``, summed by SLICE."""
     for k in range(0, depth, SLICE):
