@@ -13,6 +13,7 @@ from favor_np import plan
 from favor_np.features import FeatureMap
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
+from favor_np.kernels.pack import CHUNK
 from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
 
@@ -153,7 +154,7 @@ class _Call:
         q, _, v, mask, _, _ = self.arrays
         whole = _empty(layout, 1) if state is None else state
         parts = tuple(plan.sets_of(array, layout.signs) for array in whole)
-        records = plan.aligned((kernels.SETS * plan.SPLIT // plan.CHUNK, layout.record), v.dtype)
+        records = plan.aligned((kernels.SETS * plan.SPLIT // CHUNK, layout.record), v.dtype)
         for start in range(0, int(jobs.table[0, 3]), plan.SPLIT):
             table, q_rows, rows, chunks = plan.set_jobs(layout, jobs, start)
             if self.run(layout.partial, table, q_rows, rows, parts, records)[12]:

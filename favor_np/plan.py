@@ -18,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np.features import FeatureMap
+from favor_np.kernels import activate
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
+from favor_np.kernels.pack import CHUNK
 from favor_np.kernels.simd import VECTOR_BYTES
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
-CHUNK = kernels.CHUNK
 #: Largest |log2-feature| kept, by itemsize: longer queries and keys are shortened to it.  The
 #: activations round by adding a large number, so it stays well below 2**22 and 2**51.
 FAR = {4: 2.0**20, 8: 2.0**28}
@@ -97,11 +98,11 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     heads, rows, dim = feature_map.weight.shape
     signs = 2 if feature_map.antithetic else 1
     positive = feature_map.kind == "positive"
-    kind = {"positive": kernels.POSITIVE, "relu": kernels.RELU, "elu": kernels.ELU}
+    kind = {"positive": activate.POSITIVE, "relu": activate.RELU, "elu": activate.ELU}
     blocks = -(-rows // CHUNK)
     width = -(-(-(-rows // blocks)) // 16) * 16
     half = blocks * width
-    unit = kernels.LOG2E if positive else 1.0
+    unit = activate.LOG2E if positive else 1.0
     padding = np.zeros((heads, half, dim))
     padding[:, :rows] = feature_map.weight * unit
     weight = aligned((heads * blocks, dim, width), dtype)
@@ -116,7 +117,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         return kernels.Parameters(
             kind=kind[feature_map.kind],
             signs=signs,
-            key_norm=feature_map.key_norm * kernels.LOG2E,
+            key_norm=feature_map.key_norm * activate.LOG2E,
             kernel_epsilon=float(feature_map.kernel_epsilon),
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
             far=FAR[size],
@@ -162,9 +163,9 @@ def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
     """Return the constants of exact attention."""
     far, limit = (2.0**20, 1e150) if dtype.itemsize == 4 else (2.0**48, math.sqrt(2.0**46 / scale))
     return exact_kernels.ExactParameters(
-        kind=kernels.POSITIVE,
+        kind=activate.POSITIVE,
         kernel_epsilon=0.0,
-        scale=scale * kernels.LOG2E,
+        scale=scale * activate.LOG2E,
         limit=limit,
         far=far,
         masked=8 * far,

@@ -12,21 +12,11 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.favor import (
-    CHUNK,
-    RAISE_QUERIES,
-    across,
-    activate_queries,
-    cut,
-    lift_queries,
-    measure_queries,
-    own_values,
-    pack,
-    pack_values,
-    write_rows,
-)
+from favor_np.kernels.activate import RAISE_QUERIES, activate_queries, lift_queries, measure_queries
+from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
+from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, write_rows
 from favor_np.kernels.simd import VECTOR_BYTES, fetch_add
 
 #: Query tiles that share one packed tile of keys.

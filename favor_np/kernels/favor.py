@@ -1,9 +1,9 @@
 """The fused FAVOR+ kernels: fold keys and values into a state, read it out with queries.
 
 A state is ``(c, S, z)`` for each feature r: ``S[r] * 2**c[r] = sum_j phi_r(k_j) v_j`` and
-``z[r] * 2**c[r] = sum_j phi_r(k_j)``.  The integer c[r] follows the largest log2-feature seen, so
-that nothing overflows and some key always contributes at least 2**-RAISE to its feature; moving it
-is exact, and therefore no bit of an earlier output depends on a later key.
+``z[r] * 2**c[r] = sum_j phi_r(k_j)``.  The integer c[r] stays at the largest log2-feature seen or a
+little below, so that nothing overflows and some key contributes at least 1/2 to each feature; moving
+it is exact, and therefore no bit of an earlier output depends on a later key.
 
 Everything happens on chunks of CHUNK positions and tiles of up to CHUNK features:
 
@@ -23,31 +23,23 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.gemm import gemm, gemm_t, project_t, project_two
-from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.simd import (
-    VECTOR_BYTES,
-    exp2,
-    fetch_add,
-    fma,
-    highest,
-    load,
-    maximum,
-    nearest,
-    splat,
-    store,
-    sum_lanes,
-    transpose,
-    view,
+from favor_np.kernels.activate import (
+    RAISE_KEYS,
+    RAISE_QUERIES,
+    activate_keys,
+    activate_queries,
+    lift_queries,
+    measure_queries,
+    raise_keys,
 )
+from favor_np.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.kernels.jit import jit
+from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, write_rows
+from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load, store
+from favor_np.kernels.step import step_token
 
-CHUNK = 64
-POSITIVE, RELU, ELU = 0, 1, 2
 #: Sets of features that a single long causal problem is cut into.
 SETS = 2
-#: log2 head-room over the running maxima before they are moved.
-RAISE_KEYS, RAISE_QUERIES = 16, 24
-LOG2E = math.log2(math.e)
 
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
@@ -57,21 +49,14 @@ Parameters = namedtuple(
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
-    "rows columns raw phi values num spare scores keys records height den part sums scale token square "
-    "top higher excess",
+    "rows columns raw phi values num spare scores keys records height den part sums scale token "
+    "square top higher excess",
 )
 
 
 @jit()
-def cut(floats, start, rows, cols):
-    """The next matrix of a workspace, and where the one after it starts."""
-    end = start + rows * cols
-    return view(floats, start, rows, cols), end
-
-
-@jit()
 def carve(par, floats, ints, d, vcols, width, blocks):
-    """Cut the tiles from one thread's workspace; ``workspace_size`` says how much they need."""
+    """Cut the tiles from one thread's workspace; ``plan.layout`` says how much they need."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
     tiles = blocks * par.signs
@@ -98,248 +83,6 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, records, height[0], den, part,
                  sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
-
-
-@jit(fastmath=EXACT)
-def shorten(source, row, target, i, limit):
-    """Copy one row to target[i], shortened to limit or, if it is not finite, as zeros; its square.
-
-    Scaled by its largest entry first: the square of a finite row may be infinite.
-    """
-    largest, square = 0.0, 0.0
-    for x in range(source.shape[1]):
-        largest = max(largest, abs(float(source[row, x])))
-        if not math.isfinite(source[row, x]):
-            square = math.inf
-    if square == math.inf:
-        for x in range(source.shape[1]):
-            target[i, x] = 0
-        return square
-    for x in range(source.shape[1]):
-        square += (float(source[row, x]) / largest) ** 2
-    norm = math.sqrt(square)
-    for x in range(source.shape[1]):
-        target[i, x] = float(source[row, x]) / largest * (limit / norm)
-    return min(largest * norm, 1e150) ** 2
-
-
-@jit()
-def pack(source, row, count, target, limit, squares):
-    """Copy rows row:row+count of source to the zero-padded tile; their squared norms to squares.
-
-    A finite row longer than limit is shortened to it; a row with NaN or infinity is zeroed and its
-    square is infinite.
-    """
-    width = source.shape[1]
-    for i in range(count):
-        total = 0.0
-        for x in range(width):
-            value = source[row + i, x]
-            target[i, x] = value
-            total += float(value) * float(value)
-        if not total <= limit * limit:
-            total = shorten(source, row + i, target, i, limit)
-        squares[i] = total
-        for x in range(width, target.shape[1]):
-            target[i, x] = 0
-    for i in range(count, target.shape[0]):
-        for x in range(target.shape[1]):
-            target[i, x] = 0
-
-
-@jit()
-def pack_values(source, row, count, target, mask, mask_row):
-    """Copy value rows to the zero-padded tile, masked ones as zeros; False if one is not finite."""
-    width = source.shape[1]
-    check = target.dtype.type(0)
-    for i in range(count):
-        if mask_row >= 0 and not mask[mask_row + i]:
-            target[i] = 0
-            continue
-        for x in range(width):
-            value = source[row + i, x]
-            target[i, x] = value
-            check += value * 0
-    target[:count, width:] = 0
-    target[count:] = 0
-    return check == 0
-
-
-@jit()
-def across(rows, columns):
-    """Transpose packed rows: products read a column of their left matrix at a time."""
-    lanes = VECTOR_BYTES // rows.itemsize
-    for i in range(0, CHUNK, lanes):
-        for x in range(0, rows.shape[1], lanes):
-            transpose(rows, i, x, columns)
-
-
-@jit(fastmath=EXACT)
-def log_feature(par, y):
-    """log2 of the exponential part of a feature map at the projection y."""
-    zero = splat(y, 0)
-    if par.kind == POSITIVE:
-        return y
-    if par.kind == ELU:
-        return maximum((y - maximum(y, zero)) * splat(y, LOG2E), splat(y, -par.far))
-    return zero
-
-
-@jit(fastmath=EXACT)
-def factor(par, y):
-    """What a feature map multiplies its exponential part with: elu(y) + 1 = e**min(y, 0) (1 + y+)."""
-    if par.kind == POSITIVE:
-        return splat(y, 1)
-    if par.kind == ELU:
-        return splat(y, 1) + maximum(y, splat(y, 0))
-    return splat(y, par.kernel_epsilon) + maximum(y, splat(y, 0))
-
-
-@jit(fastmath=EXACT)
-def activate_keys(par, sign, rows, raw, height, bias, b, c, slot, r0, target, sums):
-    """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature."""
-    lanes = VECTOR_BYTES // raw.itemsize
-    worst = splat(c, 0)
-    turn = splat(raw, sign)
-    for f in range(0, raw.shape[1], lanes):
-        shift, beta, total = load(c, slot, r0 + f), load(bias, b, f), splat(raw, 0)
-        if par.kind == POSITIVE:
-            for i in range(rows):
-                y = fma(turn, load(raw, i, f), beta) - splat(raw, height[i])
-                n = nearest(y) - shift
-                worst = maximum(worst, n)
-                value = exp2(y, n)
-                store(target, i, f, value)
-                total = total + value
-        else:
-            for i in range(rows):
-                x = load(raw, i, f)
-                y = log_feature(par, x) - splat(raw, height[i])
-                n = nearest(y) - shift
-                worst = maximum(worst, n)
-                value = exp2(y, n) * factor(par, x)
-                store(target, i, f, value)
-                total = total + value
-        store(sums, 0, r0 + f, total)
-    return highest(worst)
-
-
-@jit(fastmath=EXACT)
-def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, scale):
-    """Raise c to the largest log2-feature of the coming keys, rescaling the state; how many come.
-
-    Keys stay together while they pass the state and the first key among them by at most par.span:
-    beyond it the rows before the tall key would lose theirs to underflow.  Which key is tall
-    depends on the keys before it alone, so cutting there keeps causality exact.
-    """
-    lanes = VECTOR_BYTES // z.itemsize
-    width = keys.shape[2]
-    blocks = keys.shape[0] // par.signs
-    for i in range(rows):
-        store(excess, i, 0, splat(c, 0))
-    for side in range(par.signs):
-        turn = splat(z, 1 - 2 * side)
-        for b in range(blocks):
-            raw = keys[b * par.signs]
-            for f in range(0, width, lanes):
-                r = (side * blocks + b) * width + f
-                beta = load(bias, w + b, f)
-                y = fma(turn, load(raw, 0, f), beta)
-                y = log_feature(par, y) - splat(z, height[0])
-                base = maximum(load(c, slot, r), nearest(y))
-                for i in range(rows):
-                    y = fma(turn, load(raw, i, f), beta)
-                    y = log_feature(par, y) - splat(z, height[i])
-                    store(excess, i, 0, maximum(load(excess, i, 0), nearest(y) - base))
-    accepted = count
-    for i in range(1, count):
-        if highest(load(excess, i, 0)) > par.span:
-            accepted = i
-            break
-    for side in range(par.signs):
-        turn = splat(z, 1 - 2 * side)
-        for b in range(blocks):
-            raw = keys[b * par.signs]
-            for f in range(0, width, lanes):
-                r = (side * blocks + b) * width + f
-                beta = load(bias, w + b, f)
-                old = load(c, slot, r)
-                top = old
-                for i in range(accepted):
-                    y = fma(turn, load(raw, i, f), beta)
-                    y = log_feature(par, y) - splat(z, height[i])
-                    top = maximum(top, nearest(y))
-                by = exp2(splat(z, 0), old - top)
-                store(scale, 0, f, by)
-                store(z, slot, r, load(z, slot, r) * by)
-                store(c, slot, r, top)
-                for lane in range(lanes):
-                    if scale[0, f + lane] != 1:
-                        row = s[slot, r + lane]
-                        for x in range(row.size):
-                            row[x] *= scale[0, f + lane]
-    return accepted
-
-
-@jit(fastmath=EXACT)
-def activate_queries(par, sign, cols, raw, features, c, z, slot, r0, top, target, part):
-    """Projections raw (F, C) to query features relative to 2**(top - c), and part = z . phi_q.
-
-    Returns how far the largest log2-feature passes top.
-    """
-    lanes = VECTOR_BYTES // raw.itemsize
-    turn = splat(raw, sign)
-    worst = splat(c, 0)
-    for i in range(0, cols, lanes):
-        level, total = load(top, 0, i), splat(raw, 0)
-        if par.kind == POSITIVE:
-            for r in range(features):
-                y = turn * load(raw, r, i)
-                n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
-                worst = maximum(worst, n)
-                value = exp2(y, n)
-                store(target, r, i, value)
-                total = fma(value, splat(raw, z[slot, r0 + r]), total)
-        else:
-            for r in range(features):
-                x = load(raw, r, i)
-                y = log_feature(par, x)
-                n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
-                worst = maximum(worst, n)
-                value = exp2(y, n) * factor(par, x)
-                store(target, r, i, value)
-                total = fma(value, splat(raw, z[slot, r0 + r]), total)
-        store(part, 0, i, total)
-    for r in range(features, target.shape[0]):
-        target[r] = 0
-    return highest(worst)
-
-
-@jit(fastmath=EXACT)
-def measure_queries(par, sign, cols, raw, features, c, slot, r0, top):
-    """top = the largest log2-feature of each query in this tile."""
-    lanes = VECTOR_BYTES // raw.itemsize
-    turn = splat(raw, sign)
-    for i in range(0, cols, lanes):
-        level = splat(c, c[slot, r0]) + nearest(log_feature(par, turn * load(raw, 0, i)))
-        for r in range(1, features):
-            y = log_feature(par, turn * load(raw, r, i))
-            level = maximum(level, nearest(y) + splat(c, c[slot, r0 + r]))
-        store(top, 0, i, level)
-
-
-@jit()
-def lift_queries(new, top, cols, rows, den, num, scores):
-    """Raise top to new where that is higher, rescaling what was summed under the old one."""
-    for i in range(cols):
-        if new[0, i] > top[0, i]:
-            by = 2.0 ** max(float(top[0, i] - new[0, i]), -1000.0)
-            top[0, i] = new[0, i]
-            den[0, i] *= by
-            for x in range(num.shape[1]):
-                num[i, x] *= by
-            for j in range(rows):
-                scores[j, i] *= by
 
 
 @jit()
@@ -499,20 +242,6 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def write_rows(num, den, square, count, out, row):
-    """out = num / den; zeros where there is no key, NaN where the query is not finite."""
-    one = out.dtype.type(1)
-    for i in range(count):
-        inverse = den[i]
-        if square[i] == math.inf:
-            inverse *= math.nan
-        elif inverse != 0:  # it vanishes only where there is no key at all
-            inverse = one / inverse
-        for x in range(out.shape[1]):
-            out[row + i, x] = num[i, x] * inverse
-
-
-@jit()
 def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slot, t):
     """Pack and map the keys from row on, keeping c above them; how many of them were taken."""
     rows = -(-count // 8) * 8
@@ -553,104 +282,6 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
             t.keys[:, i] = math.nan
             t.sums[:] = math.nan
     return accepted
-
-
-@jit(fastmath=EXACT)
-def step_token(
-    par, q, q_row, k, k_row, v, v_row, weight, bias, w, features, c, s, z, slot, out, out_row, t
-):
-    """Fold one key and value, then read with one query: a chunk of one, without its tiles."""
-    lanes = VECTOR_BYTES // q.itemsize
-    width, state = weight.shape[2], s[slot]
-    half = z.shape[1] // par.signs
-    pack(q, q_row, 1, t.rows[0:1], par.limit, t.square[0:1])
-    pack(k, k_row, 1, t.rows[1:2], par.limit, t.square[1:2])
-    pack_values(v, v_row, 1, t.values[0:1], t.square, -1)
-    height = splat(q, min(par.key_norm * t.square[1], par.far))
-    raised = False
-    for b in range(half // width):
-        project_two(t.rows, weight[w + b], t.raw, width, q.shape[1])
-        for side in range(par.signs):
-            turn = splat(q, 1 - 2 * side)
-            for f in range(0, width, lanes):
-                r = side * half + b * width + f
-                x = load(t.raw, 1, f)
-                y = log_feature(par, fma(turn, x, load(bias, w + b, f))) - height
-                old = load(c, slot, r)
-                top, by = old, splat(q, 1)
-                if highest(nearest(y) - old) > RAISE_KEYS:
-                    top, raised = maximum(old, nearest(y)), True
-                    by = exp2(splat(q, 0), old - top)
-                value = exp2(y, nearest(y) - top) * factor(par, x)
-                store(c, slot, r, top)
-                store(z, slot, r, fma(load(z, slot, r), by, value))
-                store(t.sums, 0, r, value)
-                store(t.scale, 0, r, by)
-                store(t.token, 0, r, turn * load(t.raw, 0, f))
-    if t.square[1] == math.inf:
-        for r in range(z.shape[1]):
-            t.sums[0, r] = z[slot, r] = math.nan
-    if raised:
-        for r in range(z.shape[1]):
-            for x in range(state.shape[1]):
-                state[r, x] *= t.scale[0, r]
-    level = splat(c, -8 * int(par.far))
-    for side in range(par.signs):
-        for r in range(side * half + features, (side + 1) * half):
-            t.token[0, r] = -par.masked  # padding, no feature
-    for r in range(0, z.shape[1], lanes):
-        y = log_feature(par, load(t.token, 0, r))
-        level = maximum(level, nearest(y) + load(c, slot, r))
-    shift = splat(c, highest(level))
-    for r in range(0, z.shape[1], lanes):
-        x = load(t.token, 0, r)
-        y = log_feature(par, x)
-        value = exp2(y, nearest(y) + (load(c, slot, r) - shift))
-        store(t.token, 0, r, value * factor(par, x))
-    for side in range(par.signs):
-        for r in range(side * half + features, (side + 1) * half):
-            t.token[0, r] = 0
-    den = splat(q, 0)
-    for r in range(0, z.shape[1], lanes):
-        den = fma(load(t.token, 0, r), load(z, slot, r), den)
-    t.den[0, 0] = sum_lanes(den)
-    step_values(state, t.values, t.sums, t.token, t.num)
-    write_rows(t.num, t.den[0], t.square, 1, out, out_row)
-
-
-@jit(fastmath=EXACT)
-def step_values(state, values, phi_k, phi_q, num):
-    """``state[r] += phi_k[r] v`` and ``num = phi_q . state``, in one pass over the state."""
-    lanes = VECTOR_BYTES // state.itemsize
-    x = 0
-    while x + 4 * lanes <= state.shape[1]:
-        v0, v1 = load(values, 0, x), load(values, 0, x + lanes)
-        v2, v3 = load(values, 0, x + 2 * lanes), load(values, 0, x + 3 * lanes)
-        n0 = n1 = n2 = n3 = splat(state, 0)
-        for r in range(state.shape[0]):
-            a, b = splat(state, phi_k[0, r]), splat(state, phi_q[0, r])
-            s0 = fma(v0, a, load(state, r, x))
-            s1 = fma(v1, a, load(state, r, x + lanes))
-            s2 = fma(v2, a, load(state, r, x + 2 * lanes))
-            s3 = fma(v3, a, load(state, r, x + 3 * lanes))
-            store(state, r, x, s0)
-            store(state, r, x + lanes, s1)
-            store(state, r, x + 2 * lanes, s2)
-            store(state, r, x + 3 * lanes, s3)
-            n0, n1, n2, n3 = fma(s0, b, n0), fma(s1, b, n1), fma(s2, b, n2), fma(s3, b, n3)
-        store(num, 0, x, n0)
-        store(num, 0, x + lanes, n1)
-        store(num, 0, x + 2 * lanes, n2)
-        store(num, 0, x + 3 * lanes, n3)
-        x += 4 * lanes
-    while x < state.shape[1]:
-        v0, n0 = load(values, 0, x), splat(state, 0)
-        for r in range(state.shape[0]):
-            s0 = fma(v0, splat(state, phi_k[0, r]), load(state, r, x))
-            store(state, r, x, s0)
-            n0 = fma(s0, splat(state, phi_q[0, r]), n0)
-        store(num, 0, x, n0)
-        x += lanes
 
 
 @jit()

@@ -1,0 +1,195 @@
+"""Features from projections, relative to running maxima that are integer powers of two.
+
+Projections of keys lie token-major (C, F), those of queries feature-major (F, C): either way the
+maximum runs along vectors.  ``exp2`` adds the maximum to the exponent, so moving it is exact.
+"""
+
+from __future__ import annotations
+
+import math
+
+from favor_np.kernels.jit import EXACT, jit
+from favor_np.kernels.simd import (
+    VECTOR_BYTES,
+    exp2,
+    fma,
+    highest,
+    load,
+    maximum,
+    nearest,
+    splat,
+    store,
+)
+
+POSITIVE, RELU, ELU = 0, 1, 2
+#: log2 head-room over the running maxima before they are moved.
+RAISE_KEYS, RAISE_QUERIES = 16, 24
+LOG2E = math.log2(math.e)
+
+
+@jit(fastmath=EXACT)
+def log_feature(par, y):
+    """log2 of the exponential part of a feature map at the projection y."""
+    zero = splat(y, 0)
+    if par.kind == POSITIVE:
+        return y
+    if par.kind == ELU:
+        return maximum((y - maximum(y, zero)) * splat(y, LOG2E), splat(y, -par.far))
+    return zero
+
+
+@jit(fastmath=EXACT)
+def factor(par, y):
+    """What a feature map multiplies its exponential part with: elu(y) + 1 = e**min(y, 0) (1 + y+)."""
+    if par.kind == POSITIVE:
+        return splat(y, 1)
+    if par.kind == ELU:
+        return splat(y, 1) + maximum(y, splat(y, 0))
+    return splat(y, par.kernel_epsilon) + maximum(y, splat(y, 0))
+
+
+@jit(fastmath=EXACT)
+def activate_keys(par, sign, rows, raw, height, bias, b, c, slot, r0, target, sums):
+    """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature."""
+    lanes = VECTOR_BYTES // raw.itemsize
+    worst = splat(c, 0)
+    turn = splat(raw, sign)
+    for f in range(0, raw.shape[1], lanes):
+        shift, beta, total = load(c, slot, r0 + f), load(bias, b, f), splat(raw, 0)
+        if par.kind == POSITIVE:
+            for i in range(rows):
+                y = fma(turn, load(raw, i, f), beta) - splat(raw, height[i])
+                n = nearest(y) - shift
+                worst = maximum(worst, n)
+                value = exp2(y, n)
+                store(target, i, f, value)
+                total = total + value
+        else:
+            for i in range(rows):
+                x = load(raw, i, f)
+                y = log_feature(par, x) - splat(raw, height[i])
+                n = nearest(y) - shift
+                worst = maximum(worst, n)
+                value = exp2(y, n) * factor(par, x)
+                store(target, i, f, value)
+                total = total + value
+        store(sums, 0, r0 + f, total)
+    return highest(worst)
+
+
+@jit(fastmath=EXACT)
+def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, scale):
+    """Raise c to the largest log2-feature of the coming keys, rescaling the state; how many come.
+
+    Keys stay together while they pass the state and the first key among them by at most par.span:
+    beyond it the rows before the tall key would lose theirs to underflow.  Which key is tall
+    depends on the keys before it alone, so cutting there keeps causality exact.
+    """
+    lanes = VECTOR_BYTES // z.itemsize
+    width = keys.shape[2]
+    blocks = keys.shape[0] // par.signs
+    for i in range(rows):
+        store(excess, i, 0, splat(c, 0))
+    for side in range(par.signs):
+        turn = splat(z, 1 - 2 * side)
+        for b in range(blocks):
+            raw = keys[b * par.signs]
+            for f in range(0, width, lanes):
+                r = (side * blocks + b) * width + f
+                beta = load(bias, w + b, f)
+                y = fma(turn, load(raw, 0, f), beta)
+                y = log_feature(par, y) - splat(z, height[0])
+                base = maximum(load(c, slot, r), nearest(y))
+                for i in range(rows):
+                    y = fma(turn, load(raw, i, f), beta)
+                    y = log_feature(par, y) - splat(z, height[i])
+                    store(excess, i, 0, maximum(load(excess, i, 0), nearest(y) - base))
+    accepted = count
+    for i in range(1, count):
+        if highest(load(excess, i, 0)) > par.span:
+            accepted = i
+            break
+    for side in range(par.signs):
+        turn = splat(z, 1 - 2 * side)
+        for b in range(blocks):
+            raw = keys[b * par.signs]
+            for f in range(0, width, lanes):
+                r = (side * blocks + b) * width + f
+                beta = load(bias, w + b, f)
+                old = load(c, slot, r)
+                top = old
+                for i in range(accepted):
+                    y = fma(turn, load(raw, i, f), beta)
+                    y = log_feature(par, y) - splat(z, height[i])
+                    top = maximum(top, nearest(y))
+                by = exp2(splat(z, 0), old - top)
+                store(scale, 0, f, by)
+                store(z, slot, r, load(z, slot, r) * by)
+                store(c, slot, r, top)
+                for lane in range(lanes):
+                    if scale[0, f + lane] != 1:
+                        row = s[slot, r + lane]
+                        for x in range(row.size):
+                            row[x] *= scale[0, f + lane]
+    return accepted
+
+
+@jit(fastmath=EXACT)
+def activate_queries(par, sign, cols, raw, features, c, z, slot, r0, top, target, part):
+    """Projections raw (F, C) to query features relative to 2**(top - c), and part = z . phi_q.
+
+    Returns how far the largest log2-feature passes top.
+    """
+    lanes = VECTOR_BYTES // raw.itemsize
+    turn = splat(raw, sign)
+    worst = splat(c, 0)
+    for i in range(0, cols, lanes):
+        level, total = load(top, 0, i), splat(raw, 0)
+        if par.kind == POSITIVE:
+            for r in range(features):
+                y = turn * load(raw, r, i)
+                n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
+                worst = maximum(worst, n)
+                value = exp2(y, n)
+                store(target, r, i, value)
+                total = fma(value, splat(raw, z[slot, r0 + r]), total)
+        else:
+            for r in range(features):
+                x = load(raw, r, i)
+                y = log_feature(par, x)
+                n = nearest(y) + (splat(c, c[slot, r0 + r]) - level)
+                worst = maximum(worst, n)
+                value = exp2(y, n) * factor(par, x)
+                store(target, r, i, value)
+                total = fma(value, splat(raw, z[slot, r0 + r]), total)
+        store(part, 0, i, total)
+    for r in range(features, target.shape[0]):
+        target[r] = 0
+    return highest(worst)
+
+
+@jit(fastmath=EXACT)
+def measure_queries(par, sign, cols, raw, features, c, slot, r0, top):
+    """top = the largest log2-feature of each query in this tile."""
+    lanes = VECTOR_BYTES // raw.itemsize
+    turn = splat(raw, sign)
+    for i in range(0, cols, lanes):
+        level = splat(c, c[slot, r0]) + nearest(log_feature(par, turn * load(raw, 0, i)))
+        for r in range(1, features):
+            y = log_feature(par, turn * load(raw, r, i))
+            level = maximum(level, nearest(y) + splat(c, c[slot, r0 + r]))
+        store(top, 0, i, level)
+
+
+@jit()
+def lift_queries(new, top, cols, rows, den, num, scores):
+    """Raise top to new where that is higher, rescaling what was summed under the old one."""
+    for i in range(cols):
+        if new[0, i] > top[0, i]:
+            by = 2.0 ** max(float(top[0, i] - new[0, i]), -1000.0)
+            top[0, i] = new[0, i]
+            den[0, i] *= by
+            for x in range(num.shape[1]):
+                num[i, x] *= by
+            for j in range(rows):
+                scores[j, i] *= by
