@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -104,8 +103,7 @@ def attend(
         call.run(call.parameters, reads, q_rows, out_rows, totals)
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
+class _Call(NamedTuple):
     """What all kernel calls of one attention call share."""
 
     layout: plan.Layout
@@ -129,10 +127,14 @@ class _Call:
 
         key = (dtype, workers, layout.floats, layout.ints, layout.features, layout.value_columns,
                state is None)  # fmt: skip
-        with plan.reused(key, make) as (floats, ints, own):
+        space = plan.borrow(key, make)
+        try:
+            floats, ints, own = space
             states = own if state is None else state
-            return POOL.call(kernel, (*head, *states, *tail[:1], floats, ints, *tail[1:]), jobs,
-                             workers)  # fmt: skip
+            args = (*head, *states, *tail[:1], floats, ints, *tail[1:])
+            return POOL.call(kernel, args, jobs, workers)
+        finally:
+            plan.give_back(key, space)
 
     def run(
         self, parameters: Any, table: Array, q_rows: Array, out_rows: Array, state: Any,
@@ -157,7 +159,7 @@ class _Call:
         records = plan.aligned((kernels.SETS * plan.SPLIT // CHUNK, layout.record), v.dtype)
         for start in range(0, int(jobs.table[0, 3]), plan.SPLIT):
             table, q_rows, rows, chunks = plan.set_jobs(layout, jobs, start)
-            if self.run(layout.partial, table, q_rows, rows, parts, records)[12]:
+            if self.run(layout.partial, table, q_rows, rows, parts, records)[TROUBLE]:
                 return False
             head = (layout.partial, q, v, mask, records, chunks)
             tail = (self.out, layout.width, layout.blocks)
@@ -208,15 +210,21 @@ def attend_exact(
             plan.aligned((workers, ints), plan.integer_of(dtype)),
         )
 
-    with plan.reused(("exact", dtype, workers, floats, ints), make) as (float_space, int_space):
-        args = (
-            plan.exact_parameters(dtype, scale, causal),
-            rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
-            out.reshape(-1, out.shape[-1]), float_space, int_space,
-        )  # fmt: skip
+    key = ("exact", dtype, workers, floats, ints)
+    space = plan.borrow(key, make)
+    args = (
+        plan.exact_parameters(dtype, scale, causal),
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
+        out.reshape(-1, out.shape[-1]), *space,
+    )  # fmt: skip
+    try:
         control = POOL.call(exact_kernels.attend_exact, args, len(table), workers)
-    return not control[12]
+    finally:
+        plan.give_back(key, space)
+    return not control[TROUBLE]
 
 
+#: Control word that counts the jobs in trouble.
+TROUBLE = 12
 #: Multiply-adds below which a second thread costs more than it does (about 0.3 ms).
 SERIAL = 4_000_000

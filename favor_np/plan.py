@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -197,19 +196,18 @@ class _Spare(threading.local):
 _spare = _Spare()
 
 
-@contextmanager
-def reused(key: Any, make: Callable[[], Any]) -> Iterator[Any]:
-    """Lend what ``make()`` once made under this key; nobody else has it meanwhile."""
+def borrow(key: Any, make: Callable[[], Any]) -> Any:
+    """Take what was given back under this key, or make it: nobody else has it meanwhile."""
+    thing = _spare.kept.pop(key, None)
+    return make() if thing is None else thing
+
+
+def give_back(key: Any, thing: Any) -> None:
+    """Keep a workspace for the next call of this Python thread; the oldest of five goes."""
     kept = _spare.kept
-    thing = kept.pop(key, None)
-    if thing is None:
-        thing = make()
-        while len(kept) >= 4:
-            kept.pop(next(iter(kept)))
-    try:
-        yield thing
-    finally:
-        kept[key] = thing
+    kept[key] = thing
+    if len(kept) > 4:
+        kept.pop(next(iter(kept)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -165,9 +165,14 @@ def _is_small_float(dtype: np.dtype[Any]) -> bool:
 def dtypes(*arrays: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
     """Return the dtype of the result, and the one it is computed in."""
     first = arrays[0].dtype
-    result = first if all(a.dtype == first for a in arrays) else np.result_type(*arrays)
-    result = result.newbyteorder("=")
-    return result, np.dtype(np.float64 if result == np.float64 else np.float32)
+    for array in arrays:
+        if array.dtype != first:
+            first = np.result_type(*arrays)
+            break
+    if first not in _FLOATS:
+        return first, _FLOATS[0]
+    result = _FLOATS[first == _FLOATS[1]]  # in native byte order
+    return result, result
 
 
 def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
@@ -175,7 +180,7 @@ def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
     if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
         array = np.require(array, dtype, ("C", "A"))
     rows = array.reshape(-1, array.shape[-1])
-    rows.flags.writeable = False
+    rows.setflags(write=False)
     return rows
 
 
@@ -210,11 +215,8 @@ def mask_of(value: object, keys: int) -> Array | None:
 
 def broadcast(**shapes: tuple[int, ...]) -> tuple[int, ...]:
     """Return the common shape of the leading axes."""
-    given = list(shapes.values())
-    if all(shape == given[0] for shape in given):
-        return given[0]
     try:
-        return np.broadcast_shapes(*given)
+        return np.broadcast_shapes(*shapes.values())
     except ValueError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"the leading axes do not broadcast: {listed}") from None
@@ -317,11 +319,15 @@ def attention_call(
         shapes["feature_map"] = (heads,)
     if state_shape is not None:
         shapes["state"] = state_shape
-    state = broadcast(**shapes)
+    state = k.shape[:-2]
+    if any(shape != state for shape in shapes.values()):
+        state = broadcast(**shapes)
     if state_shape is not None and state != state_shape:
         raise ValueError(f"state has batch_shape {state_shape}, but k and v need {state}")
     if is_grouped:
         out_batch = grouped_shape(q.shape[:-2], state)
+    elif q.shape[:-2] == state:
+        out_batch = state
     else:
         out_batch = broadcast(q=q.shape[:-2], keys=state)
     if flag("check_finite", check_finite):
