@@ -34,7 +34,7 @@ from favor_np.kernels.activate import (
 )
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import jit
-from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, write_rows
+from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, soon, write_rows
 from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load, store
 from favor_np.kernels.step import step_token
 
@@ -175,42 +175,45 @@ def read_chunk(
 @jit()
 def save(t, records, row):
     """Write the sums of a chunk, before its own keys are added, to a row of records."""
-    vcols, at = t.num.shape[1], 2 * CHUNK
+    vcols, record = t.num.shape[1], records[row]
     for i in range(CHUNK):
-        records[row, i] = t.den[0, i]
-        records[row, CHUNK + i] = t.top[0, i]
-        for x in range(vcols):
-            records[row, at + x] = t.num[i, x]
+        record[i] = t.den[0, i]
+        record[CHUNK + i] = t.top[0, i]
+    for i in range(CHUNK):
+        at = (2 + i) * CHUNK
         for j in range(CHUNK):
-            records[row, at + vcols + j] = t.scores[j, i]
-        at += vcols + CHUNK
+            record[at + j] = t.scores[i, j]
+        at = (2 + CHUNK) * CHUNK + i * vcols
+        for x in range(vcols):
+            record[at + x] = t.num[i, x]
 
 
 @jit()
 def add_record(t, records, row, first):
     """Add the sums that ``save`` wrote to those in t, under the higher of the two tops."""
-    vcols, at = t.num.shape[1], 2 * CHUNK
-    one = records.dtype.type(1)
+    vcols, record = t.num.shape[1], records[row]
+    mine, theirs = t.part[0], t.height
     for i in range(CHUNK):
-        top = int(records[row, CHUNK + i])
-        mine, theirs = one * 0, one
+        top = int(record[CHUNK + i])
+        mine[i], theirs[i] = 0, 1
         if not first:
-            mine = one * 2.0 ** max(float(min(t.top[0, i] - top, 0)), -1000.0)
-            theirs = one * 2.0 ** max(float(min(top - t.top[0, i], 0)), -1000.0)
+            mine[i] = 2.0 ** max(float(min(t.top[0, i] - top, 0)), -1000.0)
+            theirs[i] = 2.0 ** max(float(min(top - t.top[0, i], 0)), -1000.0)
             top = max(t.top[0, i], top)
         t.top[0, i] = top
-        if first:
-            t.den[0, i] = 0
-            for x in range(vcols):
-                t.num[i, x] = 0
-            for j in range(CHUNK):
-                t.scores[j, i] = 0
-        t.den[0, i] = t.den[0, i] * mine + records[row, i] * theirs
-        for x in range(vcols):
-            t.num[i, x] = t.num[i, x] * mine + records[row, at + x] * theirs
+    if first:
+        t.den[:] = 0
+        t.scores[:] = 0
+        t.num[:] = 0
+    for i in range(CHUNK):
+        t.den[0, i] = t.den[0, i] * mine[i] + record[i] * theirs[i]
+    for i in range(CHUNK):
+        at = (2 + i) * CHUNK
         for j in range(CHUNK):
-            t.scores[j, i] = t.scores[j, i] * mine + records[row, at + vcols + j] * theirs
-        at += vcols + CHUNK
+            t.scores[i, j] = t.scores[i, j] * mine[j] + record[at + j] * theirs[j]
+        at = (2 + CHUNK) * CHUNK + i * vcols
+        for x in range(vcols):
+            t.num[i, x] = t.num[i, x] * mine[i] + record[at + x] * theirs[i]
 
 
 @jit()
@@ -302,11 +305,15 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
         m_row = mask_row + start if mask_row >= 0 else -1
         taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w, c, s, z,
                            slot, t)  # fmt: skip
+        following = min(CHUNK, keys_count - start - count)
+        soon(k, k_row + start + count, following)
+        soon(v, v_row + start + count, following)
         if par.partial and taken < count:  # other jobs, with other features, do not know of it
             return False
         clean = pack_values(v, v_row + start, taken, t.values, mask, m_row)
         if par.causal:
             for g in range(q_rows.size):
+                soon(q, q_rows[g] + start + count, following)
                 row = out_rows[g] + (start // CHUNK if par.partial else start)
                 read_chunk(par, q, q_rows[g] + start, taken, weight, w, features, sets, c, s, z,
                            slot, t.keys, t.values, clean, out, row, t)  # fmt: skip
@@ -315,6 +322,8 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
     if not par.causal:
         for g in range(q_rows.size):
             for start in range(0, queries_count, CHUNK):
+                following = min(CHUNK, queries_count - start - CHUNK)
+                soon(q, q_rows[g] + start + CHUNK, following)
                 read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), weight, w,
                            features, 1, c, s, z, slot, t.keys, t.values, True, out,
                            out_rows[g] + start, t)  # fmt: skip

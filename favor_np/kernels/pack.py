@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.simd import VECTOR_BYTES, transpose, view
+from favor_np.kernels.simd import VECTOR_BYTES, prefetch, transpose, view
 
 #: Positions that kernels take at a time.
 CHUNK = 64
@@ -63,6 +63,15 @@ def pack(source, row, count, target, limit, squares):
     for i in range(count, target.shape[0]):
         for x in range(target.shape[1]):
             target[i, x] = 0
+
+
+@jit()
+def soon(source, row, count):
+    """Fetch rows that the next chunk will read while this one is computed."""
+    line = 64 // source.itemsize
+    for i in range(row, row + count):
+        for x in range(0, source.shape[1], line):
+            prefetch(source, i, x)
 
 
 @jit()

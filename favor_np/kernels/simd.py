@@ -495,6 +495,26 @@ def view(typingctx, array, start, rows, cols):
 
 
 @intrinsic
+def prefetch(typingctx, array, i, j):
+    """Ask for the cache line of ``array[i, j]``; a hint, harmless for any address."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        i32 = ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]),
+            "llvm.prefetch.p0",
+        )
+        pointer = _address(context, builder, array, args[0], args[1], args[2])
+        flags = [ir.Constant(i32, n) for n in (0, 2, 1)]  # to read, into the second level, data
+        builder.call(function, [builder.bitcast(pointer, byte), *flags])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), codegen
+
+
+@intrinsic
 def fetch_add(typingctx, array, index, value):
     """Add to an int64 array's element atomically; the element as it was before."""
 
