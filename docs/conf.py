@@ -1,0 +1,76 @@
+"""Sphinx configuration: warnings are errors, the tutorial is run, tables are computed."""
+
+import doctest
+import sys
+from pathlib import Path
+
+import favor_np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+project = "favor_np"
+author = "favor_np developers"
+copyright = "2026, favor_np developers"
+release = version = favor_np.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.viewcode",
+    "numpydoc",
+    "matplotlib.sphinxext.plot_directive",
+]
+exclude_patterns = ["_build", "generated/*.md"]
+nitpicky = True
+default_role = "literal"
+
+myst_enable_extensions = ["amsmath", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+
+autosummary_generate = True
+autodoc_typehints = "none"  # the docstrings say more
+numpydoc_show_class_members = False
+numpydoc_validation_checks = {"GL03", "PR01", "PR02", "PR03", "PR10", "RT01", "SS03"}
+numpydoc_validation_exclude = {  # classes are told by their attributes
+    r"favor_np\.AttentionState$",
+    r"favor_np\.AttentionState\.(copy|same_map)$",
+    r"favor_np\.compare\.[A-Z]",
+    r"favor_np\.forecast\.[A-Z]",
+}
+
+plot_formats = [("png", 150)]
+plot_html_show_formats = False
+plot_html_show_source_link = False
+plot_rcparams = {"figure.constrained_layout.use": True, "axes.grid": True, "grid.color": "0.9"}
+
+html_theme = "furo"
+html_title = f"favor_np {release}"
+templates_path = ["_templates"]
+html_static_path = ["_static"]
+
+
+def run_examples(app):
+    """Run the examples of the pages: a page that is wrong is not built."""
+    from sphinx.errors import ExtensionError
+
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    for page in sorted(HERE.glob("*.md")):
+        result = doctest.testfile(str(page), module_relative=False, optionflags=flags)
+        if result.failed:
+            raise ExtensionError(f"{result.failed} of {result.attempted} examples in {page.name}")
+
+
+def write_tables(app):
+    """Compute the tables that pages include."""
+    import variance_tables
+
+    (HERE / "generated").mkdir(exist_ok=True)
+    for name, table in variance_tables.TABLES.items():
+        (HERE / "generated" / f"{name}.md").write_text(table(), encoding="utf-8")
+
+
+def setup(app):
+    app.connect("builder-inited", run_examples)
+    app.connect("builder-inited", write_tables)

@@ -1,0 +1,172 @@
+"""Checks of the project as a whole: what its files promise, and the habits of its code."""
+
+import ast
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import io
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import favor_np
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "favor_np"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def relative(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def uses_of_numba(path):
+    """The names that the code of ``path`` takes from numba: ``numba.x``, ``from numba import x``."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names |= {node.attr} if node.value.id == "numba" else set()
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "numba":
+            names |= {name.name for name in node.names}
+    return names
+
+
+def fenced(text, mark):
+    """The blocks of code under the lines ``mark``."""
+    blocks = re.findall(re.escape(mark) + r"\s+```\w*\n(.*?)```", text, re.DOTALL)
+    assert blocks, f"no block under {mark}"
+    return blocks
+
+
+def test_version_is_the_installed_one():
+    assert favor_np.__version__ == importlib.metadata.version("favor_np")
+
+
+def test_changelog_begins_with_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE).group(1) == favor_np.__version__
+
+
+def test_one_module_alone_compiles():
+    users = [relative(p) for p in MODULES if uses_of_numba(p) & {"njit", "jit"}]
+    assert users == ["favor_np/kernels/jit.py"]
+
+
+@pytest.mark.parametrize("word", ["prange", "vectorize", "guvectorize", "stencil"])
+def test_other_ways_to_compile_are_not_used(word):
+    assert [relative(p) for p in MODULES if word in uses_of_numba(p)] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_modules_stay_readable(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 800
+    assert "fastmath=True" not in "\n".join(lines)
+
+
+def documented(module):
+    """The names that docs/reference.md lists for a module."""
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    sections = reference.split(".. currentmodule:: ")[1:]
+    texts = [
+        text for name, _, text in (part.partition("\n") for part in sections) if name == module
+    ]
+    return sorted(re.findall(r"^   (\w+)$", "".join(texts), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["favor_np", "favor_np.compare", "favor_np.forecast"])
+def test_public_names_are_the_documented_ones(name):
+    module = importlib.import_module(name)
+    exported = getattr(module, "__all__", None) or [
+        name for name, value in vars(module).items() if not inspect.ismodule(value)
+    ]
+    assert documented(name) == sorted(public for public in exported if public[0].isalpha())
+
+
+def test_every_public_function_has_a_docstring_with_an_example():
+    functions = [getattr(favor_np, name) for name in favor_np.__all__ if name[0].islower()]
+    assert functions
+    for function in functions:
+        for section in ("Parameters", "Raises", "Examples"):
+            assert f"{section}\n" in function.__doc__, (function, section)
+
+
+def test_package_is_typed_and_licensed():
+    assert (PACKAGE / "py.typed").exists()
+    metadata = importlib.metadata.metadata("favor_np")
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert "favor_np developers" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_public_dependencies_are_few():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {re.match(r"\w+", line).group() for line in project["dependencies"]}
+    assert required <= {"numba", "numpy", "scipy"}
+
+
+def test_import_loads_no_compiler():
+    code = "import sys, favor_np; print([m for m in ('numba', 'scipy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_readme_examples_print_what_they_say(number):
+    source = fenced(README, "<!-- example -->")[number]
+    expected = re.findall(r"^print\(.*\)  # (.*)$", source, re.MULTILINE)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(source, "README.md", "exec"), {})
+    assert expected
+    assert out.getvalue().splitlines() == expected
+
+
+def test_readme_shows_code_on_its_first_screen():
+    first = README.splitlines().index("import numpy as np") + 1
+    assert first <= 30
+
+
+@pytest.mark.parametrize("name", ["forecast", "tests"])
+def test_readme_commands_are_one_line_and_do_their_own_set_up(name):
+    (block,) = fenced(README, f"<!-- command: {name} -->")
+    (command,) = block.splitlines()
+    assert command.startswith("python3 -m venv ")
+    assert "pip install" in command
+
+
+def test_table_of_variances_agrees_with_simulation():
+    tables = runpy.run_path(str(ROOT / "docs" / "variance_tables.py"))
+    d, features, draws, s = 4, 16, 4000, 0.25
+    x = np.full((1, d), np.sqrt(s) / 2 / np.sqrt(d))  # |x + x|**2 = s
+    for orthogonal, antithetic in tables["MAPS"].values():
+        estimates = []
+        for seed in range(draws):
+            fm = favor_np.feature_map(
+                "positive",
+                d,
+                features,
+                "orthogonal" if orthogonal else "iid",
+                antithetic=antithetic,
+                scale=1.0,
+                rng=seed,
+            )
+            estimates.append((fm.query_features(x) * fm.key_features(x)).sum())
+        relative = np.var(estimates) / np.exp(2 * x @ x.T).item()
+        expected = tables["relative_variance"](
+            s, features, d, orthogonal=orthogonal, antithetic=antithetic
+        )
+        assert relative == pytest.approx(expected, rel=0.25)
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
