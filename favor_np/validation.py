@@ -169,10 +169,9 @@ def dtypes(*arrays: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
         if array.dtype != first:
             first = np.result_type(*arrays)
             break
-    if first not in _FLOATS:
-        return first, _FLOATS[0]
-    result = _FLOATS[first == _FLOATS[1]]  # in native byte order
-    return result, result
+    if not first.isnative:
+        first = first.newbyteorder("=")
+    return first, first if first in _FLOATS else _FLOATS[0]
 
 
 def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
