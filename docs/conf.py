@@ -26,7 +26,7 @@ exclude_patterns = ["_build", "generated/*.md"]
 nitpicky = True
 default_role = "literal"
 
-myst_enable_extensions = ["amsmath", "dollarmath", "fieldlist"]
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
 
 autosummary_generate = True
