@@ -292,10 +292,10 @@ def nearest(typingctx, y):
 def exp2(typingctx, y, n):
     """``2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds.
 
-    Zero where n is below the exponent of the smallest normal number; n must not pass the largest.
+    Zero where the result might be below the smallest normal number; n must not pass the largest.
     """
     magic, mantissa, coefficients = _EXP2[y.dtype]
-    lowest = -126 if mantissa == 23 else -1022
+    lowest = -125 if mantissa == 23 else -1021  # the fraction is from 0.7 up
 
     def codegen(context, builder, signature, args):
         value, exponent = args
