@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
+import logging  # noqa: F401  # Numba needs it, and its fork hooks must not come while ours waits
 import math
 import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-#: int64 control words of a call: next job, next workspace, finished jobs, trouble.
+#: int64 control words of a call: [0] next job, [4] next workspace, [8] finished jobs, [12] free.
 CONTROL = 16
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
@@ -64,18 +67,20 @@ def thread_limit(count: int) -> Iterator[None]:
         _limit.reset(token)
 
 
-def _cgroup_cpus() -> float:
-    """Processor quota of the tightest control group around this process, or infinity."""
+def cgroup_cpus(
+    groups: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """Return the processor quota of the tightest control group around us, or infinity."""
     best = math.inf
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = groups.read_text().splitlines()
     except OSError:
         return best
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        root = Path("/sys/fs/cgroup/cpu" if controllers else "/sys/fs/cgroup")
+        root = mounts / "cpu" if controllers else mounts
         here = root / path.lstrip("/")
         for folder in (here, *here.parents):
             try:
@@ -98,7 +103,7 @@ def default_threads(environ: Mapping[str, str] | None = None) -> int:
     environ = os.environ if environ is None else environ
     for name in ("FAVOR_NP_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
         text = environ.get(name, "").split(",")[0].strip()
-        if text.isdigit() and int(text) > 0:
+        if text.isdecimal() and int(text) > 0:
             return int(text)
     if hasattr(os, "process_cpu_count"):  # Python 3.13: knows affinity and PYTHON_CPU_COUNT
         allowed = os.process_cpu_count() or 1
@@ -106,7 +111,7 @@ def default_threads(environ: Mapping[str, str] | None = None) -> int:
         allowed = len(os.sched_getaffinity(0))
     else:
         allowed = os.cpu_count() or 1
-    quota = _cgroup_cpus()
+    quota = cgroup_cpus()
     return max(1, allowed if quota == math.inf else min(allowed, math.ceil(quota)))
 
 
@@ -132,31 +137,50 @@ class TilePool:
     def __init__(self) -> None:
         self._getcpu: Callable[[], int] | None = None
         self._steered = sys.platform.startswith("linux")
+        self._compiled: set[tuple[Any, ...]] = set()
         self._reset()
 
     def _reset(self) -> None:
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may call while its thread holds it
         self._active = 0
         self._cpu = -1
+        self._compiler_lock: Any = None
 
     def stop(self) -> None:
-        """Send the helpers home and hold the lock: done before a fork."""
+        """Send the helpers home and hold all locks: done before a fork."""
+        # The child could never take a lock that another thread held: let that thread finish its
+        # import or its compilation first.
+        if "favor_np.launch" in sys.modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module("favor_np.launch")
+        module = sys.modules.get("numba.core.compiler_lock")
+        compiler_lock = getattr(module, "global_compiler_lock", None)
+        if compiler_lock is not None:
+            compiler_lock.acquire()
         self._lock.acquire()
+        self._compiler_lock = compiler_lock
         for _ in self._threads:
             self._queue.put(None)
+        patience = time.monotonic() + 0.2  # for those without a job
         for thread in self._threads:
-            thread.join(1.0)
+            thread.join(max(0.0, patience - time.monotonic()))
         self._threads, self._cpu = [], -1
 
     def release(self) -> None:
         """Go on in the parent after a fork."""
+        compiler_lock, self._compiler_lock = self._compiler_lock, None
         self._lock.release()
+        if compiler_lock is not None:
+            compiler_lock.release()
 
     def restart(self) -> None:
-        """Begin anew in the child of a fork."""
+        """Begin anew in the child of a fork, where no helper lives."""
+        compiler_lock = self._compiler_lock
         self._reset()
+        if compiler_lock is not None:
+            compiler_lock.release()
 
     def _grow(self, count: int) -> None:
         with self._lock:
@@ -172,19 +196,20 @@ class TilePool:
                 self._cpu = -1
 
     @staticmethod
-    def _help(jobs: queue.SimpleQueue[Any]) -> None:
+    def _help(jobs: queue.SimpleQueue[list[Any] | None]) -> None:
         while True:
             job = jobs.get()
             if job is None:
                 return
-            kernel, args, count, done, errors = job
+            try:
+                kernel, args, count, done, errors = job
+            except ValueError:  # emptied: that call is over
+                continue
             try:
                 if kernel(*args) == count:
                     done.release()
             except BaseException as error:  # the caller must not wait for ever
                 errors.append(error)
-                with contextlib.suppress(RuntimeError):
-                    done.release()
             # Do not keep the caller's arrays alive until the next job.
             job = kernel = args = done = errors = None
 
@@ -200,9 +225,9 @@ class TilePool:
                 return
             self._cpu = cpu
             allowed = os.sched_getaffinity(0) - {cpu}
-            if allowed:
-                for thread in self._threads:
-                    os.sched_setaffinity(thread.native_id or 0, allowed)
+            for thread in self._threads:
+                if allowed and thread.native_id is not None:
+                    os.sched_setaffinity(thread.native_id, allowed)
         except (OSError, AttributeError):
             self._steered = False
 
@@ -211,65 +236,70 @@ class TilePool:
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Run the `count` jobs of ``kernel(*args, control, count)`` on up to `threads` threads.
 
-        Returns the control words.
+        Returns the control words.  An interrupt is raised when all jobs are finished: they work on
+        the caller's arrays.
         """
         control = np.zeros(CONTROL, np.int64)
-        args = (*args, control, count)
         if threads <= 1 or count <= 1:
-            kernel(*args)
+            kernel(*args, control, count)
             return control
         with self._lock:
             self._active += 1
             helpers = min(threads - self._active, count - 1)  # other callers fill the machine too
         try:
-            if helpers > len(self._threads):
-                self._grow(helpers)
-            helpers = min(helpers, len(self._threads))
-            if helpers > 0 and self._steered:
-                self._steer()
-            done, errors = threading.Lock(), list[BaseException]()
-            done.acquire()
-            for _ in range(helpers):
-                self._queue.put((kernel, args, count, done, errors))
-            if kernel(*args) != count:  # a helper still works on a job it has claimed
-                interrupted: KeyboardInterrupt | None = None
-                while True:
-                    try:
-                        done.acquire()
-                        break
-                    except KeyboardInterrupt as error:  # the arrays are in use: finish first
-                        interrupted = error
-                if interrupted is not None:
-                    raise interrupted
-            if errors:
-                raise errors[0]
+            self._share(kernel, args, control, count, helpers)
         finally:
             with self._lock:
                 self._active -= 1
         return control
 
+    def _share(
+        self, kernel: Callable[..., int], args: tuple[Any, ...], control: Any, count: int,
+        helpers: int,
+    ) -> None:  # fmt: skip
+        types = (kernel, *[a.dtype.char for a in args if isinstance(a, np.ndarray)])
+        if types not in self._compiled:  # compile alone: who interrupts that shall not wait for it
+            kernel(*args, control, 0)
+            control[:] = 0
+            self._compiled.add(types)
+        if helpers > len(self._threads):
+            self._grow(helpers)
+        helpers = min(helpers, len(self._threads))
+        if helpers > 0 and self._steered:
+            self._steer()
+        args = (*args, control, count)
+        done, errors = threading.Lock(), list[BaseException]()
+        done.acquire()
+        job: list[Any] = [kernel, args, count, done, errors]
+        finished = 0
+        try:
+            try:
+                for _ in range(helpers):
+                    self._queue.put(job)
+            finally:
+                finished = kernel(*args)
+        finally:
+            if finished != count and helpers > 0:  # one of them still works on what it has claimed
+                self._wait(control, count, done, errors)
+            job.clear()  # whoever comes late finds nothing to do, and keeps no array alive
+        if errors:
+            raise errors[0]
+
+    @staticmethod
+    def _wait(control: Any, count: int, done: threading.Lock, errors: list[BaseException]) -> None:
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                # The timeout is for errors, and for interrupts that lost what the kernel returned.
+                if done.acquire(timeout=0.05) or control[8] >= count or errors:
+                    break
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
 
 POOL = TilePool()
 
-
-def _before_fork() -> None:
-    # A fork while another thread compiles would leave Numba's lock held in the child for ever.
-    compiler = sys.modules.get("numba.core.compiler_lock")
-    if compiler is not None:
-        compiler.global_compiler_lock.acquire()
-    POOL.stop()
-
-
-def _after_fork(resume: Callable[[], None]) -> None:
-    resume()
-    compiler = sys.modules.get("numba.core.compiler_lock")
-    if compiler is not None:
-        compiler.global_compiler_lock.release()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=lambda: _after_fork(POOL.release),
-        after_in_child=lambda: _after_fork(POOL.restart),
-    )
+    os.register_at_fork(before=POOL.stop, after_in_parent=POOL.release, after_in_child=POOL.restart)

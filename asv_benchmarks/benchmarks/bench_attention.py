@@ -1,28 +1,35 @@
 """Attention over whole sequences, four heads."""
 
+import numpy as np
+
 import favor_np
 
-from .common import feature_map, inputs, sized, warm
+from .common import favor, feature_map, full_only, inputs, warm
 
-SIZES = ["L=1024 d=64 m=256", "L=8192 d=64 m=256", "L=16384 d=64 m=64", "L=1000 d=50 m=200"]
+SIZES = [
+    "L=256 d=64 m=256",
+    "L=1024 d=64 m=256",
+    "L=8192 d=64 m=256",
+    "L=65536 d=64 m=256",
+    "L=16384 d=64 m=64",
+    "L=8192 d=128 m=512",
+    "L=1000 d=50 m=200",
+]
+QUICK = ["L=1024 d=64 m=256", "L=8192 d=64 m=256", "L=1000 d=50 m=200"]
 DTYPES = ["float32", "float64"]
 
 
 class Favor:
-    """FAVOR+ forward."""
+    """FAVOR+ forward, by length, dimension, features, dtype; antithetic features or not."""
 
     params = (SIZES, DTYPES, ["antithetic", "plain"])
     param_names = ("size", "dtype", "map")
     causal = False
 
     def setup(self, size, dtype, kind):
-        n = sized(size)
-        self.arrays = inputs(n["L"], n["d"], dtype=dtype)
-        self.map = feature_map(n["m"], n["d"], antithetic=kind == "antithetic")
+        full_only(size not in QUICK or (dtype == "float64" and size != QUICK[1]))
+        self.call = favor(size, dtype, kind, causal=self.causal)
         warm((self.causal, size, dtype, kind), self.call)
-
-    def call(self):
-        return favor_np.favor_attention(*self.arrays, self.map, causal=self.causal)
 
 
 class Bidirectional(Favor):
@@ -37,36 +44,44 @@ class Causal(Favor):
         self.call()
 
 
-class OtherMaps:
-    """Generalised attention, causal."""
+class Variants:
+    """Causal at L=8192: other maps, and what else a call can be given."""
 
-    params = (["relu", "elu"],)
-    param_names = ("kind",)
+    params = (["relu", "elu", "key_mask", "gqa", "float16", "return_state"],)
+    param_names = ("variant",)
 
-    def setup(self, kind):
-        self.arrays = inputs(8192)
-        self.map = feature_map(kind=kind, antithetic=False)
-        warm(kind, self.call)
+    def setup(self, variant):
+        kind = variant if variant in {"relu", "elu"} else "positive"
+        q, k, v = inputs(8192)
+        fm = feature_map(kind=kind, antithetic=kind == "positive")
+        options = {"causal": True}
+        if variant == "key_mask":
+            options["key_mask"] = np.arange(8192) % 7 > 0
+        elif variant == "gqa":
+            k, v = k[:, :2], v[:, :2]
+            options["enable_gqa"] = True
+        elif variant == "float16":
+            q, k, v = (np.asarray(x, np.float16) for x in (q, k, v))
+        elif variant == "return_state":
+            options["return_state"] = True
+        self.call = lambda: favor_np.favor_attention(q, k, v, fm, **options)
+        warm(variant, self.call)
 
-    def call(self):
-        return favor_np.favor_attention(*self.arrays, self.map, causal=True)
-
-    def time_causal(self, kind):
+    def time_causal(self, variant):
         self.call()
 
 
 class Small:
-    """What a call costs when there is next to nothing to compute."""
+    """What a call costs when there is next to nothing to compute: L = 64, d = m = 32, one head."""
 
-    def setup(self):
-        self.arrays = inputs(64, 32, heads=1)
-        self.map = feature_map(32, 32)
-        warm("small", self.call)
+    params = (["causal", "full"],)
+    param_names = ("kind",)
 
-    def call(self):
-        return favor_np.favor_attention(*self.arrays, self.map, causal=True)
+    def setup(self, kind):
+        self.call = favor("L=64 d=32 m=32", kind="antithetic", heads=1, causal=kind == "causal")
+        warm(kind, self.call)
 
-    def time_causal(self):
+    def time_call(self, kind):
         self.call()
 
 
@@ -77,12 +92,10 @@ class Exact:
     param_names = ("L", "dtype", "kind")
 
     def setup(self, length, dtype, kind):
-        self.arrays = inputs(length, dtype=dtype)
-        self.causal = kind == "causal"
-        warm((dtype, kind), self.call)
-
-    def call(self):
-        return favor_np.exact_attention(*self.arrays, causal=self.causal)
+        full_only(length > 1024 and dtype == "float64")
+        arrays = inputs(length, dtype=dtype)
+        self.call = lambda: favor_np.exact_attention(*arrays, causal=kind == "causal")
+        warm((length, dtype, kind), self.call)
 
     def time_forward(self, length, dtype, kind):
         self.call()

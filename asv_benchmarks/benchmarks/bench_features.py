@@ -1,27 +1,30 @@
 """Projections and the readable feature maps."""
 
-import numpy as np
-
 import favor_np
 
 from .common import feature_map, inputs
 
 
 class Projection:
-    params = (["orthogonal", "iid"], [64, 256, 1024])
-    param_names = ("kind", "m")
+    """Draw a projection."""
 
-    def time_sample(self, kind, m):
-        favor_np.sample_projection(m, 64, kind, rng=0)
+    params = (["orthogonal", "iid"], [64, 256, 1024], [64, 128])
+    param_names = ("kind", "m", "d")
+
+    def time_sample(self, kind, m, dim):
+        favor_np.sample_projection(m, dim, kind, rng=0)
 
 
 class Features:
-    params = (["positive", "relu", "elu", "trig"],)
-    param_names = ("kind",)
+    """Features of 1024 keys, d = 64, as diagnostics use them; attention computes its own."""
 
-    def setup(self, kind):
-        self.map = feature_map(kind=kind, antithetic=kind == "positive")
-        self.x = inputs(1024, heads=1)[0].astype(np.float64)
+    params = (["antithetic", "positive", "relu", "elu", "trig"], ["float32", "float64"])
+    param_names = ("kind", "dtype")
 
-    def time_key_features(self, kind):
+    def setup(self, kind, dtype):
+        pairs = kind == "antithetic"
+        self.map = feature_map(kind="positive" if pairs else kind, antithetic=pairs)
+        self.x = inputs(1024, heads=1, dtype=dtype)[0]
+
+    def time_key_features(self, kind, dtype):
         self.map.key_features(self.x)

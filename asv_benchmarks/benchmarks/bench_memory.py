@@ -1,31 +1,30 @@
 """Memory of a long sequence. ``peakmem`` counts Numba (some 185 MB) and the arrays too."""
 
-import favor_np
 from favor_np.measure import peak_memory
 
-from .common import feature_map, inputs, warm
+from .common import favor, full_only, warm
 
 LENGTH = 262144
 
 
 class Memory:
-    params = (["causal", "full"],)
-    param_names = ("kind",)
+    """L = 262,144, d = 64, m = 256, float32."""
 
-    def setup(self, kind):
-        self.causal = kind == "causal"
-        self.arrays = inputs(LENGTH, heads=1)
-        self.map = feature_map()
+    params = (["causal", "full"], [1, 4])
+    param_names = ("kind", "heads")
 
-    def call(self):
-        return favor_np.favor_attention(*self.arrays, self.map, causal=self.causal)
+    def setup(self, kind, heads):
+        full_only(heads > 1)
+        self.call = favor(
+            f"L={LENGTH} d=64 m=256", kind="antithetic", heads=heads, causal=kind == "causal"
+        )
 
-    def peakmem_forward(self, kind):
+    def peakmem_forward(self, kind, heads):
         self.call()
 
-    def track_extra_bytes(self, kind):
+    def track_extra_bytes(self, kind, heads):
         """Bytes beyond inputs and result."""
-        warm(kind, self.call)
-        return max(peak_memory(self.call) - self.arrays[2].nbytes, 0)
+        warm((kind, heads), self.call)
+        return max(peak_memory(self.call) - heads * LENGTH * 64 * 4, 0)
 
     track_extra_bytes.unit = "bytes"

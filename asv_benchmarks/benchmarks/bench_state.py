@@ -3,40 +3,91 @@
 import numpy as np
 
 import favor_np
+from favor_np import launch
 
-from .common import feature_map, warm
+from .common import feature_map, full_only, interleave, warm
 
-HEADS, DIM = 8, 64
+HEADS, DIM, BLOCK = 8, 64, 256
+
+
+def token(dtype="float32"):
+    return np.random.default_rng(0).standard_normal((3, 1, HEADS, 1, DIM), dtype)
+
+
+def filled(m, dtype="float32"):
+    """A state of eight heads that has seen a block."""
+    state = favor_np.AttentionState.zeros(
+        feature_map(m, DIM), value_dim=DIM, batch_shape=(1, HEADS), dtype=dtype
+    )
+    rng = np.random.default_rng(1)
+    return state.update(*rng.standard_normal((2, 1, HEADS, BLOCK, DIM), dtype))
 
 
 class State:
-    """Eight heads, d = 64."""
+    """Eight heads, d = 64; blocks of 256 tokens."""
 
-    params = ([64, 256],)
-    param_names = ("m",)
+    params = ([64, 256, 1024], ["float32", "float64"])
+    param_names = ("m", "dtype")
 
-    def setup(self, m):
-        rng = np.random.default_rng(0)
-        self.token = rng.standard_normal((3, 1, HEADS, 1, DIM), np.float32)
-        self.block = rng.standard_normal((3, 1, HEADS, 256, DIM), np.float32)
-        self.state, self.other = (
-            favor_np.AttentionState.zeros(
-                feature_map(m, DIM), value_dim=DIM, batch_shape=(1, HEADS)
-            )
-            for _ in range(2)
-        )
-        for state in (self.state, self.other):
-            state.update(*self.block[1:])
-        warm(m, lambda: (self.time_step(m), self.time_attend(m), self.time_merge(m)))
+    def setup(self, m, dtype):
+        full_only(m == 1024 or (dtype == "float64" and m != 256))
+        self.token = token(dtype)
+        rng = np.random.default_rng(2)
+        self.block = rng.standard_normal((3, 1, HEADS, BLOCK, DIM), dtype)
+        self.state, self.other = filled(m, dtype), filled(m, dtype)
+        calls = (self.time_step, self.time_update, self.time_attend, self.time_merge)
+        warm((m, dtype), lambda: [call(m, dtype) for call in calls])
 
-    def time_step(self, m):
+    def time_step(self, m, dtype):
         self.state.step(*self.token)
 
-    def time_update(self, m):
+    def time_update(self, m, dtype):
         self.state.update(*self.block[1:])
 
-    def time_attend(self, m):
+    def time_attend(self, m, dtype):
         self.state.attend(self.block[0])
 
-    def time_merge(self, m):
+    def time_merge(self, m, dtype):
         self.state.merge(self.other)
+
+
+class Decode:
+    """A step, and what of it passes outside the kernel: the kernel's own call is made again."""
+
+    def setup(self):
+        self.state, self.token = filled(256), token()
+
+    def track_step(self):
+        return self.measure()[0]
+
+    def track_outside_kernel(self):
+        return self.measure()[1]
+
+    def measure(self):
+        seen = []
+        pool = launch.POOL
+        call = pool.call
+
+        def spy(kernel, args, count, threads):
+            seen.append((kernel, args, count))
+            return call(kernel, args, count, threads)
+
+        self.state.step(*self.token)
+        pool.call = spy
+        try:
+            self.state.step(*self.token)
+        finally:
+            del pool.call
+        ((kernel, args, count),) = seen
+        control = np.zeros(16, np.int64)
+
+        def again():
+            control[:] = 0
+            kernel(*args, control, count)
+
+        step, inside = 1e6 * np.median(
+            interleave(lambda: self.state.step(*self.token), again), axis=0
+        )
+        return float(step), float(step - inside)
+
+    track_step.unit = track_outside_kernel.unit = "µs"

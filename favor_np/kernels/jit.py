@@ -9,7 +9,6 @@ files and any number of processes.  Set ``FAVOR_NP_CACHE=0`` to compile in memor
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib
 import os
@@ -25,9 +24,9 @@ import llvmlite
 import numba
 from numba import types
 from numba.core import serialize
-from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
+from numba.core.compiler import Compiler, CompileResult
+from numba.misc.appdirs import AppDirs
 from numba.np import linalg
 
 #: Reassociation is allowed (it is what vectorises a sum), NaN and infinity stay what they are.
@@ -38,81 +37,105 @@ EXACT = frozenset({"contract"})
 _PACKAGE = Path(__file__).parent
 
 
-@functools.cache
-def sources_digest() -> str:
+def _sources() -> str:
     """Digest of everything compiled code depends on that a kernel's signature does not tell."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for path in sorted(_PACKAGE.glob("*.py")):
+    files = sorted(_PACKAGE.glob("*.py"))
+    for path in files:
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16] if files else ""
 
 
-class _Store(FunctionCache):  # type: ignore[misc]
-    """Numba's function cache, for which no fault of the disk is the user's problem.
+try:  # now, before an editor changes what is being imported
+    SOURCES = _sources()
+except OSError:
+    SOURCES = ""
 
-    One sealed file an entry, named by its key.  (Numba's own index can give one process the code
-    that another stored for a different signature, if both fill it at once.)
+
+def _folders() -> list[Path]:
+    """Return where machine code may lie: it is read in all of these, and written in the first."""
+    name = f"favor_np-{hashlib.sha256(str(_PACKAGE).encode()).hexdigest()[:16]}"
+    if numba.config.CACHE_DIR:
+        return [Path(numba.config.CACHE_DIR).absolute() / name]
+    home = Path(AppDirs("favor_np", appauthor=False).user_cache_dir) / name
+    return [_PACKAGE / "__pycache__", *([home] if home.is_absolute() else [])]
+
+
+def _trusted(folder: Path) -> bool:
+    """Tell if nobody can put code there who could not change this package itself."""
+    if os.name != "posix" or _PACKAGE in folder.parents:
+        return True
+    found = folder.stat()
+    owners = (os.geteuid(), 0, _PACKAGE.stat().st_uid)
+    return found.st_uid in owners and not found.st_mode & stat.S_IWOTH
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK) and _trusted(folder)
+    except OSError:
+        return False
+
+
+class _Store:
+    """A kernel's machine code on disk, in place of Numba's cache; no fault of it is the user's.
+
+    One sealed file an entry, named by all that it depends on.  (Numba's index can give one process
+    the code that another stored for a different signature, if both fill it at once.)
     """
 
-    flags: tuple[object, ...] = ()
+    def __init__(self, name: str, flags: tuple[object, ...]) -> None:
+        config = numba.config
+        self._flags = (*flags, config.BOUNDSCHECK, config.OPT, config.DEBUGINFO_DEFAULT)
+        self._stem = f"{name}-{sys.implementation.cache_tag}-"
+        self._folders = _folders()
 
-    def _file(self, sig: Any, codegen: Any) -> Path:
-        key = hashlib.sha256(repr((sig, codegen.magic_tuple(), self.flags)).encode()).hexdigest()
-        return Path(self.cache_path, f"{self._stem()}{sources_digest()}-{key[:16]}.nbc")
+    @property
+    def cache_path(self) -> str | None:
+        """The folder that is written to; None if there is none."""
+        return next((str(folder) for folder in self._folders if _writable(folder)), None)
 
-    def _stem(self) -> str:
-        return f"{self._py_func.__name__}-{sys.implementation.cache_tag}-"
+    def entry(self, signature: Any, codegen: Any) -> str:
+        """Return the name of the file with the code for this signature and processor."""
+        key = repr((signature, codegen.magic_tuple(), self._flags))
+        return f"{self._stem}{SOURCES}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nbc"
 
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """Return what was compiled for this signature, or None."""
         target_context.refresh()
-        try:
-            content = self._file(sig, target_context.codegen()).read_bytes()
-            seal, data = content[:32], content[32:]
-            if hashlib.sha256(data).digest() == seal:
-                return self._impl.rebuild(target_context, pickle.loads(data))
-        except Exception:  # no such file, no permission, ...: compile
-            pass
-        return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        try:
-            if not self._impl.check_cachable(data):
-                return
-            path = self._file(sig, data.codegen)
-            content = serialize.dumps(self._impl.reduce(data))
-            draft = path.with_suffix(f".{uuid.uuid4().hex}")
+        for folder in self._folders:
             try:
-                draft.write_bytes(hashlib.sha256(content).digest() + content)
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
-            for old in path.parent.glob(f"{self._stem()}*"):
-                if not old.name.startswith(f"{self._stem()}{sources_digest()}"):
-                    old.unlink()
-        except Exception:  # disk full, folder gone, ...: this process has its code already
-            pass
-
-    def flush(self) -> None:
-        for old in Path(self.cache_path).glob(f"{self._stem()}*"):
-            old.unlink(missing_ok=True)
-
-
-def _store(function: Callable[..., Any], flags: tuple[object, ...]) -> _Store | None:
-    """Return the cache of a kernel, or None if there is no good place for it."""
-    if os.environ.get("FAVOR_NP_CACHE", "1") == "0":
+                content = (folder / self.entry(signature, target_context.codegen())).read_bytes()
+                seal, data = content[:32], content[32:]
+                if _trusted(folder) and hashlib.sha256(data).digest() == seal:
+                    return CompileResult._rebuild(target_context, *pickle.loads(data))
+            except Exception:  # no such file, no permission, ...: compile
+                pass
         return None
-    try:
-        store = _Store(function)
-        folder = Path(store.cache_path)
-        # An entry is a pickle: it must not lie where anybody can put one, a bare /tmp above all.
-        anybody = os.name == "posix" and folder.stat().st_mode & stat.S_IWOTH
-        if anybody and _PACKAGE not in folder.parents:
-            return None
-    except Exception:  # no folder to write to, a strange locator, ...
-        return None
-    config = numba.config
-    store.flags = (*flags, config.BOUNDSCHECK, config.OPT, config.DEBUGINFO_DEFAULT)
-    return store
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep what was compiled, if there is a place for it."""
+        if result.library.has_dynamic_globals:
+            return
+        for folder in filter(_writable, self._folders):
+            try:
+                data = serialize.dumps(result._reduce())
+                self._write(folder / self.entry(signature, result.codegen), data)
+                return
+            except Exception:  # disk full, folder gone, ...: this process has its code already
+                pass
+
+    def _write(self, path: Path, data: bytes) -> None:
+        draft = path.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            draft.write_bytes(hashlib.sha256(data).digest() + data)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        for old in path.parent.glob(f"{self._stem}*"):
+            if not old.name.startswith(f"{self._stem}{SOURCES}"):
+                old.unlink()
 
 
 class _Part(JITCodeLibrary):  # type: ignore[misc]
@@ -172,8 +195,8 @@ def jit(*, fastmath: frozenset[str] = FAST, cache: bool = False) -> Callable[...
             dispatcher.add_overload = lambda result: dispatcher.overloads.update(
                 {tuple(result.signature.args): result}
             )
-        elif (store := _store(function, (tuple(sorted(fastmath)),))) is not None:
-            dispatcher._cache = store
+        elif SOURCES and os.environ.get("FAVOR_NP_CACHE", "1") != "0":
+            dispatcher._cache = _Store(function.__name__, tuple(sorted(fastmath)))
         return dispatcher
 
     return decorate
@@ -194,3 +217,6 @@ def _without_blas() -> None:
 
 with contextlib.suppress(AttributeError):
     _without_blas()
+
+# The first call needs it.  Here it does not happen between the locks that a fork waits for.
+importlib.import_module("numpy.ma")

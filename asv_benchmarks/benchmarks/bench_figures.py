@@ -1,0 +1,205 @@
+"""What the documentation states, as ratios measured in turns within one process.
+
+Of one thread the processor time counts, which other programs disturb less than wall time.
+"""
+
+import os
+import time
+
+import numpy as np
+
+import favor_np
+from favor_np.compare import crossing
+
+from .common import (
+    FULL,
+    favor,
+    feature_map,
+    full_only,
+    gemm,
+    inputs,
+    interleave,
+    operations,
+    ratio,
+)
+
+GEMM = 2 * 1024**3
+KINDS = ["causal", "full"]
+
+
+class Rate:
+    """Useful operations a second over those of NumPy's matrix product, plain features, one thread.
+
+    Four heads.  Antithetic features do less work for the same figure: see `Antithetic`.
+    """
+
+    params = (
+        KINDS,
+        [
+            "L=1024 d=64 m=256 float32",
+            "L=8192 d=64 m=256 float32",
+            "L=16384 d=64 m=64 float32",
+            "L=8192 d=64 m=256 float64",
+        ],
+    )
+    param_names = ("kind", "size")
+
+    def track_of_gemm(self, kind, size):
+        size, dtype = size.rsplit(" ", 1)
+        causal = kind == "causal"
+        times = interleave(favor(size, dtype, causal=causal, threads=1), gemm(dtype))
+        return operations(size, causal=causal) / GEMM / ratio(*times.T)
+
+    track_of_gemm.unit = "of GEMM"
+
+
+class Gemm:
+    """NumPy's matrix product 1024 x 1024 x 1024, one thread: the limit on this machine."""
+
+    params = (["float32", "float64"],)
+    param_names = ("dtype",)
+
+    def track_gflops(self, dtype):
+        return GEMM / float(np.median(interleave(gemm(dtype)))) / 1e9
+
+    track_gflops.unit = "GFLOP/s"
+
+
+class Antithetic:
+    """How many times faster antithetic features are than plain ones, at equal m."""
+
+    params = (KINDS, ["L=8192 d=64 m=256"])
+    param_names = ("kind", "size")
+
+    def track_speedup(self, kind, size):
+        plain, pairs = (
+            favor(size, kind=signs, causal=kind == "causal", threads=1)
+            for signs in ("plain", "antithetic")
+        )
+        return ratio(*interleave(plain, pairs).T)
+
+    track_speedup.unit = "times"
+
+
+class ExactRate:
+    """The same for exact attention: 4 L d operations a token, causal half of them."""
+
+    params = ([1024, 8192], KINDS)
+    param_names = ("L", "kind")
+
+    def track_of_gemm(self, length, kind):
+        arrays = inputs(length)
+        causal = kind == "causal"
+        times = interleave(
+            lambda: favor_np.exact_attention(*arrays, causal=causal, num_threads=1), gemm()
+        )
+        count = 4 * 4 * length * length * 64 // (2 if causal else 1)
+        return count / GEMM / ratio(*times.T)
+
+    track_of_gemm.unit = "of GEMM"
+
+
+class Crossing:
+    """The length from which FAVOR+ is the faster one: one head, antithetic, one thread."""
+
+    params = (KINDS, [64, 128, 256])
+    param_names = ("kind", "m")
+    lengths = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+
+    def setup(self, kind, m):
+        full_only(m < 256)
+
+    def track_length(self, kind, m):
+        fm, causal, gains = feature_map(m), kind == "causal", []
+        for length in self.lengths:
+            arrays = inputs(length, heads=1)
+            times = interleave(
+                lambda a=arrays: favor_np.exact_attention(*a, causal=causal, num_threads=1),
+                lambda a=arrays: favor_np.favor_attention(*a, fm, causal=causal, num_threads=1),
+                seconds=0.5 if FULL else 0.05,
+            )
+            gains.append(ratio(*times.T))
+        return crossing(self.lengths, gains) or float("nan")
+
+    track_length.unit = "tokens"
+
+
+class Threads:
+    """Two threads against one, and how busy the two were."""
+
+    params = (KINDS, ["H=4 L=8192 d=64 m=256", "H=1 L=65536 d=64 m=256"])
+    param_names = ("kind", "size")
+
+    def setup(self, kind, size):
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if cpus < 2:
+            raise NotImplementedError("one processor")
+        self.one, self.two = (
+            favor(size, causal=kind == "causal", threads=threads) for threads in (1, 2)
+        )
+
+    def track_speedup(self, kind, size):
+        return ratio(*interleave(self.one, self.two, clock=time.perf_counter).T)
+
+    def track_cpu_over_wall(self, kind, size):
+        self.two()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(20 if FULL else 5):
+            self.two()
+        return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+    track_speedup.unit = track_cpu_over_wall.unit = "times"
+
+
+class Long:
+    """Calls of growing length."""
+
+    def calls(self, kind, longest):
+        """The lengths, and a call for each (contiguous: there is one head)."""
+        arrays, fm = inputs(longest, heads=1), feature_map(antithetic=False)
+        arrays = (*arrays, np.empty_like(arrays[2]))
+        lengths = [1024 * 4**i for i in range(6) if 1024 * 4**i <= longest]
+        if longest not in lengths:
+            lengths.append(longest)
+        return lengths, [
+            lambda a=tuple(x[:, :, :n] for x in arrays): favor_np.favor_attention(
+                *a[:3], fm, causal=kind == "causal", num_threads=1, out=a[3]
+            )
+            for n in lengths
+        ]
+
+
+class Growth(Long):
+    """Greatest over least time a token, over lengths from 1k up: one head, one thread.
+
+    With `out`: the first touch of new memory is the system's time, up to a fifth at 256 MB.
+    """
+
+    params = (KINDS, [131072, 1048576])
+    param_names = ("kind", "longest")
+
+    def setup(self, kind, longest):
+        full_only(longest > 131072)
+
+    def track_ratio(self, kind, longest):
+        lengths, calls = self.calls(kind, longest)
+        tokens = np.median(interleave(*calls), axis=0) / lengths
+        return float(tokens.max() / tokens.min())
+
+    track_ratio.unit = "times"
+
+
+class Token(Long):
+    """Time a token by length, one head, one thread: what `Growth` is a ratio of."""
+
+    params = (KINDS, [1024, 4096, 16384, 65536, 262144, 1048576])
+    param_names = ("kind", "L")
+
+    def setup(self, kind, length):
+        full_only(True)
+
+    def track_nanoseconds(self, kind, length):
+        call = self.calls(kind, length)[1][-1]
+        return 1e9 * float(np.median(interleave(call))) / length
+
+    track_nanoseconds.unit = "ns"

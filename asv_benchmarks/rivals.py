@@ -1,0 +1,297 @@
+"""What `peers.py` times: one problem, and how other libraries compute it on a CPU.
+
+A peer takes a `Case` and returns ``{name: call}``, the forms in which it may compute it: the fastest
+is the one compared. One that is not installed raises ImportError.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import io
+import itertools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+import favor_np
+
+HEADS, DIM, FEATURES = 4, 64, 256
+CHUNKS = (64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem: what to compute, from what."""
+
+    task: str
+    length: int
+    threads: int
+
+    @property
+    def causal(self):
+        return self.task.startswith("causal")
+
+    @functools.cached_property
+    def arrays(self):
+        """Queries, keys and values (1, HEADS, length, DIM), float32."""
+        rng = np.random.default_rng(0)
+        shape = (1, HEADS, self.length, DIM)
+        return [s * rng.standard_normal(shape, np.float32) for s in (0.35, 0.35, 1.0)]
+
+    @functools.cached_property
+    def projection(self):
+        return favor_np.sample_projection(FEATURES, DIM, rng=0).astype(np.float32)
+
+    @property
+    def weight(self):
+        """The projection with the scale in it: features are exp(weight @ x - ...)."""
+        return self.projection * np.float32(DIM**-0.25)
+
+    @property
+    def operations(self):
+        """Useful operations: 64 positions of a causal chunk are counted, whatever a peer takes."""
+        if "exact" in self.task:
+            token = 4 * self.length * DIM // (2 if self.causal else 1)
+        else:
+            token = 8 * DIM * FEATURES + (64 * (FEATURES + DIM) if self.causal else 0)
+        return HEADS * self.length * token
+
+    def favor(self, projection, antithetic):
+        fm = favor_np.FeatureMap.from_projection(projection, antithetic=antithetic)
+        q, k, v = self.arrays
+        return lambda: favor_np.favor_attention(
+            q, k, v, fm, causal=self.causal, num_threads=self.threads
+        )
+
+    def exact(self):
+        q, k, v = self.arrays
+        return lambda: favor_np.exact_attention(
+            q, k, v, causal=self.causal, num_threads=self.threads
+        )
+
+
+@functools.cache
+def jax_attend():
+    """FAVOR+ as an expert writes it: features inside the scan, a running maximum a head."""
+    import jax
+    import jax.numpy as jnp
+
+    def attend(q, k, v, weight, chunk, causal):  # (heads, length, DIM) or (length, DIM)
+        lead, m = q.shape[:-2], len(weight)
+
+        def query(q):
+            y = q @ weight.T
+            return jnp.exp(y - y.max(-1, keepdims=True))
+
+        def rescale(state, k):
+            s, z, top = state
+            y = k @ weight.T - 0.5 * DIM**-0.5 * (k * k).sum(-1, keepdims=True)
+            new = jnp.maximum(top, y.max((-1, -2), keepdims=True))
+            ratio = jnp.exp(top - new)
+            return jnp.exp(y - new), s * ratio, z * ratio[..., 0], new
+
+        def fold(state, kv):
+            k, v = kv
+            phi, s, z, top = rescale(state, k)
+            return (s + phi.mT @ v, z + phi.sum(-2), top), None
+
+        def read(state, q):
+            s, z, _ = state
+            phi = query(q)
+            return phi @ s / jnp.einsum("...cm,...m->...c", phi, z)[..., None]
+
+        def fold_and_read(state, qkv):
+            q, k, v = qkv
+            phi_q = query(q)
+            phi_k, s, z, top = rescale(state, k)
+            scores = jnp.where(jnp.tri(chunk, dtype=bool), phi_q @ phi_k.mT, 0)
+            total = scores.sum(-1) + jnp.einsum("...cm,...m->...c", phi_q, z)
+            out = (scores @ v + phi_q @ s) / total[..., None]
+            return (s + phi_k.mT @ v, z + phi_k.sum(-2), top), out
+
+        q, k, v = (jnp.moveaxis(x.reshape(*lead, -1, chunk, DIM), -3, 0) for x in (q, k, v))
+        state = jnp.zeros((*lead, m, DIM)), jnp.zeros((*lead, m)), jnp.full((*lead, 1, 1), -jnp.inf)
+        if causal:
+            out = jax.lax.scan(fold_and_read, state, (q, k, v))[1]
+        else:
+            state = jax.lax.scan(fold, state, (k, v))[0]
+            out = jax.lax.map(functools.partial(read, state), q)
+        return jnp.moveaxis(out, 0, -3).reshape(*lead, -1, DIM)
+
+    @functools.partial(jax.jit, static_argnames=("chunk", "causal", "apart"))
+    def attend_heads(q, k, v, weight, chunk, causal, apart):
+        run = functools.partial(attend, weight=weight, chunk=chunk, causal=causal)
+        qkv = q[0], k[0], v[0]
+        return (jax.lax.map(lambda head: run(*head), qkv) if apart else run(*qkv))[None]
+
+    return attend_heads
+
+
+def forms(name, run):
+    """The forms a peer may take: all heads in one product, or a head at a time."""
+    return {
+        f"{name}, C = {chunk}{', by head' if apart else ''}": functools.partial(run, chunk, apart)
+        for chunk, apart in itertools.product(CHUNKS, (False, True))
+    }
+
+
+def jax_peer(case):
+    import jax.numpy as jnp
+
+    arrays, attend = [jnp.asarray(x) for x in (*case.arrays, case.weight)], jax_attend()
+    return forms("JAX", lambda chunk, apart: attend(
+        *arrays, chunk=chunk, causal=case.causal, apart=apart).block_until_ready())  # fmt: skip
+
+
+def torch_attend(q, k, v, weight, chunk, causal):
+    """The same algorithm as JAX's, (heads, length, DIM), with what can be done in place so done."""
+    import torch
+
+    s, z = q.new_zeros(len(q), len(weight), DIM), q.new_zeros(len(q), len(weight), 1)
+    top, out = q.new_full((len(q), 1, 1), -torch.inf), torch.empty_like(v)
+    parts = [slice(i, i + chunk) for i in range(0, q.shape[1], chunk)]
+
+    def read(part, phi_k):
+        y = q[:, part] @ weight.T
+        phi = y.sub_(y.amax(-1, keepdim=True)).exp_()
+        if phi_k is None:
+            torch.div(phi @ s, phi @ z, out=out[:, part])
+        else:
+            scores = (phi @ phi_k.mT).tril_()
+            total = scores.sum(-1, keepdim=True).baddbmm_(phi, z)
+            torch.div((scores @ v[:, part]).baddbmm_(phi, s), total, out=out[:, part])
+
+    for part in parts:
+        keys = k[:, part]
+        y = (keys @ weight.T).sub_(0.5 * DIM**-0.5 * (keys * keys).sum(-1, keepdim=True))
+        new = torch.maximum(top, y.amax((-1, -2), keepdim=True))
+        ratio, top = torch.exp(top - new), new
+        s, z, phi_k = s.mul_(ratio), z.mul_(ratio), y.sub_(new).exp_()
+        if causal:
+            read(part, phi_k)
+        s.baddbmm_(phi_k.mT, v[:, part])
+        z.add_(phi_k.sum(1).unsqueeze(-1))
+    if not causal:
+        for part in parts:
+            read(part, None)
+    return out
+
+
+def torch_peer(case):
+    import torch
+
+    torch.set_num_threads(case.threads)
+    q, k, v, weight = (torch.from_numpy(x) for x in (*case.arrays, case.weight))
+
+    def run(chunk, apart):
+        with torch.inference_mode():
+            heads = [slice(h, h + 1) for h in range(HEADS)] if apart else [slice(None)]
+            parts = [torch_attend(q[0, h], k[0, h], v[0, h], weight, chunk, case.causal)
+                     for h in heads]  # fmt: skip
+            return (torch.cat(parts) if apart else parts[0])[None]
+
+    return forms("PyTorch", run)
+
+
+CAUSAL_PRODUCT = """
+extern "C" void causal_product(const float *q, const float *k, const float *v, float *out,
+                               float *state, long heads, long length, long m, long d) {
+  #pragma omp parallel for
+  for (long h = 0; h < heads; ++h) {
+    float *s = state + h * m * d;
+    for (long i = 0; i < m * d; ++i) s[i] = 0;
+    for (long t = h * length; t < (h + 1) * length; ++t) {
+      for (long i = 0; i < m; ++i)
+        for (long j = 0; j < d; ++j) s[i * d + j] += k[t * m + i] * v[t * d + j];
+      for (long j = 0; j < d; ++j) out[t * d + j] = 0;
+      for (long i = 0; i < m; ++i)
+        for (long j = 0; j < d; ++j) out[t * d + j] += q[t * m + i] * s[i * d + j];
+    }
+  }
+}
+"""
+
+
+@functools.cache
+def causal_product():
+    """The position by position loop that libraries of linear attention ship, in C++."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise ImportError("no C++ compiler; install g++")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "product.cpp"), Path(folder, "product.so")
+        source.write_text(CAUSAL_PRODUCT)
+        options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run([compiler, *options, source, "-o", library], check=True)
+        return ctypes.CDLL(str(library)).causal_product
+
+
+def cpp_peer(case):
+    import torch
+
+    if not case.causal:
+        return {}
+    product, weight = causal_product(), torch.from_numpy(case.weight)
+    q, k, v = (torch.from_numpy(x) for x in case.arrays)
+    sizes = [ctypes.c_long(n) for n in (HEADS, case.length, FEATURES, DIM)]
+
+    def run():
+        with torch.inference_mode():
+            y = q @ weight.T
+            phi_q = y.sub_(y.amax(-1, keepdim=True)).exp_()
+            y = (k @ weight.T).sub_(0.5 * DIM**-0.5 * (k * k).sum(-1, keepdim=True))
+            phi_k = y.sub_(y.amax((-1, -2), keepdim=True)).exp_()
+            out, state = torch.empty_like(v), torch.empty(HEADS, FEATURES, DIM)
+            pointers = [ctypes.c_void_p(x.data_ptr()) for x in (phi_q, phi_k, v, out, state)]
+            product(*pointers, *sizes)
+            return out.div_((phi_q * phi_k.cumsum(-2)).sum(-1, keepdim=True))
+
+    return {"PyTorch features, C++ loop": run}
+
+
+def performer_peer(case):
+    """FastAttention as it is, but for its two eps = 0: with them it computes something else."""
+    import torch
+    from performer_pytorch import performer_pytorch as module
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has no CUDA
+        attention = module.FastAttention(DIM, FEATURES, causal=case.causal)
+    if case.causal:
+        attention.causal_linear_fn = functools.partial(attention.causal_linear_fn, eps=0)
+    attention.projection_matrix.copy_(torch.from_numpy(case.projection))
+    arrays = [torch.from_numpy(x) for x in case.arrays]
+    kernel = functools.partial(module.softmax_kernel, eps=0)
+
+    def run():
+        with torch.inference_mode(), mock.patch.object(module, "softmax_kernel", kernel):
+            return attention(*arrays)
+
+    return {"performer-pytorch": run}
+
+
+def sdpa_peer(case):
+    import torch
+
+    torch.set_num_threads(case.threads)
+    q, k, v = (torch.from_numpy(x) for x in case.arrays)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def run():
+        with torch.inference_mode():
+            return attend(q, k, v, is_causal=case.causal)
+
+    return {"PyTorch SDPA": run}
+
+
+PEERS = {  # name: (what makes its calls, what to install, exact?)
+    "JAX": (jax_peer, "jax jaxlib", False),
+    "PyTorch": (torch_peer, "torch", False),
+    "C++": (cpp_peer, "torch", False),
+    "performer-pytorch": (performer_peer, "torch performer-pytorch", False),
+    "SDPA": (sdpa_peer, "torch", True),
+}

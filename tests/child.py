@@ -1,0 +1,32 @@
+"""Python processes for tests that fork, interrupt, break the disk, or might hang."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+
+def python(code, *options, timeout=120, cwd=None, unset=(), **environ):
+    """Run ``code`` in a fresh interpreter; what it printed.  It must end well and say no more."""
+    env = {name: value for name, value in os.environ.items() if name not in unset} | environ
+    process = subprocess.Popen(
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=env,
+        start_new_session=os.name == "posix",
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        if os.name == "posix":  # with all its children
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"hangs after {timeout} s\n{out}\n{err}") from None
+    assert (process.returncode, err) == (0, ""), (process.returncode, out, err)
+    return out

@@ -1,0 +1,378 @@
+"""The cache of compiled kernels: used when it can be, never in the way, never wrong."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from child import python
+
+import favor_np
+from favor_np import exact_attention
+from favor_np.kernels import exact, favor, jit
+
+PACKAGE = Path(favor_np.__file__).parent
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+
+#: One kernel for one type, and whether it came from the cache.
+CALL = """
+import sys
+import numpy as np
+import favor_np
+from favor_np.kernels import exact
+
+q, k, v = np.random.default_rng(0).standard_normal((3, 20, 4)).astype((sys.argv[1:] or ["f4"])[0])
+result = favor_np.exact_attention(q, k, v)
+weights = np.exp(q @ k.T / 2)
+assert np.allclose(result, weights @ v / weights.sum(-1, keepdims=True), rtol=1e-5, atol=1e-6)
+stats = exact.attend_exact.stats
+print("loaded" if stats.cache_hits else "compiled")
+"""
+
+#: Root without its privilege to write everywhere.
+UNPRIVILEGED = """
+import ctypes, os
+if os.geteuid() == 0:
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None)
+    assert libc.capget(header, data) == 0
+    for n in (0, 1):  # effective, permitted
+        data[n] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, data) == 0
+"""
+
+
+def call(folder, code=CALL, **environ):
+    environ = {"FAVOR_NP_CACHE": "1", "NUMBA_CACHE_DIR": str(folder)} | environ
+    return python(code, "-W", "error", **environ)
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A cache that one process has filled."""
+    folder = tmp_path_factory.mktemp("filled")
+    assert call(folder) == "compiled\n"
+    return folder
+
+
+@pytest.fixture
+def warm(filled, tmp_path):
+    return Path(shutil.copytree(filled, tmp_path / "warm"))
+
+
+def load(path):
+    """What the store of this process makes of an entry: None is "compile"."""
+    store = exact.attend_exact._cache
+    store = jit._Store("attend_exact", store._flags[:1])
+    store._folders = [path.parent]
+    store.entry = lambda signature, codegen: path.name
+    return store.load_overload((), exact.attend_exact.targetctx)
+
+
+# ----------------------------------------------------------------------------------------
+# It works
+# ----------------------------------------------------------------------------------------
+
+
+def test_second_process_loads(warm):
+    (path,) = files(warm)
+    assert path.name.startswith(f"attend_exact-{sys.implementation.cache_tag}-{jit.SOURCES}-")
+    before = path.stat().st_mtime_ns
+    assert call(warm) == "loaded\n"
+    assert files(warm) == [path]
+    assert path.stat().st_mtime_ns == before
+    assert load(path).signature is not None
+
+
+def test_first_call_from_the_cache_imports_little(warm):
+    """Numba alone would import scipy.linalg, for a third of the time."""
+    code = CALL + "print([name for name in ('scipy.linalg', 'numpy.f2py') if name in sys.modules])"
+    assert call(warm, code) == "loaded\n[]\n"
+
+
+def test_users_can_still_compile_matrix_products():
+    out = python(
+        """
+import numpy as np, numba
+import favor_np.kernels.jit
+@numba.njit
+def product(a, b):
+    return np.dot(a, b)
+print(product(np.eye(2), np.ones((2, 2))).sum())
+"""
+    )
+    assert out == "4.0\n"
+
+
+#: A function that kernels call has no machine code of its own: to call it would crash.
+PART = """
+assert exact.longest_of.overloads
+try:
+    exact.longest_of(np.ones(3), 1.0)
+except TypeError as error:
+    print(error)
+"""
+
+
+def test_nothing_is_read_or_written_without_the_cache(warm):
+    before = files(warm)
+    compiled, refused = call(warm, CALL + PART, FAVOR_NP_CACHE="0").splitlines()
+    assert compiled == "compiled"
+    assert "only kernels can call it" in refused
+    assert files(warm) == before
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"NUMBA_BOUNDSCHECK": "1"},
+        {"NUMBA_OPT": "1"},
+        {"NUMBA_CPU_NAME": "haswell"},
+        {"NUMBA_CPU_FEATURES": "+sse2"},
+    ],
+    ids=lambda environ: next(iter(environ)),
+)
+def test_entries_tell_the_ways_to_compile_apart(environ):
+    code = """
+from favor_np.kernels import exact
+print(exact.attend_exact._cache.entry((), exact.attend_exact.targetctx.codegen()))
+"""
+    assert python(code) != python(code, **environ)
+
+
+def test_entries_tell_types_and_kernels_apart():
+    codegen = exact.attend_exact.targetctx.codegen()
+    x = np.ones((1, 3))
+    for dtype in (np.float32, np.float64):
+        exact_attention(x.astype(dtype), x.astype(dtype), x.astype(dtype))
+    signatures = list(exact.attend_exact.overloads)
+    names = {exact.attend_exact._cache.entry(s, codegen) for s in signatures}
+    assert len(names) == len(signatures) >= 2
+    assert favor.attend._cache.entry(signatures[0], codegen) not in names
+
+
+# ----------------------------------------------------------------------------------------
+# Sources
+# ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The package copied to a place of its own, to be edited."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "copy" / "favor_np", ignore=ignored)
+    return tmp_path / "copy"
+
+
+def test_edited_callee_is_compiled_anew(copied):
+    """Stock Numba goes on running the old code: it looks at the kernel's own file only."""
+    code = """
+import sys
+import numpy as np
+import favor_np
+from favor_np.kernels import exact
+x = np.ones((2, 3), np.float32)
+print(favor_np.exact_attention(x, x, x)[0, 0], len(exact.attend_exact.stats.cache_hits))
+"""
+    inside = copied / "favor_np" / "kernels" / "__pycache__"
+
+    def run():
+        return python(code, cwd=copied, unset=["NUMBA_CACHE_DIR"], PYTHONPATH=str(copied))
+
+    def entries():
+        return sorted(inside.glob("attend_exact-*"))
+
+    assert run() == "1.0 0\n"
+    (first,) = entries()  # by default it lies beside the sources
+    assert run() == "1.0 1\n"
+    path = copied / "favor_np" / "kernels" / "pack.py"
+    text = path.read_text()
+    assert text.count("one / inverse") == 1
+    path.write_text(text.replace("one / inverse", "(one + one) / inverse"))
+    assert run() == "2.0 0\n"
+    (second,) = entries()  # and what is stale is removed
+    assert second != first
+    assert run() == "2.0 1\n"
+
+
+def test_unreadable_sources_mean_no_cache(copied, tmp_path):
+    """Code that nobody can tell to be stale is not kept."""
+    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", copied)
+    code = f"""
+import sys
+sys.path.insert(0, {archive!r})
+from favor_np.kernels import exact, jit
+assert ".zip" in jit.__file__
+print(repr(jit.SOURCES), type(exact.attend_exact._cache).__name__)
+"""
+    assert python(code) == "'' NullCache\n"
+
+
+# ----------------------------------------------------------------------------------------
+# Faults of the disk
+# ----------------------------------------------------------------------------------------
+
+
+def test_damaged_files_are_replaced(warm):
+    (path,) = files(warm)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert call(warm) == "compiled\n"
+    assert files(warm) == [path]
+    assert call(warm) == "loaded\n"
+
+
+@pytest.mark.parametrize("damage", ["short", "empty", "flipped", "sealed nonsense", "a folder"])
+def test_damage_is_noticed(damage, warm):
+    (path,) = files(warm)
+    content = path.read_bytes()
+    if damage == "short":
+        path.write_bytes(content[:-1])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "sealed nonsense":
+        path.write_bytes(hashlib.sha256(b"nonsense").digest() + b"nonsense")
+    else:
+        path.unlink()
+        path.mkdir()
+    assert load(path) is None
+
+
+@posix
+def test_full_disk(tmp_path):
+    """Files may not pass 10 kB: writing more raises OSError, as on a full disk."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+    assert call(tmp_path, limit + CALL) == "compiled\n"
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "no such device"])
+def test_no_folder_to_write_to(place, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    folder = {"a file": file, "below a file": file / "x", "no such device": Path("/proc/1/x")}[
+        place
+    ]
+    # The call itself is the same for all of them: it finds no entry.
+    code = CALL if place == "a file" else "from favor_np.kernels import exact; print('compiled')\n"
+    code += "from favor_np.kernels import exact; print(exact.attend_exact.stats.cache_path)"
+    assert call(folder, code) == "compiled\nNone\n"
+    assert files(tmp_path) == [file]
+
+
+@posix
+@pytest.mark.skipif(sys.platform != "linux", reason="root gives up its privileges as on Linux")
+def test_read_only_cache_is_used(warm):
+    """As in a container: filled when its image was built, read-only when it runs."""
+    (path,) = files(warm)
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    code = UNPRIVILEGED + CALL + "print(stats.cache_path)"
+    try:
+        assert call(warm, code) == "loaded\nNone\n"
+    finally:
+        path.parent.chmod(0o755)
+
+
+@posix
+@pytest.mark.skipif(sys.platform != "linux", reason="root gives up its privileges as on Linux")
+def test_read_only_package_uses_the_home_folder(copied, tmp_path):
+    inside = copied / "favor_np" / "kernels"
+    inside.chmod(0o555)
+    code = (
+        UNPRIVILEGED
+        + "from favor_np.kernels import exact\nprint(exact.attend_exact._cache.cache_path)"
+    )
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
+    try:
+        path = python(
+            code, "-B", cwd=copied, unset=["NUMBA_CACHE_DIR"], PYTHONPATH=str(copied), **home
+        )
+    finally:
+        inside.chmod(0o755)
+    assert path.startswith(str(tmp_path / "home"))
+
+
+@posix
+def test_two_processes_fill_a_cache_at_once(tmp_path):
+    """Of two types: Numba's index can mix them up."""
+    environ = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "FAVOR_NP_CACHE": "1"}
+    team = [
+        subprocess.Popen(
+            [sys.executable, "-c", CALL, dtype], env=environ, stdout=subprocess.PIPE, text=True
+        )
+        for dtype in ("f4", "f8")
+    ]
+    for process in team:
+        assert process.communicate(timeout=120)[0] == "compiled\n"
+        assert process.returncode == 0
+    assert len(files(tmp_path)) == 2
+    for dtype in ("f4", "f8"):
+        assert call(tmp_path, f"import sys; sys.argv[1:] = [{dtype!r}]\n" + CALL) == "loaded\n"
+
+
+# ----------------------------------------------------------------------------------------
+# Trust: an entry is a pickle, it can run anything
+# ----------------------------------------------------------------------------------------
+
+
+@posix
+def test_folder_that_anybody_can_write_is_not_used(warm):
+    (path,) = files(warm)
+    assert load(path) is not None
+    path.parent.chmod(0o777)
+    assert load(path) is None
+    assert not jit._writable(path.parent)
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+def test_folder_of_somebody_else_is_not_used(warm):
+    (path,) = files(warm)
+    os.chown(path.parent, 12345, 12345)
+    assert load(path) is None
+    assert not jit._writable(path.parent)
+
+
+@posix
+def test_folder_is_not_open_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        assert jit._writable(tmp_path / "new")
+    finally:
+        os.umask(before)
+
+
+def test_default_folders(monkeypatch):
+    """Beside the package or at home, and not in a folder that all share."""
+    monkeypatch.setattr(jit.numba.config, "CACHE_DIR", "")
+    monkeypatch.setenv("HOME", "/somewhere/home")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    inside, home = jit._folders()
+    assert inside == PACKAGE / "kernels" / "__pycache__"
+    if sys.platform.startswith("linux"):
+        assert home.parent == Path("/somewhere/home/.cache/favor_np")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert jit._folders() == [inside]
+
+
+def test_disabled_compiler_is_named():
+    code = """
+import numpy as np
+import favor_np
+try:
+    favor_np.exact_attention(np.ones((1, 2)), np.ones((1, 2)), np.ones((1, 2)))
+except RuntimeError as error:
+    print(error)
+"""
+    assert "NUMBA_DISABLE_JIT" in python(code, NUMBA_DISABLE_JIT="1")

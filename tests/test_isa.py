@@ -1,0 +1,164 @@
+"""Kernels compiled for other processors: the same results, and vector code where it counts."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import llvmlite.binding
+import numpy as np
+import pytest
+
+import favor_np
+
+HOST = llvmlite.binding.get_host_cpu_features()
+#: Processor, its vectors, their register, and what this machine must have to run its code.
+PROCESSORS = {
+    "skylake-avx512": (64, "zmm", "avx512dq"),
+    "haswell": (32, "ymm", "fma"),
+    "x86-64": (16, "xmm", "sse2"),
+}
+
+pytestmark = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="these are x86 processors"
+)
+
+
+def results(dtype):
+    """Every kernel on sizes that fill no tile."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 150, n)).astype(dtype) for n in (17, 17, 19))
+    found = {}
+    for kind in ("positive", "relu", "elu"):
+        fm = favor_np.feature_map(kind, dim=17, num_features=70, rng=1)
+        for causal in (False, True):
+            found[f"{kind} {causal}"] = favor_np.favor_attention(q, k, v, fm, causal=causal)
+        state = favor_np.AttentionState.zeros(fm, 19, (2,), dtype=dtype)
+        state.update(k, v)
+        found[f"{kind} step"] = state.step(q[:, 0], k[:, 0], v[:, 0])
+    found["exact"] = favor_np.exact_attention(q, k, v)
+    found["exact causal"] = favor_np.exact_attention(q, k, v, causal=True)
+    return {f"{np.dtype(dtype)} {name}": value for name, value in found.items()}
+
+
+#: What a process of another processor does.  The kernel that is compiled first comes from no cache:
+#: there is no assembly of what was loaded.
+PROCESS = """
+import sys
+from pathlib import Path
+import numpy as np
+from test_isa import results
+from numba.core.caching import NullCache
+import favor_np
+from favor_np.kernels import exact, simd
+
+folder = Path(sys.argv[1])
+store, exact.attend_exact._cache = exact.attend_exact._cache, NullCache()
+x = np.ones((2, 3), np.float32)
+favor_np.exact_attention(x, x, x)
+exact.attend_exact._cache = store
+(assembly,) = exact.attend_exact.inspect_asm().values()
+(folder / "assembly").write_text(assembly)
+np.savez(folder / "results", bytes=simd.VECTOR_BYTES, **results(np.float32), **results(np.float64))
+"""
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """One process for each processor, all at once: they compile."""
+    team = {}
+    for name, (_, _, needs) in PROCESSORS.items():
+        if HOST.get(needs):
+            # No features: those of the name, not those of this machine.
+            environ = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", "PYTHONWARNINGS": "error"}
+            folder = tmp_path_factory.mktemp(name)
+            command = [sys.executable, "-c", PROCESS, str(folder)]
+            team[name] = (
+                folder,
+                subprocess.Popen(
+                    command,
+                    env=os.environ | environ,
+                    cwd=os.path.dirname(__file__),
+                    stderr=subprocess.PIPE,
+                    text=True,
+                ),
+            )
+    yield team
+    for _, process in team.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def compiled(request, processes):
+    """Name, results and assembly of one processor."""
+    name = request.param
+    if name not in processes:
+        pytest.skip("this machine cannot run its code")
+    folder, process = processes[name]
+    error = process.communicate(timeout=300)[1] if process.returncode is None else ""
+    assert (process.returncode, error) == (0, "")
+    with np.load(folder / "results.npz") as found:
+        return name, dict(found), (folder / "assembly").read_text()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The results here, in float64 also for float32."""
+    wide = results(np.float64)
+    return wide | {name.replace("float64", "float32"): value for name, value in wide.items()}
+
+
+def test_same_results(compiled, expected):
+    name, found, _ = compiled
+    assert found.keys() - {"bytes"} == expected.keys()
+    for case, value in expected.items():
+        tolerance = 1e-5 if "float32" in case else 1e-13
+        error = np.abs(found[case] - value).max() / np.abs(value).max()
+        assert error <= tolerance, (name, case, error)
+
+
+def hottest_loop(assembly):
+    """The lines of the loop with the most sums of float32: of a block that jumps to itself."""
+    blocks = re.split(r"^(\S+):.*$", assembly, flags=re.MULTILINE)
+    loops = [
+        lines
+        for label, lines in zip(blocks[1::2], blocks[2::2], strict=True)
+        if re.search(rf"\bj\w+\s+{re.escape(label)}$", lines, re.MULTILINE)
+    ]
+    return max(loops, key=lambda lines: len(re.findall(r"\b(?:vfmadd\w+|v?add)ps\b", lines)))
+
+
+def test_hot_loop_is_vector_code(compiled):
+    """Two vectors of sums for each row of a tile, fused and in registers where that can be."""
+    name, found, assembly = compiled
+    width, register, _ = PROCESSORS[name]
+    assert found["bytes"] == width
+    loop = hottest_loop(assembly)
+    sums = {64: 2 * 14, 32: 2 * 6, 16: 2 * 6}[width]
+    if width == 16:
+        assert len(re.findall(r"\bmulps\b", loop)) >= sums
+        assert len(re.findall(r"\baddps\b", loop)) >= sums
+    else:
+        assert len(re.findall(rf"\bvfmadd\w+ps\b.*%{register}", loop)) >= sums
+        assert "(%rsp)" not in loop, "sums leave the registers"
+    assert "call" not in loop
+
+
+def test_no_wider_instructions_than_the_processor_has(compiled):
+    name, _, assembly = compiled
+    if name in ("haswell", "x86-64"):
+        assert "%zmm" not in assembly
+    if name == "x86-64":
+        assert "%ymm" not in assembly
+        assert not re.search(r"\bv\w+ps\b", assembly), "AVX"
+
+
+def test_fused_products_are_never_called(compiled):
+    """Where there is no such instruction, fma of the C library is a hundred times slower."""
+    _, _, assembly = compiled
+    assert not re.search(r"\bfmaf?\b", assembly)
+    # Sums fuse where they can, in float64 and in scalar code too.
+    if compiled[0] in ("haswell", "skylake-avx512"):
+        assert re.search(r"\bvfmadd\w+pd\b", assembly)
