@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
-import logging  # noqa: F401  # Numba needs it, and its fork hooks must not come while ours waits
 import math
 import os
 import queue
@@ -302,4 +301,7 @@ class TilePool:
 POOL = TilePool()
 
 if hasattr(os, "register_at_fork"):
+    # Numba imports these, which have such hooks too: they must not come while ours waits for Numba.
+    for _name in ("concurrent.futures.thread", "logging"):
+        importlib.import_module(_name)
     os.register_at_fork(before=POOL.stop, after_in_parent=POOL.release, after_in_child=POOL.restart)
