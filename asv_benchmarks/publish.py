@@ -89,7 +89,7 @@ def rates(results):
     head = "; ".join(f"{text(peak, '{:.0f}')} in {dtype}" for dtype, peak in limit.items())
     note = (
         "Useful rate over that of NumPy's matrix product, 1024 × 1024 × 1024, on one thread in the "
-        f"same process (GFLOP/s in brackets; the product itself: {head}). Four heads, plain "
+        f"same process (in brackets times the product's own GFLOP/s: {head}). Four heads, plain "
         "features; $4dm + 4md$ operations a token, and $64(m + d)$ more if causal, whatever the "
         "kernels take."
     )
@@ -166,7 +166,8 @@ def pictures(results):
             for kind, name in KINDS.items():
                 line = [(n, v) for (k, n), v in points.items() if k == kind]
                 axes.plot(*zip(*line, strict=True), "o-", color=colors[kind], label=name)
-            axes.set(xscale="log", xlabel="tokens L", ylabel="ns a token", ylim=(0, None))
+            axes.set(xlabel="tokens L", ylabel="ns a token")
+            axes.set_ylim(0, 1.1 * max(points.values()))
             axes.set_xscale("log", base=2)
             axes.set_title("One head, d = 64, m = 256, float32, one thread", loc="left")
             axes.legend(frameon=False, loc="lower right")
@@ -197,6 +198,7 @@ def main():
     parser.add_argument("results", nargs="*", help="files of asv's results; default: the newest")
     parser.add_argument("--cpu", help="name of the processor; default: what asv noted")
     parser.add_argument("--threads", type=int, default=1, help="FAVOR_NP_NUM_THREADS of that run")
+    parser.add_argument("--note", default="", help="a sentence on what else went on")
     args = parser.parse_args()
     results = Results(args.results)
     versions = ", ".join(
@@ -204,10 +206,11 @@ def main():
     )
     machine = results.machine
     head = (
-        f"Measured {results.date} at commit {' and '.join(results.commits)}: {machine['num_cpu']} cores of an "
-        f"{args.cpu or machine['cpu']}, {machine['os']}, Python {platform.python_version()}, "
+        f"Measured {results.date} at {' and '.join(results.commits)}: {machine['num_cpu']} cores of an "
+        f"{args.cpu or machine['cpu']}, {machine['os'].split()[0]}, Python {platform.python_version()}, "
         f"{versions}; {args.threads} thread{'s'[: args.threads > 1]} unless the row says otherwise. "
-        "Medians of calls made in turns; of one thread the processor time."
+        "Medians; figures that are ratios come from calls made in turns, on one thread in "
+        f"processor time. {args.note}".rstrip()
     )
     parts = [BEGIN, head, rates(results), others(results), pictures(results), END]
     page = DOCS / "benchmarks.md"
