@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib
 import math
 import os
 import queue
@@ -137,6 +136,7 @@ class TilePool:
         self._getcpu: Callable[[], int] | None = None
         self._steered = sys.platform.startswith("linux")
         self._compiled: set[tuple[Any, ...]] = set()
+        self._watches = False
         self._reset()
 
     def _reset(self) -> None:
@@ -147,13 +147,22 @@ class TilePool:
         self._cpu = -1
         self._compiler_lock: Any = None
 
+    def _watch_forks(self) -> None:
+        """Be told of forks, from the first call on: it is what compiles.
+
+        Not sooner.  Hooks run in reverse order of registration, and that of a module which Numba
+        imports and needs (logging) must not hold its lock while ours waits for a compilation.
+        """
+        with self._lock:
+            if not self._watches and hasattr(os, "register_at_fork"):
+                os.register_at_fork(
+                    before=self.stop, after_in_parent=self.release, after_in_child=self.restart
+                )
+            self._watches = True
+
     def stop(self) -> None:
         """Send the helpers home and hold all locks: done before a fork."""
-        # The child could never take a lock that another thread held: let that thread finish its
-        # import or its compilation first.
-        if "favor_np.launch" in sys.modules:
-            with contextlib.suppress(Exception):
-                importlib.import_module("favor_np.launch")
+        # The child could never take a lock that another thread held: let that one compile first.
         module = sys.modules.get("numba.core.compiler_lock")
         compiler_lock = getattr(module, "global_compiler_lock", None)
         if compiler_lock is not None:
@@ -238,6 +247,8 @@ class TilePool:
         Returns the control words.  An interrupt is raised when all jobs are finished: they work on
         the caller's arrays.
         """
+        if not self._watches:
+            self._watch_forks()
         control = np.zeros(CONTROL, np.int64)
         if threads <= 1 or count <= 1:
             kernel(*args, control, count)
@@ -299,9 +310,3 @@ class TilePool:
 
 
 POOL = TilePool()
-
-if hasattr(os, "register_at_fork"):
-    # Numba imports these, which have such hooks too: they must not come while ours waits for Numba.
-    for _name in ("concurrent.futures.thread", "logging"):
-        importlib.import_module(_name)
-    os.register_at_fork(before=POOL.stop, after_in_parent=POOL.release, after_in_child=POOL.restart)

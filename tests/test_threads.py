@@ -586,6 +586,54 @@ def test_call_ends_without_helpers():
     pool.stop()
 
 
+@forks
+def test_forks_are_watched_once(monkeypatch):
+    """Twice would take a lock twice and release it once."""
+    hooks = []
+
+    def register(**hook):
+        threading.Event().wait(0.1)
+        hooks.append(hook)
+
+    monkeypatch.setattr(os, "register_at_fork", register)
+    pool, barrier = threads.TilePool(), threading.Barrier(8)
+
+    def work():
+        barrier.wait(10)
+        pool.call(Kernel(), (np.ones(1),), 1, 1)
+
+    team = [threading.Thread(target=work) for _ in range(8)]
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join(10)
+    assert len(hooks) == 1
+
+
+@forks
+def test_fork_hooks_come_after_those_of_logging():
+    """The last hooks run first: a fork must not wait for a compilation that waits for logging."""
+    python(
+        """
+import os, sys
+register, loaded = os.register_at_fork, []
+
+def spy(**hook):
+    if "TilePool" in repr(hook):
+        loaded.append({"logging", "numba"} <= sys.modules.keys())
+    register(**hook)
+
+os.register_at_fork = spy
+import numpy as np, favor_np
+x = np.ones((1, 2))
+with favor_np.thread_limit(2):
+    assert "favor_np.threads" in sys.modules and "logging" not in sys.modules
+    favor_np.exact_attention(x, x, x)
+assert loaded == [True], loaded
+"""
+    )
+
+
 def test_no_thread_can_be_started(monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")

@@ -217,6 +217,3 @@ def _without_blas() -> None:
 
 with contextlib.suppress(AttributeError):
     _without_blas()
-
-# The first call needs it.  Here it does not happen between the locks that a fork waits for.
-importlib.import_module("numpy.ma")
