@@ -4,7 +4,7 @@ import numpy as np
 
 import favor_np
 
-from .common import favor, feature_map, full_only, inputs, warm
+from .common import TIMER, favor, feature_map, full_only, inputs, warm
 
 SIZES = [
     "L=256 d=64 m=256",
@@ -23,6 +23,7 @@ class Favor:
     """FAVOR+ forward, by length, dimension, features, dtype; antithetic features or not."""
 
     params = (SIZES, DTYPES, ["antithetic", "plain"])
+    timer = TIMER
     param_names = ("size", "dtype", "map")
     causal = False
 
@@ -48,6 +49,7 @@ class Variants:
     """Causal at L=8192: other maps, and what else a call can be given."""
 
     params = (["relu", "elu", "key_mask", "gqa", "float16", "return_state"],)
+    timer = TIMER
     param_names = ("variant",)
 
     def setup(self, variant):
@@ -75,6 +77,7 @@ class Small:
     """What a call costs when there is next to nothing to compute: L = 64, d = m = 32, one head."""
 
     params = (["causal", "full"],)
+    timer = TIMER
     param_names = ("kind",)
 
     def setup(self, kind):
@@ -89,6 +92,7 @@ class Exact:
     """Softmax attention, the rival."""
 
     params = ([1024, 8192], DTYPES, ["causal", "full"])
+    timer = TIMER
     param_names = ("L", "dtype", "kind")
 
     def setup(self, length, dtype, kind):

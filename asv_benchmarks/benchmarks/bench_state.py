@@ -5,7 +5,7 @@ import numpy as np
 import favor_np
 from favor_np import launch
 
-from .common import feature_map, full_only, interleave, warm
+from .common import TIMER, feature_map, full_only, interleave, warm
 
 HEADS, DIM, BLOCK = 8, 64, 256
 
@@ -27,6 +27,7 @@ class State:
     """Eight heads, d = 64; blocks of 256 tokens."""
 
     params = ([64, 256, 1024], ["float32", "float64"])
+    timer = TIMER
     param_names = ("m", "dtype")
 
     def setup(self, m, dtype):

@@ -13,6 +13,10 @@ import favor_np
 #: FAVOR_NP_BENCH=full runs every parameter; without it the heavy ones are skipped.
 FULL = os.environ.get("FAVOR_NP_BENCH") == "full"
 
+#: Clock of ``time_`` benchmarks: of one thread the processor time, which others disturb less.
+ONE_THREAD = os.environ.get("FAVOR_NP_NUM_THREADS") == "1"
+TIMER = time.process_time if ONE_THREAD else time.perf_counter
+
 
 def full_only(heavy):
     """Skip this parameter (n/a) outside the full profile."""
