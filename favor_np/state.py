@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -319,6 +320,76 @@ class AttentionState:
             arrays,  # type: ignore[arg-type]
         )
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, from which `load` continues with the same bits.
+
+        The file is an npz archive without pickled objects.  It appears whole or not at all: if
+        writing fails, or the machine does, `path` holds what it held before.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file; it is replaced if it exists.  No suffix is added.
+
+        Raises
+        ------
+        TypeError
+            If `path` is no path.
+        ValueError
+            If `path` is a directory, a device or a pipe.
+        OSError
+            If the file cannot be written.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from favor_np import AttentionState, feature_map
+        >>> state = AttentionState.zeros(feature_map("positive", 4, 64), value_dim=2)
+        >>> x = np.ones((3, 4), np.float32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     state.update(x, x[:, :2]).save(Path(folder, "prefix.state"))
+        ...     loaded = AttentionState.load(Path(folder, "prefix.state"))
+        >>> np.array_equal(loaded.attend(x), state.attend(x))
+        True
+        """
+        from favor_np import storage
+
+        storage.write(path, storage.Parts(*self.__reduce__()[1]))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttentionState:
+        """Read a state that `save` wrote, its feature map included.
+
+        A file can come from any machine, and from anyone: nothing in it is executed.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file.
+
+        Returns
+        -------
+        AttentionState
+            What it is given next, it answers with the same bits as the state that was saved.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be opened or read; FileNotFoundError and PermissionError are such.
+        ValueError
+            If it is damaged, not the file of a state, or of a newer version of favor_np.
+
+        Examples
+        --------
+        See `save`.
+        """
+        from favor_np import storage
+
+        parts, _ = storage.read(path)
+        return _restore(*parts)
+
     __copy__ = copy
 
     def __deepcopy__(self, memo: Any) -> AttentionState:
@@ -328,7 +399,15 @@ class AttentionState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what any machine can lay out anew."""
         args = (self.feature_map, self.value_dim, self.batch_shape, self.dtype.str)
-        return _restore, (*args, self.c, self.S, self.z)
+        return _restore, (*args, self.c, self.S, self.z, self._padding())
+
+    def _padding(self) -> Array:
+        """Exponents of the features that only pad: they can decide where a chunk of keys is cut."""
+        from favor_np import plan
+
+        layout = plan.layout(self.feature_map, self.dtype, self.value_dim)
+        padding = np.delete(self.arrays[0], layout.real, axis=1)
+        return padding.reshape(*self.batch_shape, layout.features - len(layout.real))
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -340,14 +419,17 @@ class AttentionState:
 
 def _restore(
     feature_map: FeatureMap, value_dim: int, batch_shape: tuple[int, ...], dtype: str,
-    c: Array, s: Array, z: Array,
+    c: Array, s: Array, z: Array, padding: Array,
 ) -> AttentionState:  # fmt: skip
     from favor_np import plan
 
     state = AttentionState.zeros(feature_map, value_dim, batch_shape, dtype=dtype)
-    rows = plan.layout(feature_map, state.dtype, value_dim).real
+    layout = plan.layout(feature_map, state.dtype, value_dim)
+    rows, idle = layout.real, np.delete(np.arange(layout.features), layout.real)
     count = len(state.arrays[0])
-    state.arrays[0][:, rows] = c.reshape(count, -1)
+    if padding.shape[-1] == len(idle):  # or another layout: the same numbers, rounded elsewhere
+        state.arrays[0][:, idle] = padding.reshape(count, len(idle))
+    state.arrays[0][:, rows] = c.reshape(count, len(rows))
     state.arrays[1][:, rows, :value_dim] = s.reshape(count, len(rows), value_dim)
-    state.arrays[2][:, rows] = z.reshape(count, -1)
+    state.arrays[2][:, rows] = z.reshape(count, len(rows))
     return state
