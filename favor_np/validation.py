@@ -348,3 +348,20 @@ def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
             f"got {q[-1]} and {keys[-1]}"
         )
     return (*broadcast(q=q[:-1], keys=keys[:-1]), q[-1])
+
+
+# ----------------------------------------------------------------------------------------
+# Attention weights
+# ----------------------------------------------------------------------------------------
+
+
+def row_positions(name: str, value: object, rows: int) -> npt.NDArray[np.int64]:
+    """Return the positions of `rows` queries in a sequence, integers from 0."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must be integers, got {got(array)}")
+    if array.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), one a row of q, got {array.shape}")
+    if (array < 0).any():
+        raise ValueError(f"{name} must be at least 0, got {array.min()}")
+    return array.astype(np.int64)
