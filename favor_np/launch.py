@@ -112,58 +112,48 @@ class _Call(NamedTuple):
     out: Array
     threads: int
 
-    def pool(self, kernel: Any, head: tuple[Any, ...], tail: tuple[Any, ...], jobs: int,
-             state: Any) -> Array:  # fmt: skip
-        """Call a kernel with workspaces for its threads; without a state, with one for each."""
-        layout, dtype = self.layout, self.layout.dtype
-        workers = min(self.threads, jobs)
+    def run(
+        self, parameters: Any, table: Array, q_rows: Array, out_rows: Array, state: Any,
+        meeting: tuple[Array, Array] | None = None,
+    ) -> Array:  # fmt: skip
+        """Run jobs; without a state each begins with an empty one of its own."""
+        layout, dtype, workers = self.layout, self.layout.dtype, min(self.threads, len(table))
 
         def make() -> Any:
             return (
                 plan.aligned((workers, layout.floats), dtype),
                 plan.aligned((workers, layout.ints), plan.integer_of(dtype)),
-                _empty(layout, workers) if state is None else (),
+                _empty(layout, workers) if state is None else None,
+                (plan.aligned((0, 0), dtype), np.zeros(0, np.int64)),
             )
 
         key = (dtype, workers, layout.floats, layout.ints, layout.features, layout.value_columns,
                state is None)  # fmt: skip
         space = plan.borrow(key, make)
         try:
-            floats, ints, own = space
-            states = own if state is None else state
-            args = (*head, *states, *tail[:1], floats, ints, *tail[1:])
-            return POOL.call(kernel, args, jobs, workers)
+            floats, ints, own, alone = space
+            args = (parameters, *self.arrays, table, q_rows, out_rows,
+                    *(own if state is None else state), self.out, *(meeting or alone), floats, ints)  # fmt: skip
+            return POOL.call(kernels.attend, args, len(table), workers)
         finally:
             plan.give_back(key, space)
-
-    def run(
-        self, parameters: Any, table: Array, q_rows: Array, out_rows: Array, state: Any,
-        out: Array | None = None,
-    ) -> Array:  # fmt: skip
-        """Run jobs; without a state each begins with an empty one of its own."""
-        head = (parameters, *self.arrays, table, q_rows, out_rows)
-        return self.pool(
-            kernels.attend, head, (self.out if out is None else out,), len(table), state
-        )
 
     def by_features(self, jobs: plan.Jobs, state: Any) -> bool:
         """Run one long causal problem in parallel over sets of its features.
 
-        The sums are formed as one thread forms them, so the bits are the same.  False, with
-        nothing changed but `out`, if a chunk of keys has to be split.
+        The sums of the sets are added chunk by chunk, as one thread does it, so the bits are the
+        same.  False, with nothing changed but `out`, if a chunk of keys has to be split.
         """
         layout = self.layout
-        q, _, v, mask, _, _ = self.arrays
         whole = _empty(layout, 1) if state is None else state
         parts = tuple(plan.sets_of(array, layout.signs) for array in whole)
-        records = plan.aligned((kernels.SETS * plan.SPLIT // CHUNK, layout.record), v.dtype)
+        chunks = plan.SPLIT // CHUNK
+        records = plan.aligned((kernels.SETS * chunks, layout.record), layout.dtype)
         for start in range(0, int(jobs.table[0, 3]), plan.SPLIT):
-            table, q_rows, rows, chunks = plan.set_jobs(layout, jobs, start)
-            if self.run(layout.partial, table, q_rows, rows, parts, records)[TROUBLE]:
+            meeting = records, np.zeros(chunks, np.int64)
+            jobs_of = plan.set_jobs(layout, jobs, start)
+            if self.run(layout.partial, *jobs_of, parts, meeting)[TROUBLE]:
                 return False
-            head = (layout.partial, q, v, mask, records, chunks)
-            tail = (self.out, layout.width, layout.blocks)
-            self.pool(kernels.combine, head, tail, len(chunks), ())
         if state is not None:
             for part, array in zip(parts, state, strict=True):
                 plan.join_sets(part, array, layout.signs)

@@ -131,9 +131,9 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         + 2 * CHUNK * width  # raw, phi
         + 3 * CHUNK * value_columns  # values, num, spare
         + CHUNK * CHUNK  # scores
-        + kernels.SETS * record
+        + record
         + signs * half * CHUNK  # keys
-        + 3 * CHUNK  # height, den, part
+        + 4 * CHUNK  # height, den, part, others
         + 3 * signs * half  # sums, scale, token
         + CHUNK * 8 // size  # square
     )
@@ -302,28 +302,20 @@ def join_sets(parts: Array, array: Array, signs: int) -> None:
     whole[...] = parts.reshape(kernels.SETS, signs, -1, *array.shape[2:]).swapaxes(0, 1)
 
 
-def set_jobs(of: Layout, table: Jobs, start: int) -> tuple[Array, Array, Array, Array]:
-    """Return the jobs of one step over the sets of features, and those that combine its chunks."""
-    job, q_row, out_row = table.table[0], table.q_rows[0, 0], table.out_rows[0, 0]
+def set_jobs(of: Layout, table: Jobs, start: int) -> tuple[Array, Array, Array]:
+    """Return the jobs of one step over the sets of features."""
+    job = table.table[0]
     length = min(SPLIT, int(job[3]) - start)
     sets, per_set = np.arange(kernels.SETS), of.half // kernels.SETS
-    begin = np.array([start, start, start if job[2] >= 0 else 0])
     work = np.tile(job, (kernels.SETS, 1))
-    work[:, :3] += begin
+    work[:, :3] += np.array([start, start, start if job[2] >= 0 else 0])
     work[:, 3] = work[:, 6] = length
     work[:, 4] += sets * (of.blocks // kernels.SETS)
     work[:, 5] = sets
     work[:, 7] = np.clip(of.rows - sets * per_set, 0, per_set)
     work[:, 8] = 1
-    steps = SPLIT // CHUNK
-    at = np.arange(0, length, CHUNK)
-    chunks = np.empty((len(at), 8), np.int64)
-    chunks[:, 0], chunks[:, 1] = q_row + start + at, job[1] + start + at
-    chunks[:, 2] = job[2] + start + at if job[2] >= 0 else -1
-    chunks[:, 3], chunks[:, 4] = np.minimum(CHUNK, length - at), out_row + start + at
-    chunks[:, 5], chunks[:, 6], chunks[:, 7] = at // CHUNK, steps, kernels.SETS
-    q_rows = np.full((kernels.SETS, 1), q_row + start)
-    return work, q_rows, (sets * steps)[:, None], chunks
+    rows = np.ones((kernels.SETS, 1), np.int64)
+    return work, rows * (table.q_rows[0, 0] + start), rows * (table.out_rows[0, 0] + start)
 
 
 @functools.lru_cache(maxsize=256)
