@@ -12,7 +12,7 @@ from favor_np import plan
 from favor_np.features import FeatureMap
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
-from favor_np.kernels.pack import CHUNK
+from favor_np.kernels.pack import CHUNK, Result
 from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
 
@@ -20,6 +20,10 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _NO_MASK = np.ones(1, np.bool_)
 _NO_MASK.flags.writeable = False
+_NO_WEIGHTS = {
+    np.dtype(kind): (np.zeros(0, kind), np.zeros(0, plan.integer_of(np.dtype(kind))))
+    for kind in (np.float32, np.float64)
+}
 
 
 def _mask_rows(mask: Array | None) -> Array:
@@ -55,6 +59,13 @@ def merge(into: Any, other: Any) -> None:
     c[...] = top
 
 
+class Clock(NamedTuple):
+    """Decay: log2 by which the first key of each slot is raised, and each further one more."""
+
+    start: Array
+    rate: Array
+
+
 def attend(
     feature_map: FeatureMap,
     q: Array,
@@ -69,8 +80,15 @@ def attend(
     state: Any,
     state_shape: tuple[int, ...] | None,
     threads: int | None,
+    offsets: Array | None = None,
+    clock: Clock | None = None,
+    weights: tuple[Array, Array] | None = None,
 ) -> None:
-    """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it."""
+    """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it.
+
+    With `offsets` every sequence offsets[i]:offsets[i + 1] has a slot of its own.  `weights` receive
+    the denominators of the rows as (w, top), w * 2**top.
+    """
     queries, keys, value_dim = q.shape[-2], k.shape[-2], v.shape[-1]
     layout = plan.layout(feature_map, dtype, value_dim)
     jobs = plan.jobs(
@@ -79,28 +97,39 @@ def attend(
         causal,
     )  # fmt: skip
     work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
+    if clock is not None:
+        clocks = np.stack([clock.start, clock.rate], axis=1)
+        jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
+    if offsets is not None:
+        jobs = plan.packed(jobs, offsets, causal, layout.blocks)
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               layout.weight, layout.bias)  # fmt: skip
-    call = _Call(
-        layout, layout.causal if causal else layout.bidirectional, arrays,
-        out.reshape(-1, out.shape[-1]), 1 if work < SERIAL else resolve_threads(threads),
-    )  # fmt: skip
-    if jobs.table[0, 8] > 1 and call.threads > 1 and call.by_features(jobs, state):
+    result = Result(out.reshape(-1, out.shape[-1]), *(weights or _NO_WEIGHTS[dtype]))
+    call = _Call(layout, layout.causal if causal else layout.bidirectional, arrays, result,
+                 1 if work < SERIAL else resolve_threads(threads))  # fmt: skip
+    if not len(jobs.table):
         return
+    if jobs.table[0, 8] > 1 and call.threads > 1 and call.by_features(jobs.take([0]), state):
+        jobs = jobs.take(slice(1, None))
     if causal or max(queries, keys) <= plan.SEGMENT:
-        call.run(call.parameters, jobs.table, jobs.q_rows, jobs.out_rows, state)
+        call.run(call.parameters, jobs, state)
         return
+    long = jobs.table[:, [3, 6]].max(1) > plan.SEGMENT
+    call.run(call.parameters, jobs.take(~long), state)
+    jobs = jobs.take(long)
     for first in range(0, len(jobs.table), plan.WAVE):
-        wave = slice(first, min(first + plan.WAVE, len(jobs.table)))
+        wave = jobs.take(slice(first, first + plan.WAVE))
+        slots = wave.table[:, 5]
         if state is None:
-            totals = new_state(feature_map, dtype, wave.stop - first, value_dim)
+            totals = new_state(feature_map, dtype, len(slots), value_dim)
         else:
-            totals = tuple(array[wave] for array in state)
-        folds, reads, q_rows, out_rows = plan.segments(
-            jobs.table[wave], jobs.q_rows[wave], jobs.out_rows[wave]
-        )
+            totals = tuple(array[slots] for array in state)
+        folds, reads = plan.segments(wave)
         call.fold(folds, totals)
-        call.run(call.parameters, reads, q_rows, out_rows, totals)
+        call.run(call.parameters, reads, totals)
+        if state is not None:
+            for array, total in zip(state, totals, strict=True):
+                array[slots] = total
 
 
 class _Call(NamedTuple):
@@ -109,15 +138,18 @@ class _Call(NamedTuple):
     layout: plan.Layout
     parameters: Any
     arrays: tuple[Array, ...]
-    out: Array
+    result: Any
     threads: int
 
     def run(
-        self, parameters: Any, table: Array, q_rows: Array, out_rows: Array, state: Any,
+        self, parameters: Any, jobs: plan.Jobs, state: Any,
         meeting: tuple[Array, Array] | None = None,
-    ) -> Array:  # fmt: skip
+    ) -> Array | None:  # fmt: skip
         """Run jobs; without a state each begins with an empty one of its own."""
-        layout, dtype, workers = self.layout, self.layout.dtype, min(self.threads, len(table))
+        count = len(jobs.table)
+        if not count:
+            return None
+        layout, dtype, workers = self.layout, self.layout.dtype, min(self.threads, count)
 
         def make() -> Any:
             return (
@@ -132,42 +164,42 @@ class _Call(NamedTuple):
         space = plan.borrow(key, make)
         try:
             floats, ints, own, alone = space
-            args = (parameters, *self.arrays, table, q_rows, out_rows,
-                    *(own if state is None else state), self.out, *(meeting or alone), floats, ints)  # fmt: skip
-            return POOL.call(kernels.attend, args, len(table), workers)
+            args = (parameters, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
+                    *(own if state is None else state), self.result, *(meeting or alone), floats,
+                    ints)  # fmt: skip
+            return POOL.call(kernels.attend, args, count, workers)
         finally:
             plan.give_back(key, space)
 
-    def by_features(self, jobs: plan.Jobs, state: Any) -> bool:
+    def by_features(self, job: plan.Jobs, state: Any) -> bool:
         """Run one long causal problem in parallel over sets of its features.
 
         The sums of the sets are added chunk by chunk, as one thread does it, so the bits are the
-        same.  False, with nothing changed but `out`, if a chunk of keys has to be split.
+        same.  False, with nothing changed but the result, if a chunk of keys has to be split.
         """
-        layout = self.layout
-        whole = _empty(layout, 1) if state is None else state
+        layout, slot = self.layout, int(job.table[0, 5])
+        whole = _empty(layout, 1) if state is None else [array[slot : slot + 1] for array in state]
         parts = tuple(plan.sets_of(array, layout.signs) for array in whole)
         chunks = plan.SPLIT // CHUNK
         records = plan.aligned((kernels.SETS * chunks, layout.record), layout.dtype)
-        for start in range(0, int(jobs.table[0, 3]), plan.SPLIT):
-            meeting = records, np.zeros(chunks, np.int64)
-            jobs_of = plan.set_jobs(layout, jobs, start)
-            if self.run(layout.partial, *jobs_of, parts, meeting)[TROUBLE]:
+        for start in range(0, int(job.table[0, 3]), plan.SPLIT):
+            step = plan.set_jobs(layout, job, start)
+            control = self.run(layout.partial, step, parts, (records, np.zeros(chunks, np.int64)))
+            if control is None or control[TROUBLE]:
                 return False
         if state is not None:
-            for part, array in zip(parts, state, strict=True):
+            for part, array in zip(parts, whole, strict=True):
                 plan.join_sets(part, array, layout.signs)
         return True
 
-    def fold(self, folds: Array, totals: Any) -> None:
+    def fold(self, folds: plan.Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
-        for first in range(0, len(folds), plan.WAVE):
-            batch = folds[first : first + plan.WAVE].copy()
-            owners = batch[:, 5].copy()
-            batch[:, 5] = np.arange(len(batch))
-            parts = _empty(self.layout, len(batch))
-            none = np.empty((len(batch), 0), np.int64)
-            self.run(self.parameters, batch, none, none, parts)
+        for first in range(0, len(folds.table), plan.WAVE):
+            batch = folds.take(slice(first, first + plan.WAVE))
+            owners = batch.table[:, 5].copy()
+            batch.table[:, 5] = np.arange(len(owners))
+            parts = _empty(self.layout, len(owners))
+            self.run(self.parameters, batch, parts)
             for i, owner in enumerate(owners):
                 merge([a[owner] for a in totals], [a[i] for a in parts])
 
@@ -205,7 +237,7 @@ def attend_exact(
     args = (
         plan.exact_parameters(dtype, scale, causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
-        out.reshape(-1, out.shape[-1]), *space,
+        Result(out.reshape(-1, out.shape[-1]), *_NO_WEIGHTS[dtype]), *space,
     )  # fmt: skip
     try:
         control = POOL.call(exact_kernels.attend_exact, args, len(table), workers)

@@ -34,7 +34,15 @@ from favor_np.kernels.activate import (
 )
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import jit
-from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, soon, write_rows
+from favor_np.kernels.pack import (
+    CHUNK,
+    across,
+    cut,
+    pack,
+    pack_values,
+    soon,
+    write_rows,
+)
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
     exp2,
@@ -181,7 +189,7 @@ def read_chunk(
         return  # who comes second does the rest
     if par.causal:
         own_keys(count, cols, rows, values, clean, t)
-    write_rows(t.num, t.den[0], t.square, count, out, out_row)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
 
 
 @jit()
@@ -266,18 +274,23 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slot, t):
-    """Pack and map the keys from row on, keeping c above them; how many of them were taken."""
+def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, clock, rate, c, s, z, slot, t):
+    """Pack and map the keys from row on, keeping c above them; how many of them were taken.
+
+    Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
+    """
     rows = -(-count // 8) * 8
     d = k.shape[1]
     blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
     half = blocks * width
     pack(k, row, count, t.rows, par.limit, t.square)
+    lift = math.floor(clock)
     for i in range(rows):
         t.height[i] = par.masked
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
-            t.height[i] = min(par.key_norm * t.square[i], par.far)
+            ahead = clock - lift + i * rate
+            t.height[i] = min(par.key_norm * t.square[i], par.far) - ahead
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
     across(t.rows, t.columns)
@@ -286,7 +299,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
             project_t(t.columns, weight[w + b], t.keys[b * par.signs], rows, width, d)
         if attempt == 1 or fresh:
             accepted = raise_keys(
-                par, rows, count, t.keys, t.height, bias, w, c, s, z, slot, t.excess, t.scale
+                par, rows, count, t.keys, t.height, lift, bias, w, c, s, z, slot, t.excess, t.scale
             )
             for i in range(accepted, rows):
                 t.height[i] = par.masked
@@ -295,7 +308,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
             for side in range(par.signs - 1, -1, -1):
                 r0, tile = side * half + b * width, b * par.signs
                 reach = activate_keys(
-                    par, 1 - 2 * side, rows, t.keys[tile], t.height, bias, w + b, c, slot, r0,
+                    par, 1 - 2 * side, rows, t.keys[tile], t.height, lift, bias, w + b, c, slot, r0,
                     t.keys[tile + side], t.sums,
                 )  # fmt: skip
                 over = max(over, reach)
@@ -309,8 +322,8 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
 
 
 @jit()
-def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z, slot, out,
-               records, met, t):  # fmt: skip
+def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, rate, c, s, z, slot,
+               out, records, met, t):  # fmt: skip
     """Everything for one problem: its keys and values, one state, its group of queries.
 
     False if the sums of a chunk cannot be partial ones because the chunk has to be split.
@@ -318,15 +331,15 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
     w, queries_count, features, sets = job[4], job[6], job[7], job[8]
     if par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
-        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, features, c, s, z, slot,
-                   out, out_rows[0], t)  # fmt: skip
+        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, features, clock, c, s, z,
+                   slot, out, out_rows[0], t)  # fmt: skip
         return True
     start = 0
     while start < keys_count:
         count = min(CHUNK - start % CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
-        taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w, c, s, z,
-                           slot, t)  # fmt: skip
+        taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w,
+                           clock + start * rate, rate, c, s, z, slot, t)  # fmt: skip
         following = min(CHUNK, keys_count - start - count)
         soon(k, k_row + start + count, following)
         soon(v, v_row + start + count, following)
@@ -337,8 +350,8 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)
                 read_chunk(par, q, q_rows[g] + start, taken, weight, w, features, sets, c, s, z,
-                           slot, t.keys, t.values, clean, out, out_rows[g] + start, records, met,
-                           start // CHUNK, t)  # fmt: skip
+                           slot, t.keys, t.values, clean, out, out_rows[g] + start,
+                           records, met, start // CHUNK, t)  # fmt: skip
         fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
@@ -353,7 +366,7 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
 
 
 @jit(cache=True)
-def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, out, records, met,
+def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, clocks, c, s, z, out, records, met,
            floats, ints, ctl, n):  # fmt: skip
     """Take jobs until none is left; how many are finished by now.  ctl[12] counts those given up."""
     me = fetch_add(ctl, 4, 1)
@@ -370,8 +383,11 @@ def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, ou
             c[slot] = -4 * int(par.far)
             s[slot] = 0
             z[slot] = 0
+        clock, rate = 0.0, 0.0
+        if clocks.size > 0:
+            clock, rate = clocks[job, 0], clocks[job, 1]
         if not attend_one(par, q, k, v, mask, weight, bias, jobs[job], q_rows[job], out_rows[job],
-                          c, s, z, slot, out, records, met, t):  # fmt: skip
+                          clock, rate, c, s, z, slot, out, records, met, t):  # fmt: skip
             fetch_add(ctl, 12, 1)
         finished += 1
     if finished == 0:  # came too late: whoever finished the last job has said so
