@@ -66,6 +66,13 @@ class Clock(NamedTuple):
     rate: Array
 
 
+def raised(arrays: Any, by: Array) -> Any:
+    """Return states whose features are 2**by times as large, 0 <= by < 1 for each slot."""
+    c, s, z = arrays
+    factor = np.exp2(by).astype(z.dtype)[:, None]
+    return c.copy(), s * factor[..., None], z * factor
+
+
 def attend(
     feature_map: FeatureMap,
     q: Array,

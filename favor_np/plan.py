@@ -293,7 +293,7 @@ def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:
     table = cut.table
     table[:, :2] += start[:, None]
     table[:, 2] += np.where(table[:, 2] < 0, 0, start)
-    table[:, 3] = table[:, 6] = length
+    table[:, [3, 6]] = np.minimum(table[:, [3, 6]], length[:, None])  # none where there were none
     table[:, 5] = np.where(table[:, 5] < 0, -1, owner * count + sequence)
     single = causal and of.q_rows.size == 1 and blocks % kernels.SETS == 0
     table[:, 8] = np.where(
