@@ -20,10 +20,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionState": "state",
     "FeatureMap": "features",
+    "attention_weights": "weights",
     "exact_attention": "exact",
     "favor_attention": "attention",
     "feature_map": "features",
     "sample_projection": "projection",
+    "stream_attention": "streaming",
     "thread_limit": "threads",
 }
 
@@ -31,10 +33,12 @@ __all__ = [
     "AttentionState",
     "FeatureMap",
     "__version__",
+    "attention_weights",
     "exact_attention",
     "favor_attention",
     "feature_map",
     "sample_projection",
+    "stream_attention",
     "thread_limit",
 ]
 
@@ -45,7 +49,9 @@ if TYPE_CHECKING:
     from favor_np.features import feature_map as feature_map
     from favor_np.projection import sample_projection as sample_projection
     from favor_np.state import AttentionState as AttentionState
+    from favor_np.streaming import stream_attention as stream_attention
     from favor_np.threads import thread_limit as thread_limit
+    from favor_np.weights import attention_weights as attention_weights
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from favor_np.features import FeatureMap, feature_map
 from favor_np.figures import BLUE, GREEN, INK, ORANGE, RED, STYLE, require_matplotlib
 from favor_np.measure import best_time, peak_memory
 from favor_np.threads import resolve_threads
+from favor_np.weights import attention_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "CostRow", "ErrorRow", "Setting", "compare", "crossing"]
 
 COLORS = (BLUE, ORANGE, GREEN, RED)
+POSITIONS, BEND = 96, 8.0  # of the path whose weights are drawn: its length, and that of a bend
 VARIANTS = (("iid", False), ("iid", True), ("orthogonal", False), ("orthogonal", True))
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -142,7 +144,7 @@ class Comparison:
         return result
 
     def plot(self) -> Figure:
-        """Draw error, time and memory.
+        """Draw error, time and memory, and beneath them the weights of both kinds of attention.
 
         Returns
         -------
@@ -344,11 +346,12 @@ def _machine(threads: int) -> dict[str, Any]:
 
 
 def _draw(result: Comparison) -> Figure:
-    """Three panels: error by features, time by length, memory by length."""
+    """Error by features, time and memory by length; beneath, exact and approximate weights."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained")
-    error, seconds, memory = figure.subplots(1, 3)
+    figure = Figure(figsize=(12, 7.8), dpi=150, layout="constrained")
+    (error, seconds, memory), panels = figure.subplots(2, 3)
+    _draw_weights(panels, result.setting, max(result.crossings, default=256))
     _draw_errors(error, result)
     _draw_times(seconds, result)
     _draw_memory(memory, result)
@@ -424,5 +427,43 @@ def _draw_memory(axes: Any, result: Comparison) -> None:
         rows = [row for row in result.costs if row.features == m]
         x, y = [row.length for row in rows], [row.favor_bytes / 2**20 for row in rows]
         axes.plot(x, y, color=color, marker="o", ms=3.5, label=f"FAVOR+, m = {m}")
-    axes.set(title="Extra memory of one call, result included", xlabel="length L", ylabel="MiB")
+    axes.set(title="Extra memory, result included", xlabel="length L", ylabel="MiB")
     axes.set_ylim(bottom=0.05)
+
+
+def _path_weights(setting: Setting, m: int) -> tuple[Array, Array]:
+    """Weights along one smooth random path, exact and of FAVOR+: (POSITIONS, POSITIONS) each.
+
+    Queries and keys are the same path, of the setting's size; weights of independent ones look
+    like noise.  Each weight is in units of the row's mean weight.
+    """
+    rng = np.random.default_rng(setting.seed)
+    positions = np.arange(POSITIONS)
+    distances = np.subtract.outer(positions, positions) / BEND
+    path = np.exp(-(distances**2)) @ rng.standard_normal((POSITIONS, setting.dim))
+    path *= setting.std / np.sqrt(np.mean(path**2))
+    fm = feature_map("positive", dim=setting.dim, num_features=m, rng=setting.seed)
+    last = positions if setting.causal else np.full(POSITIONS, POSITIONS - 1)
+    exact = setting.exact([path, path, np.eye(POSITIONS)])
+    favor = attention_weights(path, path, fm, positions=last)
+    keys = last[:, None] + 1
+    return keys * exact, keys * favor
+
+
+def _draw_weights(panels: Any, setting: Setting, m: int) -> None:
+    """Heat maps of both on one scale, and some of their rows."""
+    exact, favor = _path_weights(setting, m)
+    for axes, weights, name in zip(
+        panels, (exact, favor), ("exact", f"FAVOR+, m = {m}"), strict=False
+    ):
+        image = axes.imshow(weights, vmin=0, vmax=exact.max(), cmap="Blues")
+        axes.grid(visible=False)
+        axes.set(title=f"Weights on a smooth path, {name}", xlabel="key", ylabel="query")
+    axes.figure.colorbar(image, ax=axes, label="times the mean weight", pad=0.02)
+    rows, curves = range(POSITIONS // 4, POSITIONS, POSITIONS // 4), panels[2]
+    for color, row in zip(COLORS, rows, strict=False):
+        curves.plot(exact[row], "--", color=INK, label="exact" if row == rows[0] else None)
+        curves.plot(favor[row], color=color, label=f"FAVOR+, query {row}")
+    curves.set(title="Three rows of both", xlabel="key")
+    curves.set_ylim(0, 1.3 * max(exact[rows].max(), favor[rows].max()))  # room for the legend
+    curves.legend(ncols=2, loc="upper left")

@@ -41,7 +41,9 @@ def new_state(feature_map: FeatureMap, dtype: np.dtype[Any], count: int, value_d
 
 def _empty(layout: plan.Layout, count: int) -> Any:
     c = plan.aligned((count, layout.features), plan.integer_of(layout.dtype))
-    c[:] = -4 * int(plan.FAR[layout.dtype.itemsize])
+    far = int(plan.FAR[layout.dtype.itemsize])
+    c[:] = 4 * far * layout.causal.idle
+    c[:, layout.real] = -4 * far
     s = plan.aligned((count, layout.features, layout.value_columns), layout.dtype)
     return c, s, plan.aligned((count, layout.features), layout.dtype)
 
@@ -64,6 +66,15 @@ class Clock(NamedTuple):
 
     start: Array
     rate: Array
+
+
+def clock(rates: Array | None, offsets: Array | None) -> Clock | None:
+    """Return the clock of new states, or of none: their first keys are not raised."""
+    if rates is None:
+        return None
+    if offsets is not None:
+        rates = np.repeat(rates, len(offsets) - 1)
+    return Clock(np.zeros(len(rates)), rates)
 
 
 def raised(arrays: Any, by: Array) -> Any:

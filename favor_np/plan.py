@@ -121,6 +121,8 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
             far=FAR[size],
             masked=8 * FAR[size],
+            # Features that only pad: no key may reach their exponents and so move those of others.
+            idle=1 if positive else -1,
             span=SPAN[size] if causal else 2**30,
             causal=causal,
             partial=partial,

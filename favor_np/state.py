@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -164,8 +165,10 @@ class AttentionState:
         if self.rates is not None:
             past = np.floor(self.lengths * self.rates)
             ahead = np.floor((self.lengths + tokens) * self.rates) - past
-            c = self.arrays[0]
-            np.maximum(c - ahead[:, None].astype(c.dtype), -(2**29), out=c)
+            from favor_np import plan
+
+            c, real = self.arrays[0], plan.layout(self.feature_map, self.dtype, self.value_dim).real
+            c[:, real] = np.maximum(c[:, real] - ahead[:, None].astype(c.dtype), -(2**29))
         self.lengths = self.lengths + tokens
 
     def _real(self, array: Array) -> Array:
@@ -176,6 +179,13 @@ class AttentionState:
         packed = () if self.sequences is None else (self.sequences,)
         return array[:, rows].reshape(*self.batch_shape, *packed, len(rows), *array.shape[2:])
 
+    def _now(self, array: Array) -> Array:
+        """Return the same without the fraction by which the last token was raised."""
+        if self.rates is not None:
+            fraction = np.exp2(-((self.lengths * self.rates) % 1.0)).astype(array.dtype)
+            array = array * fraction.reshape(-1, *[1] * (array.ndim - 1))
+        return self._real(array)
+
     @property
     def c(self) -> Array:
         """Exponents of two, integers of shape (..., M); a copy."""
@@ -184,12 +194,12 @@ class AttentionState:
     @property
     def S(self) -> Array:
         """Values weighted by features over 2**c, shape (..., M, dv); a copy."""
-        return self._real(self.arrays[1])[..., : self.value_dim].copy()
+        return self._now(self.arrays[1])[..., : self.value_dim].copy()
 
     @property
     def z(self) -> Array:
         """Sums of features over 2**c, shape (..., M); a copy."""
-        return self._real(self.arrays[2])
+        return self._now(self.arrays[2])
 
     def same_map(self, feature_map: FeatureMap) -> None:
         """Refuse another feature map than the state's own."""
@@ -318,19 +328,22 @@ class AttentionState:
             )
         return self._run(q, k, v, None, None, causal=True, threads=num_threads)
 
-    def packing(self, cu_seqlens: object, length: int) -> Array | None:
-        """Check that rows are packed as this state is: the offsets of its sequences."""
-        if cu_seqlens is None:
-            if self.sequences is None:
-                return None
-            raise ValueError(f"cu_seqlens is needed: the state has {self.sequences} sequences")
-        offsets = validation.sequence_offsets(cu_seqlens, length)
-        if len(offsets) - 1 != self.sequences:
+    def fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
+        """Refuse rows that are packed otherwise than this state, or decay otherwise."""
+        found = None if offsets is None else len(offsets) - 1
+        if found != self.sequences:
             raise ValueError(
-                f"cu_seqlens must be that of the state's {self.sequences} sequences, "
-                f"got {len(offsets) - 1}"
+                f"cu_seqlens must be that of the state: it has sequences={self.sequences}, "
+                f"got {found}"
             )
-        return offsets
+        if self.rates is not None and not causal:
+            raise ValueError("a state with decay needs causal=True, or its own update and attend")
+        if decay is not None:
+            rates = validation.decay_rates(decay, self.batch_shape)
+            if rates is not None:
+                rates = np.repeat(rates, self.sequences or 1)
+            if not _same(rates, self.rates):
+                raise ValueError(f"decay must be that of the state, {self.decay}, got {decay}")
 
     def _run(
         self, q: Any, k: Any, v: Any, mask: Any, cu_seqlens: Any, *, causal: bool,
@@ -342,7 +355,11 @@ class AttentionState:
             state_shape=self.batch_shape,
         )  # fmt: skip
         validation.last_axis("v", call.v, self.value_dim, "the state")
-        offsets = self.packing(cu_seqlens, max(call.keys, call.q.shape[-2]))
+        offsets = None
+        if cu_seqlens is not None:
+            rows = max(call.keys, call.q.shape[-2])
+            offsets = validation.sequence_offsets(cu_seqlens, rows)
+        self.fits(offsets)
         out = np.zeros(call.out_shape, self.dtype)
         if math.prod(call.state_shape) and (out.size or call.keys):
             from favor_np import launch
@@ -431,6 +448,76 @@ class AttentionState:
             self.lengths,
         )
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, from which `load` continues with the same bits.
+
+        The file is an npz archive without pickled objects.  It appears whole or not at all: if
+        writing fails, or the machine does, `path` holds what it held before.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file; it is replaced if it exists.  No suffix is added.
+
+        Raises
+        ------
+        TypeError
+            If `path` is no path.
+        ValueError
+            If `path` is a directory, a device or a pipe.
+        OSError
+            If the file cannot be written.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from favor_np import AttentionState, feature_map
+        >>> state = AttentionState.zeros(feature_map("positive", 4, 64), value_dim=2)
+        >>> x = np.ones((3, 4), np.float32)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     state.update(x, x[:, :2]).save(Path(folder, "prefix.state"))
+        ...     loaded = AttentionState.load(Path(folder, "prefix.state"))
+        >>> np.array_equal(loaded.attend(x), state.attend(x))
+        True
+        """
+        from favor_np import storage
+
+        storage.write(path, storage.Parts(*self.__reduce__()[1]))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttentionState:
+        """Read a state that `save` wrote, its feature map included.
+
+        A file can come from any machine, and from anyone: nothing in it is executed.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file.
+
+        Returns
+        -------
+        AttentionState
+            What it is given next, it answers with the same bits as the state that was saved.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be opened or read; FileNotFoundError and PermissionError are such.
+        ValueError
+            If it is damaged, not the file of a state, or of a newer version of favor_np.
+
+        Examples
+        --------
+        See `save`.
+        """
+        from favor_np import storage
+
+        parts, _ = storage.read(path)
+        return _restore(*parts)
+
     __copy__ = copy
 
     def __deepcopy__(self, memo: Any) -> AttentionState:
@@ -440,7 +527,9 @@ class AttentionState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what any machine can lay out anew."""
         args = (self.feature_map, self.value_dim, self.batch_shape, self.dtype.str)
-        return _restore, (*args, self.c, self.S, self.z, self.sequences, self.rates, self.lengths)
+        c, s, z = (self._real(array) for array in self.arrays)
+        raw = c, s[..., : self.value_dim], z
+        return _restore, (*args, *raw, self.sequences, self.rates, self.lengths)
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -452,22 +541,19 @@ class AttentionState:
 
 def _restore(
     feature_map: FeatureMap, value_dim: int, batch_shape: tuple[int, ...], dtype: str,
-    c: Array, s: Array, z: Array, sequences: int | None = None, rates: Array | None = None,
-    lengths: Array | None = None,
+    c: Array, s: Array, z: Array, sequences: int | None, rates: Array | None, lengths: Array,
 ) -> AttentionState:  # fmt: skip
     from favor_np import plan
 
     state = AttentionState.zeros(
         feature_map, value_dim, batch_shape, sequences=sequences, dtype=dtype
     )
-    state.rates = rates
-    if lengths is not None:
-        state.lengths = lengths
+    state.rates, state.lengths = rates, lengths
     rows = plan.layout(feature_map, state.dtype, value_dim).real
     count = len(state.arrays[0])
-    state.arrays[0][:, rows] = c.reshape(count, -1)
+    state.arrays[0][:, rows] = c.reshape(count, len(rows))
     state.arrays[1][:, rows, :value_dim] = s.reshape(count, len(rows), value_dim)
-    state.arrays[2][:, rows] = z.reshape(count, -1)
+    state.arrays[2][:, rows] = z.reshape(count, len(rows))
     return state
 
 

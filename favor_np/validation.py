@@ -212,8 +212,12 @@ def mask_of(value: object, keys: int) -> Array | None:
     return np.ascontiguousarray(mask)
 
 
-def sequence_offsets(value: object, length: int) -> Array:
+def sequence_offsets(value: object, length: int, queries: int | None = None) -> Array:
     """Return ``cu_seqlens`` as int64: where packed sequences begin, and where the last one ends."""
+    if queries is not None and queries != length:
+        raise ValueError(
+            f"cu_seqlens needs as many queries as keys, got {queries} rows of q and {length} of k"
+        )
     offsets = np.asarray(value)
     if offsets.dtype.kind not in "iu":
         raise TypeError(f"cu_seqlens must hold integers, got {got(offsets)}")
@@ -228,10 +232,12 @@ def sequence_offsets(value: object, length: int) -> Array:
     return offsets
 
 
-def decay_rates(value: object, batch: tuple[int, ...]) -> Array | None:
+def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -> Array | None:
     """Return -log2 of ``decay`` for every batch and head, flat; None if nothing decays."""
     if value is None:
         return None
+    if not causal:
+        raise ValueError("decay needs causal=True")
     decay = np.asarray(value)
     if decay.dtype.kind not in "fiu":
         raise TypeError(f"decay must be a real number or an array of them, got {got(value)}")
@@ -383,3 +389,20 @@ def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
             f"got {q[-1]} and {keys[-1]}"
         )
     return (*broadcast(q=q[:-1], keys=keys[:-1]), q[-1])
+
+
+# ----------------------------------------------------------------------------------------
+# Attention weights
+# ----------------------------------------------------------------------------------------
+
+
+def row_positions(name: str, value: object, rows: int) -> npt.NDArray[np.int64]:
+    """Return the positions of `rows` queries in a sequence, integers from 0."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must be integers, got {got(array)}")
+    if array.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), one a row of q, got {array.shape}")
+    if (array < 0).any():
+        raise ValueError(f"{name} must be at least 0, got {array.min()}")
+    return array.astype(np.int64)

@@ -165,6 +165,28 @@ def test_json(capsys):
     assert set(data["crossings"]) == {"16"}
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_pictured_weights_are_exact_and_near_it(result, causal):
+    setting = dataclasses.replace(result.setting, causal=causal)
+    figure = dataclasses.replace(result, setting=setting, crossings={4096: None}).plot()
+    exact, favor = (axes.images[0].get_array().data for axes in figure.axes[3:5])
+    keys = (
+        np.arange(1, compare.POSITIONS + 1)
+        if causal
+        else np.full(compare.POSITIONS, compare.POSITIONS)
+    )
+    np.testing.assert_allclose(exact.sum(1), keys)
+    np.testing.assert_allclose(favor.sum(1), keys)
+    assert (np.triu(favor, 1) == 0).all() == causal
+    assert abs(favor - exact).std() < 0.1 * exact.std()
+    assert np.argmax(exact[48]) in range(45, 52)  # the nearest keys count most
+    limits = {axes.images[0].get_clim() for axes in figure.axes[3:5]}
+    assert limits == {(0, exact.max())}
+    drawn = [line.get_ydata() for line in figure.axes[5].lines]
+    np.testing.assert_array_equal(drawn[::2], exact[24::24])
+    np.testing.assert_array_equal(drawn[1::2], favor[24::24])
+
+
 def test_plot(tmp_path, capsys):
     target = tmp_path / "picture.png"
     assert run(f"--plot={target}") == 0

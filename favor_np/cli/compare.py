@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=integer(0), default=0, metavar="N", help="first seed (0)")
     add("--threads", type=integer(), default=1, metavar="N", help="threads of both sides (1)")
     add("--json", action="store_true", help="print JSON instead of tables")
-    add("--plot", metavar="OUT.png", help="draw a picture (needs matplotlib)")
+    add("--plot", metavar="OUT.png", help="draw it, and weights of both (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:

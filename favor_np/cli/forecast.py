@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import math
 import textwrap
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         ExactComparison,
         Forecast,
         Prices,
+        Replay,
         ReturnEvaluation,
         VolatilityEvaluation,
     )
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 LABEL = 18  # width of the first column
+BAR = 48  # longest bar of a histogram
 GLUE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line; printed as a space
 SIGNALS = {1: "BUY", 0: "HOLD", -1: "SELL"}
 
@@ -89,6 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PCT",
         help="cost in %% of buying or selling a whole position (0.02)",
     )
+    add(
+        "--replay",
+        action="store_true",
+        help="feed the prices one by one as well, as if they came live: is it the same, and how "
+        "long does a forecast take",
+    )
     add("--seed", type=integer(0), default=0, metavar="N", help="seed of the features (0)")
     add("--threads", type=integer(), metavar="N", help="threads (default: all there are)")
     add("--json", action="store_true", help="print JSON instead of text")
@@ -105,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         forecast,
         plot,
         read_prices,
+        replay,
     )
 
     picture = picture_format(args.plot)
@@ -127,17 +137,23 @@ def run(args: argparse.Namespace) -> int:
             )
         except PriceError as error:
             raise CommandError(str(error)) from None
-        threshold = None if args.threshold is None else args.threshold / 100
+        threshold = (args.cost if args.threshold is None else args.threshold) / 100
         record = evaluate(result, threshold=threshold, cost=args.cost / 100)
         exact = compare_with_exact(result, num_threads=args.threads, progress=progress)
+        replayed = None
+        if args.replay:
+            replayed = replay(result, threshold=threshold, progress=progress)
         if table is not None:
             _write_csv(table, result, record, exact)
         if figure is not None:
-            plot(result, record, exact).savefig(figure, format=picture)
+            plot(result, record, exact, replayed).savefig(figure, format=picture)
     if args.json:
-        print(json.dumps(_clean(_as_dict(result, record, exact)), indent=2, allow_nan=False))
+        data = _as_dict(result, record, exact)
+        if replayed is not None:
+            data["replay"] = _replay_dict(result, record, replayed)
+        print(json.dumps(_clean(data), indent=2, allow_nan=False))
         return 0
-    lines = _report(result, record, exact)
+    lines = _report(result, record, exact, replayed)
     lines += [f"Wrote {path}" for path in (args.csv, args.plot) if path is not None]
     print("\n".join(lines))
     return 0
@@ -148,7 +164,9 @@ def run(args: argparse.Namespace) -> int:
 # ----------------------------------------------------------------------------------------
 
 
-def _report(result: Forecast, record: Evaluation, exact: ExactComparison) -> list[str]:
+def _report(
+    result: Forecast, record: Evaluation, exact: ExactComparison, replayed: Replay | None
+) -> list[str]:
     """The report, at most 80 columns wide."""
     sections = [
         _read_section(result.prices),
@@ -157,6 +175,8 @@ def _report(result: Forecast, record: Evaluation, exact: ExactComparison) -> lis
         _past_section(result, record, exact),
         _exact_section(result, exact),
     ]
+    if replayed is not None:
+        sections.append(_replay_section(result, record, replayed))
     lines = []
     for title, rows in sections:
         lines += [*textwrap.wrap(title, WIDTH), *(x for row in rows for x in _row(*row)), ""]
@@ -329,6 +349,40 @@ def _exact_section(result: Forecast, exact: ExactComparison) -> Section:
     return f"FAVOR+ AND EXACT ATTENTION on the same {len(result):,} windows, compiled", rows
 
 
+def _replay_section(result: Forecast, record: Evaluation, replayed: Replay) -> Section:
+    data = _replay_dict(result, record, replayed)
+    same = ""
+    if data["same_signals"] is not None:
+        same = f", {data['same_signals']:,} of {len(result):,} signals the same"
+    latency = ", ".join(f"{name} {_seconds(value)}" for name, value in data["seconds"].items())
+    rows = [
+        ("agreement", f"with the forecasts above to {replayed.difference:.1g} of the largest{same}"),
+        ("memory", f"a state of {replayed.state_bytes / 2**10:,.0f}{GLUE}KiB, whatever came before"),
+        ("latency", latency),
+    ]  # fmt: skip
+    edges, counts = replayed.histogram()
+    edges = 1e6 * edges
+    labels = [f"{low:g} to {high:g} µs" for low, high in itertools.pairwise(edges)]
+    for label, count in zip([*labels, f"over {edges[-1]:g} µs"], counts, strict=True):
+        bar = "#" * round(BAR * count / counts.max())
+        rows.append((label, f"{count:>9,} {bar}".rstrip().replace(" ", GLUE)))
+    return f"REPLAY of {len(result.prices):,} prices, one at a time, as if they came live", rows
+
+
+def _replay_dict(result: Forecast, record: Evaluation, replayed: Replay) -> dict[str, Any]:
+    import numpy as np
+
+    signals = getattr(record, "signals", None)
+    points = np.percentile(replayed.seconds, (50, 90, 99, 100)).tolist()
+    return {
+        "forecasts": len(result),
+        "difference": replayed.difference,
+        "same_signals": None if signals is None else int((replayed.signals == signals).sum()),
+        "state_bytes": replayed.state_bytes,
+        "seconds": dict(zip(("p50", "p90", "p99", "max"), points, strict=True)),
+    }
+
+
 def _rmse_beside_exact(
     result: Forecast, record: Evaluation, exact: ExactComparison
 ) -> tuple[float, float, int]:
@@ -397,6 +451,8 @@ def _round_down(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.3g}{GLUE}µs"
     return f"{value * 1e3:.3g}{GLUE}ms" if value < 1 else f"{value:.3g}{GLUE}s"
 
 

@@ -14,6 +14,10 @@ from ._forecast import Forecast as Forecast
 from ._forecast import NextStep as NextStep
 from ._forecast import Precedent as Precedent
 from ._forecast import forecast as forecast
+from ._live import LiveForecast as LiveForecast
+from ._live import Replay as Replay
+from ._live import Tick as Tick
+from ._live import replay as replay
 from ._plot import plot as plot
 from ._prices import PriceError as PriceError
 from ._prices import Prices as Prices

@@ -148,8 +148,8 @@ def evaluate(
     start, stop = result.warm_up, len(result) - result.horizon
     if result.target == "volatility":
         return _evaluate_volatility(result, start, stop)
-    cost = _non_negative("cost", cost)
-    threshold = cost if threshold is None else _non_negative("threshold", threshold)
+    cost = non_negative("cost", cost)
+    threshold = cost if threshold is None else non_negative("threshold", threshold)
     predicted, outcome = result.predicted[start:stop], result.outcome[start:stop]
     moved = outcome != 0
     moves = int(moved.sum())
@@ -281,7 +281,7 @@ def _steps_per_year(result: Forecast) -> float:
     return float((len(times) - 1) / (span / (365.25 * 86400)))
 
 
-def _non_negative(name: str, value: float) -> float:
+def non_negative(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not below 0, got {validation.got(value)}")
     return float(value)

@@ -224,13 +224,9 @@ def forecast(
     """
     if not isinstance(prices, Prices):
         prices = Prices.from_array(prices)
-    validation.choice("target", target, TARGETS)
-    window = validation.integer("window", window)
-    horizon = validation.integer("horizon", horizon)
-    num_features = validation.integer("num_features", num_features, minimum=2)
-    seed = validation.integer("seed", seed, minimum=0)
-    if scale is not None:
-        scale = validation.positive_float("scale", scale)
+    window, horizon, num_features, scale, seed = checked(
+        target, window, horizon, num_features, scale, seed
+    )
     needed = window + 2 * horizon + FEWEST_FORECASTS
     if len(prices) < needed:
         raise PriceError(
@@ -244,10 +240,7 @@ def forecast(
         raise PriceError(f"{prices.name}: the price hardly ever moves: too little to forecast from")
     scale = windows.scale if scale is None else scale
     out, seconds, peak = _attend(windows, scale, num_features, seed, num_threads, progress)
-    predicted = out[:, 0] * windows.unit
-    spread = np.sqrt(np.maximum(out[:, 1] - out[:, 0] ** 2, 0.0)) * windows.unit
-    chance = np.clip(out[:, 2], 0.0, 1.0)
-    chance_down = np.clip(out[:, 3], 0.0, 1.0) if target == "return" else np.full(len(out), np.nan)
+    predicted, spread, chance, chance_down = predictions(out, windows.unit)
     return Forecast(
         prices=prices,
         target=target,
@@ -278,6 +271,29 @@ def forecast(
     )
 
 
+def checked(
+    target: str, window: int, horizon: int, num_features: int, scale: float | None, seed: int
+) -> tuple[int, int, int, float | None, int]:
+    """Return the settings after `target`, or refuse those of a wrong type or out of range."""
+    validation.choice("target", target, TARGETS)
+    return (
+        validation.integer("window", window),
+        validation.integer("horizon", horizon),
+        validation.integer("num_features", num_features, minimum=2),
+        None if scale is None else validation.positive_float("scale", scale),
+        validation.integer("seed", seed, minimum=0),
+    )
+
+
+def predictions(out: F32, unit: Any) -> tuple[F64, F64, F64, F64]:
+    """Log return, its spread, and chances of up and down, from attention's rows (..., columns)."""
+    mean, square = out[..., 0].astype(np.float64), out[..., 1].astype(np.float64)
+    spread = np.sqrt(np.maximum(square - mean**2, 0.0)) * unit
+    chances = np.clip(out[..., 2:].astype(np.float64), 0.0, 1.0)
+    down = chances[..., 1] if chances.shape[-1] == 2 else np.full(mean.shape, np.nan)
+    return mean * unit, spread, chances[..., 0], down
+
+
 def _attend(
     windows: Windows,
     scale: float,
@@ -285,8 +301,8 @@ def _attend(
     seed: int,
     num_threads: int | None,
     progress: Progress | None,
-) -> tuple[F64, float, int]:
-    """Outputs in float64, seconds and peak bytes of FAVOR+ over the whole sequence."""
+) -> tuple[F32, float, int]:
+    """Outputs, seconds and peak bytes of FAVOR+ over the whole sequence."""
     from favor_np.attention import favor_attention
     from favor_np.features import feature_map
 
@@ -312,8 +328,7 @@ def _attend(
                 progress("FAVOR+ attention", part.stop, rows)
         return out
 
-    out, seconds, peak = timed(lambda rows: run(rows, SLICE), len(windows))
-    return out.astype(np.float64), seconds, peak
+    return timed(lambda rows: run(rows, SLICE), len(windows))
 
 
 def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:

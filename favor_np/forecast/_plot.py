@@ -12,6 +12,7 @@ from favor_np.figures import BLUE, GREEN, GREY, INK, ORANGE, RED, STYLE, require
 from ._compare import ExactComparison
 from ._evaluate import ReturnEvaluation, VolatilityEvaluation
 from ._forecast import Forecast
+from ._live import Replay
 from ._windows import F64
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def plot(
     result: Forecast,
     record: ReturnEvaluation | VolatilityEvaluation,
     exact: ExactComparison,
+    replayed: Replay | None = None,
 ) -> Figure:
     """Draw the forecast, its record, and FAVOR+ against exact attention.
 
@@ -35,6 +37,8 @@ def plot(
         From `evaluate`.
     exact : ExactComparison
         From `compare_with_exact`.
+    replayed : Replay, optional
+        From `replay`: one more panel, with the time of a live forecast.
 
     Returns
     -------
@@ -51,11 +55,11 @@ def plot(
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 10.5), dpi=110, layout="constrained")
-        panels: dict[str, Any] = figure.subplot_mosaic(
-            [["price", "price"], ["recent", "record"], ["exact", "error"]],
-            height_ratios=[1, 1.1, 1.1],
-        )
+        rows = [["price", "price"], ["recent", "record"], ["exact", "error"]]
+        rows += [["latency", "latency"]] if replayed is not None else []
+        heights = [1, 1.1, 1.1, 0.7][: len(rows)]
+        figure = Figure(figsize=(11, 3.3 * sum(heights)), dpi=110, layout="constrained")
+        panels: dict[str, Any] = figure.subplot_mosaic(rows, height_ratios=heights)
         figure.suptitle(
             f"{result.prices.name}\n{result.target} of the next "
             f"{'step' if result.horizon == 1 else f'{result.horizon} steps'} by causal FAVOR+ "
@@ -73,6 +77,8 @@ def plot(
             _calibration(panels["record"], result, record)
         _against_exact(panels["exact"], result, exact)
         _advantage(panels["error"], result, record, exact)
+        if replayed is not None:
+            _latency(panels["latency"], replayed)
     return figure
 
 
@@ -252,3 +258,24 @@ def _advantage(
     axes.set_title(f"Squared error saved against the {name} so far (%)")
     axes.legend(loc="best")
     _concise(axes, result)
+
+
+def _latency(axes: Any, replayed: Replay) -> None:
+    edges, counts = replayed.histogram()
+    micro = 1e6 * edges
+    axes.bar(micro, counts, micro[1] - micro[0], align="edge", color=BLUE, alpha=0.35, lw=0)
+    axes.set_yscale("log")  # the tail is what a live system waits for
+    axes.set_ylim(0.5, 8 * counts.max())
+    for share in (50, 99):
+        value = 1e6 * float(np.percentile(replayed.seconds, share))
+        axes.axvline(value, color=INK, lw=0.8)
+        axes.annotate(
+            f"p{share} {value:.3g}", (value, 1), (3, -3), xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points", va="top",
+        )  # fmt: skip
+    longest = 1e6 * replayed.seconds.max()
+    axes.set_title(
+        f"Forecasts by the microseconds that each took live; the last bar has all longer ones, "
+        f"up to {longest:,.0f}"
+    )
+    axes.grid(axis="x", visible=False)

@@ -6,12 +6,15 @@ So row i of the sequence, at time t = index[i], holds the window at t as its que
 at t - horizon, with what followed it, as its key and value: every causal prefix of the sequence
 contains what was known at that time, and no more.  All statistics below are of the window itself
 or of the returns up to its end.
+
+`ReturnStream` and `VolatilityStream` make the same windows one return at a time.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +104,7 @@ def volatility_windows(log_prices: F64, window: int, horizon: int) -> Windows:
     first = int(np.argmax(size > 0))
     level = np.zeros(len(size))
     level[first:] = _standardised(np.log(np.maximum(size[first:], QUIET * mean[first:])))
-    spans = [2**i for i in range(math.ceil(math.log2(window)))] + [window]
+    spans = _spans(window)
     total = np.concatenate([[0.0], np.cumsum(level)])
     ends = np.arange(max(window, first + 1), len(log_prices))
     vectors = np.empty((len(ends), len(spans)), dtype=np.float32)
@@ -113,6 +116,86 @@ def volatility_windows(log_prices: F64, window: int, horizon: int) -> Windows:
     values = np.stack([known, known**2, known > _expanding_mean(known)], axis=1)
     unit = np.ones(len(ends))
     return _rows(vectors, values, unit, ends, moves, horizon, 4.0 / len(spans))
+
+
+class ReturnStream:
+    """`return_windows`, one return at a time: running sums instead of sums so far."""
+
+    columns = 4  # of a value
+
+    def __init__(self, window: int) -> None:
+        self.dim, self.scale = window, 1.0 / window
+        self._recent = np.zeros(window)
+        self._square = _RunningMean()
+
+    def push(self, log_return: float) -> tuple[F32, float] | None:
+        """Take a return; the window that ends with it and its unit, as soon as there is one."""
+        _shift_in(self._recent, log_return)
+        long_run = math.sqrt(self._square.add(log_return**2))
+        size = math.sqrt(self._recent @ self._recent / self.dim)
+        unit = max(size, QUIET * long_run)
+        if self._square.count < self.dim or unit == 0:
+            return None
+        return (self._recent / unit).astype(np.float32), unit
+
+    def value(self, move: float, unit: float) -> tuple[float, ...]:
+        """Return the value of a window of that unit, from the move that followed it."""
+        return move / unit, (move / unit) ** 2, move > 0, move < 0
+
+
+class VolatilityStream:
+    """`volatility_windows`, one return at a time."""
+
+    columns = 3
+
+    def __init__(self, window: int) -> None:
+        self._spans = np.array(_spans(window))
+        self.dim, self.scale = len(self._spans), 4.0 / len(self._spans)
+        self._levels = np.zeros(window)
+        self._size, self._log, self._move = _RunningMean(), _RunningMean(), _RunningMean()
+        self._square = _RunningMean()
+
+    def push(self, log_return: float) -> tuple[F32, float] | None:
+        """Take a return; the window that ends with it and its unit 1, as soon as there is one."""
+        size = abs(log_return)
+        mean_size = self._size.add(size)
+        if mean_size == 0:
+            return None
+        log = math.log(max(size, QUIET * mean_size))
+        mean, square = self._log.add(log), self._square.add(log**2)
+        variance = _steadied(max(square - mean**2, 0.0), self._log.count)
+        _shift_in(self._levels, (log - mean) / math.sqrt(variance))
+        if self._size.count < len(self._levels):
+            return None
+        sums = np.cumsum(self._levels[::-1])[self._spans - 1]
+        return np.tanh(sums / self._spans).astype(np.float32), 1.0
+
+    def value(self, move: float, unit: float) -> tuple[float, ...]:
+        """Return the value of a window, from the move that followed it."""
+        move = abs(move) / unit
+        return move, move**2, move > self._move.add(move)
+
+
+class _RunningMean:
+    """Mean of all values so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._total = 0.0
+
+    def add(self, value: float) -> float:
+        self.count += 1
+        self._total += value
+        return self._total / self.count
+
+
+def _shift_in(recent: F64, value: float) -> None:
+    recent[:-1] = recent[1:]
+    recent[-1] = value
+
+
+def _spans(window: int) -> list[int]:
+    return [2**i for i in range(math.ceil(math.log2(window)))] + [window]
 
 
 def _rows(
@@ -149,12 +232,13 @@ def _expanding_mean(values: F64) -> F64:
 
 
 def _standardised(values: F64) -> F64:
-    """Values less their mean so far, over their standard deviation so far.
-
-    Sixteen imaginary values with the variance of log |N(0, 1)|, π²/8, steady the beginning.
-    """
+    """Values less their mean so far, over their standard deviation so far."""
     count = np.arange(1, len(values) + 1)
     mean = np.cumsum(values) / count
     variance = np.maximum(np.cumsum(values**2) / count - mean**2, 0.0)
-    variance = (count * variance + 16 * math.pi**2 / 8) / (count + 16)
-    return np.asarray((values - mean) / np.sqrt(variance))
+    return np.asarray((values - mean) / np.sqrt(_steadied(variance, count)))
+
+
+def _steadied(variance: Any, count: Any) -> Any:
+    """Sixteen imaginary values with the variance of log |N(0, 1)|, π²/8, steady the beginning."""
+    return (count * variance + 16 * math.pi**2 / 8) / (count + 16)

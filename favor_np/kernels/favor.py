@@ -61,7 +61,7 @@ SETS = 2
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
     "Parameters",
-    "kind signs key_norm kernel_epsilon limit far masked span causal partial",
+    "kind signs key_norm kernel_epsilon limit far masked idle span causal partial",
 )
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
@@ -322,6 +322,14 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, clock, rate,
 
 
 @jit()
+def clear(par, features, c):
+    """Exponents of no key at all."""
+    half = c.size // par.signs
+    for r in range(c.size):
+        c[r] = 4 * int(par.far) * (-1 if r % half < features else par.idle)
+
+
+@jit()
 def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, rate, c, s, z, slot,
                out, records, met, t):  # fmt: skip
     """Everything for one problem: its keys and values, one state, its group of queries.
@@ -380,7 +388,7 @@ def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, clocks, c, 
         slot = jobs[job, 5]
         if slot < 0:
             slot = me
-            c[slot] = -4 * int(par.far)
+            clear(par, jobs[job, 7], c[slot])
             s[slot] = 0
             z[slot] = 0
         clock, rate = 0.0, 0.0

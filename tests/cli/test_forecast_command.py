@@ -147,6 +147,26 @@ def test_seed_decides_and_threads_do_not(capsys, series):
     assert moves[0] == moves[1] != moves[2]
 
 
+@pytest.mark.parametrize("target", ["return", "volatility"])
+def test_replay(capsys, series, target):
+    path = series(3000)
+    options = [path, "--replay", "--target", target, "--horizon", "2", *QUICK]
+    out = run(capsys, *options)
+    assert max(map(len, out.splitlines())) <= 80
+    section = out[out.index("REPLAY of 3,000 prices") :].splitlines()
+    assert ("2,966 of 2,966 signals" in " ".join(out.split())) == (target == "return")
+    for part in ("memory            a state of ", "latency           p50 ", ", p90 ", ", p99 "):
+        assert part in out, part
+    counts = [int(line[20:].split()[0].replace(",", "")) for line in section if "µs  " in line]
+    assert sum(counts) == 3000 - 32 - 2
+    data = json.loads(run(capsys, *options, "--json"))["replay"]
+    assert data["forecasts"] == sum(counts)
+    assert data["difference"] < 1e-5
+    assert data["same_signals"] == (sum(counts) if target == "return" else None)
+    assert 0 < data["seconds"]["p50"] <= data["seconds"]["p99"] <= data["seconds"]["max"]
+    assert "REPLAY" not in run(capsys, *options[:1], *QUICK)
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot(capsys, series, tmp_path, suffix):
     out = tmp_path / f"out.{suffix}"

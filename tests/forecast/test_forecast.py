@@ -15,6 +15,7 @@ from favor_np.forecast import (
     forecast,
     plot,
     read_prices,
+    replay,
 )
 from favor_np.forecast._evaluate import signals_of, wilson_interval, z_score
 
@@ -373,6 +374,9 @@ def test_plot(tmp_path, target, count):
     figure.savefig(tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 20_000
     assert len(figure.axes) == 5
+    replayed = replay(result)
+    latency = plot(result, evaluate(result), compare_with_exact(result), replayed).axes[-1]
+    assert sum(bar.get_height() for bar in latency.patches) == len(result)
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):

@@ -1,0 +1,188 @@
+"""The file of an `AttentionState`: an npz archive, written whole or not at all.
+
+The entry ``header`` is JSON (bytes, as an array of uint8); every other entry is an array, and all
+are uncompressed and little-endian.  Nothing in a file is executed, and nothing is believed: the
+sizes of entries are those of the bytes that are there, and shapes are checked before use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+import favor_np
+from favor_np import validation
+from favor_np.features import FeatureMap
+
+Array: TypeAlias = npt.NDArray[Any]
+
+FORMAT = "favor_np.AttentionState"
+#: Raised when an older reader could no longer understand what is written.
+VERSION = 1
+ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
+
+
+class Parts(NamedTuple):
+    """What defines a state, in the order of the arguments it is pickled with."""
+
+    feature_map: FeatureMap
+    value_dim: int
+    batch_shape: tuple[int, ...]
+    dtype: str
+    c: Array
+    s: Array
+    z: Array
+    sequences: int | None
+    rates: Array | None
+    lengths: Array
+
+
+def path_of(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return `value` as a path; TypeError if it is none."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a str or os.PathLike, got {validation.got(value)}"
+        ) from None
+
+
+def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | None = None) -> None:
+    """Write a state, and `extra` for whoever reads it (anything JSON can hold), atomically."""
+    fm = parts.feature_map
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "favor_np": favor_np.__version__,
+        "dtype": np.dtype(parts.dtype).name,
+        "batch_shape": parts.batch_shape,
+        "value_dim": parts.value_dim,
+        "sequences": parts.sequences,
+        "kind": fm.kind,
+        "scale": fm.scale.hex(),
+        "antithetic": fm.antithetic,
+        "kernel_epsilon": fm.kernel_epsilon.hex(),
+        "fingerprint": fm.fingerprint,
+        "extra": extra or {},
+    }
+    arrays: dict[str, Any] = {
+        "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+        "projection": fm.projection,
+        "c": parts.c,
+        "S": parts.s,
+        "z": parts.z,
+        "rates": np.zeros(len(parts.lengths)) if parts.rates is None else parts.rates,
+        "lengths": parts.lengths,
+    }
+    if fm.bias.any():  # no map has one so far, and `read` refuses it
+        arrays["bias"] = fm.bias
+    for name, array in arrays.items():
+        arrays[name] = np.require(array, array.dtype.newbyteorder("<"), "C")
+    target = path_of("path", path).resolve()  # what a link points to, not the link
+    if target.exists() and not target.is_file():
+        raise ValueError(f"path must be a regular file, got {os.fspath(path)!r}")
+    temporary = target.with_name(f".favor_np-{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every system can open a directory
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:
+    """Read what `write` wrote; ValueError for anything else."""
+    data = path_of("path", path).read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            return _parse(file)
+    except MemoryError:
+        raise
+    except Exception as error:  # bytes can be wrong in more ways than can be listed
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{os.fspath(path)} cannot be read as an AttentionState: {reason}"
+        ) from error
+
+
+def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
+    header = json.loads(_array(file, "header", "|u1").tobytes())
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"its header does not name the format {FORMAT}")
+    version = validation.integer("version", header["version"])
+    if version > VERSION:
+        raise ValueError(
+            f"it was written by a newer favor_np ({header.get('favor_np')}), in format version "
+            f"{version}; this favor_np reads up to {VERSION}"
+        )
+    known = {f"{name}.npy" for name in ENTRIES}
+    if sorted(file.namelist()) != sorted(known):
+        raise ValueError(f"it must have the entries {sorted(known)}, got {sorted(file.namelist())}")
+    dtype = validation.float_dtype("dtype", header["dtype"])
+    value_dim = validation.integer("value_dim", header["value_dim"])
+    batch = tuple(validation.integer("batch_shape", n, minimum=0) for n in header["batch_shape"])
+    fm = FeatureMap(
+        _array(file, "projection", "<f4", "<f8"),
+        header["kind"],
+        float.fromhex(header["scale"]),
+        header["antithetic"],
+        float.fromhex(header["kernel_epsilon"]),
+    )
+    if fm.fingerprint != header["fingerprint"]:
+        raise ValueError("its feature map is not the one whose fingerprint it has")
+    if fm.kind == "trig" or fm.num_heads not in (None, *batch[-1:]):
+        raise ValueError(f"its feature map does not fit a state of batch_shape {batch}")
+    sequences = header["sequences"]
+    if sequences is not None:
+        sequences = validation.integer("sequences", sequences)
+    slots = batch if sequences is None else (*batch, sequences)
+    size, features = dtype.itemsize, (*slots, fm.num_features)
+    c = _array(file, "c", f"<i{size}", shape=features)
+    s = _array(file, "S", f"<f{size}", shape=(*features, value_dim))
+    z = _array(file, "z", f"<f{size}", shape=features)
+    rates = _array(file, "rates", "<f8", shape=(math.prod(slots),))
+    lengths = _array(file, "lengths", "<i8", shape=(math.prod(slots),))
+    if not (np.isfinite(rates) & (rates >= 0)).all() or (lengths < 0).any():
+        raise ValueError("rates and lengths must be finite and not negative")
+    parts = (c, s, z, sequences, rates if rates.any() else None, lengths)
+    return Parts(fm, value_dim, batch, dtype.str, *parts), {**header["extra"]}
+
+
+def _array(
+    file: zipfile.ZipFile, name: str, *dtypes: str, shape: tuple[int, ...] | None = None
+) -> Array:
+    """Return the array of one entry, made of no more bytes than the file has."""
+    entry = {info.filename: info for info in file.infolist()}[f"{name}.npy"]
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise ValueError(f"{name} must not be compressed")
+    stream = io.BytesIO(file.read(entry))  # which checks the checksum
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"{name} must be in npy format 1.0, got {version}")
+    found, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.str not in dtypes or fortran:
+        raise ValueError(f"{name} must have dtype {' or '.join(dtypes)}, got {dtype.str}")
+    if found != (found if shape is None else shape):
+        raise ValueError(f"{name} must have shape {shape}, got {found}")
+    rest = stream.getbuffer()[stream.tell() :]
+    if len(rest) != math.prod(found) * dtype.itemsize:
+        raise ValueError(f"{name} must have the bytes of shape {found}, got {len(rest)}")
+    return np.frombuffer(rest, dtype).reshape(found).astype(dtype.newbyteorder("="), copy=False)

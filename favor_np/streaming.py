@@ -1,0 +1,318 @@
+"""Attention over arrays larger than memory: folded and read chunk by chunk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from favor_np import storage, validation
+from favor_np.attention import favor_attention
+from favor_np.features import FeatureMap
+from favor_np.state import AttentionState, _restore
+
+#: Seconds between two checkpoints; a chunk that takes longer is followed by one.
+CHECKPOINT_SECONDS = 10.0
+
+
+def stream_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: FeatureMap,
+    out: Any,
+    *,
+    causal: bool = False,
+    chunk_size: int = 65_536,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    num_threads: int | None = None,
+) -> Any:
+    """Compute `favor_attention` of arrays that need not fit into memory.
+
+    Positions are read and written in chunks: in one pass if `causal`, otherwise in one over keys
+    and values and then one over queries.  With `checkpoint` a run that was interrupted, killed
+    included, is continued by the same call, and ends with the bits of one that was not.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., L_q, d)
+        Queries.  They, keys and values may be numpy.memmap or anything else that has `shape` and
+        `dtype` and gives arrays for slices, such as data sets of h5py and zarr.
+    k : array_like, shape (..., L_k, d)
+        Keys.  Leading axes of all arrays broadcast as in NumPy.
+    v : array_like, shape (..., L_k, dv)
+        Values.
+    feature_map : FeatureMap
+        Of dimension d; any kind but "trig".
+    out : array_like, shape (..., L_q, dv)
+        Where slices of the result are written; of the dtype that `favor_attention` returns.  It
+        must not overlap an input.
+    causal : bool, default False
+        Query i sees keys up to i only.
+    chunk_size : int, default 65536
+        Positions of a chunk, of all leading axes together; the last one may be shorter.
+    checkpoint : str or os.PathLike, optional
+        A file in which the progress is kept: written at the start and then every 10 seconds, or
+        after every chunk that takes longer, each time after `out` was flushed; removed at the
+        end.  If it exists, the call continues from it.  `AttentionState.load` can read it.
+    progress : bool, optional
+        Whether to show a bar on standard error (needs tqdm).  Default: if that is a terminal,
+        tqdm is there, and the work lasts over two seconds.
+    num_threads : int, optional
+        Default: see `thread_limit`.  The result is the same for any number.
+
+    Returns
+    -------
+    array_like
+        `out`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `favor_attention`; if `chunk_size` is not a positive integer; if `out` does not fit,
+        is read-only or overlaps an input.
+    ValueError
+        If `checkpoint` is damaged or belongs to a call with other shapes, dtypes, map, `causal`
+        or `chunk_size`, or an array no longer holds the last chunk that was done before.
+    OSError
+        If an array or the checkpoint cannot be read or written.
+    ImportError
+        If `progress` is True and tqdm is missing.
+
+    See Also
+    --------
+    favor_attention : For arrays in memory.
+    AttentionState.update : Folds keys and values that come from a generator.
+
+    Notes
+    -----
+    The result is that of `favor_attention` within rounding, and depends on `chunk_size` in that
+    way only.  Memory-mapped pages are given back to the system after each chunk.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from favor_np import favor_attention, feature_map, stream_attention
+    >>> fm = feature_map("positive", dim=4, num_features=64)
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1000, 4), np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     out = np.memmap(Path(folder, "out"), np.float32, "w+", shape=(1000, 4))
+    ...     resume = Path(folder, "checkpoint")
+    ...     done = stream_attention(q, k, v, fm, out, chunk_size=300, checkpoint=resume)
+    ...     np.allclose(out, favor_attention(q, k, v, fm), atol=1e-5)
+    ...     del out, done  # closes the file
+    True
+    """
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+    size = validation.integer("chunk_size", chunk_size)
+    call = validation.attention_call(
+        _outline("q", q), _outline("k", k), _outline("v", v), key_mask=None, causal=causal,
+        grouped=False, check_finite=False, num_threads=num_threads, dim=feature_map.dim,
+        heads=feature_map.num_heads,
+    )  # fmt: skip
+    _check_out(out, call, {"q": q, "k": k, "v": v})
+    bar = _bar(progress)
+    if 0 in call.out_shape:
+        return out
+    state = AttentionState.zeros(
+        feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute
+    )
+    keys, queries = 0 if call.causal else call.keys, call.out_shape[-2]  # rows of the two passes
+    folds = -(-keys // size)
+
+    def part(step: int) -> tuple[slice, dict[str, Any]]:
+        """Return the positions that a step works on, and the arrays."""
+        if step < folds:
+            start, length, arrays = step * size, keys, {"k": k, "v": v}
+        else:
+            start, length, arrays = (step - folds) * size, queries, {"q": q, "out": out}
+            if call.causal:
+                arrays |= {"k": k, "v": v}
+        return slice(start, min(start + size, length)), arrays
+
+    kept, done = None, 0
+    if checkpoint is not None:
+        kept = _Checkpoint(
+            storage.path_of("checkpoint", checkpoint), _identity(call, feature_map, size)
+        )
+        found = kept.load()
+        if found is None:
+            kept.save(state, 0, {})  # if it cannot be written, then now
+        else:
+            state, done, digests = found
+            if done and digests != _digests(*part(done - 1)):
+                kept.refuse("q, k, v or out no longer hold what they held when it was written")
+    written = time.monotonic()
+    before = sum(_length(part(step)[0]) for step in range(done))
+    with bar(initial=before, total=keys + queries) as shown:
+        for step in range(done, folds + -(-queries // size)):
+            rows, arrays = part(step)
+            chunk = {name: a[..., rows, :] for name, a in arrays.items() if name != "out"}
+            if step < folds:
+                state.update(**chunk, num_threads=num_threads)
+            else:
+                if call.causal:
+                    result, state = favor_attention(
+                        **chunk, feature_map=feature_map, causal=True, state=state,
+                        return_state=True, num_threads=num_threads,
+                    )  # fmt: skip
+                else:
+                    result = state.attend(**chunk, num_threads=num_threads)
+                out[..., rows, :] = result.astype(call.result, copy=False)
+            if kept is not None and time.monotonic() - written >= CHECKPOINT_SECONDS:
+                _flush(out)  # first: what the checkpoint calls done must be on the disk
+                kept.save(state, step + 1, _digests(rows, arrays))
+                written = time.monotonic()
+            for array in arrays.values():
+                _release(array)
+            if shown is not None:
+                shown.update(_length(rows))
+    if kept is not None:
+        _flush(out)
+        kept.path.unlink(missing_ok=True)
+    return out
+
+
+def _outline(name: str, array: Any) -> Any:
+    """Return an array of the same shape and dtype that takes no memory: to be checked."""
+    shape, dtype = _form(name, array)
+    if isinstance(array, (np.matrix, np.ma.MaskedArray)):
+        validation.tensor(name, array)
+    if dtype.kind in "biu":
+        dtype = np.dtype(np.float64)  # what it is converted to, chunk by chunk
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _form(name: str, array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        return tuple(array.shape), np.dtype(array.dtype)
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{name} must have shape and dtype as an array has, got {validation.got(array)}"
+        ) from None
+
+
+def _check_out(out: Any, call: validation.AttentionCall, inputs: dict[str, Any]) -> None:
+    shape, dtype = _form("out", out)
+    if dtype != call.result:
+        raise TypeError(f"out must have dtype {call.result}, got {dtype}")
+    if shape != call.out_shape:
+        raise ValueError(f"out must have shape {call.out_shape}, got {shape}")
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out must be writeable, got a read-only array")
+        for name, array in inputs.items():
+            if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
+                raise ValueError(f"out must not overlap an input, got memory of {name}")
+
+
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
+
+
+def _bar(progress: bool | None) -> Callable[..., Any]:
+    """Return what makes the progress bar, or what makes None in its place."""
+    wanted = sys.stderr is not None and sys.stderr.isatty()
+    if progress is not None:
+        wanted = validation.flag("progress", progress)
+    if not wanted:
+        return _no_bar
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress is None:
+            return _no_bar
+        raise ImportError(
+            "progress=True needs tqdm: pip install 'favor_np[progress]'", name="tqdm"
+        ) from None
+    return functools.partial(
+        tqdm, desc="attention", unit=" positions", unit_scale=True, delay=0 if progress else 2
+    )
+
+
+def _no_bar(**_: int) -> Any:
+    return nullcontext()
+
+
+def _mapped(array: Any) -> Any:
+    """Return the numpy.memmap that an array is, or is a view of; None if there is none."""
+    while array is not None and getattr(array, "_mmap", None) is None:
+        array = getattr(array, "base", None)
+    return array
+
+
+def _flush(array: Any) -> None:
+    """Write to the disk what was written to the array."""
+    array = _mapped(array) if isinstance(array, np.ndarray) else array
+    if hasattr(array, "flush"):
+        array.flush()
+
+
+def _release(array: Any) -> None:
+    """Take the pages of a mapped file out of this process: they stay in the system's cache."""
+    mapped = _mapped(array)
+    if mapped is not None and mapped.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)  # mode "c" would lose what was written
+
+
+def _identity(call: validation.AttentionCall, feature_map: FeatureMap, size: int) -> dict[str, Any]:
+    """Return all that two calls must share if one is to continue the other."""
+    arrays = {name: getattr(call, name) for name in ("q", "k", "v")}
+    return {
+        **{name: f"{array.dtype} {array.shape}" for name, array in arrays.items()},
+        "feature_map": feature_map.fingerprint,
+        "causal": call.causal,
+        "chunk_size": size,
+    }
+
+
+def _digests(rows: slice, arrays: dict[str, Any]) -> dict[str, str]:
+    """Return a hash of these rows of each array, as it holds them now."""
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(array[..., rows, :]).tobytes()).hexdigest()
+        for name, array in arrays.items()
+    }
+
+
+class _Checkpoint:
+    """The file of an unfinished run: its state, how many steps are done, and whose it is."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.identity = identity
+
+    def save(self, state: AttentionState, done: int, digests: dict[str, str]) -> None:
+        """Write the file: `done` steps are behind, the last on rows with these digests."""
+        extra = {"stream_attention": self.identity, "done": done, "digests": digests}
+        storage.write(self.path, storage.Parts(*state.__reduce__()[1]), extra)
+
+    def load(self) -> tuple[AttentionState, int, dict[str, str]] | None:
+        """Return what was saved, None if nothing was; ValueError if by another call."""
+        try:
+            parts, extra = storage.read(self.path)
+        except FileNotFoundError:
+            return None
+        found = extra.get("stream_attention")
+        if not isinstance(found, dict):
+            self.refuse("it holds a state that stream_attention did not write")
+        for name, value in self.identity.items():
+            if found.get(name) != value:
+                self.refuse(f"its {name} is {found.get(name)}, got {value}")
+        return _restore(*parts), extra["done"], extra["digests"]
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Say why the file cannot be continued from."""
+        raise ValueError(f"checkpoint {self.path} does not belong to this call: {reason}")

@@ -1,0 +1,137 @@
+"""The weights that FAVOR+ attention implies: rows of a matrix that attention never forms."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import validation
+from favor_np.features import F64, FeatureMap
+
+Array: TypeAlias = npt.NDArray[Any]
+
+BLOCK = 1024  # keys whose features are held at once
+
+
+def attention_weights(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    positions: npt.ArrayLike | None = None,
+    key_mask: npt.ArrayLike | None = None,
+) -> Array:
+    """Compute rows of the attention matrix that a feature map implies.
+
+    Row i is ``a_ij = phi_q(q_i) . phi_k(k_j)`` over its sum, so that ``attention_weights(q, k,
+    feature_map) @ v`` is ``favor_attention(q, k, v, feature_map)``.  For pictures and studies of
+    a few rows: time and memory are those of a dense matrix.
+
+    Parameters
+    ----------
+    q : array_like, shape (..., rows, d)
+        The queries whose weights are wanted.
+    k : array_like, shape (..., L_k, d)
+        All keys.  Leading axes broadcast as in NumPy.
+    feature_map : FeatureMap
+        Of dimension d; any kind but "trig".  A map with a projection a head is matched with
+        axis -3.
+    positions : array_like of int, shape (rows,), optional
+        For causal attention: where in the sequence each query stands.  Keys after it get 0.
+    key_mask : array_like of bool, shape (..., L_k), optional
+        True where a key takes part.
+
+    Returns
+    -------
+    ndarray, shape (..., rows, L_k)
+        In the float type of the inputs; integers and bool count as float64.  Computed in
+        float64.  A row sums to 1; one with no key is zero.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real, `positions` are not integers or `key_mask` is not boolean.
+    ValueError
+        If shapes do not fit, a position is negative, or the map is "trig" or of another
+        dimension.
+
+    See Also
+    --------
+    favor_attention : The product of these weights and the values, in linear time.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import favor_np
+    >>> fm = favor_np.feature_map("positive", dim=4, num_features=64)
+    >>> k = np.eye(4)
+    >>> favor_np.attention_weights(k[:2], k, fm, positions=[0, 1]).round(2)
+    array([[1.  , 0.  , 0.  , 0.  ],
+           [0.44, 0.56, 0.  , 0.  ]])
+    """
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+    if feature_map.kind == "trig":
+        raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
+    call = validation.attention_call(
+        q, k, k, key_mask=key_mask, causal=False, grouped=False, check_finite=False,
+        num_threads=None, dim=feature_map.dim, heads=feature_map.num_heads,
+    )  # fmt: skip
+    rows, keys = call.q.shape[-2], call.keys
+    seen = np.full(rows, keys)  # how many keys, from the first one on, a row sees
+    if positions is not None:
+        seen = np.minimum(validation.row_positions("positions", positions, rows), keys - 1) + 1
+    # A block ends where the view of a row does: a row sees all of a block or nothing of it, so
+    # that no key which it does not see decides how its own are scaled.
+    ends = np.unique(np.concatenate([seen, np.arange(BLOCK, keys, BLOCK)]))
+    logs = np.full((*call.out_shape[:-1], keys), -np.inf)
+    with np.errstate(all="ignore"):  # exp(-inf) and log(0) are meant; NaN is passed on
+        log_q = _log_features(feature_map, call.q.astype(np.float64))
+        start = 0
+        for end in ends[ends > 0]:
+            block = slice(start, end)
+            log_k = _log_key_features(feature_map, call.k[..., block, :].astype(np.float64))
+            if call.mask is not None:
+                log_k = np.where(call.mask[..., block, None], log_k, -np.inf)
+            sees = seen >= end
+            logs[..., sees, block] = _log_products(log_q[..., sees, :], log_k)
+            start = end
+        top = logs.max(-1, keepdims=True, initial=np.finfo(np.float64).min)
+        weights = np.exp(logs - top, out=logs)
+        total = weights.sum(-1, keepdims=True)
+        np.divide(weights, total, out=weights, where=total != 0)
+        result: Array = weights.astype(call.result, copy=False)
+        return result
+
+
+def _log_products(log_q: F64, log_k: F64) -> F64:
+    """``log sum_r exp(log_q_ir + log_k_jr)``, by one matrix product of numbers up to 1.
+
+    Of each feature the largest key is 1, and of each query the largest feature after that, so
+    every row has a product of at least 1: nothing can overflow, and what underflows is nothing
+    beside it.
+    """
+    largest = log_k.max(-2, keepdims=True, initial=np.finfo(np.float64).min)
+    log_q = log_q + largest
+    top = log_q.max(-1, keepdims=True)
+    products = np.exp(log_q - top) @ np.swapaxes(np.exp(log_k - largest), -1, -2)
+    return np.asarray(np.log(products) + top)
+
+
+def _log_features(feature_map: FeatureMap, x: F64, bias: F64 | float = 0.0) -> F64:
+    """Logarithms of the features of x (..., L, d), without what all of a row's have in common."""
+    weight = feature_map.weight if feature_map.num_heads else feature_map.weight[0]
+    y = x @ np.swapaxes(weight, -1, -2) + bias
+    if feature_map.kind == "relu":
+        return np.asarray(np.log(np.maximum(y, 0.0) + feature_map.kernel_epsilon))
+    if feature_map.kind == "elu":
+        return np.where(y > 0, np.log1p(y), y)
+    return np.concatenate([y, -y], axis=-1) if feature_map.antithetic else y
+
+
+def _log_key_features(feature_map: FeatureMap, k: F64) -> F64:
+    bias = feature_map.bias[:, None, :] if feature_map.num_heads else feature_map.bias[0]
+    norm = np.sum(k * k, axis=-1, keepdims=True)
+    return np.asarray(_log_features(feature_map, k, bias) - feature_map.key_norm * norm)
