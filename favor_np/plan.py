@@ -286,13 +286,13 @@ def jobs(
 def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:
     """Cut every job into one for each sequence offsets[i]:offsets[i + 1], the longest first.
 
-    Slots are numbered state by state and, within each, sequence by sequence.
+    Slots are numbered state by state and, within each, sequence by sequence; the clocks of `of` are
+    those of the slots.
     """
     count, lengths = len(offsets) - 1, np.diff(offsets)
     owner, sequence = np.divmod(np.arange(len(of.table) * count), count)
     start, length = offsets[sequence], lengths[sequence]
-    cut = of.take(owner)
-    table = cut.table
+    table = of.table[owner]
     table[:, :2] += start[:, None]
     table[:, 2] += np.where(table[:, 2] < 0, 0, start)
     table[:, [3, 6]] = np.minimum(table[:, [3, 6]], length[:, None])  # none where there were none
@@ -301,7 +301,8 @@ def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:
     table[:, 8] = np.where(
         single & (length >= LONG) & (2 * length > lengths.sum()), kernels.SETS, 1
     )
-    cut = Jobs(table, cut.q_rows + start[:, None], cut.out_rows + start[:, None], cut.clocks)
+    q_rows, out_rows = of.q_rows[owner] + start[:, None], of.out_rows[owner] + start[:, None]
+    cut = Jobs(table, q_rows, out_rows, of.clocks)
     order = np.argsort(-length, kind="stable")
     return cut.take(order[length[order] > 0])
 
