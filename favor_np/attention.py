@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
+import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
@@ -18,14 +19,18 @@ Array: TypeAlias = npt.NDArray[Any]
 @overload
 def favor_attention(
     q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
-    causal: bool = ..., key_mask: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
+    causal: bool = ..., key_mask: npt.ArrayLike | None = ...,
+    cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
+    decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[False] = ...,
     out: Array | None = ..., num_threads: int | None = ..., check_finite: bool = ...,
 ) -> Array: ...  # fmt: skip
 @overload
 def favor_attention(
     q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
-    causal: bool = ..., key_mask: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
+    causal: bool = ..., key_mask: npt.ArrayLike | None = ...,
+    cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
+    decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[True],
     out: Array | None = ..., num_threads: int | None = ..., check_finite: bool = ...,
 ) -> tuple[Array, AttentionState]: ...  # fmt: skip
@@ -37,7 +42,10 @@ def favor_attention(
     *,
     causal: bool = False,
     key_mask: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
+    decay: npt.ArrayLike | None = None,
+    window: int | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
     out: Array | None = None,
@@ -65,11 +73,15 @@ def favor_attention(
         Query i sees keys up to i only, to the bit.
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
+    cu_seqlens : array_like of int, shape (sequences + 1,), optional
+        Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
+        and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.
     enable_gqa : bool, default False
         Grouped queries: axis -3 of `q` is a multiple of that of `k` and `v`, and query head h
         uses their head ``h // (heads of q / heads of k)``.
     state : AttentionState, optional
-        What came before these keys; it is not changed.
+        What came before these keys; it is not changed.  With `causal` these queries and keys are
+        the new part only.
     return_state : bool, default False
         Return the state after these keys as well.
     out : ndarray, optional
@@ -93,7 +105,8 @@ def favor_attention(
         If an array is not real (complex, object, str, longdouble, numpy.matrix), has a mask set,
         or `out` or `state` has another dtype than the result is computed in.
     ValueError
-        If shapes do not fit, `causal` is set with L_q != L_k, the map is "trig" or of another
+        If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
+        without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, the map is "trig" or of another
         dimension, `state` belongs to another map, `out` is read-only, or `check_finite` is set
         and an array is not finite.
 
@@ -129,31 +142,39 @@ def favor_attention(
         num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
         state_shape=None if state is None else _state_shape(state, feature_map),
     )  # fmt: skip
-    validation.flag("return_state", return_state)
-    if state is not None and state.dtype != call.compute:
-        raise TypeError(
-            f"state has dtype {state.dtype}, but these arrays are computed in {call.compute}"
-        )
-    if state is not None and state.value_dim != call.v.shape[-1]:
-        raise ValueError(
-            f"v must have shape (..., L, {state.value_dim}) to fit state, got {call.v.shape}"
-        )
+    keeps = validation.flag("return_state", return_state) or state is not None
+    offsets = None
+    if cu_seqlens is not None:
+        offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
+    rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
+    if state is not None:
+        if state.dtype != call.compute:
+            raise TypeError(
+                f"state has dtype {state.dtype}, but these arrays are computed in {call.compute}"
+            )
+        if state.value_dim != call.v.shape[-1]:
+            raise ValueError(
+                f"v must have shape (..., L, {state.value_dim}) to fit state, got {call.v.shape}"
+            )
+        state.fits(offsets, decay, causal=call.causal)
+    if window is not None:
+        window = validation.integer("window", window)
+        if not call.causal:
+            raise ValueError("window needs causal=True")
+        if keeps:
+            raise ValueError("window cannot be used with state or return_state: see WindowState")
     result, target = call.targets(out)
     following = None
-    if return_state or state is not None:
-        from favor_np.state import AttentionState
-
-        if state is not None:
-            following = state.copy()
-        else:
-            following = AttentionState.zeros(
-                feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute
-            )
-    folds = return_state and call.keys > 0
-    if target.size == 0 and not folds:
+    if keeps:
+        following = _following(call, feature_map, state, offsets, rates)
+    if target.size == 0 and (following is None or call.keys == 0):
         pass
     elif call.keys == 0 and state is None:
         target[...] = 0
+    elif window is not None and window < call.keys:
+        from favor_np import window as windows
+
+        windows.attend(feature_map, call, target, window, offsets, rates)
     else:
         from favor_np import launch
 
@@ -162,14 +183,33 @@ def favor_attention(
             dtype=call.compute, causal=call.causal, grouped=call.grouped,
             state=None if following is None else following.arrays,
             state_shape=None if following is None else following.batch_shape,
-            threads=call.threads,
+            threads=call.threads, offsets=offsets,
+            clock=launch.clock(rates, offsets) if following is None else following.clock,
         )  # fmt: skip
+    if following is not None:
+        following.count(call.keys, offsets)
     if target is not result:
         result[...] = target
     if return_state:
         assert following is not None
         return result, following
     return result
+
+
+def _following(
+    call: validation.AttentionCall, feature_map: FeatureMap, state: AttentionState | None,
+    offsets: Array | None, rates: Array | None,
+) -> AttentionState:  # fmt: skip
+    """Return the state that this call folds its keys into."""
+    from favor_np.state import AttentionState
+
+    if state is not None:
+        return state.copy()
+    return AttentionState.zeros(
+        feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute,
+        sequences=None if offsets is None else len(offsets) - 1,
+        decay=None if rates is None else np.exp2(-rates).reshape(call.state_shape),
+    )  # fmt: skip
 
 
 def _state_shape(state: AttentionState, feature_map: FeatureMap) -> tuple[int, ...]:

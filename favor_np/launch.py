@@ -12,7 +12,7 @@ from favor_np import plan
 from favor_np.features import FeatureMap
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
-from favor_np.kernels.pack import CHUNK
+from favor_np.kernels.pack import CHUNK, Result
 from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
 
@@ -20,6 +20,10 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _NO_MASK = np.ones(1, np.bool_)
 _NO_MASK.flags.writeable = False
+_NO_WEIGHTS = {
+    np.dtype(kind): (np.zeros(0, kind), np.zeros(0, plan.integer_of(np.dtype(kind))))
+    for kind in (np.float32, np.float64)
+}
 
 
 def _mask_rows(mask: Array | None) -> Array:
@@ -37,7 +41,9 @@ def new_state(feature_map: FeatureMap, dtype: np.dtype[Any], count: int, value_d
 
 def _empty(layout: plan.Layout, count: int) -> Any:
     c = plan.aligned((count, layout.features), plan.integer_of(layout.dtype))
-    c[:] = -4 * int(plan.FAR[layout.dtype.itemsize])
+    far = int(plan.FAR[layout.dtype.itemsize])
+    c[:] = 4 * far * layout.causal.idle
+    c[:, layout.real] = -4 * far
     s = plan.aligned((count, layout.features, layout.value_columns), layout.dtype)
     return c, s, plan.aligned((count, layout.features), layout.dtype)
 
@@ -55,6 +61,29 @@ def merge(into: Any, other: Any) -> None:
     c[...] = top
 
 
+class Clock(NamedTuple):
+    """Decay: log2 by which the first key of each slot is raised, and each further one more."""
+
+    start: Array
+    rate: Array
+
+
+def clock(rates: Array | None, offsets: Array | None) -> Clock | None:
+    """Return the clock of new states, or of none: their first keys are not raised."""
+    if rates is None:
+        return None
+    if offsets is not None:
+        rates = np.repeat(rates, len(offsets) - 1)
+    return Clock(np.zeros(len(rates)), rates)
+
+
+def raised(arrays: Any, by: Array) -> Any:
+    """Return states whose features are 2**by times as large, 0 <= by < 1 for each slot."""
+    c, s, z = arrays
+    factor = np.exp2(by).astype(z.dtype)[:, None]
+    return c.copy(), s * factor[..., None], z * factor
+
+
 def attend(
     feature_map: FeatureMap,
     q: Array,
@@ -69,8 +98,15 @@ def attend(
     state: Any,
     state_shape: tuple[int, ...] | None,
     threads: int | None,
+    offsets: Array | None = None,
+    clock: Clock | None = None,
+    weights: tuple[Array, Array] | None = None,
 ) -> None:
-    """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it."""
+    """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it.
+
+    With `offsets` every sequence offsets[i]:offsets[i + 1] has a slot of its own.  `weights` receive
+    the denominators of the rows as (w, top), w * 2**top.
+    """
     queries, keys, value_dim = q.shape[-2], k.shape[-2], v.shape[-1]
     layout = plan.layout(feature_map, dtype, value_dim)
     jobs = plan.jobs(
@@ -79,28 +115,39 @@ def attend(
         causal,
     )  # fmt: skip
     work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
+    if clock is not None:
+        clocks = np.stack([clock.start, clock.rate], axis=1)
+        jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
+    if offsets is not None:
+        jobs = plan.packed(jobs, offsets, causal, layout.blocks)
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               layout.weight, layout.bias)  # fmt: skip
-    call = _Call(
-        layout, layout.causal if causal else layout.bidirectional, arrays,
-        out.reshape(-1, out.shape[-1]), 1 if work < SERIAL else resolve_threads(threads),
-    )  # fmt: skip
-    if jobs.table[0, 8] > 1 and call.threads > 1 and call.by_features(jobs, state):
+    result = Result(out.reshape(-1, out.shape[-1]), *(weights or _NO_WEIGHTS[dtype]))
+    call = _Call(layout, layout.causal if causal else layout.bidirectional, arrays, result,
+                 1 if work < SERIAL else resolve_threads(threads))  # fmt: skip
+    if not len(jobs.table):
         return
+    if jobs.table[0, 8] > 1 and call.threads > 1 and call.by_features(jobs.take([0]), state):
+        jobs = jobs.take(slice(1, None))
     if causal or max(queries, keys) <= plan.SEGMENT:
-        call.run(call.parameters, jobs.table, jobs.q_rows, jobs.out_rows, state)
+        call.run(call.parameters, jobs, state)
         return
+    long = jobs.table[:, [3, 6]].max(1) > plan.SEGMENT
+    call.run(call.parameters, jobs.take(~long), state)
+    jobs = jobs.take(long)
     for first in range(0, len(jobs.table), plan.WAVE):
-        wave = slice(first, min(first + plan.WAVE, len(jobs.table)))
+        wave = jobs.take(slice(first, first + plan.WAVE))
+        slots = wave.table[:, 5]
         if state is None:
-            totals = new_state(feature_map, dtype, wave.stop - first, value_dim)
+            totals = new_state(feature_map, dtype, len(slots), value_dim)
         else:
-            totals = tuple(array[wave] for array in state)
-        folds, reads, q_rows, out_rows = plan.segments(
-            jobs.table[wave], jobs.q_rows[wave], jobs.out_rows[wave]
-        )
+            totals = tuple(array[slots] for array in state)
+        folds, reads = plan.segments(wave)
         call.fold(folds, totals)
-        call.run(call.parameters, reads, q_rows, out_rows, totals)
+        call.run(call.parameters, reads, totals)
+        if state is not None:
+            for array, total in zip(state, totals, strict=True):
+                array[slots] = total
 
 
 class _Call(NamedTuple):
@@ -109,75 +156,68 @@ class _Call(NamedTuple):
     layout: plan.Layout
     parameters: Any
     arrays: tuple[Array, ...]
-    out: Array
+    result: Any
     threads: int
 
-    def pool(self, kernel: Any, head: tuple[Any, ...], tail: tuple[Any, ...], jobs: int,
-             state: Any) -> Array:  # fmt: skip
-        """Call a kernel with workspaces for its threads; without a state, with one for each."""
-        layout, dtype = self.layout, self.layout.dtype
-        workers = min(self.threads, jobs)
+    def run(
+        self, parameters: Any, jobs: plan.Jobs, state: Any,
+        meeting: tuple[Array, Array] | None = None,
+    ) -> Array | None:  # fmt: skip
+        """Run jobs; without a state each begins with an empty one of its own."""
+        count = len(jobs.table)
+        if not count:
+            return None
+        layout, dtype, workers = self.layout, self.layout.dtype, min(self.threads, count)
 
         def make() -> Any:
             return (
                 plan.aligned((workers, layout.floats), dtype),
                 plan.aligned((workers, layout.ints), plan.integer_of(dtype)),
-                _empty(layout, workers) if state is None else (),
+                _empty(layout, workers) if state is None else None,
+                (plan.aligned((0, 0), dtype), np.zeros(0, np.int64)),
             )
 
         key = (dtype, workers, layout.floats, layout.ints, layout.features, layout.value_columns,
                state is None)  # fmt: skip
         space = plan.borrow(key, make)
         try:
-            floats, ints, own = space
-            states = own if state is None else state
-            args = (*head, *states, *tail[:1], floats, ints, *tail[1:])
-            return POOL.call(kernel, args, jobs, workers)
+            floats, ints, own, alone = space
+            args = (parameters, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
+                    *(own if state is None else state), self.result, *(meeting or alone), floats,
+                    ints)  # fmt: skip
+            return POOL.call(kernels.attend, args, count, workers)
         finally:
             plan.give_back(key, space)
 
-    def run(
-        self, parameters: Any, table: Array, q_rows: Array, out_rows: Array, state: Any,
-        out: Array | None = None,
-    ) -> Array:  # fmt: skip
-        """Run jobs; without a state each begins with an empty one of its own."""
-        head = (parameters, *self.arrays, table, q_rows, out_rows)
-        return self.pool(
-            kernels.attend, head, (self.out if out is None else out,), len(table), state
-        )
-
-    def by_features(self, jobs: plan.Jobs, state: Any) -> bool:
+    def by_features(self, job: plan.Jobs, state: Any) -> bool:
         """Run one long causal problem in parallel over sets of its features.
 
-        The sums are formed as one thread forms them, so the bits are the same.  False, with
-        nothing changed but `out`, if a chunk of keys has to be split.
+        The sums of the sets are added chunk by chunk, as one thread does it, so the bits are the
+        same.  False, with nothing changed but the result, if a chunk of keys has to be split.
         """
-        layout = self.layout
-        q, _, v, mask, _, _ = self.arrays
-        whole = _empty(layout, 1) if state is None else state
+        layout, slot = self.layout, int(job.table[0, 5])
+        whole = _empty(layout, 1) if state is None else [array[slot : slot + 1] for array in state]
         parts = tuple(plan.sets_of(array, layout.signs) for array in whole)
-        records = plan.aligned((kernels.SETS * plan.SPLIT // CHUNK, layout.record), v.dtype)
-        for start in range(0, int(jobs.table[0, 3]), plan.SPLIT):
-            table, q_rows, rows, chunks = plan.set_jobs(layout, jobs, start)
-            if self.run(layout.partial, table, q_rows, rows, parts, records)[TROUBLE]:
+        chunks = plan.SPLIT // CHUNK
+        records = plan.aligned((kernels.SETS * chunks, layout.record), layout.dtype)
+        for start in range(0, int(job.table[0, 3]), plan.SPLIT):
+            step = plan.set_jobs(layout, job, start)
+            control = self.run(layout.partial, step, parts, (records, np.zeros(chunks, np.int64)))
+            if control is None or control[TROUBLE]:
                 return False
-            head = (layout.partial, q, v, mask, records, chunks)
-            tail = (self.out, layout.width, layout.blocks)
-            self.pool(kernels.combine, head, tail, len(chunks), ())
         if state is not None:
-            for part, array in zip(parts, state, strict=True):
+            for part, array in zip(parts, whole, strict=True):
                 plan.join_sets(part, array, layout.signs)
         return True
 
-    def fold(self, folds: Array, totals: Any) -> None:
+    def fold(self, folds: plan.Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
-        for first in range(0, len(folds), plan.WAVE):
-            batch = folds[first : first + plan.WAVE].copy()
-            owners = batch[:, 5].copy()
-            batch[:, 5] = np.arange(len(batch))
-            parts = _empty(self.layout, len(batch))
-            none = np.empty((len(batch), 0), np.int64)
-            self.run(self.parameters, batch, none, none, parts)
+        for first in range(0, len(folds.table), plan.WAVE):
+            batch = folds.take(slice(first, first + plan.WAVE))
+            owners = batch.table[:, 5].copy()
+            batch.table[:, 5] = np.arange(len(owners))
+            parts = _empty(self.layout, len(owners))
+            self.run(self.parameters, batch, parts)
             for i, owner in enumerate(owners):
                 merge([a[owner] for a in totals], [a[i] for a in parts])
 
@@ -215,7 +255,7 @@ def attend_exact(
     args = (
         plan.exact_parameters(dtype, scale, causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
-        out.reshape(-1, out.shape[-1]), *space,
+        Result(out.reshape(-1, out.shape[-1]), *_NO_WEIGHTS[dtype]), *space,
     )  # fmt: skip
     try:
         control = POOL.call(exact_kernels.attend_exact, args, len(table), workers)

@@ -121,6 +121,8 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
             far=FAR[size],
             masked=8 * FAR[size],
+            # Features that only pad: no key may reach their exponents and so move those of others.
+            idle=1 if positive else -1,
             span=SPAN[size] if causal else 2**30,
             causal=causal,
             partial=partial,
@@ -131,9 +133,9 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         + 2 * CHUNK * width  # raw, phi
         + 3 * CHUNK * value_columns  # values, num, spare
         + CHUNK * CHUNK  # scores
-        + kernels.SETS * record
+        + record
         + signs * half * CHUNK  # keys
-        + 3 * CHUNK  # height, den, part
+        + 4 * CHUNK  # height, den, part, others
         + 3 * signs * half  # sums, scale, token
         + CHUNK * 8 // size  # square
     )
@@ -212,11 +214,25 @@ def give_back(key: Any, thing: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Jobs:
-    """Who attends to whom: one job for each state, with the group of queries that reads it."""
+    """Who attends to whom: one job for each state, with the group of queries that reads it.
+
+    A row of the table is (k row, v row, mask row or -1, keys, first block of the weights, slot of the
+    state or -1, queries, rows of W, sets of features).  `clocks` is empty, or has how far each job's
+    first key is raised, in log2, and by how much more every further one.
+    """
 
     table: Array
     q_rows: Array
     out_rows: Array
+    clocks: Array
+
+    def take(self, rows: Any) -> Jobs:
+        """Return some of the jobs."""
+        clocks = self.clocks[rows] if len(self.clocks) else self.clocks
+        return Jobs(self.table[rows], self.q_rows[rows], self.out_rows[rows], clocks)
+
+
+_NO_CLOCKS = np.zeros((0, 2))
 
 
 @functools.lru_cache(maxsize=256)
@@ -263,29 +279,63 @@ def jobs(
         np.ascontiguousarray(table),
         np.ascontiguousarray(index(q_full, full)[order] * q_length),
         np.ascontiguousarray(order * q_length),
+        _NO_CLOCKS,
     )
 
 
-def segments(table: Array, q_rows: Array, out_rows: Array) -> tuple[Array, Array, Array, Array]:
-    """Cut bidirectional jobs into jobs that only fold and jobs that only read, by SEGMENT."""
-    keys, queries = int(table[0, 3]), int(table[0, 6])
+def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:
+    """Cut every job into one for each sequence offsets[i]:offsets[i + 1], the longest first.
 
-    def cut(length: int, count: int) -> tuple[Array, Array, Array]:
-        starts = np.arange(0, length, SEGMENT)
-        owner = np.repeat(np.arange(count), len(starts))
-        start = np.tile(starts, count)
-        return owner, start, np.minimum(SEGMENT, length - start)
+    Slots are numbered state by state and, within each, sequence by sequence; the clocks of `of` are
+    those of the slots.
+    """
+    count, lengths = len(offsets) - 1, np.diff(offsets)
+    owner, sequence = np.divmod(np.arange(len(of.table) * count), count)
+    start, length = offsets[sequence], lengths[sequence]
+    table = of.table[owner]
+    table[:, :2] += start[:, None]
+    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
+    table[:, [3, 6]] = np.minimum(table[:, [3, 6]], length[:, None])  # none where there were none
+    table[:, 5] = np.where(table[:, 5] < 0, -1, owner * count + sequence)
+    single = causal and of.q_rows.size == 1 and blocks % kernels.SETS == 0
+    table[:, 8] = np.where(
+        single & (length >= LONG) & (2 * length > lengths.sum()), kernels.SETS, 1
+    )
+    q_rows, out_rows = of.q_rows[owner] + start[:, None], of.out_rows[owner] + start[:, None]
+    cut = Jobs(table, q_rows, out_rows, of.clocks)
+    order = np.argsort(-length, kind="stable")
+    return cut.take(order[length[order] > 0])
 
-    owner, start, length = cut(keys, len(table))
-    folds = table[owner].copy()
-    folds[:, 0] += start
-    folds[:, 1] += start
-    folds[:, 2] += np.where(folds[:, 2] < 0, 0, start)
-    folds[:, 3], folds[:, 5], folds[:, 6] = length, owner, 0
-    owner, start, length = cut(queries, len(table))
-    reads = table[owner].copy()
-    reads[:, 3], reads[:, 5], reads[:, 6] = 0, owner, length
-    return folds, reads, q_rows[owner] + start[:, None], out_rows[owner] + start[:, None]
+
+def segments(of: Jobs) -> tuple[Jobs, Jobs]:
+    """Cut bidirectional jobs into jobs that only fold and jobs that only read, by SEGMENT.
+
+    Their slots are the numbers of the jobs that they are cut from.
+    """
+
+    def cut(lengths: Array) -> tuple[Jobs, Array, Array]:
+        counts = -(-lengths // SEGMENT)
+        owner = np.repeat(np.arange(len(lengths)), counts)
+        start = SEGMENT * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
+        part = of.take(owner)
+        part.table[:, 5] = owner
+        return part, start, np.minimum(SEGMENT, lengths[owner] - start)
+
+    folds, start, length = cut(of.table[:, 3])
+    table = folds.table
+    table[:, :2] += start[:, None]
+    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
+    table[:, 3], table[:, 6] = length, 0
+    if len(folds.clocks):
+        folds.clocks[:, 0] += start * folds.clocks[:, 1]
+    nothing = np.empty((len(table), 0), np.int64)
+    reads, start, length = cut(of.table[:, 6])
+    reads.table[:, 3], reads.table[:, 6] = 0, length
+    shift = start[:, None]
+    return (
+        Jobs(table, nothing, nothing, folds.clocks),
+        Jobs(reads.table, reads.q_rows + shift, reads.out_rows + shift, reads.clocks),
+    )
 
 
 def sets_of(array: Array, signs: int) -> Array:
@@ -302,28 +352,22 @@ def join_sets(parts: Array, array: Array, signs: int) -> None:
     whole[...] = parts.reshape(kernels.SETS, signs, -1, *array.shape[2:]).swapaxes(0, 1)
 
 
-def set_jobs(of: Layout, table: Jobs, start: int) -> tuple[Array, Array, Array, Array]:
-    """Return the jobs of one step over the sets of features, and those that combine its chunks."""
-    job, q_row, out_row = table.table[0], table.q_rows[0, 0], table.out_rows[0, 0]
-    length = min(SPLIT, int(job[3]) - start)
-    sets, per_set = np.arange(kernels.SETS), of.half // kernels.SETS
-    begin = np.array([start, start, start if job[2] >= 0 else 0])
-    work = np.tile(job, (kernels.SETS, 1))
-    work[:, :3] += begin
-    work[:, 3] = work[:, 6] = length
-    work[:, 4] += sets * (of.blocks // kernels.SETS)
-    work[:, 5] = sets
-    work[:, 7] = np.clip(of.rows - sets * per_set, 0, per_set)
-    work[:, 8] = 1
-    steps = SPLIT // CHUNK
-    at = np.arange(0, length, CHUNK)
-    chunks = np.empty((len(at), 8), np.int64)
-    chunks[:, 0], chunks[:, 1] = q_row + start + at, job[1] + start + at
-    chunks[:, 2] = job[2] + start + at if job[2] >= 0 else -1
-    chunks[:, 3], chunks[:, 4] = np.minimum(CHUNK, length - at), out_row + start + at
-    chunks[:, 5], chunks[:, 6], chunks[:, 7] = at // CHUNK, steps, kernels.SETS
-    q_rows = np.full((kernels.SETS, 1), q_row + start)
-    return work, q_rows, (sets * steps)[:, None], chunks
+def set_jobs(layout: Layout, of: Jobs, start: int) -> Jobs:
+    """Return the jobs of one step over the sets of features of a single job."""
+    length = min(SPLIT, int(of.table[0, 3]) - start)
+    sets, per_set = np.arange(kernels.SETS), layout.half // kernels.SETS
+    cut = of.take(np.zeros(kernels.SETS, np.int64))
+    table = cut.table
+    table[:, :2] += start
+    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
+    table[:, 3] = table[:, 6] = length
+    table[:, 4] += sets * (layout.blocks // kernels.SETS)
+    table[:, 5] = sets
+    table[:, 7] = np.clip(layout.rows - sets * per_set, 0, per_set)
+    table[:, 8] = 1
+    if len(cut.clocks):
+        cut.clocks[:, 0] += start * cut.clocks[:, 1]
+    return Jobs(table, cut.q_rows + start, cut.out_rows + start, cut.clocks)
 
 
 @functools.lru_cache(maxsize=256)

@@ -32,6 +32,10 @@ class AttentionState:
         Leading axes of keys and values.
     dtype : dtype
         float32 or float64.
+    sequences : int or None
+        Number of packed sequences, each with a state of its own.
+    decay : ndarray of float64, shape `batch_shape`, or None
+        What the weight of a key is multiplied with at every later token.
     c : ndarray of int, shape (..., M)
         Exponents of two; far below any exponent met in practice where nothing was folded.
     S : ndarray, shape (..., M, dv)
@@ -56,6 +60,9 @@ class AttentionState:
         batch_shape: tuple[int, ...],
         dtype: np.dtype[Any],
         arrays: tuple[Array, Array, Array],
+        sequences: int | None = None,
+        rates: Array | None = None,
+        lengths: Array | None = None,
     ) -> None:
         self.feature_map = feature_map
         self.value_dim = value_dim
@@ -63,6 +70,10 @@ class AttentionState:
         self.dtype = dtype
         #: c, S, z in the layout of the kernels: one row a batch and head, features padded.
         self.arrays = arrays
+        self.sequences = sequences
+        #: -log2 of the decay and the tokens seen, a row each; None where nothing decays.
+        self.rates = rates
+        self.lengths = np.zeros(len(arrays[0]), np.int64) if lengths is None else lengths
 
     @classmethod
     def zeros(
@@ -71,6 +82,8 @@ class AttentionState:
         value_dim: int,
         batch_shape: int | tuple[int, ...] = (),
         *,
+        sequences: int | None = None,
+        decay: npt.ArrayLike | None = None,
         dtype: npt.DTypeLike | None = None,
     ) -> AttentionState:
         """Make the state of no keys at all.
@@ -84,6 +97,11 @@ class AttentionState:
         batch_shape : int or tuple of int, default ()
             Leading axes of the keys and values to come; with a projection a head its last entry
             is the number of heads.
+        sequences : int, optional
+            For packed sequences (`cu_seqlens`): their number.  Each has a state of its own.
+        decay : array_like of float, optional
+            In (0, 1], broadcast to `batch_shape`: at every token the weight of all earlier keys
+            is multiplied with it.
         dtype : {float32, float64}, optional
             Default: that of the map's projection.
 
@@ -111,17 +129,62 @@ class AttentionState:
         kind = validation.float_dtype(
             "dtype", feature_map.projection.dtype if dtype is None else dtype
         )
+        if sequences is not None:
+            sequences = validation.integer("sequences", sequences)
+        rates = validation.decay_rates(decay, shape)
+        if rates is not None and sequences is not None:
+            rates = np.repeat(rates, sequences)
         from favor_np import launch
 
-        arrays = launch.new_state(feature_map, kind, math.prod(shape), value_dim)
-        return cls(feature_map, value_dim, shape, kind, arrays)
+        arrays = launch.new_state(feature_map, kind, math.prod(shape) * (sequences or 1), value_dim)
+        return cls(feature_map, value_dim, shape, kind, arrays, sequences, rates)
+
+    @property
+    def decay(self) -> Array | None:
+        """What the weight of a key is multiplied with at every later token; a copy."""
+        if self.rates is None:
+            return None
+        rates: Array = self.rates.reshape(*self.batch_shape, self.sequences or 1)[..., 0]
+        return np.asarray(np.exp2(-rates))
+
+    @property
+    def clock(self) -> Any:
+        """How the kernels raise the keys to come, so that those before them decay."""
+        if self.rates is None:
+            return None
+        from favor_np.launch import Clock
+
+        return Clock((self.lengths * self.rates) % 1.0, self.rates)
+
+    def advance(self, tokens: int | Array) -> None:
+        """Count tokens that were folded; with decay, keep the exponents near zero.
+
+        Key j is raised by ``j * rate``; the integer part of what the last one had is taken off again
+        here, and the fraction is left to `clock`.
+        """
+        if self.rates is not None:
+            past = np.floor(self.lengths * self.rates)
+            ahead = np.floor((self.lengths + tokens) * self.rates) - past
+            from favor_np import plan
+
+            c, real = self.arrays[0], plan.layout(self.feature_map, self.dtype, self.value_dim).real
+            c[:, real] = np.maximum(c[:, real] - ahead[:, None].astype(c.dtype), -(2**29))
+        self.lengths = self.lengths + tokens
 
     def _real(self, array: Array) -> Array:
         """Return a copy without the kernels' padding, with the batch axes."""
         from favor_np import plan
 
         rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
-        return array[:, rows].reshape(*self.batch_shape, len(rows), *array.shape[2:])
+        packed = () if self.sequences is None else (self.sequences,)
+        return array[:, rows].reshape(*self.batch_shape, *packed, len(rows), *array.shape[2:])
+
+    def _now(self, array: Array) -> Array:
+        """Return the same without the fraction by which the last token was raised."""
+        if self.rates is not None:
+            fraction = np.exp2(-((self.lengths * self.rates) % 1.0)).astype(array.dtype)
+            array = array * fraction.reshape(-1, *[1] * (array.ndim - 1))
+        return self._real(array)
 
     @property
     def c(self) -> Array:
@@ -131,12 +194,12 @@ class AttentionState:
     @property
     def S(self) -> Array:
         """Values weighted by features over 2**c, shape (..., M, dv); a copy."""
-        return self._real(self.arrays[1])[..., : self.value_dim].copy()
+        return self._now(self.arrays[1])[..., : self.value_dim].copy()
 
     @property
     def z(self) -> Array:
         """Sums of features over 2**c, shape (..., M); a copy."""
-        return self._real(self.arrays[2])
+        return self._now(self.arrays[2])
 
     def same_map(self, feature_map: FeatureMap) -> None:
         """Refuse another feature map than the state's own."""
@@ -152,6 +215,7 @@ class AttentionState:
         v: npt.ArrayLike,
         key_mask: npt.ArrayLike | None = None,
         *,
+        cu_seqlens: npt.ArrayLike | None = None,
         num_threads: int | None = None,
     ) -> AttentionState:
         """Fold keys and values into the state, in place.
@@ -164,6 +228,8 @@ class AttentionState:
             Values.
         key_mask : array_like of bool, shape (..., L), optional
             True where a key takes part.
+        cu_seqlens : array_like of int, shape (sequences + 1,), optional
+            Where the rows of each packed sequence begin; for states with `sequences`.
         num_threads : int, optional
             Default: see `thread_limit`.
 
@@ -179,16 +245,24 @@ class AttentionState:
         """
         k = validation.tensor("k", k)
         empty = np.empty((*self.batch_shape, 0, self.feature_map.dim), self.dtype)
-        self._run(empty, k, v, key_mask, causal=False, threads=num_threads)
+        self._run(empty, k, v, key_mask, cu_seqlens, causal=False, threads=num_threads)
         return self
 
-    def attend(self, q: npt.ArrayLike, *, num_threads: int | None = None) -> Array:
+    def attend(
+        self,
+        q: npt.ArrayLike,
+        *,
+        cu_seqlens: npt.ArrayLike | None = None,
+        num_threads: int | None = None,
+    ) -> Array:
         """Read the state: attention of `q` to all keys folded so far.
 
         Parameters
         ----------
         q : array_like, shape (..., L, d)
             Queries; leading axes broadcast with `batch_shape`.
+        cu_seqlens : array_like of int, shape (sequences + 1,), optional
+            Where the rows of each packed sequence begin; for states with `sequences`.
         num_threads : int, optional
             Default: see `thread_limit`.
 
@@ -205,7 +279,7 @@ class AttentionState:
         q = validation.tensor("q", q)
         k = np.empty((*self.batch_shape, 0, self.feature_map.dim), self.dtype)
         v = np.empty((*self.batch_shape, 0, self.value_dim), self.dtype)
-        return self._run(q, k, v, None, causal=False, threads=num_threads)
+        return self._run(q, k, v, None, cu_seqlens, causal=False, threads=num_threads)
 
     def step(
         self,
@@ -220,7 +294,8 @@ class AttentionState:
         Parameters
         ----------
         q : array_like, shape (..., d) or (..., 1, d)
-            The token's query.
+            The token's query.  For a state with `sequences`: (..., sequences, d), one token of
+            each.
         k : array_like, like `q`
             Its key.
         v : array_like, shape (..., dv) or (..., 1, dv)
@@ -239,26 +314,52 @@ class AttentionState:
             As `favor_attention`.
         """
         q, k, v = (validation.tensor(n, a, 1) for n, a in (("q", q), ("k", k), ("v", v)))
+        if self.sequences is not None:
+            ends = np.arange(self.sequences + 1)
+            return self._run(q, k, v, None, ends, causal=True, threads=num_threads)
         axes = len(self.batch_shape)
         if q.ndim == axes + 1:
             rows = (q[..., None, :], k[..., None, :], v[..., None, :])
-            return self._run(*rows, None, causal=True, threads=num_threads)[..., 0, :]
+            return self._run(*rows, None, None, causal=True, threads=num_threads)[..., 0, :]
         if q.ndim != axes + 2 or q.shape[-2] != 1:
             raise ValueError(
                 f"q must be one token, of shape {(*self.batch_shape, self.feature_map.dim)}, "
                 f"got shape {q.shape}"
             )
-        return self._run(q, k, v, None, causal=True, threads=num_threads)
+        return self._run(q, k, v, None, None, causal=True, threads=num_threads)
+
+    def fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
+        """Refuse rows that are packed otherwise than this state, or decay otherwise."""
+        found = None if offsets is None else len(offsets) - 1
+        if found != self.sequences:
+            raise ValueError(
+                f"cu_seqlens must be that of the state: it has sequences={self.sequences}, "
+                f"got {found}"
+            )
+        if self.rates is not None and not causal:
+            raise ValueError("a state with decay needs causal=True, or its own update and attend")
+        if decay is not None:
+            rates = validation.decay_rates(decay, self.batch_shape)
+            if rates is not None:
+                rates = np.repeat(rates, self.sequences or 1)
+            if not _same(rates, self.rates):
+                raise ValueError(f"decay must be that of the state, {self.decay}, got {decay}")
 
     def _run(
-        self, q: Any, k: Any, v: Any, mask: Any, *, causal: bool, threads: int | None
-    ) -> Array:
+        self, q: Any, k: Any, v: Any, mask: Any, cu_seqlens: Any, *, causal: bool,
+        threads: int | None,
+    ) -> Array:  # fmt: skip
         call = validation.attention_call(
             q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
             state_shape=self.batch_shape,
         )  # fmt: skip
         validation.last_axis("v", call.v, self.value_dim, "the state")
+        offsets = None
+        if cu_seqlens is not None:
+            rows = max(call.keys, call.q.shape[-2])
+            offsets = validation.sequence_offsets(cu_seqlens, rows)
+        self.fits(offsets)
         out = np.zeros(call.out_shape, self.dtype)
         if math.prod(call.state_shape) and (out.size or call.keys):
             from favor_np import launch
@@ -266,14 +367,24 @@ class AttentionState:
             launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, out,
                 dtype=self.dtype, causal=causal, grouped=False, state=self.arrays,
-                state_shape=self.batch_shape, threads=call.threads,
+                state_shape=self.batch_shape, threads=call.threads, offsets=offsets,
+                clock=self.clock,
             )  # fmt: skip
+        self.count(call.keys, offsets)
         return out
+
+    def count(self, keys: int, offsets: Array | None) -> None:
+        """Note that so many keys were folded, or those of packed sequences."""
+        if keys and offsets is not None:
+            self.advance(np.tile(np.diff(offsets), math.prod(self.batch_shape)))
+        elif keys:
+            self.advance(keys)
 
     def merge(self, other: AttentionState) -> AttentionState:
         """Add what another state has seen, in place: the fold of both sets of keys.
 
-        Associative and commutative (within rounding).
+        Associative and, without decay, commutative (within rounding).  With decay the other's
+        tokens come after the state's own.
 
         Parameters
         ----------
@@ -297,12 +408,26 @@ class AttentionState:
         self.same_map(other.feature_map)
         if other.dtype != self.dtype:
             raise TypeError(f"other must have dtype {self.dtype}, got {other.dtype}")
-        mine, theirs = ((s.batch_shape, s.value_dim) for s in (self, other))
+        mine, theirs = ((s.batch_shape, s.value_dim, s.sequences) for s in (self, other))
         if mine != theirs:
-            raise ValueError(f"other must have (batch_shape, value_dim) {mine}, got {theirs}")
+            raise ValueError(
+                f"other must have (batch_shape, value_dim, sequences) {mine}, got {theirs}"
+            )
+        if not _same(self.rates, other.rates):
+            raise ValueError(f"other must have decay {self.decay}, got {other.decay}")
         from favor_np import launch
 
-        launch.merge(self.arrays, other.arrays)
+        arrays = other.arrays
+        if self.rates is not None:
+            arrays = launch.raised(arrays, (self.lengths * self.rates) % 1.0)
+            before = np.floor(self.lengths * self.rates) + np.floor(other.lengths * self.rates)
+            self.advance(other.lengths)
+            # The sum of the integer parts may be one short of the integer part of the sum.
+            short = np.floor(self.lengths * self.rates) - before
+            arrays[0][...] -= short[:, None].astype(arrays[0].dtype)
+        else:
+            self.advance(other.lengths)
+        launch.merge(self.arrays, arrays)
         return self
 
     def copy(self) -> AttentionState:
@@ -318,6 +443,9 @@ class AttentionState:
             self.batch_shape,
             self.dtype,
             arrays,  # type: ignore[arg-type]
+            self.sequences,
+            self.rates,
+            self.lengths,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -399,15 +527,9 @@ class AttentionState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what any machine can lay out anew."""
         args = (self.feature_map, self.value_dim, self.batch_shape, self.dtype.str)
-        return _restore, (*args, self.c, self.S, self.z, self._padding())
-
-    def _padding(self) -> Array:
-        """Exponents of the features that only pad: they can decide where a chunk of keys is cut."""
-        from favor_np import plan
-
-        layout = plan.layout(self.feature_map, self.dtype, self.value_dim)
-        padding = np.delete(self.arrays[0], layout.real, axis=1)
-        return padding.reshape(*self.batch_shape, layout.features - len(layout.real))
+        c, s, z = (self._real(array) for array in self.arrays)
+        raw = c, s[..., : self.value_dim], z
+        return _restore, (*args, *raw, self.sequences, self.rates, self.lengths)
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -419,17 +541,21 @@ class AttentionState:
 
 def _restore(
     feature_map: FeatureMap, value_dim: int, batch_shape: tuple[int, ...], dtype: str,
-    c: Array, s: Array, z: Array, padding: Array,
+    c: Array, s: Array, z: Array, sequences: int | None, rates: Array | None, lengths: Array,
 ) -> AttentionState:  # fmt: skip
     from favor_np import plan
 
-    state = AttentionState.zeros(feature_map, value_dim, batch_shape, dtype=dtype)
-    layout = plan.layout(feature_map, state.dtype, value_dim)
-    rows, idle = layout.real, np.delete(np.arange(layout.features), layout.real)
+    state = AttentionState.zeros(
+        feature_map, value_dim, batch_shape, sequences=sequences, dtype=dtype
+    )
+    state.rates, state.lengths = rates, lengths
+    rows = plan.layout(feature_map, state.dtype, value_dim).real
     count = len(state.arrays[0])
-    if padding.shape[-1] == len(idle):  # or another layout: the same numbers, rounded elsewhere
-        state.arrays[0][:, idle] = padding.reshape(count, len(idle))
     state.arrays[0][:, rows] = c.reshape(count, len(rows))
     state.arrays[1][:, rows, :value_dim] = s.reshape(count, len(rows), value_dim)
     state.arrays[2][:, rows] = z.reshape(count, len(rows))
     return state
+
+
+def _same(a: Array | None, b: Array | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))

@@ -29,6 +29,7 @@ Array: TypeAlias = npt.NDArray[Any]
 FORMAT = "favor_np.AttentionState"
 #: Raised when an older reader could no longer understand what is written.
 VERSION = 1
+ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
 
 
 class Parts(NamedTuple):
@@ -41,7 +42,9 @@ class Parts(NamedTuple):
     c: Array
     s: Array
     z: Array
-    padding: Array
+    sequences: int | None
+    rates: Array | None
+    lengths: Array
 
 
 def path_of(name: str, value: str | os.PathLike[str]) -> Path:
@@ -64,6 +67,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
         "dtype": np.dtype(parts.dtype).name,
         "batch_shape": parts.batch_shape,
         "value_dim": parts.value_dim,
+        "sequences": parts.sequences,
         "kind": fm.kind,
         "scale": fm.scale.hex(),
         "antithetic": fm.antithetic,
@@ -77,7 +81,8 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
         "c": parts.c,
         "S": parts.s,
         "z": parts.z,
-        "padding": parts.padding,
+        "rates": np.zeros(len(parts.lengths)) if parts.rates is None else parts.rates,
+        "lengths": parts.lengths,
     }
     if fm.bias.any():  # no map has one so far, and `read` refuses it
         arrays["bias"] = fm.bias
@@ -128,7 +133,7 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
             f"it was written by a newer favor_np ({header.get('favor_np')}), in format version "
             f"{version}; this favor_np reads up to {VERSION}"
         )
-    known = {f"{name}.npy" for name in ("header", "projection", "c", "S", "z", "padding")}
+    known = {f"{name}.npy" for name in ENTRIES}
     if sorted(file.namelist()) != sorted(known):
         raise ValueError(f"it must have the entries {sorted(known)}, got {sorted(file.namelist())}")
     dtype = validation.float_dtype("dtype", header["dtype"])
@@ -145,14 +150,20 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
         raise ValueError("its feature map is not the one whose fingerprint it has")
     if fm.kind == "trig" or fm.num_heads not in (None, *batch[-1:]):
         raise ValueError(f"its feature map does not fit a state of batch_shape {batch}")
-    size, features = dtype.itemsize, (*batch, fm.num_features)
+    sequences = header["sequences"]
+    if sequences is not None:
+        sequences = validation.integer("sequences", sequences)
+    slots = batch if sequences is None else (*batch, sequences)
+    size, features = dtype.itemsize, (*slots, fm.num_features)
     c = _array(file, "c", f"<i{size}", shape=features)
     s = _array(file, "S", f"<f{size}", shape=(*features, value_dim))
     z = _array(file, "z", f"<f{size}", shape=features)
-    padding = _array(file, "padding", f"<i{size}")
-    if padding.shape[:-1] != batch:
-        raise ValueError(f"padding must have shape {batch} and one axis more, got {padding.shape}")
-    return Parts(fm, value_dim, batch, dtype.str, c, s, z, padding), {**header["extra"]}
+    rates = _array(file, "rates", "<f8", shape=(math.prod(slots),))
+    lengths = _array(file, "lengths", "<i8", shape=(math.prod(slots),))
+    if not (np.isfinite(rates) & (rates >= 0)).all() or (lengths < 0).any():
+        raise ValueError("rates and lengths must be finite and not negative")
+    parts = (c, s, z, sequences, rates if rates.any() else None, lengths)
+    return Parts(fm, value_dim, batch, dtype.str, *parts), {**header["extra"]}
 
 
 def _array(

@@ -212,6 +212,47 @@ def mask_of(value: object, keys: int) -> Array | None:
     return np.ascontiguousarray(mask)
 
 
+def sequence_offsets(value: object, length: int, queries: int | None = None) -> Array:
+    """Return ``cu_seqlens`` as int64: where packed sequences begin, and where the last one ends."""
+    if queries is not None and queries != length:
+        raise ValueError(
+            f"cu_seqlens needs as many queries as keys, got {queries} rows of q and {length} of k"
+        )
+    offsets = np.asarray(value)
+    if offsets.dtype.kind not in "iu":
+        raise TypeError(f"cu_seqlens must hold integers, got {got(offsets)}")
+    if offsets.ndim != 1 or offsets.size < 2:
+        raise ValueError(f"cu_seqlens must have shape (sequences + 1,), got shape {offsets.shape}")
+    offsets = offsets.astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != length or (np.diff(offsets) < 0).any():
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {length} rows of q, k and v, "
+            f"got {got(offsets.tolist())}"
+        )
+    return offsets
+
+
+def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -> Array | None:
+    """Return -log2 of ``decay`` for every batch and head, flat; None if nothing decays."""
+    if value is None:
+        return None
+    if not causal:
+        raise ValueError("decay needs causal=True")
+    decay = np.asarray(value)
+    if decay.dtype.kind not in "fiu":
+        raise TypeError(f"decay must be a real number or an array of them, got {got(value)}")
+    decay = decay.astype(np.float64)
+    if not ((decay > 0) & (decay <= 1)).all():
+        raise ValueError(f"decay must be greater than 0 and at most 1, got {got(value)}")
+    try:
+        decay = np.broadcast_to(decay, batch)
+    except ValueError:
+        raise ValueError(
+            f"decay must broadcast to the leading axes {batch} of k and v, got shape {decay.shape}"
+        ) from None
+    return None if (decay == 1).all() else -np.log2(decay).ravel()
+
+
 def broadcast(**shapes: tuple[int, ...]) -> tuple[int, ...]:
     """Return the common shape of the leading axes."""
     try:

@@ -103,8 +103,8 @@ def test_continues_with_the_same_bits(tmp_path, options, dtype, again, rows):
     assert_equal(twin, state)
 
 
-def test_exponents_of_padding_are_kept(tmp_path):
-    """A long key before short ones: padding that had forgotten would move the exponents of all."""
+def test_padding_moves_no_exponents(tmp_path):
+    """A long key before short ones: padding must not move the exponents of all."""
     fm = FeatureMap.from_projection(draw(17, 6))
     state = folded(fm, dtype=np.float32)
     q, k, v = inputs(64, seed=1, dtype=np.float32)
@@ -244,7 +244,8 @@ WRONG = {
     "big-endian": ({"entries": {"z": np.zeros((2, 17), ">f8")}}, "z must have dtype <f8, got >f8"),
     "objects": ({"entries": {"z": np.full((2, 17), None)}}, r"z must have dtype <f8, got \|O"),
     "object header": ({"entries": {"header": np.array([{}])}}, r"header must have dtype \|u1"),
-    "padding": ({"entries": {"padding": np.zeros((3, 15), np.int64)}}, "padding must have shape"),
+    "lengths": ({"entries": {"lengths": np.zeros(3, np.int64)}}, r"lengths must have shape \(2,\)"),
+    "negative rates": ({"entries": {"rates": np.array([0.1, -0.1])}}, "rates and lengths must be"),
 }  # fmt: skip
 
 
@@ -290,7 +291,7 @@ def test_pickled_objects_are_not_executed(tmp_path):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
     path = saved(tmp_path, folded(FeatureMap.from_projection(draw(17, 6)), 2))
-    for name in ("header", "projection", "c", "S", "z", "padding"):
+    for name in ("header", "projection", "c", "S", "z", "rates", "lengths"):
         bomb = np.empty((2, 17), object)
         bomb[:] = Bomb()
         rewrite(path, **{name: bomb})
@@ -300,7 +301,7 @@ def test_pickled_objects_are_not_executed(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("name", ["header", "projection", "c", "S", "z", "padding"])
+@pytest.mark.parametrize("name", ["header", "projection", "c", "S", "z", "rates", "lengths"])
 def test_nothing_is_allocated_for_a_lie(tmp_path, name):
     """An entry that says it has 10**12 rows, and one that unpacks to far more than the file."""
     path = saved(tmp_path, folded(FeatureMap.from_projection(draw(17, 6)), 2))
@@ -308,7 +309,7 @@ def test_nothing_is_allocated_for_a_lie(tmp_path, name):
         entries = {info.filename: file.read(info) for info in file.infolist()}
     entry = f"{name}.npy"
     huge = io.BytesIO()
-    dtype = {"header": "|u1", "c": "<i8", "padding": "<i8"}.get(name, "<f8")
+    dtype = {"header": "|u1", "c": "<i8", "lengths": "<i8"}.get(name, "<f8")
     np.lib.format.write_array_header_1_0(
         huge, {"descr": dtype, "fortran_order": False, "shape": (2, 10**12)}
     )

@@ -49,13 +49,17 @@ def factor(par, y):
 
 
 @jit(fastmath=EXACT)
-def activate_keys(par, sign, rows, raw, height, bias, b, c, slot, r0, target, sums):
-    """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature."""
+def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, target, sums):
+    """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature.
+
+    Relative to c; lift, an integer, is what these keys are above their log2-features.
+    """
     lanes = VECTOR_BYTES // raw.itemsize
     worst = splat(c, 0)
     turn = splat(raw, sign)
     for f in range(0, raw.shape[1], lanes):
-        shift, beta, total = load(c, slot, r0 + f), load(bias, b, f), splat(raw, 0)
+        shift = load(c, slot, r0 + f) - splat(c, lift)
+        beta, total = load(bias, b, f), splat(raw, 0)
         if par.kind == POSITIVE:
             for i in range(rows):
                 y = fma(turn, load(raw, i, f), beta) - splat(raw, height[i])
@@ -78,7 +82,7 @@ def activate_keys(par, sign, rows, raw, height, bias, b, c, slot, r0, target, su
 
 
 @jit(fastmath=EXACT)
-def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, scale):
+def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, excess, scale):
     """Raise c to the largest log2-feature of the coming keys, rescaling the state; how many come.
 
     Keys stay together while they pass the state and the first key among them by at most par.span:
@@ -99,7 +103,7 @@ def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, s
                 beta = load(bias, w + b, f)
                 y = fma(turn, load(raw, 0, f), beta)
                 y = log_feature(par, y) - splat(z, height[0])
-                base = maximum(load(c, slot, r), nearest(y))
+                base = maximum(load(c, slot, r) - splat(c, lift), nearest(y))
                 for i in range(rows):
                     y = fma(turn, load(raw, i, f), beta)
                     y = log_feature(par, y) - splat(z, height[i])
@@ -116,7 +120,7 @@ def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, s
             for f in range(0, width, lanes):
                 r = (side * blocks + b) * width + f
                 beta = load(bias, w + b, f)
-                old = load(c, slot, r)
+                old = load(c, slot, r) - splat(c, lift)
                 top = old
                 for i in range(accepted):
                     y = fma(turn, load(raw, i, f), beta)
@@ -125,7 +129,7 @@ def raise_keys(par, rows, count, keys, height, bias, w, c, s, z, slot, excess, s
                 by = exp2(splat(z, 0), old - top)
                 store(scale, 0, f, by)
                 store(z, slot, r, load(z, slot, r) * by)
-                store(c, slot, r, top)
+                store(c, slot, r, top + splat(c, lift))
                 for lane in range(lanes):
                     if scale[0, f + lane] != 1:
                         row = s[slot, r + lane]

@@ -34,8 +34,25 @@ from favor_np.kernels.activate import (
 )
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import jit
-from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, soon, write_rows
-from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load, store
+from favor_np.kernels.pack import (
+    CHUNK,
+    across,
+    cut,
+    pack,
+    pack_values,
+    soon,
+    write_rows,
+)
+from favor_np.kernels.simd import (
+    VECTOR_BYTES,
+    exp2,
+    fetch_add,
+    load,
+    maximum,
+    nearest,
+    splat,
+    store,
+)
 from favor_np.kernels.step import step_token
 
 #: Sets of features that a single long causal problem is cut into.
@@ -44,12 +61,12 @@ SETS = 2
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
     "Parameters",
-    "kind signs key_norm kernel_epsilon limit far masked span causal partial",
+    "kind signs key_norm kernel_epsilon limit far masked idle span causal partial",
 )
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
-    "rows columns raw phi values num spare scores keys records height den part sums scale token "
+    "rows columns raw phi values num spare scores keys record height den part others sums scale token "
     "square top higher excess",
 )
 
@@ -69,10 +86,11 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     spare, at = cut(floats, at, CHUNK, vcols)
     scores, at = cut(floats, at, CHUNK, CHUNK)
     flat, at = cut(floats, at, tiles * CHUNK, width)
-    records, at = cut(floats, at, SETS, CHUNK * (CHUNK + vcols + 2))
+    record, at = cut(floats, at, 1, CHUNK * (CHUNK + vcols + 2))
     height, at = cut(floats, at, 1, CHUNK)
     den, at = cut(floats, at, 1, CHUNK)
     part, at = cut(floats, at, 1, CHUNK)
+    others, at = cut(floats, at, 1, CHUNK)
     sums, at = cut(floats, at, 1, tiles * width)
     scale, at = cut(floats, at, 1, tiles * width)
     token, at = cut(floats, at, 1, tiles * width)
@@ -81,7 +99,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
-    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, records, height[0], den, part,
+    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, record, height[0], den, part, others,
                  sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
 
 
@@ -117,12 +135,15 @@ def read_chunk(
     clean,
     out,
     out_row,
+    records,
+    met,
+    met_at,
     t,
 ):
     """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys.
 
-    The sums of each of `sets` equal sets of features are formed apart and then added: so another
-    thread can form them.  With par.partial, out receives the sums themselves, for ``combine``.
+    The sums of each of `sets` equal sets of features are formed apart and then added.  With
+    par.partial the features are one such set, and ``meet`` exchanges the sums with the other's.
     """
     lanes = VECTOR_BYTES // q.itemsize
     cols = -(-count // lanes) * lanes
@@ -159,17 +180,16 @@ def read_chunk(
                     last = min(-(-end // 8) * 8, rows)
                     gemm(phi_k, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             first = False
-        if sets > 1 and (b + 1) % (blocks // sets) == 0:
-            save(t, t.records, b * sets // blocks)
+        if sets > 1 and b + 1 == blocks // sets:
+            save(t, t.record, 0)
             first = True
-    for r in range(sets if sets > 1 else 0):
-        add_record(t, t.records, r, r == 0)
-    if par.partial:
-        save(t, out, out_row)
-        return
+    if sets > 1:
+        add_record(t, t.record, 0)
+    elif par.partial and not meet(t, records, met, slot, met_at):
+        return  # who comes second does the rest
     if par.causal:
         own_keys(count, cols, rows, values, clean, t)
-    write_rows(t.num, t.den[0], t.square, count, out, out_row)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
 
 
 @jit()
@@ -189,22 +209,16 @@ def save(t, records, row):
 
 
 @jit()
-def add_record(t, records, row, first):
+def add_record(t, records, row):
     """Add the sums that ``save`` wrote to those in t, under the higher of the two tops."""
     vcols, record = t.num.shape[1], records[row]
-    mine, theirs = t.part[0], t.height
-    for i in range(CHUNK):
-        top = int(record[CHUNK + i])
-        mine[i], theirs[i] = 0, 1
-        if not first:
-            mine[i] = 2.0 ** max(float(min(t.top[0, i] - top, 0)), -1000.0)
-            theirs[i] = 2.0 ** max(float(min(top - t.top[0, i], 0)), -1000.0)
-            top = max(t.top[0, i], top)
-        t.top[0, i] = top
-    if first:
-        t.den[:] = 0
-        t.scores[:] = 0
-        t.num[:] = 0
+    mine, theirs = t.part[0], t.others[0]
+    for i in range(0, CHUNK, VECTOR_BYTES // records.itemsize):
+        top, other = load(t.top, 0, i), nearest(load(records, row, CHUNK + i))
+        higher = maximum(top, other)
+        store(t.part, 0, i, exp2(splat(records, 0), top - higher))
+        store(t.others, 0, i, exp2(splat(records, 0), other - higher))
+        store(t.top, 0, i, higher)
     for i in range(CHUNK):
         t.den[0, i] = t.den[0, i] * mine[i] + record[i] * theirs[i]
     for i in range(CHUNK):
@@ -214,6 +228,21 @@ def add_record(t, records, row, first):
         at = (2 + CHUNK) * CHUNK + i * vcols
         for x in range(vcols):
             t.num[i, x] = t.num[i, x] * mine[i] + record[at + x] * theirs[i]
+
+
+@jit()
+def meet(t, records, met, mine, at):
+    """Leave the sums of a chunk for the thread with the other set, or take those it has left.
+
+    True if both are in t now.  Nobody waits: whoever comes second to a chunk finishes it.
+    """
+    chunks = met.size
+    if fetch_add(met, at, 0) == 0:
+        save(t, records, mine * chunks + at)
+        if fetch_add(met, at, 1) == 0:
+            return False
+    add_record(t, records, (1 - mine) * chunks + at)
+    return True
 
 
 @jit()
@@ -245,18 +274,23 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slot, t):
-    """Pack and map the keys from row on, keeping c above them; how many of them were taken."""
+def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, clock, rate, c, s, z, slot, t):
+    """Pack and map the keys from row on, keeping c above them; how many of them were taken.
+
+    Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
+    """
     rows = -(-count // 8) * 8
     d = k.shape[1]
     blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
     half = blocks * width
     pack(k, row, count, t.rows, par.limit, t.square)
+    lift = math.floor(clock)
     for i in range(rows):
         t.height[i] = par.masked
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
-            t.height[i] = min(par.key_norm * t.square[i], par.far)
+            ahead = clock - lift + i * rate
+            t.height[i] = min(par.key_norm * t.square[i], par.far) - ahead
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
     across(t.rows, t.columns)
@@ -265,7 +299,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
             project_t(t.columns, weight[w + b], t.keys[b * par.signs], rows, width, d)
         if attempt == 1 or fresh:
             accepted = raise_keys(
-                par, rows, count, t.keys, t.height, bias, w, c, s, z, slot, t.excess, t.scale
+                par, rows, count, t.keys, t.height, lift, bias, w, c, s, z, slot, t.excess, t.scale
             )
             for i in range(accepted, rows):
                 t.height[i] = par.masked
@@ -274,7 +308,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
             for side in range(par.signs - 1, -1, -1):
                 r0, tile = side * half + b * width, b * par.signs
                 reach = activate_keys(
-                    par, 1 - 2 * side, rows, t.keys[tile], t.height, bias, w + b, c, slot, r0,
+                    par, 1 - 2 * side, rows, t.keys[tile], t.height, lift, bias, w + b, c, slot, r0,
                     t.keys[tile + side], t.sums,
                 )  # fmt: skip
                 over = max(over, reach)
@@ -288,7 +322,16 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, c, s, z, slo
 
 
 @jit()
-def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z, slot, out, t):
+def clear(par, features, c):
+    """Exponents of no key at all."""
+    half = c.size // par.signs
+    for r in range(c.size):
+        c[r] = 4 * int(par.far) * (-1 if r % half < features else par.idle)
+
+
+@jit()
+def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, rate, c, s, z, slot,
+               out, records, met, t):  # fmt: skip
     """Everything for one problem: its keys and values, one state, its group of queries.
 
     False if the sums of a chunk cannot be partial ones because the chunk has to be split.
@@ -296,15 +339,15 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
     w, queries_count, features, sets = job[4], job[6], job[7], job[8]
     if par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
-        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, features, c, s, z, slot,
-                   out, out_rows[0], t)  # fmt: skip
+        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, features, clock, c, s, z,
+                   slot, out, out_rows[0], t)  # fmt: skip
         return True
     start = 0
     while start < keys_count:
         count = min(CHUNK - start % CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
-        taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w, c, s, z,
-                           slot, t)  # fmt: skip
+        taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w,
+                           clock + start * rate, rate, c, s, z, slot, t)  # fmt: skip
         following = min(CHUNK, keys_count - start - count)
         soon(k, k_row + start + count, following)
         soon(v, v_row + start + count, following)
@@ -314,9 +357,9 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
         if par.causal:
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)
-                row = out_rows[g] + (start // CHUNK if par.partial else start)
                 read_chunk(par, q, q_rows[g] + start, taken, weight, w, features, sets, c, s, z,
-                           slot, t.keys, t.values, clean, out, row, t)  # fmt: skip
+                           slot, t.keys, t.values, clean, out, out_rows[g] + start,
+                           records, met, start // CHUNK, t)  # fmt: skip
         fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
@@ -326,13 +369,13 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, c, s, z,
                 soon(q, q_rows[g] + start + CHUNK, following)
                 read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), weight, w,
                            features, 1, c, s, z, slot, t.keys, t.values, True, out,
-                           out_rows[g] + start, t)  # fmt: skip
+                           out_rows[g] + start, records, met, 0, t)  # fmt: skip
     return True
 
 
 @jit(cache=True)
-def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, out, floats, ints,
-           ctl, n):  # fmt: skip
+def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, clocks, c, s, z, out, records, met,
+           floats, ints, ctl, n):  # fmt: skip
     """Take jobs until none is left; how many are finished by now.  ctl[12] counts those given up."""
     me = fetch_add(ctl, 4, 1)
     t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], weight.shape[2],
@@ -345,41 +388,16 @@ def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, c, s, z, ou
         slot = jobs[job, 5]
         if slot < 0:
             slot = me
-            c[slot] = -4 * int(par.far)
+            clear(par, jobs[job, 7], c[slot])
             s[slot] = 0
             z[slot] = 0
+        clock, rate = 0.0, 0.0
+        if clocks.size > 0:
+            clock, rate = clocks[job, 0], clocks[job, 1]
         if not attend_one(par, q, k, v, mask, weight, bias, jobs[job], q_rows[job], out_rows[job],
-                          c, s, z, slot, out, t):  # fmt: skip
+                          clock, rate, c, s, z, slot, out, records, met, t):  # fmt: skip
             fetch_add(ctl, 12, 1)
         finished += 1
     if finished == 0:  # came too late: whoever finished the last job has said so
-        return 0
-    return fetch_add(ctl, 8, finished) + finished
-
-
-@jit(cache=True)
-def combine(par, q, v, mask, records, jobs, out, floats, ints, width, blocks, ctl, n):
-    """Outputs of causal chunks from the sums that several sets of features gave (par.partial).
-
-    A job is (q row, v row, mask row, count, out row, record of the first set, step, sets).
-    """
-    me = fetch_add(ctl, 4, 1)
-    lanes = VECTOR_BYTES // q.itemsize
-    vcols = -(-v.shape[1] // lanes) * lanes
-    t = carve(par, floats[me], ints[me], q.shape[1], vcols, width, blocks)
-    finished = 0
-    while True:
-        job = fetch_add(ctl, 0, 1)
-        if job >= n:
-            break
-        count = jobs[job, 3]
-        for r in range(jobs[job, 7]):
-            add_record(t, records, jobs[job, 5] + r * jobs[job, 6], r == 0)
-        pack(q, jobs[job, 0], count, t.rows, par.limit, t.square)
-        clean = pack_values(v, jobs[job, 1], count, t.values, mask, jobs[job, 2])
-        own_keys(count, -(-count // lanes) * lanes, -(-count // 8) * 8, t.values, clean, t)
-        write_rows(t.num, t.den[0], t.square, count, out, jobs[job, 4])
-        finished += 1
-    if finished == 0:
         return 0
     return fetch_add(ctl, 8, finished) + finished

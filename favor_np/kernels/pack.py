@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.simd import VECTOR_BYTES, prefetch, transpose, view
 
 #: Positions that kernels take at a time.
 CHUNK = 64
+
+#: What attention writes: rows (N, dv) and, unless these are empty, the denominators weights * 2**tops.
+Result = namedtuple("Result", "rows weights tops")
 
 
 @jit()
@@ -102,14 +106,16 @@ def across(rows, columns):
 
 
 @jit()
-def write_rows(num, den, square, count, out, row):
-    """out = num / den; zeros where there is no key, NaN where the query is not finite."""
-    one = out.dtype.type(1)
+def write_rows(num, den, top, square, count, out, row):
+    """Rows num / den of a Result: zeros where there is no key, NaN where the query is not finite."""
+    rows, one = out.rows, out.rows.dtype.type(1)
+    for i in range(count if out.tops.size > 0 else 0):
+        out.weights[row + i], out.tops[row + i] = den[i], top[i]
     for i in range(count):
         inverse = den[i]
         if square[i] == math.inf:
             inverse *= math.nan
         elif inverse != 0:  # it vanishes only where there is no key at all
             inverse = one / inverse
-        for x in range(out.shape[1]):
-            out[row + i, x] = num[i, x] * inverse
+        for x in range(rows.shape[1]):
+            rows[row + i, x] = num[i, x] * inverse

@@ -24,7 +24,25 @@ from favor_np.kernels.simd import (
 
 @jit(fastmath=EXACT)
 def step_token(
-    par, q, q_row, k, k_row, v, v_row, weight, bias, w, features, c, s, z, slot, out, out_row, t
+    par,
+    q,
+    q_row,
+    k,
+    k_row,
+    v,
+    v_row,
+    weight,
+    bias,
+    w,
+    features,
+    clock,
+    c,
+    s,
+    z,
+    slot,
+    out,
+    out_row,
+    t,
 ):
     """Fold one key and value, then read with one query: a chunk of one, without its tiles."""
     lanes = VECTOR_BYTES // q.itemsize
@@ -33,7 +51,8 @@ def step_token(
     pack(q, q_row, 1, t.rows[0:1], par.limit, t.square[0:1])
     pack(k, k_row, 1, t.rows[1:2], par.limit, t.square[1:2])
     pack_values(v, v_row, 1, t.values[0:1], t.square, -1)
-    height = splat(q, min(par.key_norm * t.square[1], par.far))
+    height = splat(q, min(par.key_norm * t.square[1], par.far) - (clock - math.floor(clock)))
+    lift = splat(c, math.floor(clock))
     raised = False
     for b in range(half // width):
         project_two(t.rows, weight[w + b], t.raw, width, q.shape[1])
@@ -43,13 +62,13 @@ def step_token(
                 r = side * half + b * width + f
                 x = load(t.raw, 1, f)
                 y = log_feature(par, fma(turn, x, load(bias, w + b, f))) - height
-                old = load(c, slot, r)
+                old = load(c, slot, r) - lift
                 top, by = old, splat(q, 1)
                 if highest(nearest(y) - old) > RAISE_KEYS:
                     top, raised = maximum(old, nearest(y)), True
                     by = exp2(splat(q, 0), old - top)
                 value = exp2(y, nearest(y) - top) * factor(par, x)
-                store(c, slot, r, top)
+                store(c, slot, r, top + lift)
                 store(z, slot, r, fma(load(z, slot, r), by, value))
                 store(t.sums, 0, r, value)
                 store(t.scale, 0, r, by)
@@ -81,8 +100,9 @@ def step_token(
     for r in range(0, z.shape[1], lanes):
         den = fma(load(t.token, 0, r), load(z, slot, r), den)
     t.den[0, 0] = sum_lanes(den)
+    t.top[0, 0] = highest(level)
     step_values(state, t.values, t.sums, t.token, t.num)
-    write_rows(t.num, t.den[0], t.square, 1, out, out_row)
+    write_rows(t.num, t.den[0], t.top[0], t.square, 1, out, out_row)
 
 
 @jit(fastmath=EXACT)
