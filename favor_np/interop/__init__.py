@@ -1,0 +1,4 @@
+"""Attention on the arrays of other libraries: one module each, imported when it is asked for.
+
+``import favor_np.interop.dask`` needs ``pip install "favor_np[dask]"``.
+"""

@@ -1,0 +1,367 @@
+"""FAVOR+ attention on dask arrays, chunked over batch, heads and sequence.
+
+Blocks of keys are folded into states, states are merged, and blocks of queries read them: nothing
+but states passes from one block of the sequence to another.
+
+Every task is a function of states and of blocks at one place, and changes none of them: dask may
+run a task twice, and may give one object to many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    import dask.array as da
+    from dask.base import normalize_token, tokenize
+    from dask.highlevelgraph import HighLevelGraph
+    from dask.sizeof import sizeof
+except ImportError:
+    raise ImportError(
+        "favor_np.interop.dask needs dask: pip install 'favor_np[dask]'", name="dask"
+    ) from None
+
+import favor_np
+from favor_np import AttentionState, FeatureMap, validation
+
+__all__ = ["favor_attention"]
+
+Array: TypeAlias = npt.NDArray[Any]
+Chunks: TypeAlias = tuple[tuple[int, ...], ...]
+Key: TypeAlias = tuple[Any, ...]
+Tokens: TypeAlias = tuple[Array, Array, Array | None]
+
+normalize_token.register(FeatureMap, lambda fm: ("favor_np.FeatureMap", fm.fingerprint))
+# A scheduler that knows what a state weighs moves states, not blocks.
+sizeof.register(AttentionState, lambda state: sum(array.nbytes for array in state.arrays))
+
+
+def favor_attention(
+    q: da.Array | npt.ArrayLike,
+    k: da.Array | npt.ArrayLike,
+    v: da.Array | npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    causal: bool = False,
+    key_mask: da.Array | npt.ArrayLike | None = None,
+    enable_gqa: bool = False,
+    num_threads: int | None = 1,
+) -> da.Array:
+    """Attend in linear time on dask arrays: `favor_np.favor_attention`, lazy and in blocks.
+
+    Each block of keys and values is folded into an `AttentionState`.  The states are merged in a
+    tree (or, if `causal`, in a scan, so that every block has the state of all blocks before it),
+    and each block of queries reads one.  Nothing is computed before the result is.
+
+    Parameters
+    ----------
+    q : dask array or array_like, shape (..., L_q, d)
+        Queries.  Leading axes of all arrays broadcast as in NumPy.
+    k : dask array or array_like, shape (..., L_k, d)
+        Keys.
+    v : dask array or array_like, shape (..., L_k, dv)
+        Values.
+    feature_map : FeatureMap
+        Of dimension d; any kind but "trig".  A map with a projection a head is matched with
+        axis -3 of keys and values, and cut where that axis is.
+    causal : bool, default False
+        Query i sees keys up to i only, to the bit.
+    key_mask : dask array or array_like of bool, shape (..., L_k), optional
+        True where a key takes part.
+    enable_gqa : bool, default False
+        Grouped queries, as in `favor_np.favor_attention`.  The chunks of q's axis -3 must hold
+        whole groups.
+    num_threads : int or None, default 1
+        Threads of one task.  The scheduler runs as many tasks at once as it has been given
+        cores; None is for workers of one task at a time (see `favor_np.thread_limit`).
+
+    Returns
+    -------
+    dask array, shape (..., L_q, dv)
+        In the dtype of `favor_np.favor_attention`, equal to its result within rounding.  Chunked
+        as `q`, without its empty chunks, where `q` has the axis in full, else as `k` or `v`; dv is
+        one chunk.
+
+    Raises
+    ------
+    ImportError
+        By ``import favor_np.interop.dask``, if dask is not installed.
+    TypeError
+        If an array is not real, `key_mask` is not boolean, or a dask array has other blocks than
+        numpy.ndarray.
+    ValueError
+        If shapes do not fit, `causal` is set with L_q != L_k, the map is "trig" or of another
+        dimension, the size of a chunk is unknown, or a chunk of q's heads divides a group.
+
+    See Also
+    --------
+    favor_np.favor_attention : The same on NumPy arrays.
+
+    Notes
+    -----
+    Errors are raised when the graph is made.  NumPy arrays become one chunk.  What is not chunked
+    alike is rechunked, which moves data: d and dv to one chunk, leading axes as the result, `v`
+    and `key_mask` as `k` along the sequence, and if `causal` all three as `q`.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> import favor_np
+    >>> from favor_np.interop.dask import favor_attention
+    >>> fm = favor_np.feature_map("positive", dim=4, num_features=64)
+    >>> q = k = da.ones((2, 300, 4), chunks=(1, 100, 4))
+    >>> v = da.ones((2, 300, 3), chunks=(1, 100, 3))
+    >>> out = favor_attention(q, k, v, fm, causal=True)
+    >>> out.shape, out.chunks
+    ((2, 300, 3), ((1, 1), (100, 100, 100), (3,)))
+    >>> float(out.mean().compute(scheduler="sync").round(6))
+    1.0
+    """
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+    if feature_map.kind == "trig":
+        raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
+    q, k, v = _wrap("q", q), _wrap("k", k), _wrap("v", v)
+    mask = None if key_mask is None else _wrap("key_mask", key_mask)
+    call = validation.attention_call(
+        _stand_in(q), _stand_in(k), _stand_in(v), key_mask=None, causal=causal,
+        grouped=enable_gqa, check_finite=False, num_threads=num_threads, dim=feature_map.dim,
+        heads=feature_map.num_heads,
+    )  # fmt: skip
+    lead, shape = call.out_shape[:-2], call.state_shape
+    if mask is not None:
+        _check_mask(mask, call.keys)
+        shape = validation.broadcast(keys=shape, key_mask=mask.shape[:-1])
+        join = validation.grouped_shape if call.grouped else np.broadcast_shapes
+        lead = join(lead, shape)
+
+    out_lead = _lead_chunks(lead, [q.chunks[:-2], k.chunks[:-2], v.chunks[:-2]])
+    queries, keys = (_filled(x.chunks[-2]) for x in (q, k))
+    chunks = (*out_lead, queries, v.shape[-1:])
+    if 0 in (*lead, *call.out_shape[-2:], call.keys):
+        return da.zeros((*lead, *call.out_shape[-2:]), chunks=chunks, dtype=call.result)
+    if call.causal:
+        keys = queries
+    key_lead = _whole_groups(out_lead, lead[-1] // shape[-1]) if call.grouped else out_lead
+    q = q.rechunk((*_fit(out_lead, q.shape[:-2]), queries, q.shape[-1:]))
+    k, v = (x.rechunk((*_fit(key_lead, x.shape[:-2]), keys, x.shape[-1:])) for x in (k, v))
+    if mask is not None:
+        mask = mask.rechunk((*_fit(key_lead, mask.shape[:-1]), keys))
+
+    token = tokenize(q, k, v, mask, feature_map, call.causal, call.grouped, call.threads)
+    name = f"favor_attention-{token}"
+    tokens = _blockwise(f"favor_attention-tokens-{token}", _tokens, k, v, mask=mask)
+    empty = _empty(f"favor_attention-empty-{token}", feature_map, call, _fit(key_lead, shape))
+    fold = partial(_fold, threads=call.threads)
+    states = _blockwise(f"favor_attention-fold-{token}", fold, empty, tokens)
+    before = _merged(f"favor_attention-merge-{token}", states, empty if call.causal else None)
+    read = partial(_read, dtype=call.result, grouped=call.grouped, threads=call.threads)
+    seen = tokens if call.causal else None
+    return _blockwise(name, read, q, before, seen, chunks=chunks, dtype=call.result)
+
+
+# -- Tasks: they change none of their arguments ---------------------------------------------------
+
+
+def _tokens(k: Array, v: Array, mask: Array | None = None) -> Tokens:
+    """Bring together what fold and read share: the scheduler cannot place it apart."""
+    return k, v, mask
+
+
+def _fold(empty: AttentionState, tokens: Tokens, *, threads: int | None) -> AttentionState:
+    return empty.copy().update(*tokens, num_threads=threads)
+
+
+def _merge(earlier: AttentionState, later: AttentionState) -> AttentionState:
+    return earlier.copy().merge(later)
+
+
+def _read(
+    q: Array,
+    state: AttentionState,
+    tokens: Tokens | None = None,
+    *,
+    dtype: np.dtype[Any],
+    grouped: bool,
+    threads: int | None,
+) -> Array:
+    """Attend to the state, and causally to the tokens of q's own block if given."""
+    k, v, mask = tokens or (
+        np.empty((*state.batch_shape, 0, state.feature_map.dim), dtype),
+        np.empty((*state.batch_shape, 0, state.value_dim), dtype),
+        None,
+    )
+    return favor_np.favor_attention(
+        q, k, v, state.feature_map, causal=tokens is not None, key_mask=mask,
+        enable_gqa=grouped, state=state, num_threads=threads,
+    )  # fmt: skip
+
+
+# -- Layers of the graph: blocks have the keys (name, *leading axes, sequence, 0) -----------------
+
+
+def _blockwise(
+    name: str,
+    task: Callable[..., Any],
+    *arrays: da.Array | None,
+    mask: da.Array | None = None,
+    chunks: Chunks | None = None,
+    dtype: npt.DTypeLike = object,
+) -> da.Array:
+    """Map a task over blocks, matched from the right; where an axis is one block, it serves all.
+
+    dask fuses such a layer with the reading of the arrays, if nothing else needs them: a block is
+    then made where it is used.
+    """
+    pairs: list[Any] = []
+    for x, last in (*((x, 0) for x in arrays), (mask, 1)):  # a mask has no last axis
+        if x is not None:
+            pairs += [x, tuple(range(last, last + x.ndim))[::-1]]
+    out = tuple(range(max(ind[0] for ind in pairs[1::2]) + 1))[::-1]
+    return da.blockwise(
+        task, out, *pairs, name=name, align_arrays=False, meta=np.empty((0,) * len(out), dtype),
+        adjust_chunks=None if chunks is None else dict(zip(out, chunks, strict=True)),
+    )  # fmt: skip
+
+
+def _empty(
+    name: str, feature_map: FeatureMap, call: validation.AttentionCall, lead: Chunks
+) -> da.Array:
+    """Return the empty states, each of the map of its heads."""
+    graph = {}
+    for cell in np.ndindex(*map(len, lead)):
+        fm = feature_map
+        if fm.num_heads is not None:
+            first = sum(lead[-1][: cell[-1]])
+            w = fm.projection
+            w = w[0] if len(w) == 1 else w[first : first + lead[-1][cell[-1]]]
+            fm = dataclasses.replace(fm, projection=w)
+        shape = tuple(c[i] for c, i in zip(lead, cell, strict=True))
+        zeros = partial(AttentionState.zeros, fm, call.v.shape[-1], shape, dtype=call.compute)
+        graph[name, *cell, 0, 0] = (zeros,)
+    return _states(name, graph, (*lead, (1,), (1,)), [])
+
+
+def _merged(name: str, states: da.Array, empty: da.Array | None) -> da.Array:
+    """Return the state of all blocks or, given the empty one, of the blocks before each."""
+    graph: dict[Any, Any] = {}
+    numbers = itertools.count()
+
+    def merge(a: Key, b: Key) -> Key:
+        key = (name, "pair", next(numbers))
+        graph[key] = (_merge, a, b)
+        return key
+
+    *lead, blocks, _ = states.numblocks
+    for cell in np.ndindex(*lead):
+        keys = [(states.name, *cell, j, 0) for j in range(blocks)]
+        if empty is None:
+            result = [_total(keys, merge)]
+        else:
+            result = [(empty.name, *cell, 0, 0), *_prefixes(keys[:-1], merge)]
+        graph |= {(name, *cell, j, 0): key for j, key in enumerate(result)}
+    sequence = (1,) * (1 if empty is None else blocks)
+    inputs = [states] if empty is None else [states, empty]
+    return _states(name, graph, (*states.chunks[:-2], sequence, (1,)), inputs)
+
+
+def _states(name: str, graph: Any, chunks: Chunks, inputs: list[da.Array]) -> da.Array:
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=inputs)
+    return da.Array(layers, name, chunks, meta=np.empty((0,) * len(chunks), object))
+
+
+def _pairs(states: list[Key], merge: Callable[[Key, Key], Key]) -> list[Key]:
+    return [merge(a, b) for a, b in zip(states[::2], states[1::2], strict=False)]
+
+
+def _total(states: list[Key], merge: Callable[[Key, Key], Key]) -> Key:
+    """Merge all states, in order."""
+    while len(states) > 1:
+        states = _pairs(states, merge) + states[len(states) // 2 * 2 :]
+    return states[0]
+
+
+def _prefixes(states: list[Key], merge: Callable[[Key, Key], Key]) -> list[Key]:
+    """Merge the first 1, 2, 3 ... states: fewer than 2 n merges, at most 2 log2(n) deep."""
+    if len(states) < 2:
+        return states
+    result = states.copy()
+    result[1::2] = _prefixes(_pairs(states, merge), merge)
+    result[2::2] = map(merge, result[1::2], states[2::2])
+    return result
+
+
+# -- Chunks ---------------------------------------------------------------------------------------
+
+
+def _filled(chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """Drop empty chunks."""
+    return tuple(n for n in chunks if n) or (0,)
+
+
+def _lead_chunks(lead: tuple[int, ...], arrays: list[Chunks]) -> Chunks:
+    """Return the chunks of each leading axis: those of the first array that has it in full."""
+    return tuple(
+        next(
+            (_filled(c[axis]) for c in arrays if len(c) >= -axis and sum(c[axis]) == size),
+            (size,),
+        )
+        for axis, size in zip(range(-len(lead), 0), lead, strict=True)
+    )
+
+
+def _whole_groups(chunks: Chunks, group: int) -> Chunks:
+    """Return the chunks of the heads of keys, for those of the heads of queries."""
+    if any(n % group for n in chunks[-1]):
+        raise ValueError(
+            f"with enable_gqa=True the chunks of the heads of q must be multiples of {group}, the "
+            f"heads of a group, got {chunks[-1]}"
+        )
+    return (*chunks[:-1], tuple(n // group for n in chunks[-1]))
+
+
+def _fit(chunks: Chunks, shape: tuple[int, ...]) -> Chunks:
+    """Return chunks for leading axes `shape`, of which those of length 1 are broadcast."""
+    last = chunks[len(chunks) - len(shape) :]
+    return tuple((1,) if n == 1 else c for n, c in zip(shape, last, strict=True))
+
+
+# -- Checks of what only dask arrays have; `validation` does the rest ---------------------------------
+
+
+def _wrap(name: str, value: Any) -> da.Array:
+    """Return `value` as a dask array of known chunks; a NumPy array becomes one chunk."""
+    if not isinstance(value, da.Array):
+        array = np.asarray(value) if name == "key_mask" else validation.tensor(name, value)
+        return da.from_array(array, chunks=-1)
+    if any(math.isnan(n) for n in value.shape):
+        raise ValueError(
+            f"{name} must have chunks of known size, got shape {value.shape}; "
+            f"see its method compute_chunk_sizes"
+        )
+    if type(value._meta) is not np.ndarray:
+        raise TypeError(f"{name} must have blocks of numpy.ndarray, got {type(value._meta)}")
+    return value
+
+
+def _stand_in(x: da.Array) -> Array:
+    """Return an array of x's shape and dtype that takes no memory, to be checked in x's place."""
+    dtype = np.dtype(np.float64) if x.dtype.kind in "biu" else x.dtype  # as favor_attention
+    return np.broadcast_to(np.zeros((), dtype), x.shape)
+
+
+def _check_mask(mask: da.Array, keys: int) -> None:
+    if mask.dtype != np.bool_:
+        raise TypeError(
+            f"key_mask must be boolean, True where a key takes part, got dtype {mask.dtype}"
+        )
+    if mask.ndim < 1 or mask.shape[-1] != keys:
+        raise ValueError(f"key_mask must have shape (..., {keys}), got shape {mask.shape}")
