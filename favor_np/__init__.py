@@ -23,6 +23,7 @@ _HOMES = {
     "attention_weights": "weights",
     "exact_attention": "exact",
     "favor_attention": "attention",
+    "favor_attention_vjp": "gradients",
     "feature_map": "features",
     "sample_projection": "projection",
     "stream_attention": "streaming",
@@ -36,6 +37,7 @@ __all__ = [
     "attention_weights",
     "exact_attention",
     "favor_attention",
+    "favor_attention_vjp",
     "feature_map",
     "sample_projection",
     "stream_attention",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from favor_np.exact import exact_attention as exact_attention
     from favor_np.features import FeatureMap as FeatureMap
     from favor_np.features import feature_map as feature_map
+    from favor_np.gradients import favor_attention_vjp as favor_attention_vjp
     from favor_np.projection import sample_projection as sample_projection
     from favor_np.state import AttentionState as AttentionState
     from favor_np.streaming import stream_attention as stream_attention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -130,64 +130,13 @@ def favor_attention(
     >>> favor_np.favor_attention(q, k, v, fm, causal=True).ravel()
     array([1.        , 0.5       , 0.33333333])
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind == "trig":
-        raise ValueError(
-            "feature_map must not be of kind 'trig': its estimates can be negative, so a "
-            "denominator can vanish; it serves studies of the kernel only"
-        )
-    call = validation.attention_call(
-        q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
-        num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
-        state_shape=None if state is None else _state_shape(state, feature_map),
+    call = prepare(
+        q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        enable_gqa=enable_gqa, decay=decay, window=window, state=state, return_state=return_state,
+        num_threads=num_threads, check_finite=check_finite,
     )  # fmt: skip
-    keeps = validation.flag("return_state", return_state) or state is not None
-    offsets = None
-    if cu_seqlens is not None:
-        offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
-    rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
-    if state is not None:
-        if state.dtype != call.compute:
-            raise TypeError(
-                f"state has dtype {state.dtype}, but these arrays are computed in {call.compute}"
-            )
-        if state.value_dim != call.v.shape[-1]:
-            raise ValueError(
-                f"v must have shape (..., L, {state.value_dim}) to fit state, got {call.v.shape}"
-            )
-        state.fits(offsets, decay, causal=call.causal)
-    if window is not None:
-        window = validation.integer("window", window)
-        if not call.causal:
-            raise ValueError("window needs causal=True")
-        if keeps:
-            raise ValueError("window cannot be used with state or return_state: see WindowState")
-    result, target = call.targets(out)
-    following = None
-    if keeps:
-        following = _following(call, feature_map, state, offsets, rates)
-    if target.size == 0 and (following is None or call.keys == 0):
-        pass
-    elif call.keys == 0 and state is None:
-        target[...] = 0
-    elif window is not None and window < call.keys:
-        from favor_np import window as windows
-
-        windows.attend(feature_map, call, target, window, offsets, rates)
-    else:
-        from favor_np import launch
-
-        launch.attend(
-            feature_map, call.q, call.k, call.v, call.mask, target,
-            dtype=call.compute, causal=call.causal, grouped=call.grouped,
-            state=None if following is None else following.arrays,
-            state_shape=None if following is None else following.batch_shape,
-            threads=call.threads, offsets=offsets,
-            clock=launch.clock(rates, offsets) if following is None else following.clock,
-        )  # fmt: skip
-    if following is not None:
-        following.count(call.keys, offsets)
+    result, target = call.arrays.targets(out)
+    following = call.run(target)
     if target is not result:
         result[...] = target
     if return_state:
@@ -196,26 +145,130 @@ def favor_attention(
     return result
 
 
-def _following(
-    call: validation.AttentionCall, feature_map: FeatureMap, state: AttentionState | None,
-    offsets: Array | None, rates: Array | None,
-) -> AttentionState:  # fmt: skip
-    """Return the state that this call folds its keys into."""
-    from favor_np.state import AttentionState
+class Prepared(NamedTuple):
+    """The checked arguments of `favor_attention`."""
 
-    if state is not None:
-        return state.copy()
-    return AttentionState.zeros(
-        feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute,
-        sequences=None if offsets is None else len(offsets) - 1,
-        decay=None if rates is None else np.exp2(-rates).reshape(call.state_shape),
+    feature_map: FeatureMap
+    arrays: validation.AttentionCall
+    offsets: Array | None
+    rates: Array | None
+    window: int | None
+    state: AttentionState | None
+    keeps: bool
+
+    def run(
+        self, target: Array, weights: tuple[Array, Array] | None = None
+    ) -> AttentionState | None:
+        """Write the result to the C-ordered `target`; the state after it, if one is kept.
+
+        `weights`, zeros, receive the denominators of the rows.
+        """
+        from favor_np import launch
+
+        call = self.arrays
+        following = self._following() if self.keeps else None
+        if target.size == 0 and (following is None or call.keys == 0):
+            pass
+        elif call.keys == 0 and self.state is None:
+            target[...] = 0
+        elif self.window is not None and self.window < call.keys:
+            from favor_np import window as windows
+
+            windows.attend(self.feature_map, call, target, self.window, self.offsets, self.rates)
+        else:
+            launch.attend(
+                self.feature_map, call.q, call.k, call.v, call.mask, target,
+                dtype=call.compute, causal=call.causal, grouped=call.grouped,
+                state=None if following is None else following.arrays,
+                state_shape=None if following is None else following.batch_shape,
+                threads=call.threads, offsets=self.offsets, clock=self.clock, weights=weights,
+            )  # fmt: skip
+        if following is not None:
+            following.count(call.keys, self.offsets)
+        return following
+
+    @property
+    def clock(self) -> Any:
+        """How keys are raised, so that earlier ones decay."""
+        from favor_np import launch
+
+        if self.state is not None:
+            return self.state.clock
+        return launch.clock(self.rates, self.offsets)
+
+    def _following(self) -> AttentionState:
+        """Return the state that the keys are folded into."""
+        from favor_np.state import AttentionState
+
+        if self.state is not None:
+            return self.state.copy()
+        call, rates = self.arrays, self.rates
+        return AttentionState.zeros(
+            self.feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute,
+            sequences=None if self.offsets is None else len(self.offsets) - 1,
+            decay=None if rates is None else np.exp2(-rates).reshape(call.state_shape),
+        )  # fmt: skip
+
+
+def prepare(
+    q: object,
+    k: object,
+    v: object,
+    feature_map: object,
+    *,
+    causal: object = False,
+    key_mask: object = None,
+    cu_seqlens: object = None,
+    enable_gqa: object = False,
+    decay: object = None,
+    window: object = None,
+    state: object = None,
+    return_state: object = False,
+    num_threads: object = None,
+    check_finite: object = False,
+) -> Prepared:
+    """Check the arguments of `favor_attention`."""
+    if not isinstance(feature_map, FeatureMap):
+        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+    if feature_map.kind == "trig":
+        raise ValueError(
+            "feature_map must not be of kind 'trig': its estimates can be negative, so a "
+            "denominator can vanish; it serves studies of the kernel only"
+        )
+    before = None if state is None else _state(state, feature_map)
+    call = validation.attention_call(
+        q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
+        num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
+        state_shape=None if before is None else before.batch_shape,
     )  # fmt: skip
+    keeps = validation.flag("return_state", return_state) or before is not None
+    offsets = None
+    if cu_seqlens is not None:
+        offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
+    rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
+    if before is not None:
+        if before.dtype != call.compute:
+            raise TypeError(
+                f"state has dtype {before.dtype}, but these arrays are computed in {call.compute}"
+            )
+        if before.value_dim != call.v.shape[-1]:
+            raise ValueError(
+                f"v must have shape (..., L, {before.value_dim}) to fit state, got {call.v.shape}"
+            )
+        before.fits(offsets, decay, causal=call.causal)
+    if window is not None:
+        window = validation.integer("window", window)
+        if not call.causal:
+            raise ValueError("window needs causal=True")
+        if keeps:
+            raise ValueError("window cannot be used with state or return_state: see WindowState")
+    return Prepared(feature_map, call, offsets, rates, window, before, keeps)
 
 
-def _state_shape(state: AttentionState, feature_map: FeatureMap) -> tuple[int, ...]:
+def _state(state: object, feature_map: FeatureMap) -> AttentionState:
     from favor_np.state import AttentionState
 
     if not isinstance(state, AttentionState):
         raise TypeError(f"state must be an AttentionState, got {validation.got(state)}")
     state.same_map(feature_map)
-    return state.batch_shape
+    return state

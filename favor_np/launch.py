@@ -12,6 +12,7 @@ from favor_np import plan
 from favor_np.features import FeatureMap
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
+from favor_np.kernels import favor_vjp as vjp
 from favor_np.kernels.pack import CHUNK, Result
 from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
@@ -109,17 +110,8 @@ def attend(
     """
     queries, keys, value_dim = q.shape[-2], k.shape[-2], v.shape[-1]
     layout = plan.layout(feature_map, dtype, value_dim)
-    jobs = plan.jobs(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-        feature_map.num_heads, state_shape, grouped, queries, keys, layout.blocks, layout.rows,
-        causal,
-    )  # fmt: skip
+    jobs = _jobs(feature_map, layout, q, k, v, mask, causal, grouped, state_shape, offsets, clock)
     work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
-    if clock is not None:
-        clocks = np.stack([clock.start, clock.rate], axis=1)
-        jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
-    if offsets is not None:
-        jobs = plan.packed(jobs, offsets, causal, layout.blocks)
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               layout.weight, layout.bias)  # fmt: skip
     result = Result(out.reshape(-1, out.shape[-1]), *(weights or _NO_WEIGHTS[dtype]))
@@ -148,6 +140,123 @@ def attend(
         if state is not None:
             for array, total in zip(state, totals, strict=True):
                 array[slots] = total
+
+
+def _jobs(
+    feature_map: FeatureMap, layout: plan.Layout, q: Array, k: Array, v: Array, mask: Array | None,
+    causal: bool, grouped: bool, state_shape: tuple[int, ...] | None, offsets: Array | None,
+    clock: Clock | None,
+) -> plan.Jobs:  # fmt: skip
+    jobs = plan.jobs(
+        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
+        feature_map.num_heads, state_shape, grouped, q.shape[-2], k.shape[-2], layout.blocks,
+        layout.rows, causal,
+    )  # fmt: skip
+    if clock is not None:
+        clocks = np.stack([clock.start, clock.rate], axis=1)
+        jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
+    if offsets is not None:
+        jobs = plan.packed(jobs, offsets, causal, layout.blocks)
+    return jobs
+
+
+class Cotangents(NamedTuple):
+    """What `attend_vjp` returns: rows for every query head, states for every slot, dU for every job."""
+
+    q: Array
+    k: Array
+    v: Array
+    state: Any
+    weight: Array | None
+    heads: Array
+
+
+def attend_vjp(
+    feature_map: FeatureMap,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    out: Array,
+    weights: tuple[Array, Array],
+    grad: Array,
+    *,
+    dtype: np.dtype[Any],
+    causal: bool,
+    grouped: bool,
+    state: Any,
+    suffix: Any,
+    state_shape: tuple[int, ...] | None,
+    threads: int | None,
+    offsets: Array | None = None,
+    clock: Clock | None = None,
+    projection: bool = False,
+) -> Cotangents:
+    """Pull `grad` back through `attend`, which wrote `out` and `weights`.
+
+    `state` is the one that attention began with and `suffix` the cotangent of the one it ended with,
+    both (c, S, z) of all slots or None.
+    """
+    layout = plan.layout(feature_map, dtype, v.shape[-1])
+    own = None if state is None and suffix is None else state_shape
+    jobs = _jobs(feature_map, layout, q, k, v, mask, causal, grouped, own, offsets, clock)
+    slots, group = jobs.table[:, 5], jobs.q_rows.shape[1]
+    jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
+    count = len(jobs.table)
+    batch = out.shape[:-2]
+    to = vjp.Gradients(
+        np.zeros((math.prod(batch) * q.shape[-2], q.shape[-1]), dtype),
+        np.zeros((math.prod(batch) * k.shape[-2], k.shape[-1]), dtype),
+        np.zeros((math.prod(batch) * v.shape[-2], v.shape[-1]), dtype),
+        plan.aligned((count if projection else 0, layout.half, layout.natural.shape[-1]), dtype),
+    )
+    states = None
+    if own is not None:  # first those of the keys' sides, then those of the queries'
+        states = _empty(layout, count)
+        jobs.table[:, 5] = np.arange(count)
+        for mine, theirs, held in zip(states, suffix or states, state or states, strict=True):
+            if suffix is not None:
+                mine[: count // 2 : group] = theirs[slots]
+            if state is not None:
+                mine[count // 2 :] = np.repeat(held[slots], group, axis=0)
+    none = np.zeros_like(layout.bias)
+    work = max(q.shape[-2], k.shape[-2]) * count * layout.features * q.shape[-1]
+    workers = 1 if work < SERIAL else min(resolve_threads(threads), count)
+    floats, ints = plan.vjp_workspace(layout)
+
+    def make() -> Any:
+        return (
+            plan.aligned((workers, floats), dtype),
+            plan.aligned((workers, ints), plan.integer_of(dtype)),
+            _empty(layout, workers) if states is None else None,
+        )
+
+    inputs = vjp.Inputs(
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
+        rows_of(grad, dtype), rows_of(out, dtype), *weights,
+    )  # fmt: skip
+    key = ("vjp", dtype, workers, floats, ints, layout.features, layout.value_columns, own is None)
+    space = plan.borrow(key, make)
+    args = (
+        layout.causal if causal else layout.bidirectional, inputs, layout.weight, layout.bias, none,
+        layout.natural, jobs.table, jobs.clocks, *(states or space[2]), to, *space[:2],
+    )  # fmt: skip
+    try:
+        if count:
+            POOL.call(vjp.pull, args, count, workers)
+    finally:
+        plan.give_back(key, space)
+    first = None
+    if states is not None:  # query heads that share a state have each seen a part of its cotangent
+        parts = [array[: count // 2] for array in states]
+        first = _empty(layout, math.prod(own or ()) * (1 if offsets is None else len(offsets) - 1))
+        for i in range(count // 2):
+            merge([a[slots[i // group]] for a in first], [a[i] for a in parts])
+    return Cotangents(
+        to.q.reshape(*batch, *q.shape[-2:]), to.k.reshape(*batch, *k.shape[-2:]),
+        to.v.reshape(*batch, *v.shape[-2:]), first, to.projection if projection else None,
+        jobs.table[:, 4] // layout.blocks,
+    )  # fmt: skip
 
 
 class _Call(NamedTuple):

@@ -73,6 +73,7 @@ class Layout:
 
     dtype: np.dtype[Any]
     weight: Array
+    natural: Array
     bias: Array
     blocks: int
     half: int
@@ -106,10 +107,13 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     padding[:, :rows] = feature_map.weight * unit
     weight = aligned((heads * blocks, dim, width), dtype)
     weight[:] = padding.reshape(heads * blocks, width, dim).swapaxes(1, 2)
+    columns = padded(dim, size)
+    natural = aligned((heads * blocks, width, columns), dtype)  # row-major, for gradients
+    natural[..., :dim] = padding.reshape(heads * blocks, width, dim) / unit
     bias = aligned((heads, half), dtype)
     bias[:, :rows] = feature_map.bias * unit
     longest = math.sqrt((padding**2).sum(-1).max())
-    columns, value_columns = padded(dim, size), padded(value_dim, size)
+    value_columns = padded(value_dim, size)
     record = CHUNK * (CHUNK + value_columns + 2)  # scores, num, den, top
 
     def parameters(causal: bool, partial: bool = False) -> Any:
@@ -135,13 +139,14 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         + CHUNK * CHUNK  # scores
         + record
         + signs * half * CHUNK  # keys
-        + 4 * CHUNK  # height, den, part, others
+        + 5 * CHUNK  # height, share, den, part, others
         + 3 * signs * half  # sums, scale, token
         + CHUNK * 8 // size  # square
     )
     return Layout(
         dtype=dtype,
         weight=weight,
+        natural=natural,
         bias=bias.reshape(heads * blocks, width),
         blocks=blocks,
         half=half,
@@ -186,6 +191,44 @@ def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int
         + (group + group * CHUNK + CHUNK) * 8 // size  # longest, square, key_square
     )
     return -(-floats // 16) * 16, (group + 2) * CHUNK
+
+
+def vjp_workspace(of: Layout) -> tuple[int, int]:
+    """Return how many floats and integers a thread of the pullback works on."""
+    size, columns = of.dtype.itemsize, of.natural.shape[-1]
+    floats = (
+        3 * CHUNK * columns  # rows, columns, grad
+        + of.half * CHUNK  # raws
+        + 4 * CHUNK * of.width  # phi, slope, back, error
+        + 5 * CHUNK * of.value_columns  # values, other, turned, num, spare
+        + 2 * CHUNK * CHUNK  # scores, pair
+        + of.features * CHUNK  # keys
+        + 5 * CHUNK  # height, share, extra, factor, total
+        + 2 * of.features  # sums, scale
+        + CHUNK * 8 // size  # square
+    )
+    return -(-floats // 16) * 16, CHUNK + CHUNK * (VECTOR_BYTES // size)
+
+
+def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
+    """Turn jobs into those of the pullback: for each query head its own side and that of its keys.
+
+    A row of the table has, from column 8 on, the side (1: of keys), the q row, the row of out, the row
+    of the gradients of keys and values, which every query head has for itself, and its own number.
+    """
+    heads = of.q_rows.shape[1]
+    table = np.repeat(of.table, heads, axis=0)
+    out_rows = of.out_rows.ravel()
+    head, start = np.divmod(out_rows, q_length)
+    rows = np.empty((2, len(table), 13), np.int64)
+    rows[:, :, :9] = table
+    rows[:, :, 8] = np.array([1, 0])[:, None]
+    rows[:, :, 9], rows[:, :, 10] = of.q_rows.ravel(), out_rows
+    rows[:, :, 11] = head * k_length + start
+    rows[:, :, 12] = np.arange(2 * len(table)).reshape(2, -1)
+    clocks = np.tile(np.repeat(of.clocks, heads, axis=0), (2, 1)) if len(of.clocks) else of.clocks
+    nothing = np.empty((2 * len(table), 0), np.int64)
+    return Jobs(rows.reshape(-1, 13), nothing, nothing, clocks)
 
 
 class _Spare(threading.local):

@@ -49,10 +49,11 @@ def factor(par, y):
 
 
 @jit(fastmath=EXACT)
-def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, target, sums):
+def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, target, share, sums):
     """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature.
 
-    Relative to c; lift, an integer, is what these keys are above their log2-features.
+    Relative to c; lift, an integer, is what these keys are above their log2-features.  Each key has
+    its share in the sums, 1 as a rule.
     """
     lanes = VECTOR_BYTES // raw.itemsize
     worst = splat(c, 0)
@@ -67,7 +68,7 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
                 worst = maximum(worst, n)
                 value = exp2(y, n)
                 store(target, i, f, value)
-                total = total + value
+                total = fma(value, splat(raw, share[i]), total)
         else:
             for i in range(rows):
                 x = load(raw, i, f)
@@ -76,7 +77,7 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
                 worst = maximum(worst, n)
                 value = exp2(y, n) * factor(par, x)
                 store(target, i, f, value)
-                total = total + value
+                total = fma(value, splat(raw, share[i]), total)
         store(sums, 0, r0 + f, total)
     return highest(worst)
 

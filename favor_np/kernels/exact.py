@@ -78,7 +78,7 @@ def pack_queries(par, q, row, count, t):
     factor = q.dtype.type(par.scale)
     for g in range(-(-count // CHUNK)):
         here = min(CHUNK, count - g * CHUNK)
-        pack(q, row + g * CHUNK, here, t.rows, par.limit, t.square[g])
+        pack(q, row + g * CHUNK, 1, here, t.rows, par.limit, t.square[g])
         t.longest[g] = longest_of(t.square[g, :here], par.limit) * par.scale * par.scale
         for i in range(here):
             for x in range(t.rows.shape[1]):
@@ -91,7 +91,7 @@ def pack_queries(par, q, row, count, t):
 @jit()
 def pack_keys(par, k, row, count, mask, mask_row, t):
     """Pack a tile of keys; the longest squared norm and the first key that is not finite."""
-    pack(k, row, count, t.rows, par.limit, t.key_square)
+    pack(k, row, 1, count, t.rows, par.limit, t.key_square)
     across(t.rows, t.keys)
     bad = CHUNK
     for j in range(CHUNK):
@@ -145,7 +145,7 @@ def exact_block(par, q, k, v, mask, job, out, t):
         here = min(CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
         longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
-        clean = pack_values(v, v_row + start, here, t.values, mask, m_row)
+        clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
         if first_bad < CHUNK:
             bad = min(bad, start + first_bad)
         for g in range(-(-count // CHUNK)):

@@ -66,7 +66,7 @@ Parameters = namedtuple(
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
-    "rows columns raw phi values num spare scores keys record height den part others sums scale token "
+    "rows columns raw phi values num spare scores keys record height share den part others sums scale token "
     "square top higher excess",
 )
 
@@ -88,6 +88,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     flat, at = cut(floats, at, tiles * CHUNK, width)
     record, at = cut(floats, at, 1, CHUNK * (CHUNK + vcols + 2))
     height, at = cut(floats, at, 1, CHUNK)
+    share, at = cut(floats, at, 1, CHUNK)
     den, at = cut(floats, at, 1, CHUNK)
     part, at = cut(floats, at, 1, CHUNK)
     others, at = cut(floats, at, 1, CHUNK)
@@ -99,7 +100,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
-    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, record, height[0], den, part, others,
+    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, record, height[0], share[0], den, part, others,
                  sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def read_chunk(
     d, vcols = q.shape[1], values.shape[1]
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
-    pack(q, row, count, t.rows, par.limit, t.square)
+    pack(q, row, 1, count, t.rows, par.limit, t.square)
     across(t.rows, t.columns)
     first = True
     for b in range(blocks):
@@ -279,18 +280,28 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, clock, rate,
 
     Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
     """
-    rows = -(-count // 8) * 8
-    d = k.shape[1]
-    blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
-    half = blocks * width
-    pack(k, row, count, t.rows, par.limit, t.square)
+    pack(k, row, 1, count, t.rows, par.limit, t.square)
     lift = math.floor(clock)
-    for i in range(rows):
-        t.height[i] = par.masked
+    for i in range(CHUNK):
+        t.height[i], t.share[i] = par.masked, 1
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
             ahead = clock - lift + i * rate
             t.height[i] = min(par.key_norm * t.square[i], par.far) - ahead
+    accepted = map_keys(par, count, k.shape[1], lift, weight, bias, w, c, s, z, slot, t)
+    for i in range(accepted):
+        if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
+            t.keys[:, i] = math.nan
+            t.sums[:] = math.nan
+    return accepted
+
+
+@jit()
+def map_keys(par, count, d, lift, weight, bias, w, c, s, z, slot, t):
+    """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
+    rows = -(-count // 8) * 8
+    blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
+    half = blocks * width
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
     across(t.rows, t.columns)
@@ -309,15 +320,11 @@ def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, clock, rate,
                 r0, tile = side * half + b * width, b * par.signs
                 reach = activate_keys(
                     par, 1 - 2 * side, rows, t.keys[tile], t.height, lift, bias, w + b, c, slot, r0,
-                    t.keys[tile + side], t.sums,
+                    t.keys[tile + side], t.share, t.sums,
                 )  # fmt: skip
                 over = max(over, reach)
         if over <= RAISE_KEYS:
             break
-    for i in range(accepted):
-        if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
-            t.keys[:, i] = math.nan
-            t.sums[:] = math.nan
     return accepted
 
 
@@ -353,7 +360,7 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, r
         soon(v, v_row + start + count, following)
         if par.partial and taken < count:  # other jobs, with other features, do not know of it
             return False
-        clean = pack_values(v, v_row + start, taken, t.values, mask, m_row)
+        clean = pack_values(v, v_row + start, 1, taken, t.values, mask, m_row)
         if par.causal:
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)

@@ -46,8 +46,8 @@ def shorten(source, row, target, i, limit):
 
 
 @jit()
-def pack(source, row, count, target, limit, squares):
-    """Copy rows row:row+count of source to the zero-padded tile; their squared norms to squares.
+def pack(source, row, step, count, target, limit, squares):
+    """Copy rows row, row + step, ... of source to the zero-padded tile; their squares to squares.
 
     A finite row longer than limit is shortened to it; a row with NaN or infinity is zeroed and its
     square is infinite.
@@ -56,11 +56,11 @@ def pack(source, row, count, target, limit, squares):
     for i in range(count):
         total = 0.0
         for x in range(width):
-            value = source[row + i, x]
+            value = source[row + i * step, x]
             target[i, x] = value
             total += float(value) * float(value)
         if not total <= limit * limit:
-            total = shorten(source, row + i, target, i, limit)
+            total = shorten(source, row + i * step, target, i, limit)
         squares[i] = total
         for x in range(width, target.shape[1]):
             target[i, x] = 0
@@ -79,16 +79,16 @@ def soon(source, row, count):
 
 
 @jit()
-def pack_values(source, row, count, target, mask, mask_row):
+def pack_values(source, row, step, count, target, mask, mask_row):
     """Copy value rows to the zero-padded tile, masked ones as zeros; False if one is not finite."""
     width = source.shape[1]
     check = target.dtype.type(0)
     for i in range(count):
-        if mask_row >= 0 and not mask[mask_row + i]:
+        if mask_row >= 0 and not mask[mask_row + i * step]:
             target[i] = 0
             continue
         for x in range(width):
-            value = source[row + i, x]
+            value = source[row + i * step, x]
             target[i, x] = value
             check += value * 0
     target[:count, width:] = 0

@@ -48,9 +48,9 @@ def step_token(
     lanes = VECTOR_BYTES // q.itemsize
     width, state = weight.shape[2], s[slot]
     half = z.shape[1] // par.signs
-    pack(q, q_row, 1, t.rows[0:1], par.limit, t.square[0:1])
-    pack(k, k_row, 1, t.rows[1:2], par.limit, t.square[1:2])
-    pack_values(v, v_row, 1, t.values[0:1], t.square, -1)
+    pack(q, q_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
+    pack(k, k_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
+    pack_values(v, v_row, 1, 1, t.values[0:1], t.square, -1)
     height = splat(q, min(par.key_norm * t.square[1], par.far) - (clock - math.floor(clock)))
     lift = splat(c, math.floor(clock))
     raised = False

@@ -1,0 +1,234 @@
+"""Gradients of FAVOR+ attention: exact, in linear time, from the inputs and one row of numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import validation
+from favor_np.attention import Prepared, prepare
+from favor_np.features import FeatureMap
+
+if TYPE_CHECKING:
+    from favor_np.state import AttentionState
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class StateGradient(NamedTuple):
+    """Cotangent of the arrays of a state, its exponents c being constants."""
+
+    S: Array
+    z: Array
+
+
+class Gradients:
+    """What a pullback returns.
+
+    Attributes
+    ----------
+    q, k, v : ndarray
+        Gradients, of the shapes and dtypes of the arguments.
+    state : StateGradient or None
+        Gradient of the incoming state's ``S`` and ``z``; None if there was none.
+    projection : ndarray
+        Gradient of the feature map's projection.  It is computed when it is first asked for.
+    """
+
+    def __init__(
+        self, q: Array, k: Array, v: Array, state: StateGradient | None,
+        projection: Callable[[], Array],
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.state = q, k, v, state
+        self._pull_projection = projection
+
+    @cached_property
+    def projection(self) -> Array:
+        """Gradient of the projection, of its shape and dtype."""
+        return self._pull_projection()
+
+
+def favor_attention_vjp(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    causal: bool = False,
+    key_mask: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
+    enable_gqa: bool = False,
+    decay: npt.ArrayLike | None = None,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    num_threads: int | None = None,
+    check_finite: bool = False,
+) -> tuple[Any, Callable[..., Gradients]]:
+    """Attend as `favor_attention`, and return the function that pulls a cotangent back.
+
+    Parameters
+    ----------
+    q, k, v, feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, state, return_state, \
+num_threads, check_finite
+        As for `favor_attention`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L_q, dv)
+        The result of `favor_attention`; a pair (out, state) with `return_state`.
+    pullback : callable
+        ``pullback(grad_out, grad_state=None)`` returns `Gradients`.  `grad_out` has the shape of the
+        result; `grad_state`, with `return_state` only, is a pair of arrays shaped like ``S`` and
+        ``z`` of the returned state.  It may be called more than once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `favor_attention`.
+
+    Notes
+    -----
+    Kept between the two are the arguments, the result and each row's denominator: O(L).  Time is
+    O(L m d).  Features are computed anew tile by tile, keys and values get their gradient from a fold
+    over the queries that runs backwards: nothing is rebuilt by subtraction, and there is no epsilon.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import favor_np
+    >>> fm = favor_np.feature_map("positive", dim=4, num_features=64)
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 10, 4))
+    >>> out, pullback = favor_np.favor_attention_vjp(q, k, v, fm, causal=True)
+    >>> grads = pullback(np.ones_like(out))
+    >>> grads.q.shape, grads.v.sum().round(6)  # the weights of every row sum to one
+    ((10, 4), np.float64(40.0))
+    """
+    call = prepare(
+        q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        enable_gqa=enable_gqa, decay=decay, state=state, return_state=return_state,
+        num_threads=num_threads, check_finite=check_finite,
+    )  # fmt: skip
+    result, target = call.arrays.targets(None)
+    rows = math.prod(target.shape[:-1])
+    weights = np.zeros(rows, target.dtype), np.zeros(rows, f"i{target.dtype.itemsize}")
+    following = call.run(target, weights)
+    if target is not result:
+        result[...] = target
+
+    def pullback(grad_out: npt.ArrayLike, grad_state: Any = None) -> Gradients:
+        grad = validation.tensor("grad_out", grad_out)
+        if grad.shape != result.shape:
+            raise ValueError(f"grad_out must have shape {result.shape}, got {grad.shape}")
+        suffix = None
+        if grad_state is not None:
+            if not return_state:
+                raise ValueError("grad_state needs return_state=True")
+            assert following is not None
+            suffix = _suffix(call, following, grad_state)
+
+        def pull(projection: bool) -> Any:
+            arrays = call.arrays
+            return launch.attend_vjp(
+                feature_map, arrays.q, arrays.k, arrays.v, arrays.mask, target, weights, grad,
+                dtype=arrays.compute, causal=arrays.causal, grouped=arrays.grouped,
+                state=None if state is None else state.arrays, suffix=suffix,
+                state_shape=arrays.state_shape, threads=arrays.threads, offsets=call.offsets,
+                clock=call.clock, projection=projection,
+            )  # fmt: skip
+
+        from favor_np import launch
+
+        found, like = pull(False), call.arrays
+        return Gradients(
+            _onto(found.q, like.q, None, result.dtype),
+            *(
+                _onto(array, given, like.state_shape if like.grouped else None, result.dtype)
+                for array, given in ((found.k, like.k), (found.v, like.v))
+            ),
+            None if state is None else _state_gradient(state, found.state),
+            lambda: _projection(feature_map, pull(True)),
+        )
+
+    return ((result, following) if return_state else result), pullback
+
+
+def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None, dtype: np.dtype[Any]) -> Array:
+    """Sum over the axes along which `like` was broadcast, or shared by groups of query heads."""
+    if kept is not None:
+        batch = grad.shape[:-2]
+        grad = grad.reshape(*batch[:-1], kept[-1], -1, *grad.shape[-2:]).sum(-3)
+    grad = grad.sum(tuple(range(grad.ndim - like.ndim)))
+    ones = tuple(i for i, n in enumerate(like.shape[:-2]) if n == 1 and grad.shape[i] != 1)
+    grad = grad.sum(ones, keepdims=True)
+    return grad.astype(like.dtype if like.dtype.kind == "f" else dtype, copy=False)
+
+
+def _projection(feature_map: FeatureMap, found: Any) -> Array:
+    """Sum what the jobs found for the rows of each head's projection."""
+    heads, rows, dim = feature_map.weight.shape
+    total = np.zeros((heads, *found.weight.shape[1:]), found.weight.dtype)
+    np.add.at(total, found.heads, found.weight)
+    total = total[:, :rows, :dim] * np.sqrt(feature_map.scale)
+    return total.reshape(feature_map.projection.shape).astype(found.weight.dtype, copy=False)
+
+
+def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
+    """Return the cotangent of the last state as the kernels fold it: relative to 2**-c."""
+    from favor_np import launch, plan
+
+    shapes = {"S": following.S.shape, "z": following.z.shape}
+    try:
+        given = dict(zip(shapes, grad_state, strict=True))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"grad_state must be a pair of arrays, got {validation.got(grad_state)}"
+        ) from None
+    dtype, value_dim = following.dtype, following.value_dim
+    real = plan.layout(following.feature_map, dtype, value_dim).real
+    arrays = launch.new_state(following.feature_map, dtype, len(following.arrays[0]), value_dim)
+    seen = following.arrays[0][:, real] > -3 * int(plan.FAR[dtype.itemsize])
+    fraction, ahead = np.zeros(len(seen)), np.zeros(len(seen), arrays[0].dtype)
+    if following.rates is not None:
+        start = 0 if call.state is None else call.state.lengths
+        fraction = (following.lengths * following.rates) % 1.0
+        ahead += (
+            np.floor(following.lengths * following.rates) - np.floor(start * following.rates)
+        ).astype(ahead.dtype)
+    arrays[0][:, real] = np.where(
+        seen, -following.arrays[0][:, real] - ahead[:, None], arrays[0][:, real]
+    )
+    for name, array in zip(shapes, arrays[1:], strict=True):
+        value = validation.tensor(f"grad_state.{name}", given[name], 1)
+        if value.shape != shapes[name]:
+            raise ValueError(f"grad_state.{name} must have shape {shapes[name]}, got {value.shape}")
+        value = value.reshape(
+            *seen.shape, *array.shape[2:][:0], *([value_dim] if name == "S" else [])
+        )
+        weight = np.where(seen, np.exp2(-fraction)[:, None], 0.0)
+        value = value * weight.reshape(*weight.shape, *[1] * (value.ndim - 2))
+        array[(slice(None), real, slice(0, value_dim))[: value.ndim]] = value
+    return arrays
+
+
+def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
+    """Return the cotangent of the first state's S and z from the fold that went back to it."""
+    from favor_np import plan
+
+    c, s, z = found
+    real = plan.layout(state.feature_map, state.dtype, state.value_dim).real
+    far = int(plan.FAR[state.dtype.itemsize])
+    exponents = c[:, real] + state.arrays[0][:, real]
+    seen = (state.arrays[0][:, real] > -3 * far) & (c[:, real] > -3 * far)
+    weight = np.ldexp(np.where(seen, 1.0, 0.0), np.where(seen, exponents, 0))
+    if state.rates is not None:
+        weight = weight * np.exp2((state.lengths * state.rates) % 1.0)[:, None]
+    shapes = state.S.shape, state.z.shape
+    return StateGradient(
+        (s[:, real, : state.value_dim] * weight[..., None]).astype(s.dtype).reshape(shapes[0]),
+        (z[:, real] * weight).astype(z.dtype).reshape(shapes[1]),
+    )

@@ -1,0 +1,371 @@
+"""Gradients of FAVOR+ attention: the same fold and read, run over the cotangents.
+
+With o_i = N_i / D_i and the cotangent g_i let y_i = (g_i, -g_i.o_i) / D_i and x_j = (v_j, 1). Then
+
+    dphi_q(i) = S_i y_i     S_i = sum_j<=i phi_k(j) x_j^T      a fold of keys, read by queries
+    dphi_k(j) = R_j x_j     R_j = sum_i>=j phi_q(i) y_i^T      a fold of queries, read by keys
+    dv_j      = R_j^T phi_k(j)                                 backwards where that is causal
+
+Both are one loop here: side A is folded with its vectors, side B reads with its own, and
+e = phi_B * (state . vectors of B) goes back through the projection.  The divisor 1 / D_i is the height
+of a query: so R has running maxima as S has, and nothing overflows whatever the norms are.
+Nothing is rebuilt by subtraction, and no feature is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
+from favor_np.kernels.favor import clear, fold_chunk, map_keys, own_values
+from favor_np.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.kernels.jit import EXACT, jit
+from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values
+from favor_np.kernels.simd import (
+    VECTOR_BYTES,
+    exp2,
+    fetch_add,
+    fma,
+    load,
+    maximum,
+    nearest,
+    splat,
+    store,
+)
+
+#: What the pullback works from; out, weights and tops are what the forward pass wrote.
+Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
+#: What it writes: rows, and for each job a sum over its rows (empty if not wanted).
+Gradients = namedtuple("Gradients", "q k v projection")
+#: The tiles a thread works on.
+Tiles = namedtuple(
+    "Tiles",
+    "rows columns raws phi slope back error values other turned num spare scores pair keys grad "
+    "height share extra factor total sums scale square top excess",
+)
+
+
+@jit()
+def carve(par, floats, ints, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace; ``plan.vjp_workspace`` says how much they need."""
+    lanes = VECTOR_BYTES // floats.itemsize
+    dcols = -(-d // lanes) * lanes
+    tiles = blocks * par.signs
+    rows, at = cut(floats, 0, CHUNK, dcols)
+    columns, at = cut(floats, at, dcols, CHUNK)
+    raws, at = cut(floats, at, blocks * width, CHUNK)
+    phi, at = cut(floats, at, width, CHUNK)
+    slope, at = cut(floats, at, width, CHUNK)
+    back, at = cut(floats, at, width, CHUNK)
+    error, at = cut(floats, at, width, CHUNK)
+    values, at = cut(floats, at, CHUNK, vcols)
+    other, at = cut(floats, at, CHUNK, vcols)
+    turned, at = cut(floats, at, vcols, CHUNK)
+    num, at = cut(floats, at, CHUNK, vcols)
+    spare, at = cut(floats, at, CHUNK, vcols)
+    scores, at = cut(floats, at, CHUNK, CHUNK)
+    pair, at = cut(floats, at, CHUNK, CHUNK)
+    flat, at = cut(floats, at, tiles * CHUNK, width)
+    grad, at = cut(floats, at, CHUNK, dcols)
+    height, at = cut(floats, at, 1, CHUNK)
+    share, at = cut(floats, at, 1, CHUNK)
+    extra, at = cut(floats, at, 1, CHUNK)
+    by, at = cut(floats, at, 1, CHUNK)
+    total, at = cut(floats, at, 1, CHUNK)
+    sums, at = cut(floats, at, 1, tiles * width)
+    scale, at = cut(floats, at, 1, tiles * width)
+    square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
+    top, mark = cut(ints, 0, 1, CHUNK)
+    excess, mark = cut(ints, mark, CHUNK, lanes)
+    keys = flat.reshape(tiles, CHUNK, width)
+    return Tiles(rows, columns, raws, phi, slope, back, error, values, other, turned, num, spare,
+                 scores, pair, keys, grad, height[0], share[0], extra, by, total, sums, scale,
+                 square[0].view(np.float64), top, excess)  # fmt: skip
+
+
+@jit()
+def keys_in(par, x, job, at, count, clock, rate, weight, bias, c, s, z, slot, t):
+    """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
+    k_row, v_row, mask_row = job[0], job[1], job[2]
+    m_row = mask_row + at if mask_row >= 0 else -1
+    pack(x.k, k_row + at, 1, count, t.rows, par.limit, t.square)
+    clean = pack_values(x.v, v_row + at, 1, count, t.values, x.mask, m_row)
+    first = clock + at * rate
+    lift = math.floor(first)
+    for i in range(CHUNK):
+        t.height[i], t.share[i] = par.masked, 1
+    for i in range(count):
+        if m_row >= 0 and not x.mask[m_row + i]:
+            continue
+        if t.square[i] < math.inf:
+            ahead = first - lift + i * rate
+            t.height[i] = min(par.key_norm * t.square[i], par.far) - ahead
+        else:  # a feature of zero, so that it reaches nobody who must not see it
+            t.values[i], t.share[i], clean = math.nan, math.nan, False
+    taken = map_keys(par, count, x.k.shape[1], lift, weight, bias, job[4], c, s, z, slot, t)
+    return taken, clean
+
+
+@jit()
+def queries_in(par, x, job, at, step, count, weight, none, c, s, z, slot, t):
+    """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
+    q_row, out_row, width = job[9] + at, job[10] + at, x.grad.shape[1]
+    pack(x.q, q_row, step, count, t.rows, par.limit, t.square)
+    clean = pack_values(x.grad, out_row, step, count, t.values, x.mask, -1)
+    for i in range(CHUNK):
+        t.height[i], t.share[i] = par.masked, 0
+    lift = 0
+    for i in range(count):
+        if x.weights[out_row + i * step] > 0:
+            lift = x.tops[out_row + i * step]
+            break
+    for i in range(count):
+        row = out_row + i * step
+        weight_of = x.weights[row]
+        if weight_of == 0:  # it sees no key
+            t.values[i] = 0
+        elif t.square[i] < math.inf and weight_of > 0:
+            t.height[i] = x.tops[row] - lift
+            for y in range(width):
+                t.share[i] -= t.values[i, y] * x.out[row, y]
+                t.values[i, y] /= weight_of
+            t.share[i] /= weight_of
+        else:
+            t.values[i], t.share[i] = math.nan, math.nan
+        clean = clean and math.isfinite(t.share[i])
+    taken = map_keys(par, count, x.q.shape[1], -lift, weight, none, job[4], c, s, z, slot, t)
+    return taken, clean
+
+
+@jit(fastmath=EXACT)
+def measure_rows(par, cols, raws, features, bias, w, width, c, slot, top):
+    """top = the largest log2-feature of each row of side B, over c."""
+    lanes = VECTOR_BYTES // raws.itemsize
+    half = raws.shape[0]
+    for i in range(0, cols, lanes):
+        level = splat(c, -16 * int(par.far))
+        for side in range(par.signs):
+            turn = splat(raws, 1 - 2 * side)
+            for r in range(features):
+                y = fma(turn, load(raws, r, i), splat(raws, bias[w + r // width, r % width]))
+                y = log_feature(par, y)
+                level = maximum(level, nearest(y) + splat(c, c[slot, side * half + r]))
+        store(top, 0, i, level)
+
+
+@jit(fastmath=EXACT)
+def activate_rows(par, sign, cols, raws, first, features, bias, b, c, slot, r0, t):
+    """Features of side B relative to 2**(top - c), and what their derivatives have instead of them."""
+    lanes = VECTOR_BYTES // raws.itemsize
+    turn, zero, one = splat(raws, sign), splat(raws, 0), splat(raws, 1)
+    for i in range(0, cols, lanes):
+        level = load(t.top, 0, i)
+        for r in range(features):
+            x = load(raws, first + r, i)
+            y = log_feature(par, fma(turn, x, splat(raws, bias[b, r])))
+            value = exp2(y, nearest(y) + (splat(c, c[slot, r0 + r]) - level))
+            if par.kind == POSITIVE:
+                store(t.phi, r, i, value)
+            else:
+                store(t.phi, r, i, value * factor(par, x))
+                if par.kind == RELU:  # 1 where x > 0
+                    value = value * (zero - maximum(zero - x * splat(raws, 1e30), zero - one))
+                    value = maximum(value, zero)
+                store(t.slope, r, i, value)
+    for r in range(features, t.phi.shape[0]):
+        t.phi[r] = 0
+
+
+@jit(fastmath=EXACT)
+def errors(par, side, cols, features, z, slot, r0, t):
+    """``error (-)= slope * (back + z extra) * factor``, and total += the same summed over features."""
+    lanes = VECTOR_BYTES // t.back.itemsize
+    slope = t.phi if par.kind == POSITIVE else t.slope
+    for i in range(0, cols, lanes):
+        extra, by, total = load(t.extra, 0, i), load(t.factor, 0, i), load(t.total, 0, i)
+        for r in range(features):
+            back = fma(splat(t.extra, z[slot, r0 + r]), extra, load(t.back, r, i))
+            e = load(slope, r, i) * back * by
+            total = total + e
+            if side == 0:
+                store(t.error, r, i, e)
+            else:
+                store(t.error, r, i, load(t.error, r, i) - e)
+        store(t.total, 0, i, total)
+    if side == 0:
+        for r in range(features, t.error.shape[0]):
+            t.error[r] = 0
+
+
+@jit()
+def side_b(par, x, job, of_keys, at, step, count, clock, rate, t):
+    """Pack the rows of side B, their vectors, and what has to be known of them."""
+    if of_keys:
+        mask_row = job[2] + at if job[2] >= 0 else -1
+        pack(x.k, job[0] + at, step, count, t.rows, par.limit, t.square)
+        pack_values(x.v, job[1] + at, step, count, t.other, x.mask, mask_row)
+        t.extra[:] = 1
+    else:
+        pack(x.q, job[9] + at, step, count, t.rows, par.limit, t.square)
+        pack_values(x.grad, job[10] + at, step, count, t.other, x.mask, -1)
+        t.extra[:] = 0
+        for i in range(count):
+            row = job[10] + at + i * step
+            for y in range(x.grad.shape[1]):
+                t.extra[0, i] -= t.other[i, y] * x.out[row, y]
+    across(t.rows, t.columns)
+    across(t.other, t.turned)
+    t.total[:] = 0
+
+
+@jit()
+def factors(par, x, job, of_keys, at, step, count, clock, rate, t):
+    """What the rows of side B are multiplied with: their height, undone top included."""
+    t.factor[:] = 0
+    for i in range(count):
+        by = 0.0
+        if of_keys:
+            position = at + i * step
+            if job[2] < 0 or x.mask[job[2] + position]:
+                height = min(par.key_norm * t.square[i], par.far) - clock - rate * position
+                by = 2.0 ** (t.top[0, i] - height)
+        else:
+            row = job[10] + at + i * step
+            if x.weights[row] != 0:
+                by = 2.0 ** float(t.top[0, i] - x.tops[row]) / x.weights[row]
+        if t.square[i] == math.inf and by != 0:
+            by = math.nan
+        t.factor[0, i] = by
+
+
+@jit()
+def pairs(count, cols, rows, d, t):
+    """``pair[j, i] = vector of A j . vector of B i`` for j <= i, else zero."""
+    lanes = VECTOR_BYTES // t.pair.itemsize
+    for i in range(0, cols, 2 * lanes):
+        end = min(i + 2 * lanes, cols)
+        gemm(t.values, t.turned, t.pair, 0, min(-(-end // 8) * 8, rows), i, end, 0, d, False)
+    for j in range(rows):
+        for i in range(min(j, cols)):
+            t.pair[j, i] = 0
+        for i in range(j, cols):
+            t.pair[j, i] += t.share[j] * t.extra[0, i]
+
+
+@jit()
+def pull_chunk(
+    par, x, job, of_keys, at, step, count, clock, rate, clean, weight, bias, natural, c, s, z, slot,
+    to, t,
+):  # fmt: skip
+    """Gradients of the rows of side B: of queries, or of keys and values."""
+    lanes = VECTOR_BYTES // t.rows.itemsize
+    cols = -(-count // lanes) * lanes
+    rows = -(-count // 8) * 8
+    d, dv, vcols, dcols = x.q.shape[1], x.v.shape[1], t.num.shape[1], t.grad.shape[1]
+    w, features_count = job[4], job[7]
+    blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
+    half = blocks * width
+    side_b(par, x, job, of_keys, at, step, count, clock, rate, t)
+    for b in range(blocks):
+        project_t(weight[w + b], t.columns, t.raws[b * width : (b + 1) * width], width, cols, d)
+    measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
+    factors(par, x, job, of_keys, at, step, count, clock, rate, t)
+    if par.causal:
+        pairs(count, cols, rows, dv, t)
+    for b in range(blocks):
+        features = min(width, features_count - b * width)
+        for side in range(par.signs):
+            r0, tile = side * half + b * width, t.keys[b * par.signs + side]
+            sums = s[slot, r0 : r0 + width]
+            activate_rows(par, 1 - 2 * side, cols, t.raws, b * width, features, bias, w + b, c, slot,
+                          r0, t)  # fmt: skip
+            gemm(sums, t.turned, t.back, 0, width, 0, cols, 0, dv, False)
+            first = b + side == 0
+            for i in range(0, cols if par.causal else 0, 2 * lanes):
+                end = min(i + 2 * lanes, cols)
+                last = min(-(-end // 8) * 8, rows)
+                gemm_t(tile, t.pair, t.back, 0, width, i, end, 0, last, True)
+                if of_keys:
+                    gemm(tile, t.phi, t.scores, 0, last, i, end, 0, width, not first)
+            if of_keys:
+                gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
+            errors(par, side, cols, features, z, slot, r0, t)
+        gemm_t(t.error, natural[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
+        if to.projection.size > 0:
+            total = to.projection[job[12], b * width : (b + 1) * width]
+            gemm(t.error, t.rows, total, 0, width, 0, dcols, 0, count, True)
+    if of_keys and par.causal:
+        for j in range(rows):
+            t.scores[j, : min(j, cols)] = 0
+        own_values(t.scores, t.values, clean, count, t.num, t.spare)
+    norm = 2 * par.key_norm / LOG2E
+    for i in range(count):
+        position = at + i * step
+        by = t.factor[0, i]
+        if of_keys:
+            row = job[11] + position
+            for y in range(d):
+                value = t.grad[i, y] - norm * t.total[0, i] * t.rows[i, y]
+                to.k[row, y] = value if by != 0 else 0
+            for y in range(dv):
+                to.v[row, y] = t.num[i, y] * by if by != 0 else 0
+        else:
+            for y in range(d):
+                to.q[job[10] + position, y] = t.grad[i, y] if by != 0 else 0
+
+
+@jit()
+def pull_one(par, x, job, clock, rate, weight, bias, none, natural, c, s, z, slot, to, t):
+    """One side of one problem: the gradient of its queries, or that of its keys and values."""
+    of_keys = job[8] == 1
+    a_count, b_count = (job[6], job[3]) if of_keys else (job[3], job[6])
+    step = -1 if of_keys and par.causal else 1
+    first = a_count - 1 if step < 0 else 0
+    mine = bias if of_keys else none
+    done = 0
+    while done < a_count:
+        count = min(CHUNK - done % CHUNK, a_count - done)
+        at = first + step * done
+        if of_keys:
+            taken, clean = queries_in(par, x, job, at, step, count, weight, none, c, s, z, slot, t)
+        else:
+            taken, clean = keys_in(par, x, job, at, count, clock, rate, weight, bias, c, s, z, slot,
+                                   t)  # fmt: skip
+        if par.causal:
+            pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, weight, mine,
+                       natural, c, s, z, slot, to, t)  # fmt: skip
+        fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
+        done += taken
+    for at in range(0, 0 if par.causal else b_count, CHUNK):
+        pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, weight,
+                   mine, natural, c, s, z, slot, to, t)  # fmt: skip
+
+
+@jit(cache=True)
+def pull(par, x, weight, bias, none, natural, jobs, clocks, c, s, z, to, floats, ints, ctl, n):
+    """Take jobs until none is left; how many are finished by now."""
+    me = fetch_add(ctl, 4, 1)
+    t = carve(par, floats[me], ints[me], x.q.shape[1], s.shape[2], weight.shape[2],
+              c.shape[1] // (weight.shape[2] * par.signs))  # fmt: skip
+    finished = 0
+    while True:
+        job = fetch_add(ctl, 0, 1)
+        if job >= n:
+            break
+        slot = jobs[job, 5]
+        if slot < 0:
+            slot = me
+            clear(par, jobs[job, 7], c[slot])
+            s[slot] = 0
+            z[slot] = 0
+        clock, rate = 0.0, 0.0
+        if clocks.size > 0:
+            clock, rate = clocks[job, 0], clocks[job, 1]
+        pull_one(par, x, jobs[job], clock, rate, weight, bias, none, natural, c, s, z, slot, to, t)
+        finished += 1
+    if finished == 0:
+        return 0
+    return fetch_add(ctl, 8, finished) + finished
