@@ -79,6 +79,13 @@ def favor_attention(
     enable_gqa : bool, default False
         Grouped queries: axis -3 of `q` is a multiple of that of `k` and `v`, and query head h
         uses their head ``h // (heads of q / heads of k)``.
+    decay : array_like of float, optional
+        With `causal`: the weight ``a_ij`` is multiplied with ``decay**(i - j)``.  In (0, 1],
+        broadcast to the leading axes of keys and values, such as one a head.  A masked key counts
+        as time all the same.
+    window : int, optional
+        With `causal`: query i sees the last `window` positions, i - window + 1 to i, only.  Costs
+        two causal passes.
     state : AttentionState, optional
         What came before these keys; it is not changed.  With `causal` these queries and keys are
         the new part only.
@@ -106,13 +113,16 @@ def favor_attention(
         or `out` or `state` has another dtype than the result is computed in.
     ValueError
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
-        without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, the map is "trig" or of another
-        dimension, `state` belongs to another map, `out` is read-only, or `check_finite` is set
-        and an array is not finite.
+        without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `decay` is
+        not in (0, 1] or not that of `state`, the map is "trig" or of another dimension, `state`
+        belongs to another map or packing, `out` is read-only, or `check_finite` is set and an
+        array is not finite.
 
     See Also
     --------
     exact_attention : Softmax attention itself: faster on short sequences, and without error.
+    AttentionState : What `return_state` returns: to go on token by token.
+    WindowState : To go on token by token with a window.
 
     Notes
     -----
@@ -156,7 +166,7 @@ def favor_attention(
             raise ValueError(
                 f"v must have shape (..., L, {state.value_dim}) to fit state, got {call.v.shape}"
             )
-        state.fits(offsets, decay, causal=call.causal)
+        state._fits(offsets, decay, causal=call.causal)
     if window is not None:
         window = validation.integer("window", window)
         if not call.causal:
@@ -184,10 +194,10 @@ def favor_attention(
             state=None if following is None else following.arrays,
             state_shape=None if following is None else following.batch_shape,
             threads=call.threads, offsets=offsets,
-            clock=launch.clock(rates, offsets) if following is None else following.clock,
+            clock=launch.clock(rates, offsets) if following is None else following._clock,
         )  # fmt: skip
     if following is not None:
-        following.count(call.keys, offsets)
+        following._count(call.keys, offsets)
     if target is not result:
         result[...] = target
     if return_state:
@@ -205,11 +215,13 @@ def _following(
 
     if state is not None:
         return state.copy()
-    return AttentionState.zeros(
+    following = AttentionState.zeros(
         feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute,
         sequences=None if offsets is None else len(offsets) - 1,
-        decay=None if rates is None else np.exp2(-rates).reshape(call.state_shape),
     )  # fmt: skip
+    if rates is not None:
+        following.rates = np.repeat(rates, following.sequences or 1)
+    return following
 
 
 def _state_shape(state: AttentionState, feature_map: FeatureMap) -> tuple[int, ...]:
