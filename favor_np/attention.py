@@ -173,8 +173,6 @@ class Prepared(NamedTuple):
 
         `weights`, zeros, receive the denominators of the rows.
         """
-        from favor_np import launch
-
         call = self.arrays
         following = self._following() if self.keeps else None
         if target.size == 0 and (following is None or call.keys == 0):
@@ -186,6 +184,8 @@ class Prepared(NamedTuple):
 
             windows.attend(self.feature_map, call, target, self.window, self.offsets, self.rates)
         else:
+            from favor_np import launch
+
             launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, target,
                 dtype=call.compute, causal=call.causal, grouped=call.grouped,
