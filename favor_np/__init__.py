@@ -22,6 +22,7 @@ _HOMES = {
     "FeatureMap": "features",
     "attention_weights": "weights",
     "exact_attention": "exact",
+    "exact_attention_vjp": "exact",
     "favor_attention": "attention",
     "feature_map": "features",
     "sample_projection": "projection",
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "attention_weights",
     "exact_attention",
+    "exact_attention_vjp",
     "favor_attention",
     "feature_map",
     "sample_projection",
@@ -45,6 +47,7 @@ __all__ = [
 if TYPE_CHECKING:
     from favor_np.attention import favor_attention as favor_attention
     from favor_np.exact import exact_attention as exact_attention
+    from favor_np.exact import exact_attention_vjp as exact_attention_vjp
     from favor_np.features import FeatureMap as FeatureMap
     from favor_np.features import feature_map as feature_map
     from favor_np.projection import sample_projection as sample_projection

@@ -11,13 +11,13 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np.features import FeatureMap
-from favor_np.kernels import activate
+from favor_np.kernels import activate, exact_grad
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
 from favor_np.kernels.pack import CHUNK
@@ -186,6 +186,20 @@ def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int
         + (group + group * CHUNK + CHUNK) * 8 // size  # longest, square, key_square
     )
     return -(-floats // 16) * 16, (group + 2) * CHUNK
+
+
+def gradient_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int, int]:
+    """Return how many floats and integers a thread of its gradient works on."""
+    size, group = dtype.itemsize, exact_grad.GROUP
+    columns = padded(dim, size) + padded(value_dim, size)
+    floats = (
+        2 * CHUNK * columns  # q, g, k, v
+        + 2 * group * CHUNK * columns  # the same transposed
+        + group * CHUNK * columns  # dqk, dv
+        + 2 * CHUNK * CHUNK  # p, ds
+        + CHUNK * 8 // size  # square
+    )
+    return -(-floats // 16) * 16, group * CHUNK
 
 
 class _Spare(threading.local):
@@ -390,3 +404,37 @@ def exact_jobs(
     table[..., 6] = k_length
     table[..., 7] = starts
     return table.swapaxes(0, 1).reshape(-1, 8).copy()
+
+
+class GradientJobs(NamedTuple):
+    """The jobs of the gradient of exact attention: blocks of keys, then blocks of queries.
+
+    A row of `keys` is (problem, k row, v row, mask row or -1, row of the result, keys, queries,
+    position); `q_rows` and `out_rows` have the queries that read each problem.
+    """
+
+    keys: Array
+    queries: Array
+    q_rows: Array
+    out_rows: Array
+
+
+@functools.lru_cache(maxsize=256)
+def gradient_jobs(
+    q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
+) -> GradientJobs:
+    """Return the jobs of the gradient of exact attention, the longest causal ones first."""
+    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
+    starts = np.arange(0, k_length, CHUNK * exact_grad.GROUP, dtype=np.int64)
+    owners = np.arange(len(of.table))
+    k_row, v_row, mask_row = of.table[:, :3].T
+    table = np.empty((len(starts), len(owners), 8), np.int64)
+    table[..., 0] = owners
+    table[..., 1], table[..., 2] = k_row + starts[:, None], v_row + starts[:, None]
+    table[..., 3] = np.where(mask_row < 0, -1, mask_row + starts[:, None])
+    table[..., 4] = owners * k_length + starts[:, None]
+    table[..., 5] = np.minimum(CHUNK * exact_grad.GROUP, k_length - starts)[:, None]
+    table[..., 6] = q_length
+    table[..., 7] = starts[:, None]
+    queries = exact_jobs(q, k, v, mask, grouped, q_length, k_length)
+    return GradientJobs(table.reshape(-1, 8), queries, of.q_rows, of.out_rows)
