@@ -288,17 +288,28 @@ def differentiate_exact(
         grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip
     g, rows = _cotangents(out, weights, rows_of(grad_out, dtype))
+    dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
+    partial = plan.aligned(
+        (jobs.parts * jobs.rows, plan.padded(q.shape[-1], dtype.itemsize)), dtype
+    )
     args = (
         plan.exact_parameters(dtype, scale, causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), g, rows, _mask_rows(mask),
-        jobs.keys, jobs.queries, jobs.q_rows, jobs.out_rows,
-        exact_grad.Gradients(*(x.reshape(-1, x.shape[-1]) for x in grads)),
+        jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
+        exact_grad.Gradients(partial, dk, dv),
     )  # fmt: skip
-    count = len(jobs.keys) + len(jobs.queries)
     work = 4 * math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
-    workers = 1 if work < SERIAL else min(resolve_threads(threads), count)
+    workers = 1 if work < SERIAL else min(resolve_threads(threads), len(jobs.table))
     sizes = plan.gradient_workspace(dtype, q.shape[-1], v.shape[-1])
-    _run(exact_grad.differentiate_exact, args, count, workers, dtype, sizes)
+    _run(exact_grad.differentiate_exact, args, len(jobs.table), workers, dtype, sizes)
+    partial = partial.reshape(
+        jobs.parts, -1, jobs.rows // (len(dq) // q.shape[-2]), partial.shape[-1]
+    )
+    total = partial[0]
+    for other in partial[1:]:
+        total += other
+    total = total[:, : q.shape[-2], : q.shape[-1]]
+    np.multiply(total, dtype.type(scale), out=dq.reshape(total.shape))
 
 
 def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Array, Any]:

@@ -37,6 +37,8 @@ SEGMENT = 8192
 #: A single causal problem of at least this length is cut into sets of features instead, for which
 #: the sequence is walked in steps of SPLIT.
 LONG, SPLIT = 2048, 4096
+#: Jobs that the gradient of few heads is cut into.  Each takes the memory of its own dq.
+PARTS = 8
 #: States that are under way at a time.
 WAVE = 32
 #: relu and elu features are not exponentials of the projection: it only has to stay finite.
@@ -191,11 +193,10 @@ def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int
 def gradient_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int, int]:
     """Return how many floats and integers a thread of its gradient works on."""
     size, group = dtype.itemsize, exact_grad.GROUP
-    columns = padded(dim, size) + padded(value_dim, size)
+    columns, value_columns = padded(dim, size), padded(value_dim, size)
     floats = (
-        2 * CHUNK * columns  # q, g, k, v
-        + 2 * group * CHUNK * columns  # the same transposed
-        + group * CHUNK * columns  # dqk, dv
+        (2 + 3 * group) * CHUNK * columns  # q, q_columns; k, k_columns, dk
+        + (3 + 2 * group) * CHUNK * value_columns  # g, g_columns, v; v_columns, dv
         + 2 * CHUNK * CHUNK  # p, ds
         + CHUNK * 8 // size  # square
     )
@@ -407,34 +408,35 @@ def exact_jobs(
 
 
 class GradientJobs(NamedTuple):
-    """The jobs of the gradient of exact attention: blocks of keys, then blocks of queries.
+    """The jobs of the gradient of exact attention: every `parts`-th block of keys of one problem.
 
-    A row of `keys` is (problem, k row, v row, mask row or -1, row of the result, keys, queries,
-    position); `q_rows` and `out_rows` have the queries that read each problem.
+    A row of the table is (problem, k row, v row, mask row or -1, row of dk and dv, keys, queries, row
+    of dq, first key, keys from one block to the next).  Each part has its own `rows` of dq, of which
+    `dq_rows` are those of the queries `q_rows` that read a problem, with the result `out_rows`.
     """
 
-    keys: Array
-    queries: Array
+    table: Array
     q_rows: Array
     out_rows: Array
+    dq_rows: Array
+    parts: int
+    rows: int
 
 
 @functools.lru_cache(maxsize=256)
 def gradient_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> GradientJobs:
-    """Return the jobs of the gradient of exact attention, the longest causal ones first."""
+    """Return the jobs of the gradient of exact attention."""
     of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
-    starts = np.arange(0, k_length, CHUNK * exact_grad.GROUP, dtype=np.int64)
-    owners = np.arange(len(of.table))
-    k_row, v_row, mask_row = of.table[:, :3].T
-    table = np.empty((len(starts), len(owners), 8), np.int64)
-    table[..., 0] = owners
-    table[..., 1], table[..., 2] = k_row + starts[:, None], v_row + starts[:, None]
-    table[..., 3] = np.where(mask_row < 0, -1, mask_row + starts[:, None])
-    table[..., 4] = owners * k_length + starts[:, None]
-    table[..., 5] = np.minimum(CHUNK * exact_grad.GROUP, k_length - starts)[:, None]
-    table[..., 6] = q_length
-    table[..., 7] = starts[:, None]
-    queries = exact_jobs(q, k, v, mask, grouped, q_length, k_length)
-    return GradientJobs(table.reshape(-1, 8), queries, of.q_rows, of.out_rows)
+    block, count = CHUNK * exact_grad.GROUP, len(of.table)
+    parts = min(-(-PARTS // count), -(-k_length // block))
+    dq_rows = of.out_rows // q_length * (-(-q_length // 8) * 8)
+    rows = of.out_rows.size * (-(-q_length // 8) * 8)
+    owner, part = np.divmod(np.arange(count * parts), parts)
+    table = np.empty((count * parts, 10), np.int64)
+    table[:, 0] = owner
+    table[:, 1:4] = of.table[owner, :3]
+    table[:, 4], table[:, 5], table[:, 6] = owner * k_length, k_length, q_length
+    table[:, 7], table[:, 8], table[:, 9] = part * rows, part * block, parts * block
+    return GradientJobs(table, of.q_rows, of.out_rows, dq_rows, parts, rows)
