@@ -165,21 +165,23 @@ def exact_attention_vjp(
 
     def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
         g = validation.cotangent(grad_out, call.out_shape, check_finite=check_finite)
-        rows, keys = call.out_shape[:-1], (*call.state_shape, call.keys)
         inputs = call.q, call.k, call.v
-        shapes = [(*lead, x.shape[-1]) for lead, x in zip((rows, keys, keys), inputs, strict=True)]
-        if weights is None:
-            grads = [np.zeros(shape) for shape in shapes]
-        else:
-            from favor_np import launch
+        keys = (*call.state_shape, call.keys)
+        leads = call.out_shape[:-1], keys, keys
+        shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if weights is None:
+                grads = [np.zeros(shape) for shape in shapes]
+            else:
+                from favor_np import launch
 
-            grads = [np.empty(shape, saved.dtype) for shape in shapes]
-            launch.differentiate_exact(
-                *inputs, call.mask, saved, weights, g, grads,
-                dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
-                threads=call.threads,
-            )  # fmt: skip
-        return AttentionGradients(*map(_sum_to, grads, inputs))
+                grads = [np.empty(shape, saved.dtype) for shape in shapes]
+                launch.differentiate_exact(
+                    *inputs, call.mask, saved, weights, g, grads,
+                    dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
+                    threads=call.threads,
+                )  # fmt: skip
+            return AttentionGradients(*map(_sum_to, grads, inputs))
 
     return out, pullback
 
@@ -233,11 +235,8 @@ def _attend(
 
 def _sum_to(grad: Array, like: Array) -> Array:
     """Return the gradient of an array that was broadcast: summed to its shape, in its dtype."""
-    extra = grad.ndim - like.ndim
-    axes = (
-        *range(extra),
-        *(i + extra for i, n in enumerate(like.shape) if n != grad.shape[i + extra]),
-    )
+    shape = (1,) * (grad.ndim - like.ndim) + like.shape
+    axes = tuple(i for i, n in enumerate(shape) if n != grad.shape[i])
     if axes:
         grad = grad.sum(axes, dtype=np.float64, keepdims=True)
     return grad.reshape(like.shape).astype(like.dtype.newbyteorder("="), copy=False)

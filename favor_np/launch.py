@@ -288,28 +288,23 @@ def differentiate_exact(
         grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip
     g, rows = _cotangents(out, weights, rows_of(grad_out, dtype))
+    queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
-    partial = plan.aligned(
-        (jobs.parts * jobs.rows, plan.padded(q.shape[-1], dtype.itemsize)), dtype
-    )
+    columns = plan.padded(dim, dtype.itemsize)
+    sums = plan.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
     args = (
         plan.exact_parameters(dtype, scale, causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), g, rows, _mask_rows(mask),
         jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
-        exact_grad.Gradients(partial, dk, dv),
+        exact_grad.Gradients(sums.reshape(-1, columns), dk, dv),
     )  # fmt: skip
-    work = 4 * math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
+    work = 4 * math.prod(out.shape[:-1]) * k.shape[-2] * dim
     workers = 1 if work < SERIAL else min(resolve_threads(threads), len(jobs.table))
-    sizes = plan.gradient_workspace(dtype, q.shape[-1], v.shape[-1])
+    sizes = plan.gradient_workspace(dtype, dim, v.shape[-1])
     _run(exact_grad.differentiate_exact, args, len(jobs.table), workers, dtype, sizes)
-    partial = partial.reshape(
-        jobs.parts, -1, jobs.rows // (len(dq) // q.shape[-2]), partial.shape[-1]
-    )
-    total = partial[0]
-    for other in partial[1:]:
-        total += other
-    total = total[:, : q.shape[-2], : q.shape[-1]]
-    np.multiply(total, dtype.type(scale), out=dq.reshape(total.shape))
+    for part in sums[1:]:
+        sums[0] += part
+    np.multiply(sums[0, :, :queries, :dim], dtype.type(scale), out=dq.reshape(-1, queries, dim))
 
 
 def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Array, Any]:

@@ -410,9 +410,9 @@ def exact_jobs(
 class GradientJobs(NamedTuple):
     """The jobs of the gradient of exact attention: every `parts`-th block of keys of one problem.
 
-    A row of the table is (problem, k row, v row, mask row or -1, row of dk and dv, keys, queries, row
-    of dq, first key, keys from one block to the next).  Each part has its own `rows` of dq, of which
-    `dq_rows` are those of the queries `q_rows` that read a problem, with the result `out_rows`.
+    A row of the table is (problem, k row, v row, mask row or -1, row of dk and dv, keys, queries,
+    first row of the part's dq, first key, keys from one block to the next).  The queries `q_rows`
+    read a problem; their results are `out_rows` and, with `rows` a head, `dq_rows`.
     """
 
     table: Array
@@ -431,12 +431,12 @@ def gradient_jobs(
     of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
     block, count = CHUNK * exact_grad.GROUP, len(of.table)
     parts = min(-(-PARTS // count), -(-k_length // block))
-    dq_rows = of.out_rows // q_length * (-(-q_length // 8) * 8)
-    rows = of.out_rows.size * (-(-q_length // 8) * 8)
+    rows = -(-q_length // 8) * 8
     owner, part = np.divmod(np.arange(count * parts), parts)
     table = np.empty((count * parts, 10), np.int64)
     table[:, 0] = owner
     table[:, 1:4] = of.table[owner, :3]
     table[:, 4], table[:, 5], table[:, 6] = owner * k_length, k_length, q_length
-    table[:, 7], table[:, 8], table[:, 9] = part * rows, part * block, parts * block
-    return GradientJobs(table, of.q_rows, of.out_rows, dq_rows, parts, rows)
+    table[:, 7] = part * of.out_rows.size * rows
+    table[:, 8], table[:, 9] = part * block, parts * block
+    return GradientJobs(table, of.q_rows, of.out_rows, of.out_rows // q_length * rows, parts, rows)

@@ -291,6 +291,17 @@ def test_gradients_have_the_dtypes_of_the_inputs():
     assert same(grads, gradients(q, k, v > 0, g))
 
 
+def test_overflow_is_silent():
+    """The suite turns warnings into errors."""
+    k, v = draw(2, 9, 4), draw(9, 4, seed=1)
+    grads = gradients(v.astype(np.float16), k, v, np.full((2, 9, 4), 1e300))
+    assert np.isinf(grads.q).any()
+    for size in (1e-300, 1e300, np.inf, np.nan):
+        gradients(v, size * k, v, k)
+        gradients(v, k, size * v, k, causal=True)
+        gradients(v, k, v, size * k)
+
+
 def test_a_pullback_may_be_called_again():
     q, k, v = inputs(70)
     g, other = draw(2, 70, 5, seed=1)

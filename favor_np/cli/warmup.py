@@ -42,7 +42,13 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
     """One small call for each way into the kernels."""
     import numpy as np
 
-    from favor_np import AttentionState, exact_attention, favor_attention, feature_map
+    from favor_np import (
+        AttentionState,
+        exact_attention,
+        exact_attention_vjp,
+        favor_attention,
+        feature_map,
+    )
 
     x = np.zeros((2, 8), dtype)
     fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)
@@ -56,5 +62,6 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
             ("merge", lambda: state.merge(state.copy())),
             ("exact", lambda: exact_attention(x, x, x)),
             ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
+            ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
         )
     ]
