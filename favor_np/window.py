@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import launch
+from favor_np import launch, plan
 from favor_np.features import FeatureMap
 from favor_np.validation import AttentionCall
 
@@ -37,7 +37,7 @@ def attend(
         offsets = np.array([0, call.keys])
     starts = [np.arange(a, b, window) for a, b in itertools.pairwise(offsets)]
     own = np.concatenate([*starts, offsets[-1:]])
-    weights = launch.new_weights(out)
+    weights = _weights(out)
     _run(feature_map, call, np.arange(call.keys), None, out, own, rates, weights)
     later = np.concatenate([start[1:] for start in starts])  # those with a segment before them
     ends = np.minimum(later + window, offsets[np.searchsorted(offsets, later, side="right")])
@@ -48,7 +48,7 @@ def attend(
         real = (queries < end).ravel()
         rows = np.minimum(queries, end - 1).ravel()
         other = np.empty((*out.shape[:-2], rows.size, out.shape[-1]), out.dtype)
-        theirs = launch.new_weights(other)
+        theirs = _weights(other)
         packs = np.arange(len(begin) + 1) * (window - 1)
         _run(feature_map, call, rows, keys.ravel(), other, packs, rates, theirs)
         rows = rows[real]
@@ -63,6 +63,12 @@ def attend(
         out[..., rows, :] = (mine * w[..., None] + other[..., real, :] * w_other[..., None]) / (
             total[..., None]
         )
+
+
+def _weights(out: Array) -> tuple[Array, Array]:
+    """Return arrays for the denominators of all rows."""
+    size = out.size // out.shape[-1]
+    return np.empty(size, out.dtype), np.empty(size, plan.integer_of(out.dtype))
 
 
 def _run(

@@ -72,7 +72,9 @@ def test_every_length_around_the_tiles_and_blocks(dtype, causal):
 def test_cross_attention_over_blocks(L, Lk):
     q, k, v = inputs(L, 80, 64, Lk=Lk)
     g = draw(L, 64, seed=1)
-    assert error(gradients(q, k, v, g), naive.exact_attention_vjp(q, k, v, g)) < 1e-12
+    for mask in (None, np.random.default_rng(2).random(Lk) < 0.5):
+        oracle = naive.exact_attention_vjp(q, k, v, g, key_mask=mask)
+        assert error(gradients(q, k, v, g, key_mask=mask), oracle) < 1e-12
 
 
 @each_causal
@@ -212,6 +214,10 @@ def test_masked_keys_have_zero_gradient(name, causal):
     for poison in (np.nan, np.inf, 1e300):
         k[~mask] = v[~mask] = poison
         assert same(grads, gradients(q, k, v, g, causal=causal, key_mask=mask))
+    q[80] = g[70] = np.nan
+    grads = gradients(q, k, v, g, causal=causal, key_mask=mask)
+    assert not grads.k[~mask].any()
+    assert not grads.v[~mask].any()
 
 
 @each_causal
