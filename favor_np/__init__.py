@@ -24,6 +24,7 @@ _HOMES = {
     "exact_attention": "exact",
     "favor_attention": "attention",
     "feature_map": "features",
+    "kernel_variance": "variance",
     "sample_projection": "projection",
     "stream_attention": "streaming",
     "thread_limit": "threads",
@@ -37,6 +38,7 @@ __all__ = [
     "exact_attention",
     "favor_attention",
     "feature_map",
+    "kernel_variance",
     "sample_projection",
     "stream_attention",
     "thread_limit",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from favor_np.state import AttentionState as AttentionState
     from favor_np.streaming import stream_attention as stream_attention
     from favor_np.threads import thread_limit as thread_limit
+    from favor_np.variance import kernel_variance as kernel_variance
     from favor_np.weights import attention_weights as attention_weights
 
 
