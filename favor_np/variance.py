@@ -106,7 +106,7 @@ def structure(rows: npt.NDArray[np.floating]) -> tuple[float | None, float | Non
 def _variables(fm: FeatureMap, x: F64, factor: F64 | None) -> F64:
     """Return what the rows of the projection act on."""
     if factor is None:
-        return np.sqrt(fm.scale) * x
+        return np.asarray(np.sqrt(fm.scale) * x)
     return np.asarray(x @ np.swapaxes(fm.of_head(factor), -1, -2))
 
 

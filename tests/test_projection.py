@@ -8,7 +8,7 @@ from scipy import stats
 
 from favor_np import projection, sample_projection
 
-KINDS = ["orthogonal", "iid", "simplex", "hadamard"]
+KINDS = ["orthogonal", "iid", "simplex"]
 
 
 @pytest.mark.parametrize(
@@ -119,15 +119,12 @@ def test_rows_of_a_block_point_to_the_corners_of_a_simplex(rows, dim, norms):
     assert np.allclose(lengths, orthogonal, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 5), (16, 16), (40, 16), (33, 24)])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 8), (16, 16), (40, 16)])
 def test_hadamard_rows(rows, dim):
-    """Orthogonal, with entries of few sizes, where d is a power of two; of unit length always."""
     w = sample_projection(rows, dim, "hadamard", "sqrt", dtype=np.float64)
-    assert np.allclose(np.linalg.norm(w, axis=-1), dim**0.5)
-    if dim & (dim - 1) == 0:
-        for start in range(0, rows, dim):
-            block = w[start : start + dim]
-            assert np.abs(block @ block.T - dim * np.eye(len(block))).max() < 1e-6 * dim
+    for start in range(0, rows, dim):
+        block = w[start : start + dim]
+        assert np.abs(block @ block.T - dim * np.eye(len(block))).max() < 1e-6 * dim
     if rows > dim > 1:
         assert not np.allclose(np.abs(w[0]), np.abs(w[dim]))
 
@@ -182,6 +179,7 @@ def test_logarithm():
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
         ({"dim": "4"}, TypeError, "dim must be an integer, got '4'"),
         ({"dim": None}, TypeError, "dim must be an integer, got None"),
+        ({"kind": "hadamard", "dim": 6}, ValueError, "must be a power of two .* got 6"),
         ({"kind": "haar"}, ValueError, "kind must be one of 'orthogonal', 'iid', .* got 'haar'"),
         ({"kind": 1}, TypeError, "kind must be one of 'orthogonal', 'iid', .* got 1"),
         (
