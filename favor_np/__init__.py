@@ -27,6 +27,7 @@ _HOMES = {
     "favor_attention": "attention",
     "favor_attention_vjp": "gradients",
     "feature_map": "features",
+    "kernel_variance": "variance",
     "sample_projection": "projection",
     "stream_attention": "streaming",
     "thread_limit": "threads",
@@ -43,6 +44,7 @@ __all__ = [
     "favor_attention",
     "favor_attention_vjp",
     "feature_map",
+    "kernel_variance",
     "sample_projection",
     "stream_attention",
     "thread_limit",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from favor_np.state import AttentionState as AttentionState
     from favor_np.streaming import stream_attention as stream_attention
     from favor_np.threads import thread_limit as thread_limit
+    from favor_np.variance import kernel_variance as kernel_variance
     from favor_np.weights import attention_weights as attention_weights
     from favor_np.window import WindowState as WindowState
 

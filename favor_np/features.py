@@ -3,10 +3,12 @@
 A feature map is a pair of functions with E[phi_q(q) . phi_k(k)] = exp(scale q.k), or the
 positive features of another kernel.  Every exponential map has one affine form,
 
-    log(sqrt(M) phi_r(x)) = u_r . x + b_r - h(x),        h(x) = key_norm |x|**2,
+    log(sqrt(M) phi_r(q)) = query_weight_r . (q - query_center)                       + ...
+    log(sqrt(M) phi_r(k)) = key_weight_r . (k - key_center) + bias_r - h(k - key_center),
 
-with ``u = FeatureMap.weight`` and ``b = FeatureMap.bias``: the kernels evaluate that, and no
-map by name.  ``query_features`` and ``key_features`` are the readable definition, in float64.
+where ... is common to all features of a query and cancels in attention: the kernels evaluate
+that, and no map by name.  Antithetic partners turn the sign of the products, of nothing else.
+``query_features`` and ``key_features`` are the readable definition, in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,30 @@ from favor_np.projection import RNG, sample_projection
 KINDS = ("positive", "relu", "elu", "trig")
 
 F64: TypeAlias = npt.NDArray[np.float64]
+
+
+class Calibration(NamedTuple):
+    """What a "positive" map knows about the data: centres, a change of variables, a tilt.
+
+    With c = sqrt(scale), the projection acts on x' = c V (q - query_center) and
+    y' = c V**-T (k - key_center), V being `change`, and its rows are importance samples with the
+    weight exp(2 w'Aw), A = diag(`quadratic`) (FAVOR#, arXiv:2302.00787).  Any values leave the
+    estimator unbiased.  Each array has one more axis in front if every head has its own.
+
+    Attributes
+    ----------
+    query_center, key_center : ndarray, shape (d,) or (heads, d)
+        What is subtracted from queries and keys.
+    change : ndarray, shape (d, d) or (heads, d, d), or None
+        V, invertible; None is the identity.
+    quadratic : ndarray, shape (d,) or (heads, d)
+        Diagonal of A, less than 1/8: from there on the variance is infinite.
+    """
+
+    query_center: F64
+    key_center: F64
+    change: F64 | None
+    quadratic: F64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,6 +73,8 @@ class FeatureMap:
         True: the features are those of the rows W followed by the rows -W.
     kernel_epsilon : float
         Added to every "relu" feature before the division by sqrt(M).
+    calibration : Calibration, optional
+        What `calibrate` found out about the data; "positive" only.
 
     Attributes
     ----------
@@ -56,12 +84,25 @@ class FeatureMap:
         Number M of features, antithetic partners and both of cos and sin included.
     num_heads : int or None
         Number of heads with a projection of their own; None if all heads share one.
-    weight : ndarray, shape (heads or 1, m, d), float64
-        u: ``sqrt(scale) * projection``.
+    query_weight, key_weight : ndarray, shape (heads or 1, m, d), float64
+        What multiplies centred queries and keys: ``sqrt(scale) * projection`` for both, unless
+        the map is calibrated.
+    weight : ndarray
+        The same as `key_weight`.
+    query_center, key_center : ndarray, shape (heads or 1, d), float64
+        What is subtracted from queries and keys first; zero unless calibrated.
     bias : ndarray, shape (heads or 1, m), float64
-        b: a constant added to the log-features of keys; zero for every map so far.
+        A constant added to the log-features of keys, for both antithetic partners; zero unless
+        calibrated.
     key_norm : float
-        ``h(k) = key_norm * |k|**2``: scale/2 ("positive"), 0 ("relu", "elu"), -scale/2 ("trig").
+        For centred keys k, ``h(k) = key_norm * |k|**2``: scale/2 ("positive"), 0 ("relu", "elu"),
+        -scale/2 ("trig").  Unless there is a `key_factor`, which takes its place.
+    key_factor : ndarray, shape (heads or 1, d, d), float64, or None
+        R, if ``h(k) = |R k|**2 / 2 - key_linear . k``: rows that a kernel may append to those of
+        `key_weight`, and then sum the squares of.
+    key_linear : ndarray, shape (heads or 1, d), float64
+        g, subtracted as ``g . k`` from h whether or not there is a `key_factor`; zero unless
+        calibrated.
     fingerprint : str
         SHA-256 (hexadecimal) of all that defines the features.
     """
@@ -71,31 +112,42 @@ class FeatureMap:
     scale: float
     antithetic: bool
     kernel_epsilon: float
-    weight: F64 = field(init=False)
+    calibration: Calibration | None = None
+    query_weight: F64 = field(init=False)
+    key_weight: F64 = field(init=False)
+    query_center: F64 = field(init=False)
+    key_center: F64 = field(init=False)
     bias: F64 = field(init=False)
+    key_linear: F64 = field(init=False)
+    query_factor: F64 | None = field(init=False)
+    key_factor: F64 | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check and freeze the fields, and derive `weight` and `bias` from them."""
+        """Check and freeze the fields, and derive what kernels read from them."""
         kind = validation.choice("kind", self.kind, KINDS)
         projection = validation.projection_matrix("projection", self.projection)
         scale = validation.positive_float("scale", self.scale)
         antithetic = validation.flag("antithetic", self.antithetic)
         if antithetic and kind != "positive":
             raise ValueError(f"antithetic=True needs kind='positive', got kind={kind!r}")
-        weight = np.sqrt(scale) * projection.astype(np.float64)
-        weight = weight.reshape(-1, *projection.shape[-2:])
-        bias = np.zeros(weight.shape[:2])
-        weight.setflags(write=False)
-        bias.setflags(write=False)
-        values = {
+        values: dict[str, Any] = {
             "projection": projection,
             "scale": scale,
             "antithetic": antithetic,
             "kernel_epsilon": validation.positive_float("kernel_epsilon", self.kernel_epsilon),
-            "weight": weight,
-            "bias": bias,
+            "calibration": None,
         }
+        if self.calibration is not None:
+            if kind != "positive":
+                raise ValueError(f"calibration needs kind='positive', got kind={kind!r}")
+            heads = projection.shape[0] if projection.ndim == 3 else None
+            checked = validation.calibration(self.calibration, projection.shape[-1], heads)
+            values["calibration"] = Calibration(**checked)
+        rows = projection.astype(np.float64).reshape(-1, *projection.shape[-2:])
+        values |= _affine(rows, scale, values["calibration"])
         for name, value in values.items():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -152,6 +204,101 @@ class FeatureMap:
             scale = w.shape[-1] ** -0.5
         return cls(w, kind, scale, antithetic, kernel_epsilon)
 
+    def calibrate(
+        self, q: npt.ArrayLike, k: npt.ArrayLike, method: str = "auto", center: bool = True
+    ) -> FeatureMap:
+        """Return a map with smaller errors on queries and keys that are like these.
+
+        Calibrating on the very sequence that is then attended to causally lets every output
+        depend on what comes after it, and no check can notice: use other data, or a prefix.
+
+        Parameters
+        ----------
+        q : array_like, shape (..., L, d)
+            Typical queries; a few hundred are plenty.
+        k : array_like, shape (..., L_k, d)
+            Typical keys.  Axis -3 of either, where there is one, holds the heads: each gets a
+            calibration of its own, and the map then has `num_heads`.  Further axes are pooled.
+            With fewer heads of keys than of queries (grouped queries) these are pooled too.
+        method : str, default "auto"
+            What is adapted, all in closed form but for the last two.
+
+            - "oprf" (FAVOR++): the weight of rows by their length.
+            - "sderf" (FAVOR#): by their direction as well.
+            - "saderf", "aderf" (FAVOR#): the relative size of queries and keys, coordinate by
+              coordinate or in every direction, then "oprf".
+            - "saderf+sderf", "aderf+sderf": the same, then "sderf".
+            - "spherical": as "aderf+sderf", with rows of one length, the one with the smallest
+              error on the data.  It errs least, but is not unbiased: its limit for many features
+              is not exactly exp(scale q.k).
+            - "auto": the one with the smallest error on a sample of the data, with this
+              projection; of nearly equal ones the cheapest.
+        center : bool, default True
+            Subtract the mean query and the mean key.  This changes the variance only.
+
+        Returns
+        -------
+        FeatureMap
+            An ordinary map with a `calibration`; an earlier calibration of this map is dropped.
+
+        Raises
+        ------
+        TypeError
+            If an argument has the wrong type.
+        ValueError
+            If `method` is unknown, the map is not of kind "positive", or arrays are empty, hold
+            NaN or infinity, or have shapes or heads that do not fit.
+
+        Notes
+        -----
+        FAVOR++: Likhosherstov et al. 2022 (arXiv:2205.15317), section 3.3; FAVOR#: Likhosherstov
+        et al. 2023 (arXiv:2302.00787), section 3.  For antithetic maps the closed-form weights
+        are rescaled to the minimum of their own objective, which is found numerically.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import favor_np
+        >>> rng = np.random.default_rng(0)
+        >>> q, k, v = (0.5 * rng.standard_normal((3, 512, 16)) + 1).astype(np.float32)
+        >>> plain = favor_np.feature_map("positive", dim=16, num_features=128)
+        >>> fm = plain.calibrate(q[:128], k[:128])  # a prefix
+        >>> exact = favor_np.exact_attention(q, k, v)
+        >>> def error(fm):
+        ...     return np.std(favor_np.attention_weights(q, k, fm) @ v - exact)
+        >>> bool(error(fm) < 0.2 * error(plain))
+        True
+        """
+        from favor_np import calibration as search
+
+        validation.choice("method", method, (*search.METHODS, "auto"))
+        center = validation.flag("center", center)
+        if self.kind != "positive":
+            raise ValueError(f"calibrate needs a map of kind 'positive', got {self.kind!r}")
+        heads = len(self.projection) if self.projection.ndim == 3 else None
+        queries, keys, own = validation.calibration_data(q, k, self.dim, heads)
+        # Kernels subtract centres in the precision of their inputs: they get none to round.
+        a, b = (
+            (x.mean(-2) * center).astype(np.float32).astype(np.float64) for x in (queries, keys)
+        )
+        root, rows = np.sqrt(self.scale), self.projection.astype(np.float64)
+        rows = rows.reshape(-1, *rows.shape[-2:])
+        x, y = root * (queries - a[:, None]), root * (keys - b[:, None])
+        height = root * np.einsum("hd,hld->hl", a, y)
+        method, solutions = search.calibrate(method, x, y, height, rows, self.antithetic)
+        change, quadratic = (np.stack(parts) for parts in zip(*solutions, strict=True))
+        identity = (change == np.eye(self.dim)).all()
+        arrays = [a, b, None if identity else change, quadratic]
+        if not own:
+            arrays = [None if x is None else x[0] for x in arrays]
+        projection = self.projection
+        if method == "spherical":
+            projection = search.spherical(projection.astype(np.float64)).astype(np.float32)
+        return FeatureMap(
+            projection.astype(self.projection.dtype), self.kind, self.scale, self.antithetic,
+            self.kernel_epsilon, Calibration(*arrays),
+        )  # fmt: skip
+
     @property
     def dim(self) -> int:
         """Length d of queries and keys."""
@@ -165,8 +312,14 @@ class FeatureMap:
 
     @property
     def num_heads(self) -> int | None:
-        """Number of heads with a projection of their own, or None."""
-        return int(self.projection.shape[0]) if self.projection.ndim == 3 else None
+        """Number of heads with a projection or calibration of their own, or None."""
+        own = self.calibration is not None and self.calibration.quadratic.ndim == 2
+        return len(self.key_weight) if own or self.projection.ndim == 3 else None
+
+    @property
+    def weight(self) -> F64:
+        """The same as `key_weight`; also `query_weight` unless the map is calibrated."""
+        return self.key_weight
 
     @property
     def key_norm(self) -> float:
@@ -182,8 +335,16 @@ class FeatureMap:
         epsilon = self.kernel_epsilon if self.kind == "relu" else None
         head = (self.kind, self.antithetic, self.scale.hex(), epsilon, self.projection.shape)
         digest = hashlib.sha256(repr(head).encode())
-        for array in (self.weight, self.bias):
-            digest.update((array + 0.0).astype("<f8").tobytes())  # + 0.0: no negative zeros
+        arrays: list[F64 | None] = [np.sqrt(self.scale) * self.projection.astype(np.float64)]
+        if self.calibration is None:
+            arrays.append(self.bias)
+        else:  # not what follows from it, whose last bits depend on the machine
+            shapes = [None if x is None else x.shape for x in self.calibration]
+            digest.update(repr(shapes).encode())
+            arrays += self.calibration
+        for array in arrays:
+            if array is not None:
+                digest.update((array + 0.0).astype("<f8").tobytes())  # + 0.0: no negative zeros
         return digest.hexdigest()
 
     def query_features(self, x: npt.ArrayLike) -> F64:
@@ -218,7 +379,7 @@ class FeatureMap:
         >>> bool(abs(estimate - np.exp(0.5 * 0.6)) < 0.05)  # exp(scale q.k), scale = 4 ** -0.5
         True
         """
-        return self._features(validation.feature_input("x", x, self.dim), np.zeros(()))
+        return self._features(*self.projections(validation.feature_input("x", x, self.dim)), 0.0)
 
     def key_features(self, x: npt.ArrayLike) -> F64:
         """Compute the features of keys: as `query_features`, with the keys' `bias` added.
@@ -240,15 +401,53 @@ class FeatureMap:
         ValueError
             If the last axis of `x` is not d, or there are fewer than two axes.
         """
-        return self._features(validation.feature_input("x", x, self.dim), self.bias[:, None, :])
+        y, h = self.projections(validation.feature_input("x", x, self.dim), keys=True)
+        return self._features(y, h, self.of_head(self.bias))
 
-    def _features(self, x: F64, bias: F64) -> F64:
-        """Return the features of x (..., L, d), with `bias` added to the projections."""
+    def of_head(self, array: F64) -> F64:
+        """Return (heads or 1, n) or (heads or 1, r, d) in a shape to compute with (..., L, n)."""
+        if self.num_heads is None:
+            return np.asarray(array[0])
+        return array[:, None, :] if array.ndim == 2 else array
+
+    def projections(self, x: F64, keys: bool = False) -> tuple[F64, F64]:
+        """Return the projections of x, and what is subtracted from all log-features of a row.
+
+        Parameters
+        ----------
+        x : ndarray of float64, shape (..., L, d)
+            Queries or keys.
+        keys : bool, default False
+            Which of the two.
+
+        Returns
+        -------
+        projections : ndarray of float64, shape (..., L, m)
+            Without the signs of antithetic partners and the `bias` of keys.
+        heights : ndarray of float64, shape (..., L, 1)
+            Those of queries cancel in attention.
+        """
+        weight, factor = self.query_weight, self.query_factor
+        if keys:
+            weight, factor = self.key_weight, self.key_factor
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            y = x @ np.swapaxes(self.weight, -1, -2) + bias  # (..., heads or 1, L, m)
-            if self.num_heads is None:
-                y = y.reshape(*x.shape[:-1], y.shape[-1])
-            h = self.key_norm * np.sum(x * x, axis=-1, keepdims=True)
+            lift: F64 | float = 0.0
+            if self.calibration is not None and keys:
+                x = x - self.of_head(self.key_center)
+                lift = np.sum(x * self.of_head(self.key_linear), axis=-1, keepdims=True)
+            elif self.calibration is not None:
+                linear = self.scale * self.of_head(self.key_center)
+                lift = np.sum(x * linear, axis=-1, keepdims=True)
+                x = x - self.of_head(self.query_center)
+            y = x @ np.swapaxes(self.of_head(weight), -1, -2)
+            if factor is None:
+                return y, self.key_norm * np.sum(x * x, axis=-1, keepdims=True) - lift
+            rows = x @ np.swapaxes(self.of_head(factor), -1, -2)
+            return y, 0.5 * np.sum(rows * rows, axis=-1, keepdims=True) - lift
+
+    def _features(self, y: F64, h: F64, bias: F64 | float) -> F64:
+        """Return the features (..., L, M) of the `projections` y and h."""
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             if self.kind == "relu":
                 phi = np.maximum(y, 0.0) + self.kernel_epsilon
             elif self.kind == "elu":
@@ -257,9 +456,9 @@ class FeatureMap:
                 # sqrt(2): the mean is one over rows, and each row gives two features.
                 phi = np.sqrt(2.0) * np.exp(-h) * np.concatenate([np.cos(y), np.sin(y)], axis=-1)
             elif self.antithetic:
-                phi = np.exp(np.concatenate([y, -y], axis=-1) - h)
+                phi = np.exp(np.concatenate([bias + y, bias - y], axis=-1) - h)
             else:
-                phi = np.exp(y - h)
+                phi = np.exp(bias + y - h)
             result: F64 = phi / np.sqrt(self.num_features)
             return result
 
@@ -276,17 +475,51 @@ class FeatureMap:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments: loading checks and freezes them again."""
         arguments = (self.projection, self.kind, self.scale, self.antithetic, self.kernel_epsilon)
-        return FeatureMap, arguments
+        if self.calibration is None:
+            return FeatureMap, arguments
+        return FeatureMap, (*arguments, self.calibration)
 
     def __repr__(self) -> str:
         """Describe the map in one line."""
         heads = "" if self.num_heads is None else f", num_heads={self.num_heads}"
         antithetic = ", antithetic" if self.antithetic else ""
+        antithetic += "" if self.calibration is None else ", calibrated"
         return (
             f"<FeatureMap {self.kind!r}{antithetic}, dim={self.dim}, "
             f"num_features={self.num_features}{heads}, scale={self.scale:.6g}, "
             f"{self.projection.dtype}, {self.fingerprint[:8]}>"
         )
+
+
+def _affine(projection: F64, scale: float, calibration: Calibration | None) -> dict[str, Any]:
+    """Return the affine form of a map with the rows `projection` (heads or 1, m, d)."""
+    dim = projection.shape[-1]
+    form: dict[str, Any] = {
+        n: np.zeros((1, dim)) for n in ("query_center", "key_center", "key_linear")
+    }
+    form["query_weight"] = form["key_weight"] = np.sqrt(scale) * projection
+    form["query_factor"] = form["key_factor"] = None
+    form["bias"] = np.zeros(projection.shape[:2])
+    if calibration is None:
+        return form
+    quadratic = calibration.quadratic.reshape(-1, dim)
+    for name in ("query_center", "key_center"):
+        form[name] = getattr(calibration, name).reshape(-1, dim)
+    form["key_linear"] = scale * form["query_center"]
+    tilted = projection * np.sqrt(1 - 4 * quadratic)[:, None, :]
+    form["query_weight"] = form["key_weight"] = np.sqrt(scale) * tilted
+    if calibration.change is not None:
+        change = calibration.change.reshape(-1, dim, dim)
+        form["query_factor"] = np.sqrt(scale) * change
+        form["key_factor"] = np.sqrt(scale) * np.swapaxes(np.linalg.inv(change), -1, -2)
+        form["query_weight"] = tilted @ form["query_factor"]
+        form["key_weight"] = tilted @ form["key_factor"]
+    heads = len(form["key_weight"])
+    form = {n: x if x is None else np.repeat(x, heads // len(x), axis=0) for n, x in form.items()}
+    # The weights exp(2 w'Aw) have the mean det(1 - 4A)**-1/2.
+    constant = 0.5 * np.log(1 - 4 * quadratic).sum(-1, keepdims=True)
+    form["bias"] = constant + 2 * np.sum(projection**2 * quadratic[:, None, :], axis=-1)
+    return form
 
 
 def feature_map(
@@ -317,7 +550,7 @@ def feature_map(
         Length d of queries and keys.
     num_features : int
         Number M of all features.  Even for "trig" (cos and sin) and with `antithetic`.
-    projection : {"orthogonal", "iid"}, default "orthogonal"
+    projection : {"orthogonal", "iid", "simplex", "hadamard"}, default "orthogonal"
         How the rows w_r are drawn: see `sample_projection`.
     norms : {"chi", "sqrt"}, default "chi"
         Lengths of the rows: see `sample_projection`.

@@ -96,6 +96,8 @@ class Layout:
 @functools.lru_cache(maxsize=64)
 def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Layout:
     """Return the layout, with the map's weights packed for the kernels."""
+    if feature_map.calibration is not None:
+        raise NotImplementedError("attention does not take calibrated feature maps yet")
     size = dtype.itemsize
     heads, rows, dim = feature_map.weight.shape
     signs = 2 if feature_map.antithetic else 1

@@ -22,13 +22,13 @@ import numpy.typing as npt
 
 import favor_np
 from favor_np import validation
-from favor_np.features import FeatureMap
+from favor_np.features import Calibration, FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMAT = "favor_np.AttentionState"
-#: Raised when an older reader could no longer understand what is written.
-VERSION = 1
+#: Raised when an older reader could no longer understand what is written: 2 has calibrated maps.
+VERSION = 2
 ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
 
 
@@ -62,7 +62,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     fm = parts.feature_map
     header = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1 if fm.calibration is None else 2,
         "favor_np": favor_np.__version__,
         "dtype": np.dtype(parts.dtype).name,
         "batch_shape": parts.batch_shape,
@@ -84,8 +84,9 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
         "rates": np.zeros(len(parts.lengths)) if parts.rates is None else parts.rates,
         "lengths": parts.lengths,
     }
-    if fm.bias.any():  # no map has one so far, and `read` refuses it
-        arrays["bias"] = fm.bias
+    if fm.calibration is not None:
+        parts_of_map = fm.calibration._asdict()
+        arrays |= {name: array for name, array in parts_of_map.items() if array is not None}
     for name, array in arrays.items():
         arrays[name] = np.require(array, array.dtype.newbyteorder("<"), "C")
     target = path_of("path", path).resolve()  # what a link points to, not the link
@@ -133,9 +134,15 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
             f"it was written by a newer favor_np ({header.get('favor_np')}), in format version "
             f"{version}; this favor_np reads up to {VERSION}"
         )
-    known = {f"{name}.npy" for name in ENTRIES}
-    if sorted(file.namelist()) != sorted(known):
-        raise ValueError(f"it must have the entries {sorted(known)}, got {sorted(file.namelist())}")
+    names = sorted(file.namelist())
+    calibrated = [name for name in Calibration._fields if f"{name}.npy" in names]
+    known = sorted(f"{name}.npy" for name in (*ENTRIES, *calibrated))
+    if names != known:
+        raise ValueError(f"it must have the entries {known}, got {names}")
+    calibration = None
+    if calibrated:
+        entries: dict[str, Any] = {name: _array(file, name, "<f8") for name in calibrated}
+        calibration = Calibration(**({"change": None} | entries))
     dtype = validation.float_dtype("dtype", header["dtype"])
     value_dim = validation.integer("value_dim", header["value_dim"])
     batch = tuple(validation.integer("batch_shape", n, minimum=0) for n in header["batch_shape"])
@@ -145,6 +152,7 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
         float.fromhex(header["scale"]),
         header["antithetic"],
         float.fromhex(header["kernel_epsilon"]),
+        calibration,
     )
     if fm.fingerprint != header["fingerprint"]:
         raise ValueError("its feature map is not the one whose fingerprint it has")

@@ -108,6 +108,72 @@ def projection_matrix(name: str, value: object) -> npt.NDArray[np.floating[Any]]
     return array
 
 
+def calibration(arrays: Sequence[object], dim: int, heads: int | None) -> dict[str, Any]:
+    """Return private, read-only, finite float64 copies of the arrays of a `Calibration`."""
+    checked: dict[str, Any] = {}
+    axes, counts = set(), set() if heads is None else {heads}
+    shapes = {
+        "query_center": (dim,),
+        "key_center": (dim,),
+        "change": (dim, dim),
+        "quadratic": (dim,),
+    }
+    for (name, shape), value in zip(shapes.items(), arrays, strict=True):
+        if value is None and name == "change":
+            checked[name] = None
+            continue
+        array = np.array(real_array(name, value), dtype=np.float64, order="C", copy=True)
+        own = array.ndim - len(shape)
+        if own not in (0, 1) or array.shape[own:] != shape or 0 in array.shape:
+            raise ValueError(
+                f"{name} must have shape {shape}, with or without an axis of heads in front, "
+                f"got shape {array.shape}"
+            )
+        axes.add(own)
+        counts.update(array.shape[:own])
+        finite(**{name: array})
+        if name == "quadratic" and not (array < 0.125).all():
+            raise ValueError(f"quadratic must be less than 1/8, got {array.max()}")
+        array.setflags(write=False)
+        checked[name] = array
+    if len(axes) > 1 or len(counts) > 1:
+        raise ValueError(
+            "the arrays of a calibration must be shared by all heads, or all have an entry for "
+            f"each head of the map; got the numbers of heads {sorted(counts)}"
+        )
+    return checked
+
+
+def calibration_data(
+    q: object, k: object, dim: int, heads: int | None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], bool]:
+    """Return queries and keys as (heads or 1, tokens, d), and whether each head has its own."""
+    queries, keys = feature_input("q", q, dim), feature_input("k", k, dim)
+    finite(q=queries, k=keys)
+    if not queries.size or not keys.size:
+        raise ValueError(
+            f"q and k must hold at least one token, got shapes {queries.shape} and {keys.shape}"
+        )
+    own = max(queries.ndim, keys.ndim) > 2
+    queries, keys = (
+        np.moveaxis(x, -3, 0).reshape(x.shape[-3], -1, dim) if x.ndim > 2 else x[None]
+        for x in (queries, keys)
+    )
+    if len(keys) > 1 and len(queries) % len(keys) == 0:  # several heads read one of the keys
+        queries = queries.reshape(len(keys), -1, dim)
+    if not own and heads is not None:  # one set of data for all the projections
+        own, queries = True, np.broadcast_to(queries, (heads, *queries.shape[1:]))
+    count = max(len(queries), len(keys))
+    if {len(queries), len(keys)} - {1, count} or (own and heads not in (None, count)):
+        of_map = "" if heads is None else f"; feature_map has {heads}"
+        raise ValueError(
+            f"q and k must have the same number of heads, got {len(queries)} and {len(keys)}{of_map}"
+        )
+    shape = (count, -1, dim)
+    queries, keys = (np.broadcast_to(x, (count, *x.shape[1:])) for x in (queries, keys))
+    return queries.reshape(shape), keys.reshape(shape), own
+
+
 def feature_input(name: str, value: object, dim: int) -> npt.NDArray[np.float64]:
     """Return `value` (..., L, dim) as float64."""
     array = real_array(name, value)

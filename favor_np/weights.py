@@ -88,7 +88,7 @@ def attention_weights(
     ends = np.unique(np.concatenate([seen, np.arange(BLOCK, keys, BLOCK)]))
     logs = np.full((*call.out_shape[:-1], keys), -np.inf)
     with np.errstate(all="ignore"):  # exp(-inf) and log(0) are meant; NaN is passed on
-        log_q = _log_features(feature_map, call.q.astype(np.float64))
+        log_q = _log_query_features(feature_map, call.q.astype(np.float64))
         start = 0
         for end in ends[ends > 0]:
             block = slice(start, end)
@@ -120,18 +120,21 @@ def _log_products(log_q: F64, log_k: F64) -> F64:
     return np.asarray(np.log(products) + top)
 
 
-def _log_features(feature_map: FeatureMap, x: F64, bias: F64 | float = 0.0) -> F64:
-    """Logarithms of the features of x (..., L, d), without what all of a row's have in common."""
-    weight = feature_map.weight if feature_map.num_heads else feature_map.weight[0]
-    y = x @ np.swapaxes(weight, -1, -2) + bias
+def _log_query_features(feature_map: FeatureMap, q: F64) -> F64:
+    """Logarithms of the features of q (..., L, d), without what all of a row's have in common."""
+    return _log_features(feature_map, feature_map.projections(q)[0])
+
+
+def _log_key_features(feature_map: FeatureMap, k: F64) -> F64:
+    y, h = feature_map.projections(k, keys=True)
+    bias = feature_map.of_head(feature_map.bias)
+    signs = 2 if feature_map.antithetic else 1
+    return np.asarray(_log_features(feature_map, y) + np.tile(bias, signs) - h)
+
+
+def _log_features(feature_map: FeatureMap, y: F64) -> F64:
     if feature_map.kind == "relu":
         return np.asarray(np.log(np.maximum(y, 0.0) + feature_map.kernel_epsilon))
     if feature_map.kind == "elu":
         return np.where(y > 0, np.log1p(y), y)
     return np.concatenate([y, -y], axis=-1) if feature_map.antithetic else y
-
-
-def _log_key_features(feature_map: FeatureMap, k: F64) -> F64:
-    bias = feature_map.bias[:, None, :] if feature_map.num_heads else feature_map.bias[0]
-    norm = np.sum(k * k, axis=-1, keepdims=True)
-    return np.asarray(_log_features(feature_map, k, bias) - feature_map.key_norm * norm)

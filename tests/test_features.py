@@ -217,7 +217,7 @@ GOOD = {"kind": "positive", "dim": 4, "num_features": 8}
         ({"num_features": True}, TypeError, "num_features must be an integer, got True"),
         ({"num_features": 7}, ValueError, "num_features must be even with antithetic=True, got 7"),
         ({"num_features": 7, "kind": "trig"}, ValueError, "must be even for kind='trig', got 7"),
-        ({"projection": "hadamard"}, ValueError, "projection must be one of .* got 'hadamard'"),
+        ({"projection": "haar"}, ValueError, "projection must be one of .* got 'haar'"),
         ({"norms": "none"}, ValueError, "norms must be one of"),
         ({"antithetic": 1}, TypeError, "antithetic must be True or False, got 1"),
         ({"scale": 0}, ValueError, "scale must be finite and greater than 0, got 0"),

@@ -8,7 +8,7 @@ from scipy import stats
 
 from favor_np import projection, sample_projection
 
-KINDS = ["orthogonal", "iid"]
+KINDS = ["orthogonal", "iid", "simplex"]
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ KINDS = ["orthogonal", "iid"]
         ("orthogonal", "sqrt", "7caa6aa7af7652e8"),
         ("iid", "chi", "489d797af7a3e78d"),
         ("iid", "sqrt", "1f8ce557af1ee560"),
+        ("simplex", "chi", "1e53a732626c6fd8"),
+        ("hadamard", "chi", "5b141a9882fc34aa"),
     ],
 )
 def test_a_seed_gives_these_bits_on_every_machine(kind, norms, digest):
@@ -101,6 +103,38 @@ def test_rows_of_a_block_are_orthogonal(rows, dim, norms):
         assert abs(w[0] @ w[dim]) > 1e-3  # the next block is another draw
 
 
+@pytest.mark.parametrize("norms", ["chi", "sqrt"])
+@pytest.mark.parametrize(
+    ("rows", "dim"), [(1, 2), (5, 2), (1, 5), (3, 5), (5, 5), (13, 5), (80, 64)]
+)
+def test_rows_of_a_block_point_to_the_corners_of_a_simplex(rows, dim, norms):
+    w = sample_projection(rows, dim, "simplex", norms, dtype=np.float64)
+    for start in range(0, rows, dim):
+        block = w[start : start + dim]
+        unit = block / np.linalg.norm(block, axis=-1, keepdims=True)
+        cosines = np.where(np.eye(len(block)), 1.0, -1 / (dim - 1))
+        assert np.abs(unit @ unit.T - cosines).max() < 2e-7
+    lengths = np.linalg.norm(w, axis=-1)
+    orthogonal = np.linalg.norm(sample_projection(rows, dim, "orthogonal", norms), axis=-1)
+    assert np.allclose(lengths, orthogonal, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 8), (16, 16), (40, 16)])
+def test_hadamard_rows(rows, dim):
+    w = sample_projection(rows, dim, "hadamard", "sqrt", dtype=np.float64)
+    for start in range(0, rows, dim):
+        block = w[start : start + dim]
+        assert np.abs(block @ block.T - dim * np.eye(len(block))).max() < 1e-6 * dim
+    if rows > dim > 1:
+        assert not np.allclose(np.abs(w[0]), np.abs(w[dim]))
+
+
+def test_the_hadamard_transform():
+    product = projection._walsh(np.eye(8))
+    expected = [[(-1) ** (i & j).bit_count() for j in range(8)] for i in range(8)]
+    assert np.array_equal(product, expected)
+
+
 def test_orthogonalisation_is_exact_to_rounding_even_for_close_rows():
     rng = np.random.default_rng(0)
     near = rng.standard_normal(30) + 1e-7 * rng.standard_normal((2, 30, 30))
@@ -145,8 +179,14 @@ def test_logarithm():
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
         ({"dim": "4"}, TypeError, "dim must be an integer, got '4'"),
         ({"dim": None}, TypeError, "dim must be an integer, got None"),
-        ({"kind": "simplex"}, ValueError, "kind must be one of 'orthogonal', 'iid', got 'simplex'"),
-        ({"kind": 1}, TypeError, "kind must be one of 'orthogonal', 'iid', got 1"),
+        ({"kind": "hadamard", "dim": 6}, ValueError, "must be a power of two .* got 6"),
+        ({"kind": "haar"}, ValueError, "kind must be one of 'orthogonal', 'iid', .* got 'haar'"),
+        ({"kind": 1}, TypeError, "kind must be one of 'orthogonal', 'iid', .* got 1"),
+        (
+            {"kind": "simplex", "dim": 1},
+            ValueError,
+            "dim must be at least 2 for simplex rows, got 1",
+        ),
         ({"norms": "xi"}, ValueError, "norms must be one of 'chi', 'sqrt', got 'xi'"),
         ({"rng": -1}, ValueError, "rng must be a non-negative int.* got -1"),
         ({"rng": 1.5}, TypeError, "rng must be a non-negative int.* got 1.5"),

@@ -208,8 +208,8 @@ def rewrite(path, edit=None, drop=(), /, **entries):
 
 WRONG = {
     "newer": (
-        {"header": lambda h: h | {"version": 2, "favor_np": "9.1"}},
-        r"written by a newer favor_np \(9.1\).*version 2.*up to 1",
+        {"header": lambda h: h | {"version": 3, "favor_np": "9.1"}},
+        r"written by a newer favor_np \(9.1\).*version 3.*up to 2",
     ),
     "no version": ({"header": lambda h: h | {"version": None}}, "version must be an integer"),
     "other format": ({"header": lambda h: h | {"format": "model"}}, "format"),

@@ -135,8 +135,9 @@ def test_nan_reaches_the_rows_that_see_it():
     np.testing.assert_array_equal(np.isnan(got).any(-1), [False, True, False, True, True])
 
 
-def test_bias_is_that_of_the_keys():
-    fm = maps("positive")
+@pytest.mark.parametrize("name", ["positive", "antithetic"])
+def test_bias_is_that_of_the_keys(name):
+    fm = maps(name)
     bias = RNG.standard_normal(fm.bias.shape)
     object.__setattr__(fm, "bias", bias)
     q, k = inputs(3, 7)
