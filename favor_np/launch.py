@@ -141,7 +141,7 @@ def attend(
     jobs = _jobs(feature_map, layout, q, k, v, mask, causal, grouped, state_shape, offsets, clock)
     work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
-              layout.weight, layout.bias)  # fmt: skip
+              layout.weights)  # fmt: skip
     result = Result(out.reshape(-1, out.shape[-1]), *(weights or _NO_WEIGHTS[dtype]))
     call = _Call(layout, layout.causal if causal else layout.bidirectional, arrays, result,
                  1 if work < SERIAL else resolve_threads(threads))  # fmt: skip
@@ -236,7 +236,9 @@ def attend_vjp(
         np.zeros((math.prod(batch) * q.shape[-2], q.shape[-1]), dtype),
         np.zeros((math.prod(batch) * k.shape[-2], k.shape[-1]), dtype),
         np.zeros((math.prod(batch) * v.shape[-2], v.shape[-1]), dtype),
-        plan.aligned((count if projection else 0, layout.half, layout.natural.shape[-1]), dtype),
+        plan.aligned(
+            (count if projection else 0, layout.half, layout.natural.key.shape[-1]), dtype
+        ),
     )
     states = None
     if own is not None:  # first those of the keys' sides, then those of the queries'
@@ -247,7 +249,7 @@ def attend_vjp(
                 mine[: count // 2 : group] = theirs[slots]
             if state is not None:
                 mine[count // 2 :] = np.repeat(held[slots], group, axis=0)
-    none = np.zeros_like(layout.bias)
+    none = np.zeros_like(layout.weights.bias)
     work = max(q.shape[-2], k.shape[-2]) * count * layout.features * q.shape[-1]
     workers = 1 if work < SERIAL else min(resolve_threads(threads), count)
     floats, ints = plan.vjp_workspace(layout)
@@ -266,7 +268,7 @@ def attend_vjp(
     key = ("vjp", dtype, workers, floats, ints, layout.features, layout.value_columns, own is None)
     space = plan.borrow(key, make)
     args = (
-        layout.causal if causal else layout.bidirectional, inputs, layout.weight, layout.bias, none,
+        layout.causal if causal else layout.bidirectional, inputs, layout.weights, none,
         layout.natural, jobs.table, jobs.clocks, *(states or space[2]), to, *space[:2],
     )  # fmt: skip
     try:

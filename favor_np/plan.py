@@ -20,6 +20,7 @@ from favor_np.features import FeatureMap
 from favor_np.kernels import activate, exact_vjp
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
+from favor_np.kernels import favor_vjp as vjp_kernels
 from favor_np.kernels.pack import CHUNK
 from favor_np.kernels.simd import VECTOR_BYTES
 
@@ -74,9 +75,8 @@ class Layout:
     """
 
     dtype: np.dtype[Any]
-    weight: Array
-    natural: Array
-    bias: Array
+    weights: Any
+    natural: Any
     blocks: int
     half: int
     features: int
@@ -96,8 +96,6 @@ class Layout:
 @functools.lru_cache(maxsize=64)
 def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Layout:
     """Return the layout, with the map's weights packed for the kernels."""
-    if feature_map.calibration is not None:
-        raise NotImplementedError("attention does not take calibrated feature maps yet")
     size = dtype.itemsize
     heads, rows, dim = feature_map.weight.shape
     signs = 2 if feature_map.antithetic else 1
@@ -107,16 +105,54 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     width = -(-(-(-rows // blocks)) // 16) * 16
     half = blocks * width
     unit = activate.LOG2E if positive else 1.0
-    padding = np.zeros((heads, half, dim))
-    padding[:, :rows] = feature_map.weight * unit
-    weight = aligned((heads * blocks, dim, width), dtype)
-    weight[:] = padding.reshape(heads * blocks, width, dim).swapaxes(1, 2)
+    affine, factor = feature_map.calibration is not None, feature_map.key_factor
     columns = padded(dim, size)
-    natural = aligned((heads * blocks, width, columns), dtype)  # row-major, for gradients
-    natural[..., :dim] = padding.reshape(heads * blocks, width, dim) / unit
+
+    def packed_weight(weight: Array) -> tuple[Array, Array]:
+        """Blocks of the weight, times `unit` and transposed; and as they are, for gradients."""
+        padding = np.zeros((heads, half, dim))
+        padding[:, :rows] = weight
+        padding = padding.reshape(heads * blocks, width, dim)
+        turned = aligned((heads * blocks, dim, width), dtype)
+        turned[:] = padding.swapaxes(1, 2) * unit
+        natural = aligned((heads * blocks, width, columns), dtype)
+        natural[..., :dim] = padding
+        return turned, natural
+
+    def of_blocks(array: Array, used: bool = affine) -> Array:
+        """The same for every block of a head, its last axis padded; of size 0 where it is not used."""
+        array = np.repeat(array, blocks, axis=0)[: None if used else 0]
+        new = aligned((*array.shape[:-1], columns), dtype)
+        new[..., :dim] = array
+        return new
+
+    key, natural_key = packed_weight(feature_map.key_weight)
+    query, natural_query = key, natural_key
+    if affine:
+        query, natural_query = packed_weight(feature_map.query_weight)
     bias = aligned((heads, half), dtype)
     bias[:, :rows] = feature_map.bias * unit
-    longest = math.sqrt((padding**2).sum(-1).max())
+    factored = factor is not None
+    rows_of_factor = factor if factored else np.zeros((1, dim, dim))
+    weights = kernels.Map(
+        query=query,
+        key=key,
+        bias=bias.reshape(heads * blocks, width),
+        query_center=of_blocks(feature_map.query_center),
+        key_center=of_blocks(feature_map.key_center),
+        factor=of_blocks(rows_of_factor.swapaxes(1, 2) * math.sqrt(0.5 * unit), factored),
+        linear=of_blocks(feature_map.key_linear * unit),
+    )
+    natural = vjp_kernels.Natural(
+        query=natural_query,
+        key=natural_key,
+        hessian=of_blocks(rows_of_factor.swapaxes(1, 2) @ rows_of_factor, factored),
+        linear=of_blocks(feature_map.key_linear),
+    )
+    longest = unit * max(
+        math.sqrt((weight**2).sum(-1).max())
+        for weight in (feature_map.query_weight, feature_map.key_weight)
+    )
     value_columns = padded(value_dim, size)
     record = CHUNK * (CHUNK + value_columns + 2)  # scores, num, den, top
 
@@ -125,6 +161,8 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
             kind=kind[feature_map.kind],
             signs=signs,
             key_norm=feature_map.key_norm * activate.LOG2E,
+            affine=affine,
+            factored=factored,
             kernel_epsilon=float(feature_map.kernel_epsilon),
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
             far=FAR[size],
@@ -137,7 +175,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         )
 
     floats = (
-        2 * CHUNK * columns  # rows, across
+        3 * CHUNK * columns  # rows, across, stretched
         + 2 * CHUNK * width  # raw, phi
         + 3 * CHUNK * value_columns  # values, num, spare
         + CHUNK * CHUNK  # scores
@@ -149,9 +187,8 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     )
     return Layout(
         dtype=dtype,
-        weight=weight,
+        weights=weights,
         natural=natural,
-        bias=bias.reshape(heads * blocks, width),
         blocks=blocks,
         half=half,
         features=signs * half,
@@ -199,9 +236,9 @@ def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int
 
 def vjp_workspace(of: Layout) -> tuple[int, int]:
     """Return how many floats and integers a thread of the pullback works on."""
-    size, columns = of.dtype.itemsize, of.natural.shape[-1]
+    size, columns = of.dtype.itemsize, of.natural.key.shape[-1]
     floats = (
-        3 * CHUNK * columns  # rows, columns, grad
+        4 * CHUNK * columns  # rows, columns, grad, stretched
         + of.half * CHUNK  # raws
         + 4 * CHUNK * of.width  # phi, slope, back, error
         + 5 * CHUNK * of.value_columns  # values, other, turned, num, spare

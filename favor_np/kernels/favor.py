@@ -37,6 +37,7 @@ from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import (
     CHUNK,
     across,
+    center,
     cut,
     pack,
     pack_values,
@@ -61,13 +62,16 @@ SETS = 2
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
     "Parameters",
-    "kind signs key_norm kernel_epsilon limit far masked idle span causal partial",
+    "kind signs key_norm affine factored kernel_epsilon limit far masked idle span causal partial",
 )
+#: A feature map, block by block of its weights.  Calibrated ones (par.affine) have centres, what is
+#: linear in the height of a key and perhaps the rows of its quadratic part (par.factored).
+Map = namedtuple("Map", "query key bias query_center key_center factor linear")
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
     "rows columns raw phi values num spare scores keys record height share den part others sums scale token "
-    "square top higher excess",
+    "square stretched top higher excess",
 )
 
 
@@ -96,12 +100,13 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     scale, at = cut(floats, at, 1, tiles * width)
     token, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
+    stretched, at = cut(floats, at, CHUNK, dcols)
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, record, height[0], share[0], den, part, others,
-                 sums, scale, token, square[0].view(np.float64), top, higher, excess)  # fmt: skip
+                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess)  # fmt: skip
 
 
 @jit()
@@ -123,7 +128,7 @@ def read_chunk(
     q,
     row,
     count,
-    weight,
+    fm,
     w,
     features_count,
     sets,
@@ -153,11 +158,13 @@ def read_chunk(
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
     pack(q, row, 1, count, t.rows, par.limit, t.square)
+    if par.affine:
+        center(t.rows, count, fm.query_center[w], t.square)
     across(t.rows, t.columns)
     first = True
     for b in range(blocks):
         features = min(width, features_count - b * width)
-        project_t(weight[w + b], t.columns, t.raw, width, cols, d)
+        project_t(fm.query[w + b], t.columns, t.raw, width, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -275,25 +282,51 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def keys_chunk(par, k, row, count, mask, mask_row, weight, bias, w, clock, rate, c, s, z, slot, t):
+def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, slot, t):
     """Pack and map the keys from row on, keeping c above them; how many of them were taken.
 
     Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
     """
     pack(k, row, 1, count, t.rows, par.limit, t.square)
+    heights(par, fm, w, count, k.shape[1], t)
     lift = math.floor(clock)
     for i in range(CHUNK):
         t.height[i], t.share[i] = par.masked, 1
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
             ahead = clock - lift + i * rate
-            t.height[i] = min(par.key_norm * t.square[i], par.far) - ahead
-    accepted = map_keys(par, count, k.shape[1], lift, weight, bias, w, c, s, z, slot, t)
+            t.height[i] = t.square[i] - ahead
+    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.bias, w, c, s, z, slot, t)
     for i in range(accepted):
         if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
             t.keys[:, i] = math.nan
             t.sums[:] = math.nan
     return accepted
+
+
+@jit()
+def heights(par, fm, w, count, d, t):
+    """What is subtracted from all log2-features of each packed key, in place of its square.
+
+    Infinite for a key that is not finite; the keys of a calibrated map are centred.
+    """
+    if par.affine:
+        center(t.rows, count, fm.key_center[w], t.square)
+    if par.factored:
+        across(t.rows, t.columns)
+        rows, cols = -(-count // 8) * 8, t.stretched.shape[1]
+        project_t(t.columns, fm.factor[w], t.stretched, rows, cols, d)
+    for i in range(count):
+        if t.square[i] < math.inf:
+            height = par.key_norm * t.square[i]
+            if par.factored:
+                height = 0.0
+                for x in range(t.stretched.shape[1]):
+                    height += float(t.stretched[i, x]) ** 2
+            if par.affine:
+                for x in range(d):
+                    height -= float(fm.linear[w, x]) * t.rows[i, x]
+            t.square[i] = max(min(height, par.far), -par.far)
 
 
 @jit()
@@ -337,7 +370,7 @@ def clear(par, features, c):
 
 
 @jit()
-def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, rate, c, s, z, slot,
+def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s, z, slot,
                out, records, met, t):  # fmt: skip
     """Everything for one problem: its keys and values, one state, its group of queries.
 
@@ -346,14 +379,14 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, r
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
     w, queries_count, features, sets = job[4], job[6], job[7], job[8]
     if par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
-        step_token(par, q, q_rows[0], k, k_row, v, v_row, weight, bias, w, features, clock, c, s, z,
+        step_token(par, q, q_rows[0], k, k_row, v, v_row, fm, w, features, clock, c, s, z,
                    slot, out, out_rows[0], t)  # fmt: skip
         return True
     start = 0
     while start < keys_count:
         count = min(CHUNK - start % CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
-        taken = keys_chunk(par, k, k_row + start, count, mask, m_row, weight, bias, w,
+        taken = keys_chunk(par, k, k_row + start, count, mask, m_row, fm, w,
                            clock + start * rate, rate, c, s, z, slot, t)  # fmt: skip
         following = min(CHUNK, keys_count - start - count)
         soon(k, k_row + start + count, following)
@@ -364,7 +397,7 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, r
         if par.causal:
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)
-                read_chunk(par, q, q_rows[g] + start, taken, weight, w, features, sets, c, s, z,
+                read_chunk(par, q, q_rows[g] + start, taken, fm, w, features, sets, c, s, z,
                            slot, t.keys, t.values, clean, out, out_rows[g] + start,
                            records, met, start // CHUNK, t)  # fmt: skip
         fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
@@ -374,19 +407,19 @@ def attend_one(par, q, k, v, mask, weight, bias, job, q_rows, out_rows, clock, r
             for start in range(0, queries_count, CHUNK):
                 following = min(CHUNK, queries_count - start - CHUNK)
                 soon(q, q_rows[g] + start + CHUNK, following)
-                read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), weight, w,
+                read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), fm, w,
                            features, 1, c, s, z, slot, t.keys, t.values, True, out,
                            out_rows[g] + start, records, met, 0, t)  # fmt: skip
     return True
 
 
 @jit(cache=True)
-def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, clocks, c, s, z, out, records, met,
+def attend(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, c, s, z, out, records, met,
            floats, ints, ctl, n):  # fmt: skip
     """Take jobs until none is left; how many are finished by now.  ctl[12] counts those given up."""
     me = fetch_add(ctl, 4, 1)
-    t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], weight.shape[2],
-              c.shape[1] // (weight.shape[2] * par.signs))  # fmt: skip
+    t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], fm.key.shape[2],
+              c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
     finished = 0
     while True:
         job = fetch_add(ctl, 0, 1)
@@ -401,7 +434,7 @@ def attend(par, q, k, v, mask, weight, bias, jobs, q_rows, out_rows, clocks, c, 
         clock, rate = 0.0, 0.0
         if clocks.size > 0:
             clock, rate = clocks[job, 0], clocks[job, 1]
-        if not attend_one(par, q, k, v, mask, weight, bias, jobs[job], q_rows[job], out_rows[job],
+        if not attend_one(par, q, k, v, mask, fm, jobs[job], q_rows[job], out_rows[job],
                           clock, rate, c, s, z, slot, out, records, met, t):  # fmt: skip
             fetch_add(ctl, 12, 1)
         finished += 1

@@ -20,10 +20,10 @@ from collections import namedtuple
 import numpy as np
 
 from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
-from favor_np.kernels.favor import clear, fold_chunk, map_keys, own_values
+from favor_np.kernels.favor import clear, fold_chunk, heights, map_keys, own_values
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values
+from favor_np.kernels.pack import CHUNK, across, center, cut, pack, pack_values
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
     exp2,
@@ -40,11 +40,13 @@ from favor_np.kernels.simd import (
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
 #: What it writes: rows, and for each job a sum over its rows (empty if not wanted).
 Gradients = namedtuple("Gradients", "q k v projection")
+#: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.
+Natural = namedtuple("Natural", "query key hessian linear")
 #: The tiles a thread works on.
 Tiles = namedtuple(
     "Tiles",
     "rows columns raws phi slope back error values other turned num spare scores pair keys grad "
-    "height share extra factor total sums scale square top excess",
+    "height share extra factor total sums scale square stretched top excess",
 )
 
 
@@ -78,12 +80,13 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     sums, at = cut(floats, at, 1, tiles * width)
     scale, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
+    stretched, at = cut(floats, at, CHUNK, dcols)
     top, mark = cut(ints, 0, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raws, phi, slope, back, error, values, other, turned, num, spare,
                  scores, pair, keys, grad, height[0], share[0], extra, by, total, sums, scale,
-                 square[0].view(np.float64), top, excess)  # fmt: skip
+                 square[0].view(np.float64), stretched, top, excess)  # fmt: skip
 
 
 @jit()
@@ -96,11 +99,12 @@ def dot(a, i, b, j, width):
 
 
 @jit()
-def keys_in(par, x, job, at, count, clock, rate, weight, bias, c, s, z, slot, t):
+def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
     """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
     k_row, v_row, mask_row = job[0], job[1], job[2]
     m_row = mask_row + at if mask_row >= 0 else -1
     pack(x.k, k_row + at, 1, count, t.rows, par.limit, t.square)
+    heights(par, fm, job[4], count, x.k.shape[1], t)
     clean = pack_values(x.v, v_row + at, 1, count, t.values, x.mask, m_row)
     first = clock + at * rate
     lift = math.floor(first)
@@ -111,18 +115,20 @@ def keys_in(par, x, job, at, count, clock, rate, weight, bias, c, s, z, slot, t)
             continue
         if t.square[i] < math.inf:
             ahead = first - lift + i * rate
-            t.height[i] = min(par.key_norm * t.square[i], par.far) - ahead
+            t.height[i] = t.square[i] - ahead
         else:  # a feature of zero, so that it reaches nobody who must not see it
             t.values[i], t.share[i], clean = math.nan, math.nan, False
-    taken = map_keys(par, count, x.k.shape[1], lift, weight, bias, job[4], c, s, z, slot, t)
+    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.bias, job[4], c, s, z, slot, t)
     return taken, clean
 
 
 @jit()
-def queries_in(par, x, job, at, step, count, weight, none, c, s, z, slot, t):
+def queries_in(par, x, job, at, step, count, fm, none, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
     q_row, out_row, width = job[9] + at, job[10] + at, x.grad.shape[1]
     pack(x.q, q_row, step, count, t.rows, par.limit, t.square)
+    if par.affine:
+        center(t.rows, count, fm.query_center[job[4]], t.square)
     clean = pack_values(x.grad, out_row, step, count, t.values, x.mask, -1)
     for i in range(CHUNK):
         t.height[i], t.share[i] = par.masked, 0
@@ -145,7 +151,7 @@ def queries_in(par, x, job, at, step, count, weight, none, c, s, z, slot, t):
         else:
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
-    taken = map_keys(par, count, x.q.shape[1], -lift, weight, none, job[4], c, s, z, slot, t)
+    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, none, job[4], c, s, z, slot, t)
     return taken, clean
 
 
@@ -210,15 +216,18 @@ def errors(par, side, cols, features, z, slot, r0, t):
 
 
 @jit()
-def side_b(par, x, job, of_keys, at, step, count, clock, rate, t):
+def side_b(par, x, job, of_keys, at, step, count, fm, t):
     """Pack the rows of side B, their vectors, and what has to be known of them."""
     if of_keys:
         mask_row = job[2] + at if job[2] >= 0 else -1
         pack(x.k, job[0] + at, step, count, t.rows, par.limit, t.square)
+        heights(par, fm, job[4], count, x.k.shape[1], t)
         pack_values(x.v, job[1] + at, step, count, t.other, x.mask, mask_row)
         t.extra[:] = 1
     else:
         pack(x.q, job[9] + at, step, count, t.rows, par.limit, t.square)
+        if par.affine:
+            center(t.rows, count, fm.query_center[job[4]], t.square)
         pack_values(x.grad, job[10] + at, step, count, t.other, x.mask, -1)
         t.extra[:] = 0
         for i in range(count):
@@ -238,7 +247,7 @@ def factors(par, x, job, of_keys, at, step, count, clock, rate, t):
         if of_keys:
             position = at + i * step
             if job[2] < 0 or x.mask[job[2] + position]:
-                height = min(par.key_norm * t.square[i], par.far) - clock - rate * position
+                height = t.square[i] - clock - rate * position
                 by = 2.0 ** (t.top[0, i] - height)
         else:
             row = job[10] + at + i * step
@@ -265,8 +274,7 @@ def pairs(count, cols, rows, d, t):
 
 @jit()
 def pull_chunk(
-    par, x, job, of_keys, at, step, count, clock, rate, clean, weight, bias, natural, c, s, z, slot,
-    to, t,
+    par, x, job, of_keys, at, step, count, clock, rate, clean, fm, bias, natural, c, s, z, slot, to, t,
 ):  # fmt: skip
     """Gradients of the rows of side B: of queries, or of keys and values."""
     lanes = VECTOR_BYTES // t.rows.itemsize
@@ -276,7 +284,9 @@ def pull_chunk(
     w, features_count = job[4], job[7]
     blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
     half = blocks * width
-    side_b(par, x, job, of_keys, at, step, count, clock, rate, t)
+    side_b(par, x, job, of_keys, at, step, count, fm, t)
+    weight = fm.key if of_keys else fm.query
+    rows_of_weight = natural.key if of_keys else natural.query
     for b in range(blocks):
         project_t(weight[w + b], t.columns, t.raws[b * width : (b + 1) * width], width, cols, d)
     measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
@@ -301,7 +311,7 @@ def pull_chunk(
             if of_keys:
                 gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
             errors(par, side, cols, features, z, slot, r0, t)
-        gemm_t(t.error, natural[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
+        gemm_t(t.error, rows_of_weight[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
         if to.projection.size > 0:
             total = to.projection[job[12], b * width : (b + 1) * width]
             gemm(t.error, t.rows, total, 0, width, 0, dcols, 0, count, True)
@@ -310,13 +320,18 @@ def pull_chunk(
             t.scores[j, : min(j, cols)] = 0
         own_values(t.scores, t.values, clean, count, t.num, t.spare)
     norm = 2 * par.key_norm / LOG2E
+    if par.factored and of_keys:  # the gradient of the heights
+        gemm(t.rows, natural.hessian[w], t.stretched, 0, rows, 0, dcols, 0, d, False)
     for i in range(count):
         position = at + i * step
         by = t.factor[0, i]
         if of_keys:
             row = job[11] + position
             for y in range(d):
-                value = t.grad[i, y] - norm * t.total[0, i] * t.rows[i, y]
+                slope = t.stretched[i, y] if par.factored else norm * t.rows[i, y]
+                if par.affine:
+                    slope -= natural.linear[w, y]
+                value = t.grad[i, y] - t.total[0, i] * slope
                 to.k[row, y] = value if by != 0 else 0
             for y in range(dv):
                 to.v[row, y] = t.num[i, y] * by if by != 0 else 0
@@ -326,38 +341,38 @@ def pull_chunk(
 
 
 @jit()
-def pull_one(par, x, job, clock, rate, weight, bias, none, natural, c, s, z, slot, to, t):
+def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
     """One side of one problem: the gradient of its queries, or that of its keys and values."""
     of_keys = job[8] == 1
     a_count, b_count = (job[6], job[3]) if of_keys else (job[3], job[6])
     step = -1 if of_keys and par.causal else 1
     first = a_count - 1 if step < 0 else 0
-    mine = bias if of_keys else none
+    mine = fm.bias if of_keys else none
     done = 0
     while done < a_count:
         count = min(CHUNK - done % CHUNK, a_count - done)
         at = first + step * done
         if of_keys:
-            taken, clean = queries_in(par, x, job, at, step, count, weight, none, c, s, z, slot, t)
+            taken, clean = queries_in(par, x, job, at, step, count, fm, none, c, s, z, slot, t)
         else:
-            taken, clean = keys_in(par, x, job, at, count, clock, rate, weight, bias, c, s, z, slot,
+            taken, clean = keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot,
                                    t)  # fmt: skip
         if par.causal:
-            pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, weight, mine,
+            pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
                        natural, c, s, z, slot, to, t)  # fmt: skip
         fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
         done += taken
     for at in range(0, 0 if par.causal else b_count, CHUNK):
-        pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, weight,
-                   mine, natural, c, s, z, slot, to, t)  # fmt: skip
+        pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,
+                   natural, c, s, z, slot, to, t)  # fmt: skip
 
 
 @jit(cache=True)
-def pull(par, x, weight, bias, none, natural, jobs, clocks, c, s, z, to, floats, ints, ctl, n):
+def pull(par, x, fm, none, natural, jobs, clocks, c, s, z, to, floats, ints, ctl, n):
     """Take jobs until none is left; how many are finished by now."""
     me = fetch_add(ctl, 4, 1)
-    t = carve(par, floats[me], ints[me], x.q.shape[1], s.shape[2], weight.shape[2],
-              c.shape[1] // (weight.shape[2] * par.signs))  # fmt: skip
+    t = carve(par, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
+              c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
     finished = 0
     while True:
         job = fetch_add(ctl, 0, 1)
@@ -372,7 +387,7 @@ def pull(par, x, weight, bias, none, natural, jobs, clocks, c, s, z, to, floats,
         clock, rate = 0.0, 0.0
         if clocks.size > 0:
             clock, rate = clocks[job, 0], clocks[job, 1]
-        pull_one(par, x, jobs[job], clock, rate, weight, bias, none, natural, c, s, z, slot, to, t)
+        pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1
     if finished == 0:
         return 0

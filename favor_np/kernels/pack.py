@@ -70,6 +70,18 @@ def pack(source, row, step, count, target, limit, squares):
 
 
 @jit()
+def center(rows, count, middle, squares):
+    """Subtract middle from the packed rows that are finite, and square them anew."""
+    for i in range(count):
+        if squares[i] < math.inf:
+            total = 0.0
+            for x in range(middle.size):
+                rows[i, x] -= middle[x]
+                total += float(rows[i, x]) * float(rows[i, x])
+            squares[i] = total
+
+
+@jit()
 def soon(source, row, count):
     """Fetch rows that the next chunk will read while this one is computed."""
     line = 64 // source.itemsize

@@ -7,7 +7,7 @@ import math
 from favor_np.kernels.activate import RAISE_KEYS, factor, log_feature
 from favor_np.kernels.gemm import project_two
 from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.pack import pack, pack_values, write_rows
+from favor_np.kernels.pack import center, pack, pack_values, write_rows
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
     exp2,
@@ -31,8 +31,7 @@ def step_token(
     k_row,
     v,
     v_row,
-    weight,
-    bias,
+    fm,
     w,
     features,
     clock,
@@ -46,22 +45,38 @@ def step_token(
 ):
     """Fold one key and value, then read with one query: a chunk of one, without its tiles."""
     lanes = VECTOR_BYTES // q.itemsize
-    width, state = weight.shape[2], s[slot]
+    width, state = fm.key.shape[2], s[slot]
     half = z.shape[1] // par.signs
     pack(q, q_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
     pack(k, k_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
     pack_values(v, v_row, 1, 1, t.values[0:1], t.square, -1)
-    height = splat(q, min(par.key_norm * t.square[1], par.far) - (clock - math.floor(clock)))
+    level = par.key_norm * t.square[1]
+    if par.affine:
+        center(t.rows[0:1], 1, fm.query_center[w], t.square[0:1])
+        center(t.rows[1:2], 1, fm.key_center[w], t.square[1:2])
+        level = par.key_norm * t.square[1]
+        if par.factored:
+            project_two(t.rows, fm.factor[w], t.stretched, t.stretched.shape[1], q.shape[1])
+            level = 0.0
+            for x in range(t.stretched.shape[1]):
+                level += float(t.stretched[1, x]) ** 2
+        for x in range(q.shape[1]):
+            level -= float(fm.linear[w, x]) * t.rows[1, x]
+    height = splat(q, max(min(level, par.far), -par.far) - (clock - math.floor(clock)))
     lift = splat(c, math.floor(clock))
     raised = False
     for b in range(half // width):
-        project_two(t.rows, weight[w + b], t.raw, width, q.shape[1])
+        project_two(t.rows, fm.key[w + b], t.raw, width, q.shape[1])
+        queries = t.raw
+        if par.affine:
+            project_two(t.rows, fm.query[w + b], t.phi, width, q.shape[1])
+            queries = t.phi
         for side in range(par.signs):
             turn = splat(q, 1 - 2 * side)
             for f in range(0, width, lanes):
                 r = side * half + b * width + f
                 x = load(t.raw, 1, f)
-                y = log_feature(par, fma(turn, x, load(bias, w + b, f))) - height
+                y = log_feature(par, fma(turn, x, load(fm.bias, w + b, f))) - height
                 old = load(c, slot, r) - lift
                 top, by = old, splat(q, 1)
                 if highest(nearest(y) - old) > RAISE_KEYS:
@@ -72,7 +87,7 @@ def step_token(
                 store(z, slot, r, fma(load(z, slot, r), by, value))
                 store(t.sums, 0, r, value)
                 store(t.scale, 0, r, by)
-                store(t.token, 0, r, turn * load(t.raw, 0, f))
+                store(t.token, 0, r, turn * load(queries, 0, f))
     if t.square[1] == math.inf:
         for r in range(z.shape[1]):
             t.sums[0, r] = z[slot, r] = math.nan
