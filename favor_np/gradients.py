@@ -169,12 +169,34 @@ def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None, dtype: np.dtyp
 
 
 def _projection(feature_map: FeatureMap, found: Any) -> Array:
-    """Sum what the jobs found for the rows of each head's projection."""
-    heads, rows, dim = feature_map.weight.shape
-    total = np.zeros((heads, *found.weight.shape[1:]), found.weight.dtype)
-    np.add.at(total, found.heads, found.weight)
-    total = total[:, :rows, :dim] * np.sqrt(feature_map.scale)
-    return total.reshape(feature_map.projection.shape).astype(found.weight.dtype, copy=False)
+    """Gradient of the projection from what the jobs found for weights and bias."""
+    heads, rows, dim = feature_map.key_weight.shape
+    sides = 2, len(found.heads) // 2
+
+    def of_heads(array: Array) -> Array:
+        """Sum over jobs, for the sides of keys and of queries apart: (2, heads, ...)."""
+        total = np.zeros((2, heads, *array.shape[1:]), array.dtype)
+        parts = array.reshape(*sides, *array.shape[1:])
+        for side, part in zip(total, parts, strict=True):
+            np.add.at(side, found.heads[: sides[1]], part)
+        return total[:, :, :rows]
+
+    keys, queries = of_heads(found.weight)[..., :dim]
+    total: Array = (keys + queries) * np.sqrt(feature_map.scale)
+    if feature_map.calibration is not None:
+        factors = feature_map.key_factor, feature_map.query_factor
+        if factors[0] is not None and factors[1] is not None:
+            total = sum(  # type: ignore[assignment]
+                side @ factor.swapaxes(1, 2)
+                for side, factor in zip((keys, queries), factors, strict=True)
+            )
+        quadratic = feature_map.calibration.quadratic.reshape(-1, 1, dim)
+        projection = feature_map.projection.reshape(-1, rows, dim)
+        total = total * np.sqrt(1 - 4 * quadratic)
+        total = total + 4 * of_heads(found.bias)[0][..., None] * quadratic * projection
+    if feature_map.projection.ndim == 2:
+        total = total.sum(0)
+    return total.astype(found.weight.dtype, copy=False)
 
 
 def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:

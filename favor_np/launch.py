@@ -189,13 +189,17 @@ def _jobs(
 
 
 class Cotangents(NamedTuple):
-    """What `attend_vjp` returns: rows for every query head, states for every slot, dU for every job."""
+    """What `attend_vjp` returns: rows for every query head, states for every slot.
+
+    And, if asked for, the gradients of weights and bias for every job, those of keys' sides first.
+    """
 
     q: Array
     k: Array
     v: Array
     state: Any
-    weight: Array | None
+    weight: Array
+    bias: Array
     heads: Array
 
 
@@ -232,13 +236,13 @@ def attend_vjp(
     jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
     count = len(jobs.table)
     batch = out.shape[:-2]
+    jobs_wanted = count if projection else 0
     to = vjp.Gradients(
         np.zeros((math.prod(batch) * q.shape[-2], q.shape[-1]), dtype),
         np.zeros((math.prod(batch) * k.shape[-2], k.shape[-1]), dtype),
         np.zeros((math.prod(batch) * v.shape[-2], v.shape[-1]), dtype),
-        plan.aligned(
-            (count if projection else 0, layout.half, layout.natural.key.shape[-1]), dtype
-        ),
+        plan.aligned((jobs_wanted, layout.half, layout.natural.key.shape[-1]), dtype),
+        plan.aligned((jobs_wanted, layout.half), dtype),
     )
     states = None
     if own is not None:  # first those of the keys' sides, then those of the queries'
@@ -284,7 +288,7 @@ def attend_vjp(
             merge([a[slots[i // group]] for a in first], [a[i] for a in parts])
     return Cotangents(
         to.q.reshape(*batch, *q.shape[-2:]), to.k.reshape(*batch, *k.shape[-2:]),
-        to.v.reshape(*batch, *v.shape[-2:]), first, to.projection if projection else None,
+        to.v.reshape(*batch, *v.shape[-2:]), first, to.projection, to.bias,
         jobs.table[:, 4] // layout.blocks,
     )  # fmt: skip
 

@@ -34,12 +34,13 @@ from favor_np.kernels.simd import (
     nearest,
     splat,
     store,
+    sum_lanes,
 )
 
 #: What the pullback works from; out, weights and tops are what the forward pass wrote.
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
 #: What it writes: rows, and for each job a sum over its rows (empty if not wanted).
-Gradients = namedtuple("Gradients", "q k v projection")
+Gradients = namedtuple("Gradients", "q k v projection bias")
 #: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.
 Natural = namedtuple("Natural", "query key hessian linear")
 #: The tiles a thread works on.
@@ -195,8 +196,8 @@ def activate_rows(par, sign, cols, raws, first, features, bias, b, c, slot, r0, 
 
 
 @jit(fastmath=EXACT)
-def errors(par, side, cols, features, z, slot, r0, t):
-    """``error (-)= slope * (back + z extra) * factor``, and total += the same summed over features."""
+def errors(par, side, cols, features, z, slot, r0, bias, row, first, t):
+    """``error (-)= slope * (back + z extra) * factor``; its sums over features and, in bias, rows."""
     lanes = VECTOR_BYTES // t.back.itemsize
     slope = t.phi if par.kind == POSITIVE else t.slope
     for i in range(0, cols, lanes):
@@ -205,6 +206,8 @@ def errors(par, side, cols, features, z, slot, r0, t):
             back = fma(splat(t.extra, z[slot, r0 + r]), extra, load(t.back, r, i))
             e = load(slope, r, i) * back * by
             total = total + e
+            if bias.shape[0] > 0:
+                bias[row, first + r] += sum_lanes(e)
             if side == 0:
                 store(t.error, r, i, e)
             else:
@@ -310,7 +313,7 @@ def pull_chunk(
                     gemm(tile, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             if of_keys:
                 gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
-            errors(par, side, cols, features, z, slot, r0, t)
+            errors(par, side, cols, features, z, slot, r0, to.bias, job[12], b * width, t)
         gemm_t(t.error, rows_of_weight[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
         if to.projection.size > 0:
             total = to.projection[job[12], b * width : (b + 1) * width]
