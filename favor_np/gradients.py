@@ -144,12 +144,11 @@ num_threads, check_finite
         from favor_np import launch
 
         found, like = pull(False), call.arrays
+        kept = like.state_shape if like.grouped else None
         return Gradients(
             _onto(found.q, like.q, None, result.dtype),
-            *(
-                _onto(array, given, like.state_shape if like.grouped else None, result.dtype)
-                for array, given in ((found.k, like.k), (found.v, like.v))
-            ),
+            _onto(found.k, like.k, kept, result.dtype),
+            _onto(found.v, like.v, kept, result.dtype),
             None if state is None else _state_gradient(state, found.state),
             lambda: _projection(feature_map, pull(True)),
         )
@@ -174,7 +173,9 @@ def _projection(feature_map: FeatureMap, found: Any) -> Array:
     total = np.zeros((heads, *found.weight.shape[1:]), found.weight.dtype)
     np.add.at(total, found.heads, found.weight)
     total = total[:, :rows, :dim] * np.sqrt(feature_map.scale)
-    return total.reshape(feature_map.projection.shape).astype(found.weight.dtype, copy=False)
+    like = feature_map.projection
+    grad: Array = total.reshape(like.shape).astype(like.dtype, copy=False)
+    return grad
 
 
 def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
@@ -192,7 +193,8 @@ def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
     real = plan.layout(following.feature_map, dtype, value_dim).real
     arrays = launch.new_state(following.feature_map, dtype, len(following.arrays[0]), value_dim)
     seen = following.arrays[0][:, real] > -3 * int(plan.FAR[dtype.itemsize])
-    fraction, ahead = np.zeros(len(seen)), np.zeros(len(seen), arrays[0].dtype)
+    fraction: Array = np.zeros(len(seen))
+    ahead = np.zeros(len(seen), arrays[0].dtype)
     if following.rates is not None:
         start = 0 if call.state is None else call.state.lengths
         fraction = (following.lengths * following.rates) % 1.0
