@@ -34,7 +34,7 @@ CROSSING_LENGTHS = [48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 
 CROSSING_FEATURES = (64, 128, 256)
 PACKAGES = ["favor_np", "numpy", "numba", "jax", "torch", "performer-pytorch"]
 TOLERANCE = 1e-3  # between outputs in float32
-TASKS = ("causal", "bidirectional", "causal exact", "full exact")
+TASKS = ("causal", "bidirectional", "causal gradient", "causal exact", "full exact")
 PINS = ["FAVOR_NP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
 PINS += ["NPROC"]  # XLA's
 
@@ -71,17 +71,18 @@ def agree(name, result, expected):
 
 def entries(case, missing):
     """favor_np first, then the peers that are installed, each in its fastest form."""
-    exact = "exact" in case.task
-    ours = Entry("favor_np", case.exact() if exact else case.favor(case.projection, False))
-    expected = ours.call()
-    result = [ours]
-    if not exact:
+    kind = next((kind for kind in ("exact", "gradient") if kind in case.task), "favor")
+    if kind == "exact":
+        result = [Entry("favor_np", case.exact())]
+    else:
+        make = case.gradient if kind == "gradient" else case.favor
         half = case.projection[: FEATURES // 2]
-        pairs = Entry("favor_np, antithetic (default)", case.favor(half, True))
-        agree(pairs.name, pairs.call(), case.favor(np.concatenate([half, -half]), False)())
-        result.append(pairs)
-    for name, (peer, package, is_exact) in PEERS.items():
-        if is_exact != exact:
+        pairs = Entry("favor_np, antithetic (default)", make(half, True))
+        agree(pairs.name, pairs.call(), make(np.concatenate([half, -half]), False)())
+        result = [Entry("favor_np", make(case.projection, False)), pairs]
+    expected = result[0].call()
+    for name, (peer, package, serves) in PEERS.items():
+        if serves != kind:
             continue
         try:
             calls = peer(case)
@@ -188,15 +189,17 @@ favor_np and what else computes FAVOR+ attention on a CPU, timed in one run: {he
 m = {features}, float32, the same arrays and the same projection for all, every output checked against
 favor_np's (relative difference below {tolerance:g}) before the clock runs. Calls are interleaved, ratios
 are of medians to favor_np with the same map. GFLOP/s are *useful* operations: 4dm + 4md a token,
-and 64(m + d) more when causal; exact attention 4Ld, half of it when causal; whatever a library
-really does. /SGEMM divides that by the rate of NumPy's product of two 1024 × 1024 matrices, timed
+and 64(m + d) more when causal; forward and backward 30dm + 256(m + d); exact attention 4Ld, half of
+it when causal; whatever a library really does. /SGEMM divides that by the rate of NumPy's product of two 1024 × 1024 matrices, timed
 in the same rounds with as many threads. CPUs is processor time over wall time.
 
 JAX (jitted) and PyTorch (eager, inference mode) run the chunked algorithm as one would write it for
 them by hand, in the fastest of six forms: chunks of C = 64, 128 or 256, all heads in one product or
 head by head. *C++ loop* goes through positions one by one, as the compiled causal products of
 libraries do, with features by PyTorch. performer-pytorch is its `FastAttention` with both of its
-epsilons set to zero. Exact attention is `favor_np.exact_attention` beside PyTorch's
+epsilons set to zero. *Gradient* is forward and backward,
+for queries, keys and values: JAX's `value_and_grad`, with `jax.checkpoint` around each chunk or
+without, and PyTorch's autograd. Exact attention is `favor_np.exact_attention` beside PyTorch's
 `scaled_dot_product_attention` (SDPA); the last table says from which length FAVOR+ is faster than
 the faster of these two, interpolated between measured lengths. To measure on your own machine:
 

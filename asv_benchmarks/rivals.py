@@ -59,6 +59,8 @@ class Case:
             token = 4 * self.length * DIM // (2 if self.causal else 1)
         else:
             token = 8 * DIM * FEATURES + (64 * (FEATURES + DIM) if self.causal else 0)
+        if "gradient" in self.task:  # 4 times the products of chunks, 22 more of the projections
+            token = 30 * DIM * FEATURES + 4 * 64 * (FEATURES + DIM)
         return HEADS * self.length * token
 
     def favor(self, projection, antithetic):
@@ -67,6 +69,26 @@ class Case:
         return lambda: favor_np.favor_attention(
             q, k, v, fm, causal=self.causal, num_threads=self.threads
         )
+
+    @functools.cached_property
+    def cotangent(self):
+        """Of the result, (1, HEADS, length, DIM), float32."""
+        shape = (1, HEADS, self.length, DIM)
+        return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+    def gradient(self, projection, antithetic):
+        """Forward and backward: gradients of queries, keys and values, one after another."""
+        fm = favor_np.FeatureMap.from_projection(projection, antithetic=antithetic)
+        q, k, v = self.arrays
+
+        def run():
+            _, pullback = favor_np.favor_attention_vjp(
+                q, k, v, fm, causal=True, num_threads=self.threads
+            )
+            grads = pullback(self.cotangent)
+            return np.stack([grads.q, grads.k, grads.v])
+
+        return run
 
     def exact(self):
         q, k, v = self.arrays
@@ -81,17 +103,19 @@ def jax_attend():
     import jax
     import jax.numpy as jnp
 
-    def attend(q, k, v, weight, chunk, causal):  # (heads, length, DIM) or (length, DIM)
+    constant = jax.lax.stop_gradient  # maxima cancel: their gradient is nothing
+
+    def attend(q, k, v, weight, chunk, causal, again=False):  # (heads, length, DIM), (length, DIM)
         lead, m = q.shape[:-2], len(weight)
 
         def query(q):
             y = q @ weight.T
-            return jnp.exp(y - y.max(-1, keepdims=True))
+            return jnp.exp(y - constant(y.max(-1, keepdims=True)))
 
         def rescale(state, k):
             s, z, top = state
             y = k @ weight.T - 0.5 * DIM**-0.5 * (k * k).sum(-1, keepdims=True)
-            new = jnp.maximum(top, y.max((-1, -2), keepdims=True))
+            new = constant(jnp.maximum(top, y.max((-1, -2), keepdims=True)))
             ratio = jnp.exp(top - new)
             return jnp.exp(y - new), s * ratio, z * ratio[..., 0], new
 
@@ -117,19 +141,30 @@ def jax_attend():
         q, k, v = (jnp.moveaxis(x.reshape(*lead, -1, chunk, DIM), -3, 0) for x in (q, k, v))
         state = jnp.zeros((*lead, m, DIM)), jnp.zeros((*lead, m)), jnp.full((*lead, 1, 1), -jnp.inf)
         if causal:
-            out = jax.lax.scan(fold_and_read, state, (q, k, v))[1]
+            step = jax.checkpoint(fold_and_read) if again else fold_and_read
+            out = jax.lax.scan(step, state, (q, k, v))[1]
         else:
             state = jax.lax.scan(fold, state, (k, v))[0]
             out = jax.lax.map(functools.partial(read, state), q)
         return jnp.moveaxis(out, 0, -3).reshape(*lead, -1, DIM)
 
-    @functools.partial(jax.jit, static_argnames=("chunk", "causal", "apart"))
-    def attend_heads(q, k, v, weight, chunk, causal, apart):
-        run = functools.partial(attend, weight=weight, chunk=chunk, causal=causal)
+    options = ("chunk", "causal", "apart", "again")
+
+    @functools.partial(jax.jit, static_argnames=options)
+    def attend_heads(q, k, v, weight, chunk, causal, apart, again=False):
+        run = functools.partial(attend, weight=weight, chunk=chunk, causal=causal, again=again)
         qkv = q[0], k[0], v[0]
         return (jax.lax.map(lambda head: run(*head), qkv) if apart else run(*qkv))[None]
 
-    return attend_heads
+    @functools.partial(jax.jit, static_argnames=options)
+    def gradient_heads(q, k, v, weight, cotangent, **form):
+        def loss(q, k, v):
+            return (attend_heads(q, k, v, weight, **form) * cotangent).sum()
+
+        value, grads = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+        return value, jnp.stack(grads)
+
+    return attend_heads, gradient_heads
 
 
 def forms(name, run):
@@ -143,9 +178,23 @@ def forms(name, run):
 def jax_peer(case):
     import jax.numpy as jnp
 
-    arrays, attend = [jnp.asarray(x) for x in (*case.arrays, case.weight)], jax_attend()
+    arrays, attend = [jnp.asarray(x) for x in (*case.arrays, case.weight)], jax_attend()[0]
     return forms("JAX", lambda chunk, apart: attend(
         *arrays, chunk=chunk, causal=case.causal, apart=apart).block_until_ready())  # fmt: skip
+
+
+def jax_gradient_peer(case):
+    """value_and_grad of the same, with jax.checkpoint around a chunk and without."""
+    import jax.numpy as jnp
+
+    arrays, gradient = (*case.arrays, case.weight, case.cotangent), jax_attend()[1]
+    arrays = [jnp.asarray(x) for x in arrays]
+    found = {}
+    for again in (False, True):
+        name = "JAX, checkpoint" if again else "JAX"
+        found |= forms(name, lambda chunk, apart, again=again: gradient(
+            *arrays, chunk=chunk, causal=True, apart=apart, again=again)[1].block_until_ready())  # fmt: skip
+    return found
 
 
 def torch_attend(q, k, v, weight, chunk, causal):
@@ -196,6 +245,41 @@ def torch_peer(case):
             return (torch.cat(parts) if apart else parts[0])[None]
 
     return forms("PyTorch", run)
+
+
+def torch_gradient_peer(case):
+    """The same chunks by autograd, which allows nothing in place."""
+    import torch
+
+    torch.set_num_threads(case.threads)
+    arrays = [torch.from_numpy(x[0]).clone().requires_grad_() for x in case.arrays]
+    weight, cotangent = torch.from_numpy(case.weight), torch.from_numpy(case.cotangent[0])
+
+    def attend(q, k, v, chunk):
+        s, z, outs = q.new_zeros(len(q), len(weight), DIM), q.new_zeros(len(q), len(weight), 1), []
+        top = q.new_full((len(q), 1, 1), -torch.inf)
+        for i in range(0, q.shape[1], chunk):
+            query, key, value = (x[:, i : i + chunk] for x in (q, k, v))
+            y = key @ weight.T - 0.5 * DIM**-0.5 * (key * key).sum(-1, keepdim=True)
+            new = torch.maximum(top, y.detach().amax((-1, -2), keepdim=True))
+            ratio, top = torch.exp(top - new), new
+            s, z, phi_k = s * ratio, z * ratio, torch.exp(y - new)
+            y = query @ weight.T
+            phi = torch.exp(y - y.detach().amax(-1, keepdim=True))
+            scores = (phi @ phi_k.mT).tril()
+            outs.append((scores @ value + phi @ s) / (scores.sum(-1, keepdim=True) + phi @ z))
+            s, z = s + phi_k.mT @ value, z + phi_k.sum(1).unsqueeze(-1)
+        return torch.cat(outs, 1)
+
+    def run(chunk, apart):
+        heads = [slice(h, h + 1) for h in range(HEADS)] if apart else [slice(None)]
+        for x in arrays:
+            x.grad = None
+        for h in heads:
+            attend(*(x[h] for x in arrays), chunk).backward(cotangent[h])
+        return torch.stack([x.grad[None] for x in arrays])
+
+    return forms("PyTorch autograd", run)
 
 
 CAUSAL_PRODUCT = """
@@ -288,10 +372,12 @@ def sdpa_peer(case):
     return {"PyTorch SDPA": run}
 
 
-PEERS = {  # name: (what makes its calls, what to install, exact?)
-    "JAX": (jax_peer, "jax jaxlib", False),
-    "PyTorch": (torch_peer, "torch", False),
-    "C++": (cpp_peer, "torch", False),
-    "performer-pytorch": (performer_peer, "torch performer-pytorch", False),
-    "SDPA": (sdpa_peer, "torch", True),
+PEERS = {  # name: (what makes its calls, what to install, for which tasks)
+    "JAX": (jax_peer, "jax jaxlib", "favor"),
+    "PyTorch": (torch_peer, "torch", "favor"),
+    "C++": (cpp_peer, "torch", "favor"),
+    "performer-pytorch": (performer_peer, "torch performer-pytorch", "favor"),
+    "JAX gradient": (jax_gradient_peer, "jax jaxlib", "gradient"),
+    "PyTorch gradient": (torch_gradient_peer, "torch", "gradient"),
+    "SDPA": (sdpa_peer, "torch", "exact"),
 }

@@ -87,6 +87,15 @@ def carve(par, floats, ints, d, vcols, width, blocks):
 
 
 @jit()
+def dot(a, i, b, j, width):
+    """a[i] . b[j]"""
+    total = a.dtype.type(0)
+    for y in range(width):
+        total += a[i, y] * b[j, y]
+    return total
+
+
+@jit()
 def keys_in(par, x, job, at, count, clock, rate, weight, bias, c, s, z, slot, t):
     """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
     k_row, v_row, mask_row = job[0], job[1], job[2]
@@ -129,10 +138,10 @@ def queries_in(par, x, job, at, step, count, weight, none, c, s, z, slot, t):
             t.values[i] = 0
         elif t.square[i] < math.inf and weight_of > 0:
             t.height[i] = x.tops[row] - lift
+            inverse = 1 / weight_of
+            t.share[i] = -dot(t.values, i, x.out, row, width) * inverse
             for y in range(width):
-                t.share[i] -= t.values[i, y] * x.out[row, y]
-                t.values[i, y] /= weight_of
-            t.share[i] /= weight_of
+                t.values[i, y] *= inverse
         else:
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
@@ -214,8 +223,7 @@ def side_b(par, x, job, of_keys, at, step, count, clock, rate, t):
         t.extra[:] = 0
         for i in range(count):
             row = job[10] + at + i * step
-            for y in range(x.grad.shape[1]):
-                t.extra[0, i] -= t.other[i, y] * x.out[row, y]
+            t.extra[0, i] = -dot(t.other, i, x.out, row, x.grad.shape[1])
     across(t.rows, t.columns)
     across(t.other, t.turned)
     t.total[:] = 0
