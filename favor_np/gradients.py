@@ -143,35 +143,38 @@ num_threads, check_finite
 
         from favor_np import launch
 
-        found, like = pull(False), call.arrays
+        like = call.arrays
         kept = like.state_shape if like.grouped else None
+        q, k, v, first = pull(False)
         return Gradients(
-            _onto(found.q, like.q, None, result.dtype),
-            _onto(found.k, like.k, kept, result.dtype),
-            _onto(found.v, like.v, kept, result.dtype),
-            None if state is None else _state_gradient(state, found.state),
-            lambda: _projection(feature_map, pull(True)),
+            _onto(q, like.q, None),
+            _onto(k, like.k, kept),
+            _onto(v, like.v, kept),
+            None if state is None else _state_gradient(state, first),
+            lambda: _projection(feature_map, *pull(True)),
         )
 
     return ((result, following) if return_state else result), pullback
 
 
-def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None, dtype: np.dtype[Any]) -> Array:
+def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None) -> Array:
     """Sum over the axes along which `like` was broadcast, or shared by groups of query heads."""
     if kept is not None:
         batch = grad.shape[:-2]
-        grad = grad.reshape(*batch[:-1], kept[-1], -1, *grad.shape[-2:]).sum(-3)
-    grad = grad.sum(tuple(range(grad.ndim - like.ndim)))
-    ones = tuple(i for i, n in enumerate(like.shape[:-2]) if n == 1 and grad.shape[i] != 1)
-    grad = grad.sum(ones, keepdims=True)
-    return grad.astype(like.dtype if like.dtype.kind == "f" else dtype, copy=False)
+        group = batch[-1] // kept[-1]
+        grad = grad.reshape(*batch[:-1], kept[-1], group, *grad.shape[-2:]).sum(-3)
+    given = (1,) * (grad.ndim - like.ndim) + like.shape
+    axes = tuple(i for i, n in enumerate(given) if n != grad.shape[i])
+    if axes:  # a sum over no axis would be a copy
+        grad = grad.sum(axes)
+    return grad.reshape(like.shape).astype(like.dtype, copy=False)
 
 
-def _projection(feature_map: FeatureMap, found: Any) -> Array:
+def _projection(feature_map: FeatureMap, found: Array, owners: Array) -> Array:
     """Sum what the jobs found for the rows of each head's projection."""
     heads, rows, dim = feature_map.weight.shape
-    total = np.zeros((heads, *found.weight.shape[1:]), found.weight.dtype)
-    np.add.at(total, found.heads, found.weight)
+    total = np.zeros((heads, *found.shape[1:]), found.dtype)
+    np.add.at(total, owners, found)
     total = total[:, :rows, :dim] * np.sqrt(feature_map.scale)
     like = feature_map.projection
     grad: Array = total.reshape(like.shape).astype(like.dtype, copy=False)

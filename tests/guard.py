@@ -48,7 +48,14 @@ def inputs(dtype, front):
 
 
 def main():
-    from favor_np import AttentionState, FeatureMap, exact_attention, favor_attention, plan
+    from favor_np import (
+        AttentionState,
+        FeatureMap,
+        exact_attention,
+        favor_attention,
+        favor_attention_vjp,
+        plan,
+    )
 
     for dtype in (np.float32, np.float64):
         for front in (False, True):
@@ -66,6 +73,12 @@ def main():
                     state.update(k, v, mask)
                     state.attend(q)
                     state.step(q[:, 0], k[:, 0], v[:, 0])
+                    gradients = favor_attention_vjp(q, k, v, fm, key_mask=mask)[1](out)
+                    gradients.projection  # noqa: B018 (it is computed when it is asked for)
+                    for by in (1, 30):
+                        arrays = [by * x for x in causal]
+                        result, pullback = favor_attention_vjp(*arrays, fm, causal=True)
+                        pullback(result)
                 exact_attention(q, k, v, key_mask=mask)
                 exact_attention(*causal, causal=True)
     print("no fault")
