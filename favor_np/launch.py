@@ -202,7 +202,7 @@ def attend_vjp(
     weight = plan.aligned(
         (count if projection else 0, layout.half, layout.natural.shape[-1]), dtype
     )
-    to = vjp.Gradients(*rows, weight)
+    to = vjp.Gradients(rows[0], rows[1], rows[2], weight)
     states = None
     if own is not None:  # first those of the keys' sides, then those of the queries'
         states = _empty(layout, count)
