@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionState": "state",
     "FeatureMap": "features",
+    "WindowState": "window",
     "attention_weights": "weights",
     "exact_attention": "exact",
     "favor_attention": "attention",
@@ -33,6 +34,7 @@ _HOMES = {
 __all__ = [
     "AttentionState",
     "FeatureMap",
+    "WindowState",
     "__version__",
     "attention_weights",
     "exact_attention",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from favor_np.streaming import stream_attention as stream_attention
     from favor_np.threads import thread_limit as thread_limit
     from favor_np.weights import attention_weights as attention_weights
+    from favor_np.window import WindowState as WindowState
 
 
 def __getattr__(name: str) -> Any:

@@ -79,6 +79,13 @@ def favor_attention(
     enable_gqa : bool, default False
         Grouped queries: axis -3 of `q` is a multiple of that of `k` and `v`, and query head h
         uses their head ``h // (heads of q / heads of k)``.
+    decay : array_like of float, optional
+        With `causal`: the weight ``a_ij`` is multiplied with ``decay**(i - j)``.  In (0, 1],
+        broadcast to the leading axes of keys and values, such as one a head.  A masked key counts
+        as time all the same.
+    window : int, optional
+        With `causal`: query i sees the last `window` positions, i - window + 1 to i, only.  Costs
+        two causal passes.
     state : AttentionState, optional
         What came before these keys; it is not changed.  With `causal` these queries and keys are
         the new part only.
@@ -106,13 +113,16 @@ def favor_attention(
         or `out` or `state` has another dtype than the result is computed in.
     ValueError
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
-        without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, the map is "trig" or of another
-        dimension, `state` belongs to another map, `out` is read-only, or `check_finite` is set
-        and an array is not finite.
+        without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `decay` is
+        not in (0, 1] or not that of `state`, the map is "trig" or of another dimension, `state`
+        belongs to another map or packing, `out` is read-only, or `check_finite` is set and an
+        array is not finite.
 
     See Also
     --------
     exact_attention : Softmax attention itself: faster on short sequences, and without error.
+    AttentionState : What `return_state` returns: to go on token by token.
+    WindowState : To go on token by token with a window.
 
     Notes
     -----
@@ -163,8 +173,6 @@ class Prepared(NamedTuple):
 
         `weights`, zeros, receive the denominators of the rows.
         """
-        from favor_np import launch
-
         call = self.arrays
         following = self._following() if self.keeps else None
         if target.size == 0 and (following is None or call.keys == 0):
@@ -176,6 +184,8 @@ class Prepared(NamedTuple):
 
             windows.attend(self.feature_map, call, target, self.window, self.offsets, self.rates)
         else:
+            from favor_np import launch
+
             launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, target,
                 dtype=call.compute, causal=call.causal, grouped=call.grouped,
@@ -184,7 +194,7 @@ class Prepared(NamedTuple):
                 threads=call.threads, offsets=self.offsets, clock=self.clock, weights=weights,
             )  # fmt: skip
         if following is not None:
-            following.count(call.keys, self.offsets)
+            following._count(call.keys, self.offsets)
         return following
 
     @property
@@ -193,7 +203,7 @@ class Prepared(NamedTuple):
         from favor_np import launch
 
         if self.state is not None:
-            return self.state.clock
+            return self.state._clock
         return launch.clock(self.rates, self.offsets)
 
     def _following(self) -> AttentionState:
@@ -202,12 +212,14 @@ class Prepared(NamedTuple):
 
         if self.state is not None:
             return self.state.copy()
-        call, rates = self.arrays, self.rates
-        return AttentionState.zeros(
+        call = self.arrays
+        following = AttentionState.zeros(
             self.feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute,
             sequences=None if self.offsets is None else len(self.offsets) - 1,
-            decay=None if rates is None else np.exp2(-rates).reshape(call.state_shape),
         )  # fmt: skip
+        if self.rates is not None:
+            following.rates = np.repeat(self.rates, following.sequences or 1)
+        return following
 
 
 def prepare(
@@ -255,7 +267,7 @@ def prepare(
             raise ValueError(
                 f"v must have shape (..., L, {before.value_dim}) to fit state, got {call.v.shape}"
             )
-        before.fits(offsets, decay, causal=call.causal)
+        before._fits(offsets, decay, causal=call.causal)
     if window is not None:
         window = validation.integer("window", window)
         if not call.causal:

@@ -49,6 +49,33 @@ def _empty(layout: plan.Layout, count: int) -> Any:
     return c, s, plan.aligned((count, layout.features), layout.dtype)
 
 
+def copied(arrays: Any) -> Any:
+    """Return a copy of states."""
+    new = tuple(plan.aligned(array.shape, array.dtype) for array in arrays)
+    for array, old in zip(new, arrays, strict=True):
+        array[...] = old
+    return new
+
+
+def without_padding(
+    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: Any
+) -> tuple[Array, Array, Array]:
+    """Return a copy of states (c, S, z) as any machine would have them."""
+    real = plan.layout(feature_map, dtype, value_dim).real
+    c, s, z = arrays
+    return c[:, real], s[:, real, :value_dim], z[:, real]
+
+
+def with_padding(
+    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, raw: tuple[Array, Array, Array]
+) -> Any:
+    """Return states as the kernels lay them out from what `without_padding` returned."""
+    real = plan.layout(feature_map, dtype, value_dim).real
+    c, s, z = arrays = new_state(feature_map, dtype, len(raw[0]), value_dim)
+    c[:, real], s[:, real, :value_dim], z[:, real] = raw
+    return arrays
+
+
 def merge(into: Any, other: Any) -> None:
     """Add the states `other` to the states `into`: arrays (c, S, z) of equal shapes."""
     (c, s, z), (other_c, other_s, other_z) = into, other

@@ -19,8 +19,9 @@ class AttentionState:
     """What a prefix of keys and values has left behind: (c, S, z) for each batch and head.
 
     ``S * 2**c = sum_j phi_k(k_j) v_j^T`` and ``z * 2**c = sum_j phi_k(k_j)``, phi_k without its
-    factor ``1 / sqrt(M)``, which cancels.  Its size does not depend on how much was folded.  Make
-    one with `zeros`, or with ``favor_attention(..., return_state=True)``.
+    factor ``1 / sqrt(M)``, which cancels; with decay key j of n, from 0, counts ``decay**(n - j)``
+    times.  Its size does not depend on how much was folded.  Make one with `zeros`, or with
+    ``favor_attention(..., return_state=True)``.
 
     Attributes
     ----------
@@ -36,6 +37,8 @@ class AttentionState:
         Number of packed sequences, each with a state of its own.
     decay : ndarray of float64, shape `batch_shape`, or None
         What the weight of a key is multiplied with at every later token.
+    lengths : ndarray of int
+        Tokens folded, masked ones included: one entry a batch and head, and packed sequence, flat.
     c : ndarray of int, shape (..., M)
         Exponents of two; far below any exponent met in practice where nothing was folded.
     S : ndarray, shape (..., M, dv)
@@ -118,17 +121,10 @@ class AttentionState:
         """
         if not isinstance(feature_map, FeatureMap):
             raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-        if feature_map.kind == "trig":
-            raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
-        value_dim = validation.integer("value_dim", value_dim)
-        shape = batch_shape if isinstance(batch_shape, (tuple, list)) else (batch_shape,)
-        shape = tuple(validation.integer("batch_shape", n, minimum=0) for n in shape)
-        heads = feature_map.num_heads
-        if heads is not None and (not shape or shape[-1] != heads):
-            raise ValueError(f"batch_shape must end with the {heads} heads of the map, got {shape}")
-        kind = validation.float_dtype(
-            "dtype", feature_map.projection.dtype if dtype is None else dtype
-        )
+        value_dim, shape, kind = validation.state_arguments(
+            value_dim, batch_shape, feature_map.projection.dtype if dtype is None else dtype,
+            kind=feature_map.kind, heads=feature_map.num_heads,
+        )  # fmt: skip
         if sequences is not None:
             sequences = validation.integer("sequences", sequences)
         rates = validation.decay_rates(decay, shape)
@@ -148,7 +144,7 @@ class AttentionState:
         return np.asarray(np.exp2(-rates))
 
     @property
-    def clock(self) -> Any:
+    def _clock(self) -> Any:
         """How the kernels raise the keys to come, so that those before them decay."""
         if self.rates is None:
             return None
@@ -156,19 +152,22 @@ class AttentionState:
 
         return Clock((self.lengths * self.rates) % 1.0, self.rates)
 
-    def advance(self, tokens: int | Array) -> None:
+    def _advance(self, tokens: int | Array) -> None:
         """Count tokens that were folded; with decay, keep the exponents near zero.
 
         Key j is raised by ``j * rate``; the integer part of what the last one had is taken off again
-        here, and the fraction is left to `clock`.
+        here, and the fraction is left to `_clock`.
         """
         if self.rates is not None:
             past = np.floor(self.lengths * self.rates)
             ahead = np.floor((self.lengths + tokens) * self.rates) - past
             from favor_np import plan
 
-            c, real = self.arrays[0], plan.layout(self.feature_map, self.dtype, self.value_dim).real
-            c[:, real] = np.maximum(c[:, real] - ahead[:, None].astype(c.dtype), -(2**29))
+            c = self.arrays[0]
+            rows: Any = slice(None)
+            if self.feature_map.kind == "positive":  # padding is out of reach, and stays there
+                rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
+            c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
         self.lengths = self.lengths + tokens
 
     def _real(self, array: Array) -> Array:
@@ -313,22 +312,19 @@ class AttentionState:
         TypeError, ValueError
             As `favor_attention`.
         """
+        if self.sequences is None:
+            rows, row = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
+            out: Array = self._run(*rows, None, None, causal=True, threads=num_threads)[row]
+            return out
         q, k, v = (validation.tensor(n, a, 1) for n, a in (("q", q), ("k", k), ("v", v)))
-        if self.sequences is not None:
-            ends = np.arange(self.sequences + 1)
-            return self._run(q, k, v, None, ends, causal=True, threads=num_threads)
-        axes = len(self.batch_shape)
-        if q.ndim == axes + 1:
-            rows = (q[..., None, :], k[..., None, :], v[..., None, :])
-            return self._run(*rows, None, None, causal=True, threads=num_threads)[..., 0, :]
-        if q.ndim != axes + 2 or q.shape[-2] != 1:
+        if q.ndim < 2 or q.shape[-2] != self.sequences:
             raise ValueError(
-                f"q must be one token, of shape {(*self.batch_shape, self.feature_map.dim)}, "
-                f"got shape {q.shape}"
+                f"q must be one token of each of the {self.sequences} sequences, got shape {q.shape}"
             )
-        return self._run(q, k, v, None, None, causal=True, threads=num_threads)
+        ends = np.arange(self.sequences + 1)
+        return self._run(q, k, v, None, ends, causal=True, threads=num_threads)
 
-    def fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
+    def _fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
         """Refuse rows that are packed otherwise than this state, or decay otherwise."""
         found = None if offsets is None else len(offsets) - 1
         if found != self.sequences:
@@ -359,7 +355,7 @@ class AttentionState:
         if cu_seqlens is not None:
             rows = max(call.keys, call.q.shape[-2])
             offsets = validation.sequence_offsets(cu_seqlens, rows)
-        self.fits(offsets)
+        self._fits(offsets)
         out = np.zeros(call.out_shape, self.dtype)
         if math.prod(call.state_shape) and (out.size or call.keys):
             from favor_np import launch
@@ -368,17 +364,17 @@ class AttentionState:
                 self.feature_map, call.q, call.k, call.v, call.mask, out,
                 dtype=self.dtype, causal=causal, grouped=False, state=self.arrays,
                 state_shape=self.batch_shape, threads=call.threads, offsets=offsets,
-                clock=self.clock,
+                clock=self._clock,
             )  # fmt: skip
-        self.count(call.keys, offsets)
+        self._count(call.keys, offsets)
         return out
 
-    def count(self, keys: int, offsets: Array | None) -> None:
+    def _count(self, keys: int, offsets: Array | None) -> None:
         """Note that so many keys were folded, or those of packed sequences."""
         if keys and offsets is not None:
-            self.advance(np.tile(np.diff(offsets), math.prod(self.batch_shape)))
+            self._advance(np.tile(np.diff(offsets), math.prod(self.batch_shape)))
         elif keys:
-            self.advance(keys)
+            self._advance(keys)
 
     def merge(self, other: AttentionState) -> AttentionState:
         """Add what another state has seen, in place: the fold of both sets of keys.
@@ -421,28 +417,25 @@ class AttentionState:
         if self.rates is not None:
             arrays = launch.raised(arrays, (self.lengths * self.rates) % 1.0)
             before = np.floor(self.lengths * self.rates) + np.floor(other.lengths * self.rates)
-            self.advance(other.lengths)
+            self._advance(other.lengths)
             # The sum of the integer parts may be one short of the integer part of the sum.
             short = np.floor(self.lengths * self.rates) - before
             arrays[0][...] -= short[:, None].astype(arrays[0].dtype)
         else:
-            self.advance(other.lengths)
+            self._advance(other.lengths)
         launch.merge(self.arrays, arrays)
         return self
 
     def copy(self) -> AttentionState:
         """Return an independent copy: to continue one prefix in two ways."""
-        from favor_np import plan
+        from favor_np import launch
 
-        arrays = tuple(plan.aligned(a.shape, a.dtype) for a in self.arrays)
-        for new, old in zip(arrays, self.arrays, strict=True):
-            new[...] = old
         return AttentionState(
             self.feature_map,
             self.value_dim,
             self.batch_shape,
             self.dtype,
-            arrays,  # type: ignore[arg-type]
+            launch.copied(self.arrays),
             self.sequences,
             self.rates,
             self.lengths,
@@ -543,19 +536,23 @@ def _restore(
     feature_map: FeatureMap, value_dim: int, batch_shape: tuple[int, ...], dtype: str,
     c: Array, s: Array, z: Array, sequences: int | None, rates: Array | None, lengths: Array,
 ) -> AttentionState:  # fmt: skip
-    from favor_np import plan
+    from favor_np import launch
 
-    state = AttentionState.zeros(
-        feature_map, value_dim, batch_shape, sequences=sequences, dtype=dtype
+    count, features = math.prod(batch_shape) * (sequences or 1), feature_map.num_features
+    raw = (
+        c.reshape(count, features),
+        s.reshape(count, features, value_dim),
+        z.reshape(count, features),
     )
-    state.rates, state.lengths = rates, lengths
-    rows = plan.layout(feature_map, state.dtype, value_dim).real
-    count = len(state.arrays[0])
-    state.arrays[0][:, rows] = c.reshape(count, len(rows))
-    state.arrays[1][:, rows, :value_dim] = s.reshape(count, len(rows), value_dim)
-    state.arrays[2][:, rows] = z.reshape(count, len(rows))
-    return state
+    kind = np.dtype(dtype)
+    arrays = launch.with_padding(feature_map, kind, value_dim, raw)
+    return AttentionState(
+        feature_map, value_dim, batch_shape, kind, arrays, sequences, rates, lengths
+    )
 
 
 def _same(a: Array | None, b: Array | None) -> bool:
-    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+    """Whether two decays are one, but for the rounding of ``log2(2**rate)``."""
+    if a is None or b is None:
+        return a is b
+    return np.allclose(a, b, rtol=1e-14, atol=1e-15)

@@ -232,6 +232,32 @@ def sequence_offsets(value: object, length: int, queries: int | None = None) -> 
     return offsets
 
 
+def token(
+    q: object, k: object, v: object, batch: tuple[int, ...], dim: int
+) -> tuple[tuple[Array, Array, Array], Any]:
+    """Return one token (..., d) or (..., 1, d) as rows, and how to index what it gets back."""
+    q, k, v = tensor("q", q, 1), tensor("k", k, 1), tensor("v", v, 1)
+    if q.ndim == len(batch) + 1:
+        return (q[..., None, :], k[..., None, :], v[..., None, :]), (..., 0, slice(None))
+    if q.ndim != len(batch) + 2 or q.shape[-2] != 1:
+        raise ValueError(f"q must be one token, of shape {(*batch, dim)}, got shape {q.shape}")
+    return (q, k, v), ...
+
+
+def state_arguments(
+    value_dim: object, batch_shape: object, dtype: npt.DTypeLike, *, kind: str, heads: int | None
+) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+    """Check what a state is made of; `kind` and `heads` are those of its feature map."""
+    if kind == "trig":
+        raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
+    length = integer("value_dim", value_dim)
+    axes = batch_shape if isinstance(batch_shape, (tuple, list)) else (batch_shape,)
+    shape = tuple(integer("batch_shape", n, minimum=0) for n in axes)
+    if heads is not None and (not shape or shape[-1] != heads):
+        raise ValueError(f"batch_shape must end with the {heads} heads of the map, got {shape}")
+    return length, shape, float_dtype("dtype", dtype)
+
+
 def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -> Array | None:
     """Return -log2 of ``decay`` for every batch and head, flat; None if nothing decays."""
     if value is None:

@@ -1,24 +1,31 @@
 """Attention to the last positions only, by two folds and no subtraction.
 
 A sequence is cut into segments as long as the window.  What a query may see is then the beginning of
-its own segment up to itself, which is causal attention within segments, and the end of the segment
-before: the same from the other side, with the order of the rows turned round.  Each of the two gives a row
-and its denominator; their weighted mean is the result.
+its own segment up to itself, and the end of the segment before (van Herk 1992; Gil and Werman 1993).
+Each of the two gives a row and its denominator; their weighted mean is the result.  For whole
+sequences both are causal attention within segments, the second with the rows turned round; a decoder
+keeps a state that grows, and states of the ends of the segment before.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, TypeAlias
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import launch, plan
+from favor_np import validation
 from favor_np.features import FeatureMap
 from favor_np.validation import AttentionCall
 
+if TYPE_CHECKING:
+    from favor_np.launch import Clock
+
 Array: TypeAlias = npt.NDArray[Any]
+#: Rows of a result, and their denominators w * 2**top.
+Rows: TypeAlias = tuple[Array, Array, Array]
 
 #: Positions whose rows are turned round at a time: as much extra memory.
 WAVE = 32_768
@@ -33,12 +40,30 @@ def attend(
     rates: Array | None,
 ) -> None:
     """Write causal attention to the last `window` positions to the C-ordered `out`."""
+    from favor_np import launch
+
+    def run(out: Array, offsets: Array, order: tuple[Array, Array] | None = None) -> Rows:
+        """Attend causally within `offsets`; with an `order` of queries and keys, backwards."""
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        clock = launch.clock(rates, offsets)
+        if order is not None:
+            queries, keys = order
+            q, k, v = q.take(queries, -2), k.take(keys, -2), v.take(keys, -2)
+            mask = None if mask is None else mask.take(keys, -1)
+            if clock is not None:  # by the distance to the beginning of the queries' segment
+                clock = launch.Clock(-clock.rate, -clock.rate)
+        w, top = _denominators(out)
+        launch.attend(
+            feature_map, q, k, v, mask, out,
+            dtype=call.compute, causal=True, grouped=call.grouped, state=None, state_shape=None,
+            threads=call.threads, offsets=offsets, clock=clock, weights=(w.ravel(), top.ravel()),
+        )  # fmt: skip
+        return out, w, top
+
     if offsets is None:
         offsets = np.array([0, call.keys])
     starts = [np.arange(a, b, window) for a, b in itertools.pairwise(offsets)]
-    own = np.concatenate([*starts, offsets[-1:]])
-    weights = _weights(out)
-    _run(feature_map, call, np.arange(call.keys), None, out, own, rates, weights)
+    _, w, top = run(out, np.concatenate([*starts, offsets[-1:]]))
     later = np.concatenate([start[1:] for start in starts])  # those with a segment before them
     ends = np.minimum(later + window, offsets[np.searchsorted(offsets, later, side="right")])
     step, back = max(1, WAVE // window), np.arange(window - 1, 0, -1)
@@ -48,43 +73,349 @@ def attend(
         real = (queries < end).ravel()
         rows = np.minimum(queries, end - 1).ravel()
         other = np.empty((*out.shape[:-2], rows.size, out.shape[-1]), out.dtype)
-        theirs = _weights(other)
         packs = np.arange(len(begin) + 1) * (window - 1)
-        _run(feature_map, call, rows, keys.ravel(), other, packs, rates, theirs)
+        _, w_other, top_other = run(other, packs, (rows, keys.ravel()))
         rows = rows[real]
-        mine = out[..., rows, :]
-        w, top = (a.reshape(out.shape[:-1])[..., rows] for a in weights)
-        w_other, top_other = (a.reshape(other.shape[:-1])[..., real] for a in theirs)
-        highest = np.maximum(top, top_other)
-        w = w * np.exp2(np.maximum(top - highest, -2000).astype(w.dtype))
-        w_other = w_other * np.exp2(np.maximum(top_other - highest, -2000).astype(w.dtype))
-        total = w + w_other
-        total[total == 0] = 1  # no key at all: both are zero
-        out[..., rows, :] = (mine * w[..., None] + other[..., real, :] * w_other[..., None]) / (
-            total[..., None]
+        out[..., rows, :] = _joined(
+            (out.take(rows, -2), w.take(rows, -1), top.take(rows, -1)),
+            (other.compress(real, -2), w_other.compress(real, -1), top_other.compress(real, -1)),
         )
 
 
-def _weights(out: Array) -> tuple[Array, Array]:
-    """Return arrays for the denominators of all rows."""
-    size = out.size // out.shape[-1]
-    return np.empty(size, out.dtype), np.empty(size, plan.integer_of(out.dtype))
+def _denominators(out: Array) -> tuple[Array, Array]:
+    """Return arrays for the denominators of the rows `out`."""
+    from favor_np import plan
+
+    return np.zeros(out.shape[:-1], out.dtype), np.zeros(out.shape[:-1], plan.integer_of(out.dtype))
 
 
-def _run(
-    feature_map: FeatureMap, call: AttentionCall, queries: Array, keys: Array | None, out: Array,
-    offsets: Array, rates: Array | None, weights: tuple[Array, Array],
-) -> None:  # fmt: skip
-    """Attend causally within `offsets`; with `keys`, backwards: rows `queries` to rows `keys`."""
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    clock = launch.clock(rates, offsets)
-    if keys is not None:
-        q, k, v = q[..., queries, :], k[..., keys, :], v[..., keys, :]
-        mask = None if mask is None else mask[..., keys]
-        if clock is not None:  # raised by the distance to the beginning of the queries' segment
-            clock = launch.Clock(-clock.rate, -clock.rate)
-    launch.attend(
-        feature_map, q, k, v, mask, out,
-        dtype=call.compute, causal=True, grouped=call.grouped, state=None, state_shape=None,
-        threads=call.threads, offsets=offsets, clock=clock, weights=weights,
-    )  # fmt: skip
+def _joined(a: Rows, b: Rows) -> Array:
+    """Return the rows of attention to the keys of both; their own are used up."""
+    highest = np.maximum(a[2], b[2])
+    weights = [
+        w * np.exp2(np.maximum(top - highest, -2000).astype(w.dtype)) for _, w, top in (a, b)
+    ]
+    total = weights[0] + weights[1]
+    total[total == 0] = 1  # no key at all: both are zero
+    rows, others = a[0], b[0]
+    with np.errstate(invalid="ignore"):  # values may be infinite
+        rows *= (weights[0] / total)[..., None]
+        others *= (weights[1] / total)[..., None]
+        rows += others
+    return rows
+
+
+class WindowState:
+    """Decoding with a window: what attention to the last `window` positions has to remember.
+
+    The result is that of ``favor_attention(..., causal=True, window=window)`` within rounding, for
+    any split of the sequence into calls.  A token costs the folding of three keys and the reading of
+    two states, on average and whatever the window is; the first in ``sqrt(window)`` takes longer, and
+    the first in `window` as long as that many keys.
+
+    Memory does not grow with the sequence: for each batch and head the last `window` keys and values,
+    ``window * (d + dv)`` numbers, and at most ``2 + 2 * sqrt(window)`` states of about
+    ``M * (dv + 2)`` numbers of 4 bytes, or of 8 with float64.
+
+    Parameters
+    ----------
+    feature_map : FeatureMap
+        Any kind but "trig".
+    value_dim : int
+        Length dv of a value.
+    window : int
+        Number of positions that a query sees, its own among them.
+    batch_shape : int or tuple of int, default ()
+        Leading axes of the keys and values to come; with a projection a head its last entry
+        is the number of heads.
+    decay : array_like of float, optional
+        In (0, 1], broadcast to `batch_shape`: at every token the weight of all earlier keys
+        is multiplied with it.
+    dtype : {float32, float64}, optional
+        Default: that of the map's projection.  All input is converted to it.
+
+    Attributes
+    ----------
+    length : int
+        Number of tokens seen.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type, a count is too small, `decay` is not in (0, 1], or the
+        map is "trig" or has heads that `batch_shape` does not.
+
+    See Also
+    --------
+    favor_attention : The same for whole sequences.
+    AttentionState : Decoding without a window.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import favor_np
+    >>> fm = favor_np.feature_map("positive", dim=4, num_features=64)
+    >>> state = favor_np.WindowState(fm, value_dim=1, window=2)
+    >>> x = np.ones(4)
+    >>> [state.step(x, x, [value]).item() for value in (1.0, 2.0, 4.0)]
+    [1.0, 1.5, 3.0]
+    """
+
+    def __init__(
+        self,
+        feature_map: FeatureMap,
+        value_dim: int,
+        window: int,
+        batch_shape: int | tuple[int, ...] = (),
+        *,
+        decay: npt.ArrayLike | None = None,
+        dtype: npt.DTypeLike | None = None,
+    ) -> None:
+        if not isinstance(feature_map, FeatureMap):
+            raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+        self.feature_map = feature_map
+        self.value_dim, self.batch_shape, self.dtype = validation.state_arguments(
+            value_dim, batch_shape, feature_map.projection.dtype if dtype is None else dtype,
+            kind=feature_map.kind, heads=feature_map.num_heads,
+        )  # fmt: skip
+        self.window = validation.integer("window", window)
+        self.rates = validation.decay_rates(decay, self.batch_shape)
+        self.length = 0
+        rows = (*self.batch_shape, self.window)
+        #: The last tokens, that of position t in row ``t % window``.
+        self._k = np.zeros((*rows, feature_map.dim), self.dtype)
+        self._v = np.zeros((*rows, self.value_dim), self.dtype)
+        self._mask = np.zeros(rows, np.bool_)
+        self._own = self._empty()
+        self._forget()
+
+    def _empty(self) -> Any:
+        from favor_np import launch
+
+        count = math.prod(self.batch_shape)
+        return launch.new_state(self.feature_map, self.dtype, count, self.value_dim)
+
+    def _forget(self) -> None:
+        #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window,
+        #: and of the last ``_whole * r`` and 0, 1, 2, ... more; made when they are needed.
+        self._wholes: list[Any] = []
+        self._parts: list[Any] = []
+        self._whole = -1
+
+    @property
+    def _begin(self) -> int:
+        """Where the segment of the latest position begins."""
+        return max(self.length - 1, 0) // self.window * self.window
+
+    def _fold(self, state: Any, start: int, stop: int, threads: int | None) -> None:
+        """Fold the tokens start:stop into `state`.
+
+        They are raised by their distance to the beginning of the latest segment.
+        """
+        from favor_np import launch
+
+        rows = np.arange(start, stop) % self.window
+        clock: Clock | None = None
+        if self.rates is not None:
+            clock = launch.Clock((start - self._begin) * self.rates, self.rates)
+        launch.attend(
+            self.feature_map, self._k[..., :0, :], self._k.take(rows, -2), self._v.take(rows, -2),
+            self._mask.take(rows, -1), self._v[..., :0, :].copy(),
+            dtype=self.dtype, causal=False, grouped=False, state=state,
+            state_shape=self.batch_shape, threads=threads, clock=clock,
+        )  # fmt: skip
+
+    def _read(self, state: Any, call: AttentionCall) -> Rows:
+        from favor_np import launch
+
+        out = np.zeros(call.out_shape, self.dtype)
+        w, top = _denominators(out)
+        launch.attend(
+            self.feature_map, call.q, self._k[..., :0, :], self._v[..., :0, :], None, out,
+            dtype=self.dtype, causal=False, grouped=False, state=state,
+            state_shape=self.batch_shape, threads=call.threads, weights=(w.ravel(), top.ravel()),
+        )  # fmt: skip
+        return out, w, top
+
+    def _append(self, call: AttentionCall) -> None:
+        new, before = min(call.keys, self.window), self._begin
+        start, self.length = self.length, self.length + call.keys
+        rows, last = np.arange(self.length - new, self.length) % self.window, call.keys - new
+        self._k[..., rows, :] = call.k[..., last:, :]
+        self._v[..., rows, :] = call.v[..., last:, :]
+        self._mask[..., rows] = True if call.mask is None else call.mask[..., last:]
+        if self._begin > before:
+            self._own = self._empty()
+            self._forget()
+        self._fold(self._own, max(start, self._begin), self.length, call.threads)
+
+    def _before(self, threads: int | None) -> Any:
+        """Return the state of the keys before the latest segment that its position sees."""
+        from favor_np import launch
+
+        def backwards(state: Any, stop: int, step: int, count: int) -> list[Any]:
+            states = [state]
+            for end in range(stop, stop - step * count, -step):
+                state = launch.copied(state)
+                self._fold(state, end - step, end, threads)
+                states.append(state)
+            return states
+
+        begin, root = self._begin, math.isqrt(self.window)
+        seen = min(begin, begin + self.window - self.length)
+        whole, rest = divmod(seen, root)
+        if not self._wholes:
+            self._wholes = backwards(self._empty(), begin, root, whole)
+        if self._whole != whole:
+            self._parts = backwards(self._wholes[whole], begin - whole * root, 1, rest)
+            self._whole = whole
+        return self._parts[rest]
+
+    def _run(
+        self, q: Any, k: Any, v: Any, mask: Any, *, causal: bool, threads: int | None
+    ) -> Array:
+        call = validation.attention_call(
+            q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
+            num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
+            state_shape=self.batch_shape,
+        )  # fmt: skip
+        validation.last_axis("v", call.v, self.value_dim, "the state")
+        if call.keys and math.prod(self.batch_shape):
+            self._append(call)
+        if not math.prod(call.out_shape):
+            return np.zeros(call.out_shape, self.dtype)
+        return _joined(self._read(self._own, call), self._read(self._before(call.threads), call))
+
+    def update(
+        self,
+        k: npt.ArrayLike,
+        v: npt.ArrayLike,
+        key_mask: npt.ArrayLike | None = None,
+        *,
+        num_threads: int | None = None,
+    ) -> WindowState:
+        """Append tokens, in place.
+
+        Parameters
+        ----------
+        k : array_like, shape (..., L, d)
+            Keys; leading axes broadcast to `batch_shape`.
+        v : array_like, shape (..., L, dv)
+            Values.
+        key_mask : array_like of bool, shape (..., L), optional
+            True where a key takes part; others count as positions all the same.
+        num_threads : int, optional
+            Default: see `thread_limit`.
+
+        Returns
+        -------
+        WindowState
+            The state itself.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `favor_attention`.
+        """
+        self._run(self._k[..., :0, :], k, v, key_mask, causal=False, threads=num_threads)
+        return self
+
+    def attend(self, q: npt.ArrayLike, *, num_threads: int | None = None) -> Array:
+        """Attend to the last `window` positions, as a query at the latest one does.
+
+        Parameters
+        ----------
+        q : array_like, shape (..., L, d)
+            Queries; leading axes broadcast with `batch_shape`.
+        num_threads : int, optional
+            Default: see `thread_limit`.
+
+        Returns
+        -------
+        ndarray, shape (..., L, dv)
+            In the dtype of the state.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `favor_attention`.
+        """
+        k, v = self._k[..., :0, :], self._v[..., :0, :]
+        return self._run(q, k, v, None, causal=False, threads=num_threads)
+
+    def step(
+        self,
+        q: npt.ArrayLike,
+        k: npt.ArrayLike,
+        v: npt.ArrayLike,
+        *,
+        num_threads: int | None = None,
+    ) -> Array:
+        """Append one token and attend from it, in place.
+
+        Parameters
+        ----------
+        q : array_like, shape (..., d) or (..., 1, d)
+            The token's query.
+        k : array_like, like `q`
+            Its key.
+        v : array_like, shape (..., dv) or (..., 1, dv)
+            Its value.
+        num_threads : int, optional
+            Default: see `thread_limit`.
+
+        Returns
+        -------
+        ndarray, shape (..., dv) or (..., 1, dv)
+            In the dtype of the state.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `favor_attention`.
+        """
+        rows, row = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
+        out: Array = self._run(*rows, None, causal=True, threads=num_threads)[row]
+        return out
+
+    def copy(self) -> WindowState:
+        """Return an independent copy: to continue one prefix in two ways.
+
+        Returns
+        -------
+        WindowState
+            It continues with the same bits.
+        """
+        new = WindowState.__new__(WindowState)
+        new.__setstate__(self.__getstate__())
+        new._k, new._v, new._mask = self._k.copy(), self._v.copy(), self._mask.copy()
+        return new
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: Any) -> WindowState:
+        """Copy; the feature map is immutable and shared."""
+        return self.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what any machine can lay out anew."""
+        from favor_np import launch
+
+        raw = launch.without_padding(self.feature_map, self.dtype, self.value_dim, self._own)
+        kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_whole")}
+        return kept | {"_own": raw}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave."""
+        from favor_np import launch
+
+        vars(self).update(kept)
+        self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, self._own)
+        self._forget()
+
+    def __repr__(self) -> str:
+        """Describe the state in one line."""
+        return (
+            f"<WindowState window={self.window}, batch_shape={self.batch_shape}, "
+            f"value_dim={self.value_dim}, {self.dtype}, of {self.feature_map!r}>"
+        )

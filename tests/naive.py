@@ -45,20 +45,29 @@ def weighted_mean(log_weights, v):
     return weights @ v / weights.sum()
 
 
-def visible_keys(i, num_keys, causal, key_mask):
+def visible_keys(i, num_keys, causal, key_mask, cu_seqlens=None, window=None):
     """Indices of the keys that query i attends to."""
-    return [j for j in range(num_keys) if (j <= i or not causal) and key_mask[j]]
+    start, stop = 0, num_keys
+    if cu_seqlens is not None:
+        start = max(offset for offset in cu_seqlens if offset <= i)
+        stop = min(offset for offset in cu_seqlens if offset > i)
+    if causal:
+        stop = i + 1
+    if window is not None:
+        start = max(start, i + 1 - window)
+    return [j for j in range(start, stop) if key_mask[j]]
 
 
-def one_head_favor(q, k, v, W, causal, key_mask, **options):
+def one_head_favor(q, k, v, W, causal, key_mask, cu_seqlens=None, window=None, decay=1, **options):
     log_q, log_k = log_features(q, W, **options), log_features(k, W, **options)
     out = np.zeros((len(q), v.shape[-1]), REAL)
     for i in range(len(q)):
-        keys = visible_keys(i, len(k), causal, key_mask)
+        keys = visible_keys(i, len(k), causal, key_mask, cu_seqlens, window)
         terms = log_q[i] + log_k[keys]  # (keys, M)
         top = np.max(terms, axis=-1, keepdims=True)
         log_kernel = np.log(np.exp(terms - top).sum(-1)) + top[:, 0]
-        out[i] = weighted_mean(log_kernel, v[keys])
+        age = i - np.array(keys, REAL)
+        out[i] = weighted_mean(log_kernel + age * np.log(REAL(decay)), v[keys])
     return out
 
 
@@ -83,13 +92,14 @@ def heads(q, k, v, key_mask, enable_gqa):
     return [(i, q[i], k[i], v[i], mask[i]) for i in np.ndindex(lead)], lead
 
 
-def favor_attention(q, k, v, W, causal=False, key_mask=None, enable_gqa=False, **options):
-    """Dense FAVOR attention; W (m, d) or (heads, m, d), options as of log_features."""
+def favor_attention(q, k, v, W, causal=False, key_mask=None, enable_gqa=False, decay=1, **options):
+    """Dense FAVOR attention; W (m, d) or (heads, m, d), options as of one_head_favor."""
     items, lead = heads(q, k, v, key_mask, enable_gqa)
     out = np.zeros((*lead, np.shape(q)[-2], np.shape(v)[-1]), REAL)
+    decay = np.broadcast_to(decay, lead)
     for i, q1, k1, v1, mask in items:
         W1 = W if np.ndim(W) == 2 else W[i[-1]]
-        out[i] = one_head_favor(q1, k1, v1, W1, causal, mask, **options)
+        out[i] = one_head_favor(q1, k1, v1, W1, causal, mask, decay=decay[i], **options)
     return out
 
 
@@ -145,12 +155,11 @@ def slopes(x, W, scale, kind="positive", antithetic=False, kernel_epsilon=1e-3):
 
 def log_weights(Lq, Lk, causal, key_mask, cu_seqlens=None, decay=1):
     """What the features of query i and key j are multiplied with, as a log: (Lq, Lk)."""
-    i, j = np.arange(Lq)[:, None], np.arange(Lk)
-    seen = np.broadcast_to(key_mask, (Lq, Lk)) & ((j <= i) | (not causal))
-    if cu_seqlens is not None:
-        inner = np.asarray(cu_seqlens)[1:-1]
-        seen &= np.searchsorted(inner, i, "right") == np.searchsorted(inner, j, "right")
-    return np.where(seen, (i - j) * np.log(REAL(decay)), -np.inf)
+    weights = np.full((Lq, Lk), -np.inf, REAL)
+    for i in range(Lq):
+        for j in visible_keys(i, Lk, causal, key_mask, cu_seqlens):
+            weights[i, j] = (i - j) * np.log(REAL(decay))
+    return weights
 
 
 def favor_attention_vjp(

@@ -42,7 +42,13 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
     """One small call for each way into the kernels."""
     import numpy as np
 
-    from favor_np import AttentionState, exact_attention, favor_attention, feature_map
+    from favor_np import (
+        AttentionState,
+        exact_attention,
+        favor_attention,
+        favor_attention_vjp,
+        feature_map,
+    )
 
     x = np.zeros((2, 8), dtype)
     fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)
@@ -53,6 +59,7 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
             ("bidirectional", lambda: favor_attention(x, x, x, fm)),
             ("causal", lambda: favor_attention(x, x, x, fm, causal=True)),
             ("streaming", lambda: state.step(x[0], x[0], x[0])),
+            ("gradient", lambda: favor_attention_vjp(x, x, x, fm)[1](x)),
             ("merge", lambda: state.merge(state.copy())),
             ("exact", lambda: exact_attention(x, x, x)),
             ("exact causal", lambda: exact_attention(x, x, x, causal=True)),

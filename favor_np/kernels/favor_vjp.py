@@ -88,7 +88,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
 
 @jit()
 def dot(a, i, b, j, width):
-    """a[i] . b[j]."""
+    """Return a[i] . b[j]."""
     total = a.dtype.type(0)
     for y in range(width):
         total += a[i, y] * b[j, y]

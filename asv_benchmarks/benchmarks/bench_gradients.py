@@ -1,0 +1,72 @@
+"""Forward and backward: gradients of queries, keys and values, four heads."""
+
+import time
+
+import numpy as np
+
+from favor_np import favor_attention_vjp
+
+from .bench_figures import GEMM
+from .common import TIMER, feature_map, full_only, gemm, inputs, interleave, ratio, sized, warm
+
+SIZES = ["L=1024 d=64 m=256", "L=8192 d=64 m=256", "L=16384 d=64 m=64"]
+KINDS = ["causal", "full"]
+
+
+def gradient(size, dtype="float32", kind="antithetic", *, causal, threads=None):
+    """A call that attends and pulls a cotangent back."""
+    n = sized(size)
+    q, k, v = inputs(n["L"], n["d"], dtype=dtype)
+    fm = feature_map(n["m"], n["d"], antithetic=kind == "antithetic")
+    grad = np.ones_like(v)
+    return lambda: favor_attention_vjp(q, k, v, fm, causal=causal, num_threads=threads)[1](grad)
+
+
+def operations(size, heads=4, *, causal):
+    """Useful operations of the algorithm that recomputes features: see docs/mathematics.md."""
+    n = sized(size)
+    token = 30 * n["d"] * n["m"] + (256 * (n["m"] + n["d"]) if causal else 0)
+    return heads * n["L"] * token
+
+
+class Favor:
+    """Time by length, dtype and map."""
+
+    params = (KINDS, SIZES, ["float32", "float64"], ["antithetic", "plain"])
+    param_names = ("kind", "size", "dtype", "map")
+    timer = TIMER
+
+    def setup(self, kind, size, dtype, features):
+        full_only(size != SIZES[0] or dtype == "float64")
+        self.call = gradient(size, dtype, features, causal=kind == "causal")
+        warm((kind, size, dtype, features, "gradient"), self.call)
+
+    def time_forward_and_backward(self, kind, size, dtype, features):
+        self.call()
+
+
+class Rate:
+    """Useful operations a second over those of NumPy's matrix product, plain features, one thread."""
+
+    params = (KINDS, SIZES)
+    param_names = ("kind", "size")
+
+    def track_of_gemm(self, kind, size):
+        full_only(size != SIZES[0])
+        causal = kind == "causal"
+        call = gradient(size, kind="plain", causal=causal, threads=1)
+        times = interleave(call, gemm())
+        return operations(size, causal=causal) / GEMM / ratio(*times.T)
+
+    track_of_gemm.unit = "of GEMM"
+
+
+class Threads:
+    """One thread over two, four heads."""
+
+    def track_two_over_one(self):
+        full_only(True)
+        calls = (gradient(SIZES[1], causal=True, threads=n) for n in (1, 2))
+        return ratio(*interleave(*calls, clock=time.perf_counter).T)
+
+    track_two_over_one.unit = "x"
