@@ -21,6 +21,7 @@ except ImportError:
 from favor_np import FeatureMap
 from favor_np.attention import prepare
 from favor_np.interop import bridge
+from favor_np.validation import AttentionCall
 
 __all__ = ["favor_attention"]
 
@@ -114,13 +115,19 @@ def favor_attention(
         arrays.append(_real(projection))
         feature_map = dataclasses.replace(feature_map, projection=_stand_in(arrays[3]))
     stand_ins: list[Any] = [*map(_stand_in, arrays[:3]), feature_map]
-    checked = prepare(*stand_ins, **options).arrays
+    return _run(attend, prepare(*stand_ins, **options).arrays, arrays, constants)
+
+
+def _run(
+    attend: bridge.Attend, checked: AttentionCall, arrays: list[Any], constants: dict[str, Any]
+) -> jax.Array:
+    """Attend to arrays q, k, v and perhaps a projection."""
     # One more axis in front must be one for all: leading axes are matched from the right.
     axes = len(checked.out_shape)
     arrays[:3] = [_lift(x, axes) for x in arrays[:3]]
-    if key_mask is not None:
+    if "key_mask" in constants:
         constants["key_mask"] = _lift(constants["key_mask"], axes - 1)
-    one_call = projection is None and cu_seqlens is None
+    one_call = len(arrays) == 3 and "cu_seqlens" not in constants
     call = _Call(attend, jax.ShapeDtypeStruct(checked.out_shape, checked.result),
                  "broadcast_all" if one_call else "sequential")  # fmt: skip
     result: jax.Array = _attend(call, arrays, constants)
