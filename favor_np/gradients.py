@@ -33,7 +33,7 @@ class Gradients:
     Attributes
     ----------
     q, k, v : ndarray
-        Gradients, of the shapes and dtypes of the arguments.
+        Gradients, of the shapes and dtypes of the arguments (float64 for integers).
     state : StateGradient or None
         Gradient of the incoming state's ``S`` and ``z``; None if there was none.
     projection : ndarray
@@ -93,8 +93,8 @@ num_threads, check_finite
 
     Notes
     -----
-    Kept between the two are the arguments, the result and each row's denominator: O(L).  Time is
-    O(L m d).  Features are computed anew tile by tile, keys and values get their gradient from a fold
+    Kept between the two are the arguments themselves (change none before the pullback), the result
+    and each row's denominator: O(L).  Time is O(L m d).  Features are computed anew tile by tile, keys and values get their gradient from a fold
     over the queries that runs backwards: nothing is rebuilt by subtraction, and there is no epsilon.
 
     Examples

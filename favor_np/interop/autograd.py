@@ -26,13 +26,13 @@ def favor_attention(
     v: npt.ArrayLike,
     feature_map: FeatureMap,
     *,
-    projection: npt.ArrayLike | None = None,
     causal: bool = False,
     key_mask: npt.ArrayLike | None = None,
     cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: npt.ArrayLike | None = None,
     num_threads: int | None = None,
+    projection: npt.ArrayLike | None = None,
 ) -> Any:
     """Attend as `favor_np.favor_attention`, differentiable by autograd in arrays and projection.
 

@@ -32,13 +32,13 @@ def favor_attention(
     v: jax.Array | npt.ArrayLike,
     feature_map: FeatureMap,
     *,
-    projection: jax.Array | npt.ArrayLike | None = None,
     causal: bool = False,
     key_mask: jax.Array | npt.ArrayLike | None = None,
     cu_seqlens: jax.Array | npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: npt.ArrayLike | None = None,
     num_threads: int | None = None,
+    projection: jax.Array | npt.ArrayLike | None = None,
 ) -> jax.Array:
     """Attend as `favor_np.favor_attention`, by a callback that JAX can differentiate and compile.
 
@@ -47,14 +47,11 @@ def favor_attention(
     q, k, v : array_like, shapes (..., L_q, d), (..., L_k, d) and (..., L_k, dv)
         float64 (if JAX has been told ``jax_enable_x64``), float32, float16 or bfloat16.
         Integers become JAX's default float.
-    feature_map, causal, enable_gqa, num_threads
-        As for `favor_np.favor_attention`.
+    feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, num_threads
+        As for `favor_np.favor_attention`.  `key_mask` and `cu_seqlens` may be traced, `decay` is a
+        constant.
     projection : array_like, shape (m, d) or (heads, m, d), optional
         Takes the place of the map's own, and has a gradient.
-    key_mask, cu_seqlens : array_like, optional
-        As for `favor_np.favor_attention`; they may be traced.
-    decay : array_like, optional
-        As for `favor_np.favor_attention`; a constant.
 
     Returns
     -------

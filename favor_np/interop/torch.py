@@ -27,13 +27,13 @@ def favor_attention(
     v: torch.Tensor,
     feature_map: FeatureMap,
     *,
-    projection: torch.Tensor | None = None,
     causal: bool = False,
     key_mask: torch.Tensor | npt.ArrayLike | None = None,
     cu_seqlens: torch.Tensor | npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: torch.Tensor | npt.ArrayLike | None = None,
     num_threads: int | None = None,
+    projection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend as `favor_np.favor_attention` on CPU tensors, differentiable by PyTorch.
 
