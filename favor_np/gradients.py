@@ -94,8 +94,9 @@ num_threads, check_finite
     Notes
     -----
     Kept between the two are the arguments themselves (change none before the pullback), the result
-    and each row's denominator: O(L).  Time is O(L m d).  Features are computed anew tile by tile, keys and values get their gradient from a fold
-    over the queries that runs backwards: nothing is rebuilt by subtraction, and there is no epsilon.
+    and each row's denominator: O(L).  Time is O(L m d).  Features are computed anew tile by tile, keys
+    and values get their gradient from a fold over the queries that runs backwards: nothing is rebuilt
+    by subtraction, and there is no epsilon.
 
     Examples
     --------
