@@ -23,6 +23,15 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session(default=False)
+def interop(session: nox.Session) -> None:
+    """Test the bridges to JAX and PyTorch, which take minutes to install."""
+    install(session, "interop")
+    session.run(
+        "pytest", "tests/interop", *session.posargs, env={"FAVOR_NP_TEST_INTEROP": "require"}
+    )
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types, layers and the project's files."""

@@ -30,6 +30,7 @@ myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
 
 autosummary_generate = True
+autodoc_mock_imports = ["jax", "torch"]  # gigabytes, for two signatures
 autodoc_typehints = "none"  # the docstrings say more
 numpydoc_show_class_members = False
 numpydoc_validation_checks = {"GL03", "PR01", "PR02", "PR03", "PR10", "RT01", "SS03"}
@@ -38,6 +39,7 @@ numpydoc_validation_exclude = {  # classes are told by their attributes
     r"favor_np\.AttentionState\.(copy|same_map)$",
     r"favor_np\.compare\.[A-Z]",
     r"favor_np\.forecast\.[A-Z]",
+    r"favor_np\.gradients\.[A-Z]",
 }
 
 plot_formats = [("png", 150)]

@@ -33,7 +33,7 @@ class Gradients:
     Attributes
     ----------
     q, k, v : ndarray
-        Gradients, of the shapes and dtypes of the arguments.
+        Gradients, of the shapes and dtypes of the arguments (float64 for integers).
     state : StateGradient or None
         Gradient of the incoming state's ``S`` and ``z``; None if there was none.
     projection : ndarray
@@ -49,7 +49,7 @@ class Gradients:
 
     @cached_property
     def projection(self) -> Array:
-        """Gradient of the projection, of its shape and dtype."""
+        """Gradient of the projection, of its shape, in the dtype that attention was computed in."""
         return self._pull_projection()
 
 
@@ -93,9 +93,10 @@ num_threads, check_finite
 
     Notes
     -----
-    Kept between the two are the arguments, the result and each row's denominator: O(L).  Time is
-    O(L m d).  Features are computed anew tile by tile, keys and values get their gradient from a fold
-    over the queries that runs backwards: nothing is rebuilt by subtraction, and there is no epsilon.
+    Kept between the two are the arguments themselves (change none before the pullback), the result
+    and each row's denominator: O(L).  Time is O(L m d).  Features are computed anew tile by tile, keys
+    and values get their gradient from a fold over the queries that runs backwards: nothing is rebuilt
+    by subtraction, and there is no epsilon.
 
     Examples
     --------
@@ -143,60 +144,59 @@ num_threads, check_finite
 
         from favor_np import launch
 
-        found, like = pull(False), call.arrays
+        like = call.arrays
+        kept = like.state_shape if like.grouped else None
+        q, k, v, first = pull(False)
         return Gradients(
-            _onto(found.q, like.q, None, result.dtype),
-            *(
-                _onto(array, given, like.state_shape if like.grouped else None, result.dtype)
-                for array, given in ((found.k, like.k), (found.v, like.v))
-            ),
-            None if state is None else _state_gradient(state, found.state),
-            lambda: _projection(feature_map, pull(True)),
+            _onto(q, like.q, None),
+            _onto(k, like.k, kept),
+            _onto(v, like.v, kept),
+            None if state is None else _state_gradient(state, first),
+            lambda: _projection(feature_map, *pull(True)),
         )
 
     return ((result, following) if return_state else result), pullback
 
 
-def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None, dtype: np.dtype[Any]) -> Array:
+def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None) -> Array:
     """Sum over the axes along which `like` was broadcast, or shared by groups of query heads."""
     if kept is not None:
         batch = grad.shape[:-2]
-        grad = grad.reshape(*batch[:-1], kept[-1], -1, *grad.shape[-2:]).sum(-3)
-    grad = grad.sum(tuple(range(grad.ndim - like.ndim)))
-    ones = tuple(i for i, n in enumerate(like.shape[:-2]) if n == 1 and grad.shape[i] != 1)
-    grad = grad.sum(ones, keepdims=True)
-    return grad.astype(like.dtype if like.dtype.kind == "f" else dtype, copy=False)
+        group = batch[-1] // kept[-1]
+        grad = grad.reshape(*batch[:-1], kept[-1], group, *grad.shape[-2:]).sum(-3)
+    given = (1,) * (grad.ndim - like.ndim) + like.shape
+    axes = tuple(i for i, n in enumerate(given) if n != grad.shape[i])
+    if axes:  # a sum over no axis would be a copy
+        grad = grad.sum(axes)
+    return grad.reshape(like.shape).astype(like.dtype, copy=False)
 
 
-def _projection(feature_map: FeatureMap, found: Any) -> Array:
+def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Array) -> Array:
     """Gradient of the projection from what the jobs found for weights and bias."""
     heads, rows, dim = feature_map.key_weight.shape
-    sides = 2, len(found.heads) // 2
+    sides = 2, len(owners) // 2
 
     def of_heads(array: Array) -> Array:
         """Sum over jobs, for the sides of keys and of queries apart: (2, heads, ...)."""
         total = np.zeros((2, heads, *array.shape[1:]), array.dtype)
         parts = array.reshape(*sides, *array.shape[1:])
         for side, part in zip(total, parts, strict=True):
-            np.add.at(side, found.heads[: sides[1]], part)
+            np.add.at(side, owners[: sides[1]], part)
         return total[:, :, :rows]
 
-    keys, queries = of_heads(found.weight)[..., :dim]
+    keys, queries = of_heads(weight)[..., :dim]
     total: Array = (keys + queries) * np.sqrt(feature_map.scale)
     if feature_map.calibration is not None:
-        factors = feature_map.key_factor, feature_map.query_factor
-        if factors[0] is not None and factors[1] is not None:
-            total = sum(  # type: ignore[assignment]
-                side @ factor.swapaxes(1, 2)
-                for side, factor in zip((keys, queries), factors, strict=True)
-            )
+        of_keys, of_queries = feature_map.key_factor, feature_map.query_factor
+        if of_keys is not None and of_queries is not None:
+            total = keys @ of_keys.swapaxes(1, 2) + queries @ of_queries.swapaxes(1, 2)
         quadratic = feature_map.calibration.quadratic.reshape(-1, 1, dim)
         projection = feature_map.projection.reshape(-1, rows, dim)
         total = total * np.sqrt(1 - 4 * quadratic)
-        total = total + 4 * of_heads(found.bias)[0][..., None] * quadratic * projection
+        total = total + 4 * of_heads(bias)[0][..., None] * quadratic * projection
     if feature_map.projection.ndim == 2:
         total = total.sum(0)
-    return total.astype(found.weight.dtype, copy=False)
+    return total.astype(weight.dtype, copy=False)
 
 
 def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
@@ -214,7 +214,8 @@ def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
     real = plan.layout(following.feature_map, dtype, value_dim).real
     arrays = launch.new_state(following.feature_map, dtype, len(following.arrays[0]), value_dim)
     seen = following.arrays[0][:, real] > -3 * int(plan.FAR[dtype.itemsize])
-    fraction, ahead = np.zeros(len(seen)), np.zeros(len(seen), arrays[0].dtype)
+    fraction: Array = np.zeros(len(seen))
+    ahead = np.zeros(len(seen), arrays[0].dtype)
     if following.rates is not None:
         start = 0 if call.state is None else call.state.lengths
         fraction = (following.lengths * following.rates) % 1.0

@@ -188,21 +188,6 @@ def _jobs(
     return jobs
 
 
-class Cotangents(NamedTuple):
-    """What `attend_vjp` returns: rows for every query head, states for every slot.
-
-    And, if asked for, the gradients of weights and bias for every job, those of keys' sides first.
-    """
-
-    q: Array
-    k: Array
-    v: Array
-    state: Any
-    weight: Array
-    bias: Array
-    heads: Array
-
-
 def attend_vjp(
     feature_map: FeatureMap,
     q: Array,
@@ -223,8 +208,11 @@ def attend_vjp(
     offsets: Array | None = None,
     clock: Clock | None = None,
     projection: bool = False,
-) -> Cotangents:
+) -> Any:
     """Pull `grad` back through `attend`, which wrote `out` and `weights`.
+
+    Returns gradients of rows for every query head, q, k and v, and the cotangents of the first states;
+    with `projection` instead one of u for every job, and the job's head.
 
     `state` is the one that attention began with and `suffix` the cotangent of the one it ended with,
     both (c, S, z) of all slots or None.
@@ -232,27 +220,27 @@ def attend_vjp(
     layout = plan.layout(feature_map, dtype, v.shape[-1])
     own = None if state is None and suffix is None else state_shape
     jobs = _jobs(feature_map, layout, q, k, v, mask, causal, grouped, own, offsets, clock)
-    slots, group = jobs.table[:, 5], jobs.q_rows.shape[1]
+    group = jobs.q_rows.shape[1]
+    slots = np.repeat(jobs.table[:, 5], group)
     jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
     count = len(jobs.table)
     batch = out.shape[:-2]
-    jobs_wanted = count if projection else 0
-    to = vjp.Gradients(
-        np.zeros((math.prod(batch) * q.shape[-2], q.shape[-1]), dtype),
-        np.zeros((math.prod(batch) * k.shape[-2], k.shape[-1]), dtype),
-        np.zeros((math.prod(batch) * v.shape[-2], v.shape[-1]), dtype),
-        plan.aligned((jobs_wanted, layout.half, layout.natural.key.shape[-1]), dtype),
-        plan.aligned((jobs_wanted, layout.half), dtype),
+    heads = 0 if projection else math.prod(batch)
+    rows = [np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v)]
+    weight = plan.aligned(
+        (count if projection else 0, layout.half, layout.natural.key.shape[-1]), dtype
     )
+    bias = plan.aligned((count if projection else 0, layout.half), dtype)
+    to = vjp.Gradients(rows[0], rows[1], rows[2], weight, bias)
     states = None
     if own is not None:  # first those of the keys' sides, then those of the queries'
         states = _empty(layout, count)
         jobs.table[:, 5] = np.arange(count)
         for mine, theirs, held in zip(states, suffix or states, state or states, strict=True):
             if suffix is not None:
-                mine[: count // 2 : group] = theirs[slots]
+                mine[: count // 2 : max(group, 1)] = theirs[slots[:: max(group, 1)]]
             if state is not None:
-                mine[count // 2 :] = np.repeat(held[slots], group, axis=0)
+                mine[count // 2 :] = held[slots]
     none = np.zeros_like(layout.weights.bias)
     work = max(q.shape[-2], k.shape[-2]) * count * layout.features * q.shape[-1]
     workers = 1 if work < SERIAL else min(resolve_threads(threads), count)
@@ -276,7 +264,7 @@ def attend_vjp(
         layout.natural, jobs.table, jobs.clocks, *(states or space[2]), to, *space[:2],
     )  # fmt: skip
     try:
-        if count:
+        if count and (out.size or suffix is not None):
             POOL.call(vjp.pull, args, count, workers)
     finally:
         plan.give_back(key, space)
@@ -284,13 +272,16 @@ def attend_vjp(
     if states is not None:  # query heads that share a state have each seen a part of its cotangent
         parts = [array[: count // 2] for array in states]
         first = _empty(layout, math.prod(own or ()) * (1 if offsets is None else len(offsets) - 1))
+        if suffix is not None:  # without a job (an empty sequence) it is what it was
+            idle = np.setdiff1d(np.arange(len(first[0])), slots)
+            for array, theirs in zip(first, suffix, strict=True):
+                array[idle] = theirs[idle]
         for i in range(count // 2):
-            merge([a[slots[i // group]] for a in first], [a[i] for a in parts])
-    return Cotangents(
-        to.q.reshape(*batch, *q.shape[-2:]), to.k.reshape(*batch, *k.shape[-2:]),
-        to.v.reshape(*batch, *v.shape[-2:]), first, to.projection, to.bias,
-        jobs.table[:, 4] // layout.blocks,
-    )  # fmt: skip
+            merge([a[slots[i]] for a in first], [a[i] for a in parts])
+    if projection:
+        return weight, bias, jobs.table[:, 4] // layout.blocks
+    pairs = zip(rows, (q, k, v), strict=True)
+    return *(grad.reshape(*batch, *x.shape[-2:]) for grad, x in pairs), first
 
 
 class _Call(NamedTuple):

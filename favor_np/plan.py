@@ -133,7 +133,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     bias = aligned((heads, half), dtype)
     bias[:, :rows] = feature_map.bias * unit
     factored = factor is not None
-    rows_of_factor = factor if factored else np.zeros((1, dim, dim))
+    rows_of_factor = np.zeros((1, dim, dim)) if factor is None else factor
     weights = kernels.Map(
         query=query,
         key=key,
@@ -260,7 +260,7 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
     heads = of.q_rows.shape[1]
     table = np.repeat(of.table, heads, axis=0)
     out_rows = of.out_rows.ravel()
-    head, start = np.divmod(out_rows, q_length)
+    head, start = np.divmod(out_rows, max(q_length, 1))
     rows = np.empty((2, len(table), 13), np.int64)
     rows[:, :, :9] = table
     rows[:, :, 8] = np.array([1, 0])[:, None]
@@ -356,7 +356,8 @@ def jobs(
 
     alone = causal and count == 1 and k_length >= LONG and blocks % kernels.SETS == 0
     sets = kernels.SETS if alone and math.prod(q) <= 1 else 1
-    order = np.argsort(index(state_full, full), kind="stable").reshape(count, -1)
+    group = math.prod(full) // max(count, 1)
+    order = np.argsort(index(state_full, full), kind="stable").reshape(count, group)
     head = index((heads,), state_shape) if heads else np.zeros(count, np.int64)
     table = np.stack(
         [
@@ -375,7 +376,7 @@ def jobs(
     return Jobs(
         np.ascontiguousarray(table),
         np.ascontiguousarray(index(q_full, full)[order] * q_length),
-        np.ascontiguousarray(order * q_length),
+        np.ascontiguousarray(order * max(q_length, 1)),  # without rows the head's number still
         _NO_CLOCKS,
     )
 

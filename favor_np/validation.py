@@ -244,7 +244,7 @@ def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return (..., L, d) as a read-only, aligned, C-ordered matrix of all its rows."""
     if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
         array = np.require(array, dtype, ("C", "A"))
-    rows = array.reshape(-1, array.shape[-1])
+    rows = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
     rows.setflags(write=False)
     return rows
 

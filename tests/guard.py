@@ -54,6 +54,7 @@ def main():
         exact_attention,
         exact_attention_vjp,
         favor_attention,
+        favor_attention_vjp,
         launch,
         plan,
     )
@@ -74,6 +75,12 @@ def main():
                     state.update(k, v, mask)
                     state.attend(q)
                     state.step(q[:, 0], k[:, 0], v[:, 0])
+                    gradients = favor_attention_vjp(q, k, v, fm, key_mask=mask)[1](out)
+                    gradients.projection  # noqa: B018 (it is computed when it is asked for)
+                    for by in (1, 30):
+                        arrays = [by * x for x in causal]
+                        result, pullback = favor_attention_vjp(*arrays, fm, causal=True)
+                        pullback(result)
                 exact_attention(q, k, v, key_mask=mask)
                 exact_attention(*causal, causal=True)
                 exact_attention_vjp(*causal, causal=True)[1](causal[2])

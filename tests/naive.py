@@ -150,6 +150,85 @@ def unbroadcast(grad, shape):
     return grad
 
 
+def one_head_favor_vjp(q, k, v, W, grad, log_weights, scale=None, **options):
+    """Gradients (q, k, v, W) of one head; log_weights (Lq, Lk) are -inf where a query sees no key."""
+    scale = REAL(q.shape[-1]) ** REAL(-0.5) if scale is None else REAL(scale)
+    seen = np.isfinite(log_weights)
+    k, v = (np.where(seen.any(0)[:, None], x, 0) for x in (k, v))
+    W = np.asarray(W, REAL)
+    slope_q, slope_k = (slopes(x, W, scale, **options) for x in (q, k))
+    if options.get("antithetic"):
+        W = np.concatenate([W, -W])
+    log_q, log_k = (
+        log_features(x, W, scale=scale, **options | {"antithetic": False}) for x in (q, k)
+    )
+    log_t = np.where(seen[:, :, None], log_q[:, None] + log_k + log_weights[:, :, None], -np.inf)
+    top = np.max(log_t, axis=(1, 2), keepdims=True, initial=-np.inf)
+    t = np.exp(log_t - np.where(np.isneginf(top), 0, top))
+    t /= np.where(seen.any(1)[:, None, None], t.sum((1, 2), keepdims=True), 1)  # (Lq, Lk, M)
+    a = t.sum(-1)
+    g = np.where(seen, grad @ v.T - np.sum(grad * (a @ v), -1, keepdims=True), 0)
+    e_q, e_k = np.einsum("ijr,ij->ir", t, g), np.einsum("ijr,ij->jr", t, g)
+    dq, dk = (np.sqrt(scale) * (e * s) @ W for e, s in ((e_q, slope_q), (e_k, slope_k)))
+    if options.get("kind", "positive") == "positive":
+        dk -= scale * k * e_k.sum(-1, keepdims=True)
+    dW = np.sqrt(scale) * (
+        (e_q * slope_q).T @ np.where(seen.any(1)[:, None], q, 0) + (e_k * slope_k).T @ k
+    )
+    if options.get("antithetic"):
+        dW = dW[: len(W) // 2] - dW[len(W) // 2 :]
+    return dq, dk, a.T @ grad, dW
+
+
+def slopes(x, W, scale, kind="positive", antithetic=False, kernel_epsilon=1e-3):
+    """Derivatives of the log-features in the projections y."""
+    y = np.sqrt(scale) * np.asarray(x, REAL) @ W.T
+    if kind == "relu":
+        return (y > 0) / (np.maximum(y, 0) + REAL(kernel_epsilon))
+    if kind == "elu":
+        return 1 / (1 + np.maximum(y, 0))
+    return np.ones((len(y), len(W) * (1 + antithetic)), REAL)
+
+
+def log_weights(Lq, Lk, causal, key_mask, cu_seqlens=None, decay=1):
+    """What the features of query i and key j are multiplied with, as a log: (Lq, Lk)."""
+    weights = np.full((Lq, Lk), -np.inf, REAL)
+    for i in range(Lq):
+        for j in visible_keys(i, Lk, causal, key_mask, cu_seqlens):
+            weights[i, j] = (i - j) * np.log(REAL(decay))
+    return weights
+
+
+def favor_attention_vjp(
+    q, k, v, W, grad, causal=False, key_mask=None, enable_gqa=False, cu_seqlens=None, decay=1, **options
+):  # fmt: skip
+    """Dense gradients (q, k, v, W); decay is a number or one a head of keys."""
+    group = np.shape(q)[-3] // np.shape(k)[-3] if enable_gqa else 1
+    items, lead = heads(q, k, v, key_mask, enable_gqa)
+    decay = np.broadcast_to(np.repeat(decay, group) if np.ndim(decay) else decay, lead)
+    shapes = [(*lead, *np.shape(x)[-2:]) for x in (q, k, v)]
+    *rows, dW = [np.zeros(shape, REAL) for shape in (*shapes, np.shape(W))]
+    for i, q1, k1, v1, mask in items:
+        head = i[-1] // group if dW.ndim == 3 else ...
+        weights = log_weights(len(q1), len(k1), causal, mask, cu_seqlens, decay[i])
+        *found, dW1 = one_head_favor_vjp(
+            q1, k1, v1, np.asarray(W)[head], np.asarray(grad, REAL)[i], weights, **options
+        )
+        dW[head] += dW1
+        for total, part in zip(rows, found, strict=True):
+            total[i] = part
+    return (*(summed(x, np.shape(y)) for x, y in zip(rows, (q, k, v), strict=True)), dW)
+
+
+def summed(grad, shape):
+    """The gradient of an array of this shape that was broadcast, or repeated for groups of heads."""
+    if len(shape) > 2 and shape[-3] not in (1, grad.shape[-3]):
+        grad = grad.reshape(*grad.shape[:-3], shape[-3], -1, *shape[-2:]).sum(-3)
+    grad = grad.sum(tuple(range(grad.ndim - len(shape))))
+    ones = tuple(i for i, n in enumerate(shape[:-2]) if n == 1)
+    return grad.sum(ones, keepdims=True)
+
+
 def fold(k, v, W, key_mask=None, **options):
     """The state (S, z) of one head: sums of phi(k) v^T and phi(k), without 1/sqrt(M)."""
     keep = slice(None) if key_mask is None else np.asarray(key_mask, bool)

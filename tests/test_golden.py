@@ -88,6 +88,23 @@ def test_favor_attention_with_options(path, dtype):
     assert naive.relative_error(out, data["out"]) < TOLERANCE[dtype]
 
 
+@files("favor_grad_*")
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_favor_attention_vjp(path, dtype):
+    data, meta = load(path)
+    arrays = (data[name].astype(dtype.replace("f", "float")) for name in ("q", "k", "v", "W"))
+    q, k, v, data["W"] = arrays
+    out, pullback = favor_np.favor_attention_vjp(
+        q, k, v, feature_map(data, meta), causal=meta["causal"],
+        key_mask=data["key_mask"][:, None, :] if "key_mask" in data else None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert naive.relative_error(out, data["out"]) < TOLERANCE[dtype]
+    grads = pullback(data["grad_out"].astype(out.dtype))
+    for name, found in zip("qkvW", (grads.q, grads.k, grads.v, grads.projection), strict=True):
+        assert naive.relative_error(found, data[f"d{name}"]) < TOLERANCE[dtype]
+
+
 @files("exact_attention_*")
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_exact_attention(path, dtype):

@@ -31,6 +31,7 @@ except ImportError:
 
 import favor_np
 from favor_np import AttentionState, FeatureMap, validation
+from favor_np.features import Calibration
 
 __all__ = ["favor_attention"]
 
@@ -232,6 +233,23 @@ def _blockwise(
     )  # fmt: skip
 
 
+def _of_heads(fm: FeatureMap, heads: slice) -> FeatureMap:
+    """Return the map of some heads of a map that has several."""
+    alone = fm.num_heads == 1
+
+    def part(array: Any, axes: int) -> Any:
+        if array is None or array.ndim < axes:
+            return array
+        return array[0] if alone else array[heads]
+
+    calibration = fm.calibration
+    if calibration is not None:
+        matrix = part(calibration.change, 3)
+        a, b, _, quadratic = (part(array, 2) for array in calibration)
+        calibration = Calibration(a, b, matrix, quadratic)
+    return dataclasses.replace(fm, projection=part(fm.projection, 3), calibration=calibration)
+
+
 def _empty(
     name: str, feature_map: FeatureMap, call: validation.AttentionCall, lead: Chunks
 ) -> da.Array:
@@ -241,9 +259,7 @@ def _empty(
         fm = feature_map
         if fm.num_heads is not None:
             first = sum(lead[-1][: cell[-1]])
-            w = fm.projection
-            w = w[0] if len(w) == 1 else w[first : first + lead[-1][cell[-1]]]
-            fm = dataclasses.replace(fm, projection=w)
+            fm = _of_heads(fm, slice(first, first + lead[-1][cell[-1]]))
         shape = tuple(c[i] for c, i in zip(lead, cell, strict=True))
         zeros = partial(AttentionState.zeros, fm, call.v.shape[-1], shape, dtype=call.compute)
         graph[name, *cell, 0, 0] = (zeros,)

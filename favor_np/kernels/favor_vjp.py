@@ -39,7 +39,7 @@ from favor_np.kernels.simd import (
 
 #: What the pullback works from; out, weights and tops are what the forward pass wrote.
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
-#: What it writes: rows, and for each job a sum over its rows (empty if not wanted).
+#: What it writes: rows or, if these are not empty, for each job sums over its rows.
 Gradients = namedtuple("Gradients", "q k v projection bias")
 #: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.
 Natural = namedtuple("Natural", "query key hessian linear")
@@ -235,6 +235,8 @@ def side_b(par, x, job, of_keys, at, step, count, fm, t):
         t.extra[:] = 0
         for i in range(count):
             row = job[10] + at + i * step
+            if x.weights[row] == 0:  # it sees no key, whatever its cotangent is
+                t.other[i] = 0
             t.extra[0, i] = -dot(t.other, i, x.out, row, x.grad.shape[1])
     across(t.rows, t.columns)
     across(t.other, t.turned)
@@ -314,10 +316,13 @@ def pull_chunk(
             if of_keys:
                 gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
             errors(par, side, cols, features, z, slot, r0, to.bias, job[12], b * width, t)
-        gemm_t(t.error, rows_of_weight[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
         if to.projection.size > 0:
             total = to.projection[job[12], b * width : (b + 1) * width]
             gemm(t.error, t.rows, total, 0, width, 0, dcols, 0, count, True)
+        else:
+            gemm_t(t.error, rows_of_weight[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
+    if to.projection.size > 0:
+        return
     if of_keys and par.causal:
         for j in range(rows):
             t.scores[j, : min(j, cols)] = 0
