@@ -541,3 +541,16 @@ def wait_for(condition, seconds=240):
         assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.02)
     return value
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_calibrated_maps(own):
+    """Every block of heads gets the centres and changes of variables of its own heads."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 4, 90, 6)) + np.arange(4)[:, None, None]
+    fm = favor_np.feature_map("positive", 6, 32)
+    fm = fm.calibrate(*(x if own else x.reshape(-1, 6) for x in (q, k)), method="aderf+sderf")
+    blocks = [da.from_array(x, chunks=(3, 40, -1)) for x in (q, k, v)]
+    for causal in (False, True):
+        out = favor_attention(*blocks, fm, causal=causal).compute(scheduler="sync")
+        assert np.allclose(out, favor_np.favor_attention(q, k, v, fm, causal=causal), atol=1e-12)
