@@ -23,6 +23,7 @@ _HOMES = {
     "WindowState": "window",
     "attention_weights": "weights",
     "exact_attention": "exact",
+    "exact_attention_vjp": "exact",
     "favor_attention": "attention",
     "favor_attention_vjp": "gradients",
     "feature_map": "features",
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "attention_weights",
     "exact_attention",
+    "exact_attention_vjp",
     "favor_attention",
     "favor_attention_vjp",
     "feature_map",
@@ -49,6 +51,7 @@ __all__ = [
 if TYPE_CHECKING:
     from favor_np.attention import favor_attention as favor_attention
     from favor_np.exact import exact_attention as exact_attention
+    from favor_np.exact import exact_attention_vjp as exact_attention_vjp
     from favor_np.features import FeatureMap as FeatureMap
     from favor_np.features import feature_map as feature_map
     from favor_np.gradients import favor_attention_vjp as favor_attention_vjp

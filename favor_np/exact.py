@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -80,34 +81,165 @@ def exact_attention(
     >>> favor_np.exact_attention(q, k, np.eye(2), scale=1.0).round(4)
     array([[0.2689, 0.7311]])
     """
+    call, factor = _checked(
+        q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite
+    )  # fmt: skip
+    return _attend(call, factor)[0]
+
+
+class AttentionGradients(NamedTuple):
+    """What a pullback returns: one array for each input, of its shape and dtype."""
+
+    q: Array
+    k: Array
+    v: Array
+
+
+def exact_attention_vjp(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: npt.ArrayLike | None = None,
+    enable_gqa: bool = False,
+    num_threads: int | None = None,
+    check_finite: bool = False,
+) -> tuple[Array, Callable[[npt.ArrayLike], AttentionGradients]]:
+    """Softmax attention and its vector-Jacobian product, both in O(L) memory.
+
+    Parameters
+    ----------
+    q, k, v : array_like
+        As in `exact_attention`.
+    causal, scale, key_mask, enable_gqa : optional
+        As in `exact_attention`.
+    num_threads : int, optional
+        Of this call and of the pullback.  Both results are the same for any number.
+    check_finite : bool, default False
+        Refuse NaN and infinity in the inputs and in `grad_out`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., L_q, dv)
+        What `exact_attention` returns.
+    pullback : callable
+        ``grads = pullback(grad_out)``, for `grad_out` of the shape of `out`, any number of times.
+        `grads` has the fields q, k and v: the gradients of ``(out * grad_out).sum()``, each in the
+        shape and dtype of its input, summed over what was broadcast and over grouped heads.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `exact_attention`; the pullback, if `grad_out` is not real or has another shape.
+
+    Notes
+    -----
+    Probabilities are computed anew, tile by tile (Dao et al. 2022, arXiv:2205.14135), from the
+    inputs, `out` and the denominators of its rows.  These arrays are not copied: leave them as they
+    are until the last pullback.
+
+    A masked key and a row with no key have zero gradient.  If `causal`, the gradients of k and v at
+    position t do not depend on `grad_out` before t, to the bit; NaN in row i of `grad_out` or q
+    spoils row i of the gradient of q and the keys that row i sees.  Where a logit passes 2**19 the
+    whole gradient is computed in float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import favor_np
+    >>> q, k = np.array([[0.0, 1.0]]), np.array([[0.0, 0.0], [0.0, 1.0]])
+    >>> out, pullback = favor_np.exact_attention_vjp(q, k, np.eye(2), scale=1.0)
+    >>> grads = pullback(np.array([[0.0, 1.0]]))
+    >>> grads.q.round(4)
+    array([[0.    , 0.1966]])
+    >>> grads.v.round(4)
+    array([[0.    , 0.2689],
+           [0.    , 0.7311]])
+    """
+    call, factor = _checked(
+        q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite
+    )  # fmt: skip
+    out, saved, weights = _attend(call, factor, keep=True)
+
+    def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
+        g = validation.cotangent(grad_out, call.out_shape, check_finite=check_finite)
+        inputs = call.q, call.k, call.v
+        keys = (*call.state_shape, call.keys)
+        leads = call.out_shape[:-1], keys, keys
+        shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if weights is None:
+                grads = [np.zeros(shape) for shape in shapes]
+            else:
+                from favor_np import launch
+
+                grads = [np.empty(shape, saved.dtype) for shape in shapes]
+                launch.differentiate_exact(
+                    *inputs, call.mask, saved, weights, g, grads,
+                    dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
+                    threads=call.threads,
+                )  # fmt: skip
+            return AttentionGradients(*map(_sum_to, grads, inputs))
+
+    return out, pullback
+
+
+def _checked(
+    q: object, k: object, v: object, key_mask: object, causal: object, scale: object,
+    enable_gqa: object, num_threads: object, check_finite: object,
+) -> tuple[validation.AttentionCall, float]:  # fmt: skip
+    """Return the checked arguments and the scale."""
     call = validation.attention_call(
         q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
         num_threads=num_threads,
     )  # fmt: skip
     if scale is None:
-        scale = float(call.q.shape[-1]) ** -0.5
-    else:
-        scale = validation.positive_float("scale", scale)
+        return call, float(call.q.shape[-1]) ** -0.5
+    return call, validation.positive_float("scale", scale)
+
+
+def _attend(
+    call: validation.AttentionCall, scale: float, *, keep: bool = False
+) -> tuple[Array, Array, tuple[Array, Array] | None]:
+    """Return the result and, for a gradient, the same as computed and the rows' denominators.
+
+    There are none where nothing was computed.
+    """
     result, target = call.targets(None)
+    saved, weights = target, None
     if target.size and not call.keys:
         target[...] = 0
     elif target.size:
         from favor_np import launch
 
-        def compute(to: Array) -> bool:
-            return launch.attend_exact(
+        def compute(to: Array) -> tuple[bool, tuple[Array, Array] | None]:
+            weights = launch.new_weights(to) if keep else None
+            fits = launch.attend_exact(
                 call.q, call.k, call.v, call.mask, to,
                 dtype=to.dtype, causal=call.causal, scale=scale, grouped=call.grouped,
-                threads=call.threads,
+                threads=call.threads, weights=weights,
             )  # fmt: skip
+            return fits, weights
 
-        if not compute(target) and target.dtype == np.float32:
-            wide = np.empty(target.shape)
-            compute(wide)
-            np.copyto(target, wide, where=_too_large(call, scale)[..., None], casting="same_kind")
+        fits, weights = compute(target)
+        if not fits and target.dtype == np.float32:
+            saved = np.empty(target.shape)
+            _, weights = compute(saved)
+            np.copyto(target, saved, where=_too_large(call, scale)[..., None], casting="same_kind")
     if target is not result:
         result[...] = target
-    return result
+    return result, saved, weights
+
+
+def _sum_to(grad: Array, like: Array) -> Array:
+    """Return the gradient of an array that was broadcast: summed to its shape, in its dtype."""
+    shape = (1,) * (grad.ndim - like.ndim) + like.shape
+    axes = tuple(i for i, n in enumerate(shape) if n != grad.shape[i])
+    if axes:
+        grad = grad.sum(axes, dtype=np.float64, keepdims=True)
+    return grad.reshape(like.shape).astype(like.dtype.newbyteorder("="), copy=False)
 
 
 def _too_large(call: validation.AttentionCall, scale: float) -> npt.NDArray[np.bool_]:

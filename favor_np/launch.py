@@ -11,6 +11,7 @@ import numpy.typing as npt
 from favor_np import plan
 from favor_np.features import FeatureMap
 from favor_np.kernels import exact as exact_kernels
+from favor_np.kernels import exact_vjp
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp
 from favor_np.kernels.pack import CHUNK, Result
@@ -354,6 +355,12 @@ class _Call(NamedTuple):
                 merge([a[owner] for a in totals], [a[i] for a in parts])
 
 
+def new_weights(out: Array) -> tuple[Array, Array]:
+    """Return arrays for the denominators of the rows of `out`."""
+    rows = math.prod(out.shape[:-1])
+    return np.empty(rows, out.dtype), np.empty(rows, plan.integer_of(out.dtype))
+
+
 def attend_exact(
     q: Array,
     k: Array,
@@ -366,34 +373,110 @@ def attend_exact(
     scale: float,
     grouped: bool,
     threads: int | None,
+    weights: tuple[Array, Array] | None = None,
 ) -> bool:
-    """Write softmax attention to the C-ordered `out`; False if a logit may be too large for it."""
+    """Write softmax attention to the C-ordered `out`; False if a logit may be too large for it.
+
+    `weights` receive the denominators of the rows as (w, top), w * 2**top.
+    """
     table = plan.exact_jobs(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
         grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip
     work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
-    workers = 1 if work < SERIAL else min(resolve_threads(threads), len(table))
-    floats, ints = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1])
-
-    def make() -> Any:
-        return (
-            plan.aligned((workers, floats), dtype),
-            plan.aligned((workers, ints), plan.integer_of(dtype)),
-        )
-
-    key = ("exact", dtype, workers, floats, ints)
-    space = plan.borrow(key, make)
     args = (
         plan.exact_parameters(dtype, scale, causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
-        Result(out.reshape(-1, out.shape[-1]), *_NO_WEIGHTS[dtype]), *space,
+        Result(out.reshape(-1, out.shape[-1]), *(weights or _NO_WEIGHTS[dtype])),
     )  # fmt: skip
+    sizes = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1])
+    workers = 1 if work < SERIAL else min(resolve_threads(threads), len(table))
+    control = _run(exact_kernels.attend_exact, args, len(table), workers, dtype, sizes)
+    return not control[TROUBLE]
+
+
+def differentiate_exact(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    out: Array,
+    weights: tuple[Array, Array],
+    grad_out: Array,
+    grads: list[Array],
+    *,
+    dtype: np.dtype[Any],
+    causal: bool,
+    scale: float,
+    grouped: bool,
+    threads: int | None,
+) -> None:
+    """Write the gradients to C-ordered arrays over all leading axes: of `out`, of the keys' problems.
+
+    `out` and `weights` are what `attend_exact` wrote, in the same dtype.
+    """
+    jobs = plan.exact_vjp_jobs(
+        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
+        grouped, q.shape[-2], k.shape[-2],
+    )  # fmt: skip
+    g, rows = _cotangents(out, weights, rows_of(grad_out, dtype))
+    queries, dim = q.shape[-2:]
+    dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
+    columns = plan.padded(dim, dtype.itemsize)
+    sums = plan.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
+    args = (
+        plan.exact_parameters(dtype, scale, causal),
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), g, rows, _mask_rows(mask),
+        jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
+        exact_vjp.Gradients(sums.reshape(-1, columns), dk, dv),
+    )  # fmt: skip
+    work = 4 * math.prod(out.shape[:-1]) * k.shape[-2] * dim
+    workers = 1 if work < SERIAL else min(resolve_threads(threads), len(jobs.table))
+    sizes = plan.exact_vjp_workspace(dtype, dim, v.shape[-1])
+    _run(exact_vjp.differentiate_exact, args, len(jobs.table), workers, dtype, sizes)
+    for part in sums[1:]:
+        sums[0] += part
+    np.multiply(sums[0, :, :queries, :dim], dtype.type(scale), out=dq.reshape(-1, queries, dim))
+
+
+def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Array, Any]:
+    """Return the rows of g without NaN and infinity, and what else the kernel knows of a row.
+
+    What is not finite in a row stands in its two numbers, which the kernel keeps from the keys that
+    the row may not see.
+    """
+    w, tops = weights
+    delta = np.einsum("ix,ix->i", g, out.reshape(g.shape))
+    inverse = np.divide(1, w, where=w != 0, out=np.zeros_like(w))
+    suspects = np.flatnonzero(~np.isfinite(delta))
+    if suspects.size:
+        bad = suspects[~np.isfinite(g[suspects]).all(-1)]
+        g = g.copy()
+        g[bad] = 0
+        inverse[bad] = delta[bad] = np.nan
+        inverse[w == 0] = delta[w == 0] = 0
+        g.flags.writeable = False
+    return g, exact_vjp.Rows(inverse, delta, tops)
+
+
+def _run(
+    kernel: Any, args: tuple[Any, ...], count: int, workers: int, dtype: np.dtype[Any],
+    sizes: tuple[int, int],
+) -> Array:  # fmt: skip
+    """Run jobs on threads that work on so many floats and integers each; the control words."""
+
+    def make() -> Any:
+        return (
+            plan.aligned((workers, sizes[0]), dtype),
+            plan.aligned((workers, sizes[1]), plan.integer_of(dtype)),
+        )
+
+    key = (kernel, dtype, workers, sizes)
+    space = plan.borrow(key, make)
     try:
-        control = POOL.call(exact_kernels.attend_exact, args, len(table), workers)
+        return POOL.call(kernel, (*args, *space), count, workers)
     finally:
         plan.give_back(key, space)
-    return not control[TROUBLE]
 
 
 #: Control word that counts the jobs in trouble.

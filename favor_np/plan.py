@@ -11,13 +11,13 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np.features import FeatureMap
-from favor_np.kernels import activate
+from favor_np.kernels import activate, exact_vjp
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
 from favor_np.kernels.pack import CHUNK
@@ -37,6 +37,8 @@ SEGMENT = 8192
 #: A single causal problem of at least this length is cut into sets of features instead, for which
 #: the sequence is walked in steps of SPLIT.
 LONG, SPLIT = 2048, 4096
+#: Jobs that the gradient of few heads is cut into.  Each takes the memory of its own dq.
+PARTS = 8
 #: States that are under way at a time.
 WAVE = 32
 #: relu and elu features are not exponentials of the projection: it only has to stay finite.
@@ -229,6 +231,19 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
     clocks = np.tile(np.repeat(of.clocks, heads, axis=0), (2, 1)) if len(of.clocks) else of.clocks
     nothing = np.empty((2 * len(table), 0), np.int64)
     return Jobs(rows.reshape(-1, 13), nothing, nothing, clocks)
+
+
+def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int, int]:
+    """Return how many floats and integers a thread of its gradient works on."""
+    size, group = dtype.itemsize, exact_vjp.GROUP
+    columns, value_columns = padded(dim, size), padded(value_dim, size)
+    floats = (
+        (2 + 3 * group) * CHUNK * columns  # q, q_columns; k, k_columns, dk
+        + (3 + 2 * group) * CHUNK * value_columns  # g, g_columns, v; v_columns, dv
+        + 2 * CHUNK * CHUNK  # p, ds
+        + CHUNK * 8 // size  # square
+    )
+    return -(-floats // 16) * 16, group * CHUNK
 
 
 class _Spare(threading.local):
@@ -434,3 +449,38 @@ def exact_jobs(
     table[..., 6] = k_length
     table[..., 7] = starts
     return table.swapaxes(0, 1).reshape(-1, 8).copy()
+
+
+class GradientJobs(NamedTuple):
+    """The jobs of the gradient of exact attention: every `parts`-th block of keys of one problem.
+
+    A row of the table is (problem, k row, v row, mask row or -1, row of dk and dv, keys, queries,
+    first row of the part's dq, first key, keys from one block to the next).  The queries `q_rows`
+    read a problem; their results are `out_rows` and, with `rows` a head, `dq_rows`.
+    """
+
+    table: Array
+    q_rows: Array
+    out_rows: Array
+    dq_rows: Array
+    parts: int
+    rows: int
+
+
+@functools.lru_cache(maxsize=256)
+def exact_vjp_jobs(
+    q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
+) -> GradientJobs:
+    """Return the jobs of the gradient of exact attention."""
+    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
+    block, count = CHUNK * exact_vjp.GROUP, len(of.table)
+    parts = min(-(-PARTS // count), -(-k_length // block))
+    rows = -(-q_length // 8) * 8
+    owner, part = np.divmod(np.arange(count * parts), parts)
+    table = np.empty((count * parts, 10), np.int64)
+    table[:, 0] = owner
+    table[:, 1:4] = of.table[owner, :3]
+    table[:, 4], table[:, 5], table[:, 6] = owner * k_length, k_length, q_length
+    table[:, 7] = part * of.out_rows.size * rows
+    table[:, 8], table[:, 9] = part * block, parts * block
+    return GradientJobs(table, of.q_rows, of.out_rows, of.out_rows // q_length * rows, parts, rows)

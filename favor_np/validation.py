@@ -308,6 +308,16 @@ def output(value: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array
     return value
 
 
+def cotangent(value: object, shape: tuple[int, ...], *, check_finite: bool) -> Array:
+    """Return ``grad_out`` as an array; its shape must be that of the result."""
+    array = tensor("grad_out", value)
+    if array.shape != shape:
+        raise ValueError(f"grad_out must have shape {shape} as the result, got {array.shape}")
+    if check_finite:
+        finite(grad_out=array)
+    return array
+
+
 def thread_count(value: object) -> int | None:
     """Return ``num_threads`` as a positive int, or None."""
     return None if value is None else integer("num_threads", value)

@@ -52,8 +52,10 @@ def main():
         AttentionState,
         FeatureMap,
         exact_attention,
+        exact_attention_vjp,
         favor_attention,
         favor_attention_vjp,
+        launch,
         plan,
     )
 
@@ -81,6 +83,16 @@ def main():
                         pullback(result)
                 exact_attention(q, k, v, key_mask=mask)
                 exact_attention(*causal, causal=True)
+                exact_attention_vjp(*causal, causal=True)[1](causal[2])
+                options = {"dtype": out.dtype, "causal": False, "scale": 0.3, "grouped": False}
+                weights = [
+                    guarded(out[..., 0].size, x.dtype, front) for x in launch.new_weights(out)
+                ]
+                grads = [guarded(x.shape, dtype, front) for x in (q, k, v)]
+                launch.attend_exact(q, k, v, mask, out, weights=weights, threads=1, **options)
+                launch.differentiate_exact(
+                    q, k, v, mask, out, weights, out, grads, threads=1, **options
+                )
     print("no fault")
 
 

@@ -39,6 +39,9 @@ def results(dtype):
         found[f"{kind} step"] = state.step(q[:, 0], k[:, 0], v[:, 0])
     found["exact"] = favor_np.exact_attention(q, k, v)
     found["exact causal"] = favor_np.exact_attention(q, k, v, causal=True)
+    for causal in (False, True):
+        grads = favor_np.exact_attention_vjp(q, k, v, causal=causal)[1](v)
+        found[f"exact gradient {causal}"] = np.concatenate(grads, axis=-1)
     return {f"{np.dtype(dtype)} {name}": value for name, value in found.items()}
 
 

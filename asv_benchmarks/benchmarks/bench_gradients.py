@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from favor_np import favor_attention_vjp
+from favor_np import exact_attention_vjp, favor_attention_vjp
 
 from .bench_figures import GEMM
 from .common import TIMER, feature_map, full_only, gemm, inputs, interleave, ratio, sized, warm
@@ -70,3 +70,20 @@ class Threads:
         return ratio(*interleave(*calls, clock=time.perf_counter).T)
 
     track_two_over_one.unit = "x"
+
+
+class Exact:
+    """Softmax attention and the gradients by queries, keys and values."""
+
+    params = ([1024, 8192], ["float32", "float64"], ["causal", "full"])
+    timer = TIMER
+    param_names = ("L", "dtype", "kind")
+
+    def setup(self, length, dtype, kind):
+        full_only(length > 1024 and dtype == "float64")
+        q, k, v = inputs(length, dtype=dtype)
+        self.call = lambda: exact_attention_vjp(q, k, v, causal=kind == "causal")[1](v)
+        warm(("exact gradient", length, dtype, kind), self.call)
+
+    def time_forward_backward(self, length, dtype, kind):
+        self.call()

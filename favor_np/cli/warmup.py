@@ -45,6 +45,7 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
     from favor_np import (
         AttentionState,
         exact_attention,
+        exact_attention_vjp,
         favor_attention,
         favor_attention_vjp,
         feature_map,
@@ -63,5 +64,6 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
             ("merge", lambda: state.merge(state.copy())),
             ("exact", lambda: exact_attention(x, x, x)),
             ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
+            ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
         )
     ]

@@ -160,6 +160,8 @@ def exact_block(par, q, k, v, mask, job, out, t):
         for i in range(here):
             if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
                 t.square[g, i] = math.inf
+            if t.square[g, i] == math.inf:  # in the gradient NaN passes through the denominator
+                t.den[g, i] = math.nan
         write_rows(t.num[g], t.den[g], t.top[g], t.square[g], here, out, out_row + g * CHUNK)
     return fits
 
