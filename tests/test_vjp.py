@@ -415,6 +415,19 @@ def test_a_query_of_nan_reaches_what_it_sees_only(causal):
         assert np.array_equal(a[seen:], b[seen:])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_key_of_nan_leaves_earlier_queries_alone(bad):
+    q, k, v, g = inputs(L=150)
+    fm = FeatureMap.from_projection(draw(7, 6))
+    before = gradients(q, k, v, fm, g, causal=True)
+    k[70, 1] = bad
+    after = gradients(q, k, v, fm, g, causal=True)
+    assert same([after[0][:70]], [before[0][:70]])
+    assert np.isnan(after[0][70:]).all()
+    for grad in after[1:]:  # every key shares a later query with that one
+        assert np.isnan(grad).all()
+
+
 @pytest.mark.parametrize("length", [100, 20000])
 @both
 def test_threads_change_no_bit(length, causal):

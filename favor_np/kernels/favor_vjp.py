@@ -330,22 +330,24 @@ def pull_chunk(
     norm = 2 * par.key_norm / LOG2E
     if par.factored and of_keys:  # the gradient of the heights
         gemm(t.rows, natural.hessian[w], t.stretched, 0, rows, 0, dcols, 0, d, False)
-    for i in range(count):
+    for i in range(count):  # a factor of zero is no reason to write zero: it may be 0 * NaN
         position = at + i * step
         by = t.factor[0, i]
         if of_keys:
             row = job[11] + position
+            seen = job[2] < 0 or x.mask[job[2] + position]
             for y in range(d):
                 slope = t.stretched[i, y] if par.factored else norm * t.rows[i, y]
                 if par.affine:
                     slope -= natural.linear[w, y]
                 value = t.grad[i, y] - t.total[0, i] * slope
-                to.k[row, y] = value if by != 0 else 0
+                to.k[row, y] = value if seen else 0
             for y in range(dv):
-                to.v[row, y] = t.num[i, y] * by if by != 0 else 0
+                to.v[row, y] = t.num[i, y] * by if seen else 0
         else:
+            row = job[10] + position
             for y in range(d):
-                to.q[job[10] + position, y] = t.grad[i, y] if by != 0 else 0
+                to.q[row, y] = t.grad[i, y] if x.weights[row] != 0 else 0
 
 
 @jit()
