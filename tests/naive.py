@@ -220,26 +220,6 @@ def favor_attention_vjp(
     return (*(unbroadcast(x, np.shape(y)) for x, y in zip(rows, (q, k, v), strict=True)), dW)
 
 
-def exact_attention_vjp(q, k, v, g, causal=False, scale=None, key_mask=None, enable_gqa=False):
-    """Gradients of (out * g).sum() by q, k and v."""
-    scale = REAL(np.shape(q)[-1]) ** REAL(-0.5) if scale is None else REAL(scale)
-    items, lead = heads(q, k, v, key_mask, enable_gqa)
-    g = np.asarray(g, REAL)
-    grads = [np.zeros((*lead, *np.shape(x)[-2:]), REAL) for x in (q, k, v)]
-    for i, q1, k1, v1, mask in items:
-        parts = one_head_exact_vjp(q1, k1, v1, g[i], scale, causal, mask)
-        for grad, part in zip(grads, parts, strict=True):
-            grad[i] = part
-    return [unbroadcast(grad, np.shape(x)) for grad, x in zip(grads, (q, k, v), strict=True)]
-
-
-def unbroadcast(grad, shape):
-    """Sum over leading axes that were added or stretched, and over groups of heads (axis -3)."""
-    grad = grad.sum(tuple(range(grad.ndim - len(shape))))
-    ones = tuple(i for i, n in enumerate(shape[:-2]) if n == 1)
-    return grad.sum(ones, keepdims=True)
-
-
 def fold(k, v, W, key_mask=None, **options):
     """The state (S, z) of one head: sums of phi(k) v^T and phi(k), without 1/sqrt(M)."""
     keep = slice(None) if key_mask is None else np.asarray(key_mask, bool)
