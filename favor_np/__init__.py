@@ -22,12 +22,14 @@ _HOMES = {
     "FeatureMap": "features",
     "WindowState": "window",
     "attention_weights": "weights",
+    "diagnose": "diagnostics",
     "exact_attention": "exact",
     "exact_attention_vjp": "exact",
     "favor_attention": "attention",
     "favor_attention_vjp": "gradients",
     "feature_map": "features",
     "kernel_variance": "variance",
+    "recommend": "recommendation",
     "sample_projection": "projection",
     "stream_attention": "streaming",
     "thread_limit": "threads",
@@ -39,12 +41,14 @@ __all__ = [
     "WindowState",
     "__version__",
     "attention_weights",
+    "diagnose",
     "exact_attention",
     "exact_attention_vjp",
     "favor_attention",
     "favor_attention_vjp",
     "feature_map",
     "kernel_variance",
+    "recommend",
     "sample_projection",
     "stream_attention",
     "thread_limit",
@@ -52,12 +56,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from favor_np.attention import favor_attention as favor_attention
+    from favor_np.diagnostics import diagnose as diagnose
     from favor_np.exact import exact_attention as exact_attention
     from favor_np.exact import exact_attention_vjp as exact_attention_vjp
     from favor_np.features import FeatureMap as FeatureMap
     from favor_np.features import feature_map as feature_map
     from favor_np.gradients import favor_attention_vjp as favor_attention_vjp
     from favor_np.projection import sample_projection as sample_projection
+    from favor_np.recommendation import recommend as recommend
     from favor_np.state import AttentionState as AttentionState
     from favor_np.streaming import stream_attention as stream_attention
     from favor_np.threads import thread_limit as thread_limit

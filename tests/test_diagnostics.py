@@ -1,0 +1,144 @@
+"""diagnose: are 95% of the errors where it says, and does it say when it does not know?"""
+
+import naive
+import numpy as np
+import pytest
+from families import draw
+
+import favor_np
+from favor_np import FeatureMap, diagnose, favor_attention, feature_map
+
+
+def coverage(family, num_features, *, method=None, causal=False, columns=32, draws=25, **options):
+    """The part of errors within 1.96 standard errors where ESS >= 80, and predicted over true."""
+    inside, true, predicted = [], [], []
+    for seed in range(draws):
+        q, k, v = draw(*family, seed)
+        v = v[:, :columns]
+        fm = feature_map("positive", q.shape[-1], num_features, rng=seed, **options)
+        fm = fm.calibrate(q, k, method) if method else fm
+        found = diagnose(q, k, v, fm, causal=causal)
+        error = found.output - favor_np.exact_attention(q, k, v, causal=causal)
+        rows = found.effective_sample_size >= 80
+        inside.append((np.abs(error) < 1.96 * found.standard_error)[rows].ravel())
+        true.append((error[rows] ** 2).ravel())
+        predicted.append((found.standard_error[rows] ** 2).ravel())
+    true, predicted = (np.mean(np.concatenate(x)) for x in (true, predicted))
+    return np.mean(np.concatenate(inside)), np.sqrt(predicted / true)
+
+
+@pytest.mark.parametrize("projection", ["iid", "orthogonal"])
+@pytest.mark.parametrize("method", [None, "aderf+sderf"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", [("isotropic", 0.5), ("anisotropic", 0.5)])
+def test_coverage(family, projection, method, causal):
+    found, ratio = coverage(family, 256, method=method, causal=causal, projection=projection)
+    assert 0.90 <= found <= 0.97
+    assert 0.85 < ratio < 1.15
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"antithetic": False},
+        {"antithetic": False, "projection": "simplex"},
+        {"columns": 1},
+        {"columns": 1, "projection": "iid"},
+        {"num_features": 1024},
+        {"num_features": 128},
+    ],
+    ids=str,
+)
+def test_coverage_of_other_maps(options):
+    found, _ = coverage(("anisotropic", 0.5), **({"num_features": 256} | options))
+    assert 0.88 <= found <= 0.985
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", [("isotropic", 0.5), ("anisotropic", 0.5)])
+def test_coverage_where_there_is_a_bias(family, causal):
+    """All features share it, so it is in none of their differences: it has to be measured."""
+    found, _ = coverage(family, 256, method="spherical", causal=causal)
+    assert 0.90 <= found <= 0.98
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_output_and_sample_size_are_those_of_the_definition(causal, antithetic):
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 300, 6))
+    mask = rng.random((2, 300)) < 0.7
+    mask[0, :5] = False
+    fm = feature_map("positive", 6, 36, antithetic=antithetic).calibrate(q, k, "aderf")
+    found = diagnose(q, k, v, fm, causal=causal, key_mask=mask)
+    expected = favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
+    assert naive.relative_error(found.output, expected) < 1e-12
+    for h, i in ((0, 0), (0, 250), (1, 3), (1, 299)):
+        sees = mask[h] & ((np.arange(300) <= i) | (not causal))
+        if not sees.any():
+            assert found.effective_sample_size[h, i] == 0
+            assert (found.standard_error[h, i] == 0).all()
+            continue
+        shares = fm.query_features(q)[h, i] * fm.key_features(k)[h][sees].sum(0)
+        size = shares.sum() ** 2 / np.sum(shares**2)
+        assert found.effective_sample_size[h, i] == pytest.approx(size, rel=1e-9)
+
+
+def test_the_error_of_independent_rows_is_that_of_their_groups():
+    """Two groups of one row each, by hand."""
+    W = np.array([[0.3, 1.0], [0.8, -0.5]])
+    fm = FeatureMap.from_projection(W)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 5, 2))
+    v = v[:, :1]
+    found = diagnose(q, k, v, fm)
+    phi_q, phi_k = fm.query_features(q), fm.key_features(k)
+    num = phi_q[:, :, None] * (phi_k.T @ v)
+    den = phi_q * phi_k.sum(0)
+    out = num.sum(1) / den.sum(1)[:, None]
+    parts = (num - den[..., None] * out[:, None]) / den.sum(1)[:, None, None]
+    expected = np.sqrt(2 * np.sum(parts**2, axis=1))
+    assert np.allclose(found.standard_error, expected * 12.7062047 / 1.95996398)
+
+
+def test_a_long_drift_and_values_of_any_size():
+    """Log-features hundreds of nats apart, and constant values, whose error is zero."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 400, 8))
+    k = k + np.linspace(-40, 40, 400)[:, None]
+    fm = feature_map("positive", 8, 64)
+    for causal in (False, True):
+        found = diagnose(q, k, v, fm, causal=causal)
+        assert np.isfinite(found.output).all()
+        assert np.isfinite(found.standard_error).all()
+        constant = diagnose(q, k, np.ones_like(v), fm, causal=causal)
+        assert np.abs(constant.standard_error).max() < 1e-12
+
+
+def test_words():
+    q, k, v = draw("isotropic", 0.5, 0)
+    trusted = diagnose(0.3 * q, 0.3 * k, v, feature_map("positive", 32, 1024))
+    assert trusted.warnings == ()
+    assert "can be trusted" in str(trusted)
+    hopeless = diagnose(4 * q, 4 * k, v, feature_map("positive", 32, 64))
+    assert "below 30" in str(hopeless)
+    for advice in ("calibrate", "more features", "exact_attention"):
+        assert advice in str(hopeless)
+    assert "no row that sees a key" in str(
+        diagnose(q[:3], k[:0], v[:0], feature_map("positive", 32, 64))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"feature_map": 3}, TypeError, "feature_map must be a FeatureMap, got 3"),
+        ({"feature_map": feature_map("relu", 32, 8)}, ValueError, "kind 'positive', got 'relu'"),
+        ({"q": np.ones((2, 3))}, ValueError, "q must have shape"),
+        ({"causal": 1}, TypeError, "causal must be True or False"),
+        ({"key_mask": [1]}, TypeError, "key_mask"),
+    ],
+)
+def test_errors(change, error, message):
+    q, k, v = draw("isotropic", 0.5, 0)
+    good = {"q": q, "k": k, "v": v, "feature_map": feature_map("positive", 32, 64)}
+    with pytest.raises(error, match=message):
+        diagnose(**(good | change))
