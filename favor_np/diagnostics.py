@@ -229,8 +229,8 @@ def _rows(
 
 
 def _log_keys(fm: FeatureMap, call: validation.AttentionCall, rows: slice) -> F64:
-    y, h = fm.projections(call.k[..., rows, :].astype(np.float64), keys=True)
-    bias = fm.of_head(fm.bias)
+    y, h = fm._projections(call.k[..., rows, :].astype(np.float64), keys=True)
+    bias = fm._of_head(fm.bias)
     logs = np.concatenate([bias + y, bias - y], -1) - h if fm.antithetic else bias + y - h
     if call.mask is not None:
         logs = np.where(call.mask[..., rows, None], logs, EMPTY)
@@ -239,7 +239,7 @@ def _log_keys(fm: FeatureMap, call: validation.AttentionCall, rows: slice) -> F6
 
 def _phi_queries(fm: FeatureMap, call: validation.AttentionCall, rows: slice, c: F64) -> F64:
     """Return the features of queries in units of those of keys, the largest of a row being 1."""
-    y, _ = fm.projections(call.q[..., rows, :].astype(np.float64))
+    y, _ = fm._projections(call.q[..., rows, :].astype(np.float64))
     logs = (np.concatenate([y, -y], -1) if fm.antithetic else y) + c
     return np.asarray(np.exp(logs - logs.max(-1, keepdims=True)))
 

@@ -379,7 +379,7 @@ class FeatureMap:
         >>> bool(abs(estimate - np.exp(0.5 * 0.6)) < 0.05)  # exp(scale q.k), scale = 4 ** -0.5
         True
         """
-        return self._features(*self.projections(validation.feature_input("x", x, self.dim)), 0.0)
+        return self._features(*self._projections(validation.feature_input("x", x, self.dim)), 0.0)
 
     def key_features(self, x: npt.ArrayLike) -> F64:
         """Compute the features of keys: as `query_features`, with the keys' `bias` added.
@@ -401,16 +401,16 @@ class FeatureMap:
         ValueError
             If the last axis of `x` is not d, or there are fewer than two axes.
         """
-        y, h = self.projections(validation.feature_input("x", x, self.dim), keys=True)
-        return self._features(y, h, self.of_head(self.bias))
+        y, h = self._projections(validation.feature_input("x", x, self.dim), keys=True)
+        return self._features(y, h, self._of_head(self.bias))
 
-    def of_head(self, array: F64) -> F64:
+    def _of_head(self, array: F64) -> F64:
         """Return (heads or 1, n) or (heads or 1, r, d) in a shape to compute with (..., L, n)."""
         if self.num_heads is None:
             return np.asarray(array[0])
         return array[:, None, :] if array.ndim == 2 else array
 
-    def projections(self, x: F64, keys: bool = False) -> tuple[F64, F64]:
+    def _projections(self, x: F64, keys: bool = False) -> tuple[F64, F64]:
         """Return the projections of x, and what is subtracted from all log-features of a row.
 
         Parameters
@@ -433,20 +433,20 @@ class FeatureMap:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             lift: F64 | float = 0.0
             if self.calibration is not None and keys:
-                x = x - self.of_head(self.key_center)
-                lift = np.sum(x * self.of_head(self.key_linear), axis=-1, keepdims=True)
+                x = x - self._of_head(self.key_center)
+                lift = np.sum(x * self._of_head(self.key_linear), axis=-1, keepdims=True)
             elif self.calibration is not None:
-                linear = self.scale * self.of_head(self.key_center)
+                linear = self.scale * self._of_head(self.key_center)
                 lift = np.sum(x * linear, axis=-1, keepdims=True)
-                x = x - self.of_head(self.query_center)
-            y = x @ np.swapaxes(self.of_head(weight), -1, -2)
+                x = x - self._of_head(self.query_center)
+            y = x @ np.swapaxes(self._of_head(weight), -1, -2)
             if factor is None:
                 return y, self.key_norm * np.sum(x * x, axis=-1, keepdims=True) - lift
-            rows = x @ np.swapaxes(self.of_head(factor), -1, -2)
+            rows = x @ np.swapaxes(self._of_head(factor), -1, -2)
             return y, 0.5 * np.sum(rows * rows, axis=-1, keepdims=True) - lift
 
     def _features(self, y: F64, h: F64, bias: F64 | float) -> F64:
-        """Return the features (..., L, M) of the `projections` y and h."""
+        """Return the features (..., L, M) of the projections y and h."""
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             if self.kind == "relu":
                 phi = np.maximum(y, 0.0) + self.kernel_epsilon

@@ -76,8 +76,8 @@ def kernel_variance(
     relative = validation.flag("relative", relative)
     fm, dim = feature_map, feature_map.dim
     q, k = (validation.feature_input(n, a, dim) for n, a in (("q", q), ("k", k)))
-    x = _variables(fm, q - fm.of_head(fm.query_center), fm.query_factor)
-    y = _variables(fm, k - fm.of_head(fm.key_center), fm.key_factor)
+    x = _variables(fm, q - fm._of_head(fm.query_center), fm.query_factor)
+    y = _variables(fm, k - fm._of_head(fm.key_center), fm.key_factor)
     cosine, length = structure(fm.projection.reshape(-1, *fm.projection.shape[-2:])[0])
     with np.errstate(over="ignore", invalid="ignore"):
         result = _relative(fm, x, y, cosine, length)
@@ -107,7 +107,7 @@ def _variables(fm: FeatureMap, x: F64, factor: F64 | None) -> F64:
     """Return what the rows of the projection act on."""
     if factor is None:
         return np.asarray(np.sqrt(fm.scale) * x)
-    return np.asarray(x @ np.swapaxes(fm.of_head(factor), -1, -2))
+    return np.asarray(x @ np.swapaxes(fm._of_head(factor), -1, -2))
 
 
 def _relative(fm: FeatureMap, x: F64, y: F64, cosine: float | None, length: float | None) -> F64:

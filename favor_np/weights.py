@@ -122,12 +122,12 @@ def _log_products(log_q: F64, log_k: F64) -> F64:
 
 def _log_query_features(feature_map: FeatureMap, q: F64) -> F64:
     """Logarithms of the features of q (..., L, d), without what all of a row's have in common."""
-    return _log_features(feature_map, feature_map.projections(q)[0])
+    return _log_features(feature_map, feature_map._projections(q)[0])
 
 
 def _log_key_features(feature_map: FeatureMap, k: F64) -> F64:
-    y, h = feature_map.projections(k, keys=True)
-    bias = feature_map.of_head(feature_map.bias)
+    y, h = feature_map._projections(k, keys=True)
+    bias = feature_map._of_head(feature_map.bias)
     signs = 2 if feature_map.antithetic else 1
     return np.asarray(_log_features(feature_map, y) + np.tile(bias, signs) - h)
 
