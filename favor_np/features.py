@@ -38,7 +38,7 @@ class Calibration(NamedTuple):
     weight exp(2 w'Aw), A = diag(`quadratic`) (FAVOR#, arXiv:2302.00787).  Any values leave the
     estimator unbiased.  Each array has one more axis in front if every head has its own.
 
-    Attributes
+    Parameters
     ----------
     query_center, key_center : ndarray, shape (d,) or (heads, d)
         What is subtracted from queries and keys.
