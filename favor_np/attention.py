@@ -268,6 +268,7 @@ def prepare(
                 f"v must have shape (..., L, {before.value_dim}) to fit state, got {call.v.shape}"
             )
         before._fits(offsets, decay, causal=call.causal)
+    validation.decay_span(rates if before is None else before.rates, call.keys)
     if window is not None:
         window = validation.integer("window", window)
         if not call.causal:

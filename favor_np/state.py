@@ -356,6 +356,7 @@ class AttentionState:
             rows = max(call.keys, call.q.shape[-2])
             offsets = validation.sequence_offsets(cu_seqlens, rows)
         self._fits(offsets)
+        validation.decay_span(self.rates, call.keys)
         out = np.zeros(call.out_shape, self.dtype)
         if math.prod(call.state_shape) and (out.size or call.keys):
             from favor_np import launch

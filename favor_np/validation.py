@@ -345,6 +345,15 @@ def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -
     return None if (decay == 1).all() else -np.log2(decay).ravel()
 
 
+def decay_span(rates: Array | None, keys: int) -> None:
+    """Refuse a call over which weights decay by more than an exponent of 32 bits can say."""
+    if rates is not None and rates.max(initial=0.0) * keys > 2**30:
+        raise ValueError(
+            f"decay must be larger for {keys} positions in one call, got {2.0 ** -rates.max():.3g}: "
+            "take fewer at a time, each call going on from the state before"
+        )
+
+
 def broadcast(**shapes: tuple[int, ...]) -> tuple[int, ...]:
     """Return the common shape of the leading axes."""
     try:

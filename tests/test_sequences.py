@@ -735,3 +735,14 @@ def test_a_refused_token_changes_nothing():
             state.step(*wrong)
     assert state.length == 8
     assert np.array_equal(state.attend(Q), before)
+
+
+def test_too_much_decay_for_one_call():
+    """Exponents have 32 bits; nothing of 2**28 rows is allocated here."""
+    x = np.broadcast_to(np.float32(1), (2**28, 1))
+    fm = feature_map("positive", 1, 2)
+    with pytest.raises(ValueError, match=r"decay must be larger for 268435456 positions"):
+        favor_attention(x, x, x, fm, causal=True, decay=1e-2)
+    state = AttentionState.zeros(fm, 1, decay=1e-2)
+    with pytest.raises(ValueError, match="decay must be larger"):
+        state.update(x, x)
