@@ -190,16 +190,16 @@ m = {features}, float32, the same arrays and the same projection for all, every 
 favor_np's (relative difference below {tolerance:g}) before the clock runs. Calls are interleaved, ratios
 are of medians to favor_np with the same map. GFLOP/s are *useful* operations: 4dm + 4md a token,
 and 64(m + d) more when causal; forward and backward 30dm + 256(m + d); exact attention 4Ld, half of
-it when causal; whatever a library really does. /SGEMM divides that by the rate of NumPy's product of two 1024 × 1024 matrices, timed
-in the same rounds with as many threads. CPUs is processor time over wall time.
+it when causal; whatever a library really does. /SGEMM divides that by the rate of NumPy's product
+of two 1024 × 1024 matrices, timed in the same rounds with as many threads. CPUs is processor time
+over wall time.
 
 JAX (jitted) and PyTorch (eager, inference mode) run the chunked algorithm as one would write it for
 them by hand, in the fastest of six forms: chunks of C = 64, 128 or 256, all heads in one product or
 head by head. *C++ loop* goes through positions one by one, as the compiled causal products of
 libraries do, with features by PyTorch. performer-pytorch is its `FastAttention` with both of its
-epsilons set to zero. *Gradient* is forward and backward,
-for queries, keys and values: JAX's `value_and_grad`, with `jax.checkpoint` around each chunk or
-without, and PyTorch's autograd. Exact attention is `favor_np.exact_attention` beside PyTorch's
+epsilons set to zero. *Gradient* is forward and backward, for queries, keys and values: JAX's
+`value_and_grad`, with `jax.checkpoint` around each chunk or without, and PyTorch's autograd. Exact attention is `favor_np.exact_attention` beside PyTorch's
 `scaled_dot_product_attention` (SDPA); the last table says from which length FAVOR+ is faster than
 the faster of these two, interpolated between measured lengths. To measure on your own machine:
 

@@ -200,10 +200,12 @@ class Prepared(NamedTuple):
     @property
     def clock(self) -> Any:
         """How keys are raised, so that earlier ones decay."""
-        from favor_np import launch
-
         if self.state is not None:
             return self.state._clock
+        if self.rates is None:
+            return None
+        from favor_np import launch
+
         return launch.clock(self.rates, self.offsets)
 
     def _following(self) -> AttentionState:
@@ -268,7 +270,9 @@ def prepare(
                 f"v must have shape (..., L, {before.value_dim}) to fit state, got {call.v.shape}"
             )
         before._fits(offsets, decay, causal=call.causal)
-    validation.decay_span(rates if before is None else before.rates, call.keys)
+    decays = rates if before is None else before.rates
+    if decays is not None:
+        validation.decay_span(decays, call.keys)
     if window is not None:
         window = validation.integer("window", window)
         if not call.causal:

@@ -37,7 +37,7 @@ SPAN = {4: 40, 8: 400}
 SEGMENT = 8192
 #: A single causal problem of at least this length is cut into sets of features instead, for which
 #: the sequence is walked in steps of SPLIT.
-LONG, SPLIT = 2048, 4096
+LONG, SPLIT = 2048, 8192
 #: Jobs that the gradient of few heads is cut into.  Each takes the memory of its own dq.
 PARTS = 8
 #: States that are under way at a time.

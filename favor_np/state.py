@@ -76,7 +76,7 @@ class AttentionState:
         self.sequences = sequences
         #: -log2 of the decay and the tokens seen, a row each; None where nothing decays.
         self.rates = rates
-        self.lengths = np.zeros(len(arrays[0]), np.int64) if lengths is None else lengths
+        self.lengths = np.zeros(len(arrays[0]), np.int64) if lengths is None else lengths.copy()
 
     @classmethod
     def zeros(
@@ -168,7 +168,7 @@ class AttentionState:
             if self.feature_map.kind == "positive":  # padding is out of reach, and stays there
                 rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
             c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
-        self.lengths = self.lengths + tokens
+        self.lengths += tokens
 
     def _real(self, array: Array) -> Array:
         """Return a copy without the kernels' padding, with the batch axes."""
@@ -355,8 +355,10 @@ class AttentionState:
         if cu_seqlens is not None:
             rows = max(call.keys, call.q.shape[-2])
             offsets = validation.sequence_offsets(cu_seqlens, rows)
-        self._fits(offsets)
-        validation.decay_span(self.rates, call.keys)
+        if offsets is not None or self.sequences is not None:
+            self._fits(offsets)
+        if self.rates is not None:
+            validation.decay_span(self.rates, call.keys)
         out = np.zeros(call.out_shape, self.dtype)
         if math.prod(call.state_shape) and (out.size or call.keys):
             from favor_np import launch

@@ -242,9 +242,10 @@ def dtypes(*arrays: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
 
 def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return (..., L, d) as a read-only, aligned, C-ordered matrix of all its rows."""
-    if array.dtype != dtype or not array.flags.c_contiguous or not array.flags.aligned:
+    flags = array.flags
+    if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
         array = np.require(array, dtype, ("C", "A"))
-    rows = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+    rows = array.reshape(-1 if array.size else math.prod(array.shape[:-1]), array.shape[-1])
     rows.setflags(write=False)
     return rows
 
@@ -345,9 +346,9 @@ def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -
     return None if (decay == 1).all() else -np.log2(decay).ravel()
 
 
-def decay_span(rates: Array | None, keys: int) -> None:
+def decay_span(rates: Array, keys: int) -> None:
     """Refuse a call over which weights decay by more than an exponent of 32 bits can say."""
-    if rates is not None and rates.max(initial=0.0) * keys > 2**30:
+    if rates.max(initial=0.0) * keys > 2**30:
         raise ValueError(
             f"decay must be larger for {keys} positions in one call, got {2.0 ** -rates.max():.3g}: "
             "take fewer at a time, each call going on from the state before"
