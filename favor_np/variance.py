@@ -18,10 +18,10 @@ TOLERANCE = 1e-4
 def kernel_variance(
     feature_map: FeatureMap, q: npt.ArrayLike, k: npt.ArrayLike, *, relative: bool = False
 ) -> F64:
-    """Compute the variance of ``phi_q(q) . phi_k(k)`` over the draws of the projection.
+    """Compute the variance of a map's estimate of the kernel, over the draws of its projection.
 
-    How the rows of the map were drawn is recognised from the rows: "iid", "orthogonal" or
-    "simplex", with "chi" norms or all of one length.
+    The estimate is ``phi_q(q) . phi_k(k)``.  How the rows of the map were drawn is recognised from
+    the rows: "iid", "orthogonal" or "simplex", with "chi" norms or all of one length.
 
     Parameters
     ----------
