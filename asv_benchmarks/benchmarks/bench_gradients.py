@@ -51,8 +51,10 @@ class Rate:
     params = (KINDS, SIZES)
     param_names = ("kind", "size")
 
-    def track_of_gemm(self, kind, size):
+    def setup(self, kind, size):
         full_only(size != SIZES[0])
+
+    def track_of_gemm(self, kind, size):
         causal = kind == "causal"
         call = gradient(size, kind="plain", causal=causal, threads=1)
         times = interleave(call, gemm())
@@ -64,8 +66,10 @@ class Rate:
 class Threads:
     """One thread over two, four heads."""
 
-    def track_two_over_one(self):
+    def setup(self):
         full_only(True)
+
+    def track_two_over_one(self):
         calls = (gradient(SIZES[1], causal=True, threads=n) for n in (1, 2))
         return ratio(*interleave(*calls, clock=time.perf_counter).T)
 
