@@ -81,9 +81,7 @@ def exact_attention(
     >>> favor_np.exact_attention(q, k, np.eye(2), scale=1.0).round(4)
     array([[0.2689, 0.7311]])
     """
-    call, factor = _checked(
-        q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite
-    )  # fmt: skip
+    call, factor = _checked(q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite)
     return _attend(call, factor)[0]
 
 
@@ -158,9 +156,7 @@ def exact_attention_vjp(
     array([[0.    , 0.2689],
            [0.    , 0.7311]])
     """
-    call, factor = _checked(
-        q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite
-    )  # fmt: skip
+    call, factor = _checked(q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite)
     out, saved, weights = _attend(call, factor, keep=True)
 
     def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
@@ -181,7 +177,7 @@ def exact_attention_vjp(
                     dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
                     threads=call.threads,
                 )  # fmt: skip
-            return AttentionGradients(*map(_sum_to, grads, inputs))
+            return AttentionGradients(*map(sum_to, grads, inputs))
 
     return out, pullback
 
@@ -233,7 +229,7 @@ def _attend(
     return result, saved, weights
 
 
-def _sum_to(grad: Array, like: Array) -> Array:
+def sum_to(grad: Array, like: Array) -> Array:
     """Return the gradient of an array that was broadcast: summed to its shape, in its dtype."""
     shape = (1,) * (grad.ndim - like.ndim) + like.shape
     axes = tuple(i for i, n in enumerate(shape) if n != grad.shape[i])

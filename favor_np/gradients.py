@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.attention import Prepared, prepare
+from favor_np.exact import sum_to
 from favor_np.features import FeatureMap
 
 if TYPE_CHECKING:
@@ -115,8 +115,9 @@ num_threads, check_finite
         num_threads=num_threads, check_finite=check_finite,
     )  # fmt: skip
     result, target = call.arrays.targets(None)
-    rows = math.prod(target.shape[:-1])
-    weights = np.zeros(rows, target.dtype), np.zeros(rows, f"i{target.dtype.itemsize}")
+    from favor_np import launch
+
+    weights = launch.new_weights(target)
     following = call.run(target, weights)
     if target is not result:
         result[...] = target
@@ -142,8 +143,6 @@ num_threads, check_finite
                 clock=call.clock, projection=projection,
             )  # fmt: skip
 
-        from favor_np import launch
-
         like = call.arrays
         kept = like.state_shape if like.grouped else None
         q, k, v, first = pull(False)
@@ -164,11 +163,7 @@ def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None) -> Array:
         batch = grad.shape[:-2]
         group = batch[-1] // kept[-1]
         grad = grad.reshape(*batch[:-1], kept[-1], group, *grad.shape[-2:]).sum(-3)
-    given = (1,) * (grad.ndim - like.ndim) + like.shape
-    axes = tuple(i for i, n in enumerate(given) if n != grad.shape[i])
-    if axes:  # a sum over no axis would be a copy
-        grad = grad.sum(axes)
-    return grad.reshape(like.shape).astype(like.dtype, copy=False)
+    return sum_to(grad, like)
 
 
 def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Array) -> Array:
@@ -201,57 +196,61 @@ def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Arr
 
 def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
     """Return the cotangent of the last state as the kernels fold it: relative to 2**-c."""
-    from favor_np import launch, plan
+    from favor_np import launch
 
-    shapes = {"S": following.S.shape, "z": following.z.shape}
+    fm, value_dim = following.feature_map, following.value_dim
+    lead = (*following._slots, fm.num_features)
+    shapes = {"S": (*lead, value_dim), "z": lead}
     try:
         given = dict(zip(shapes, grad_state, strict=True))
     except (TypeError, ValueError):
         raise TypeError(
             f"grad_state must be a pair of arrays, got {validation.got(grad_state)}"
         ) from None
-    dtype, value_dim = following.dtype, following.value_dim
-    real = plan.layout(following.feature_map, dtype, value_dim).real
-    arrays = launch.new_state(following.feature_map, dtype, len(following.arrays[0]), value_dim)
-    seen = following.arrays[0][:, real] > -3 * int(plan.FAR[dtype.itemsize])
-    fraction: Array = np.zeros(len(seen))
-    ahead = np.zeros(len(seen), arrays[0].dtype)
+    for name, shape in shapes.items():
+        given[name] = validation.tensor(f"grad_state.{name}", given[name], 1)
+        if given[name].shape != shape:
+            raise ValueError(f"grad_state.{name} must have shape {shape}, got {given[name].shape}")
+    rows = len(following.arrays[0]), fm.num_features
+    c, weight = following.c.reshape(rows), np.ones(rows)
+    seen, exponents = _folded(c), -c
     if following.rates is not None:
-        start = 0 if call.state is None else call.state.lengths
-        fraction = (following.lengths * following.rates) % 1.0
-        ahead += (
-            np.floor(following.lengths * following.rates) - np.floor(start * following.rates)
-        ).astype(ahead.dtype)
-    arrays[0][:, real] = np.where(
-        seen, -following.arrays[0][:, real] - ahead[:, None], arrays[0][:, real]
+        whole, fraction = following._raised()
+        before = 0 if call.state is None else call.state._raised()[0]
+        exponents = exponents - (whole - before)[:, None].astype(c.dtype)
+        weight *= np.exp2(-fraction)[:, None]
+    weight[~seen] = 0
+    raw = (
+        np.where(seen, exponents, -4 * _far(c)),
+        given["S"].reshape(*rows, value_dim) * weight[..., None],
+        given["z"].reshape(rows) * weight,
     )
-    for name, array in zip(shapes, arrays[1:], strict=True):
-        value = validation.tensor(f"grad_state.{name}", given[name], 1)
-        if value.shape != shapes[name]:
-            raise ValueError(f"grad_state.{name} must have shape {shapes[name]}, got {value.shape}")
-        value = value.reshape(
-            *seen.shape, *array.shape[2:][:0], *([value_dim] if name == "S" else [])
-        )
-        weight = np.where(seen, np.exp2(-fraction)[:, None], 0.0)
-        value = value * weight.reshape(*weight.shape, *[1] * (value.ndim - 2))
-        array[(slice(None), real, slice(0, value_dim))[: value.ndim]] = value
-    return arrays
+    return launch.with_padding(fm, following.dtype, value_dim, raw)
 
 
 def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
     """Return the cotangent of the first state's S and z from the fold that went back to it."""
+    from favor_np import launch
+
+    c, s, z = launch.without_padding(state.feature_map, state.dtype, state.value_dim, found)
+    before = state.c.reshape(c.shape)
+    seen = _folded(before) & _folded(c)
+    weight = np.ldexp(np.where(seen, 1.0, 0.0), np.where(seen, c + before, 0))
+    if state.rates is not None:
+        weight = weight * np.exp2(state._raised()[1])[:, None]
+    lead = (*state._slots, state.feature_map.num_features)
+    return StateGradient(
+        (s * weight[..., None]).astype(s.dtype).reshape(*lead, state.value_dim),
+        (z * weight).astype(z.dtype).reshape(lead),
+    )
+
+
+def _far(c: Array) -> int:
     from favor_np import plan
 
-    c, s, z = found
-    real = plan.layout(state.feature_map, state.dtype, state.value_dim).real
-    far = int(plan.FAR[state.dtype.itemsize])
-    exponents = c[:, real] + state.arrays[0][:, real]
-    seen = (state.arrays[0][:, real] > -3 * far) & (c[:, real] > -3 * far)
-    weight = np.ldexp(np.where(seen, 1.0, 0.0), np.where(seen, exponents, 0))
-    if state.rates is not None:
-        weight = weight * np.exp2((state.lengths * state.rates) % 1.0)[:, None]
-    shapes = state.S.shape, state.z.shape
-    return StateGradient(
-        (s[:, real, : state.value_dim] * weight[..., None]).astype(s.dtype).reshape(shapes[0]),
-        (z[:, real] * weight).astype(z.dtype).reshape(shapes[1]),
-    )
+    return int(plan.FAR[c.dtype.itemsize])
+
+
+def _folded(c: Array) -> Any:
+    """Return which exponents are those of features that some key has reached."""
+    return c > -3 * _far(c)

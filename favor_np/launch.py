@@ -14,6 +14,7 @@ from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import exact_vjp
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp
+from favor_np.kernels.jobs import TROUBLE
 from favor_np.kernels.pack import CHUNK, Result
 from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
@@ -26,6 +27,7 @@ _NO_WEIGHTS = {
     np.dtype(kind): (np.zeros(0, kind), np.zeros(0, plan.integer_of(np.dtype(kind))))
     for kind in (np.float32, np.float64)
 }
+_NO_MEETING = {kind: (plan.aligned((0, 0), kind), np.zeros(0, np.int64)) for kind in _NO_WEIGHTS}
 
 
 def _mask_rows(mask: Array | None) -> Array:
@@ -142,9 +144,8 @@ def attend(
     work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               layout.weights)  # fmt: skip
-    result = Result(out.reshape(-1, out.shape[-1]), *(weights or _NO_WEIGHTS[dtype]))
-    call = _Call(layout, layout.causal if causal else layout.bidirectional, arrays, result,
-                 1 if work < SERIAL else resolve_threads(threads))  # fmt: skip
+    call = _Call(layout, layout.causal if causal else layout.bidirectional, arrays,
+                 _result(out, weights), _threads(work, threads))  # fmt: skip
     if not len(jobs.table):
         return
     if jobs.table[0, 8] > 1 and call.threads > 1 and call.by_features(jobs.take([0]), state):
@@ -241,33 +242,22 @@ def attend_vjp(
                 mine[: count // 2 : max(group, 1)] = theirs[slots[:: max(group, 1)]]
             if state is not None:
                 mine[count // 2 :] = held[slots]
-    none = np.zeros_like(layout.weights.bias)
-    work = max(q.shape[-2], k.shape[-2]) * count * layout.features * q.shape[-1]
-    workers = 1 if work < SERIAL else min(resolve_threads(threads), count)
-    floats, ints = plan.vjp_workspace(layout)
-
-    def make() -> Any:
-        return (
-            plan.aligned((workers, floats), dtype),
-            plan.aligned((workers, ints), plan.integer_of(dtype)),
-            _empty(layout, workers) if states is None else None,
-        )
-
     inputs = vjp.Inputs(
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
-        rows_of(grad, dtype), rows_of(out, dtype), *weights,
+        rows_of(grad, dtype), rows_of(out, dtype), *(array.reshape(-1) for array in weights),
     )  # fmt: skip
-    key = ("vjp", dtype, workers, floats, ints, layout.features, layout.value_columns, own is None)
-    space = plan.borrow(key, make)
     args = (
-        layout.causal if causal else layout.bidirectional, inputs, layout.weights, none,
-        layout.natural, jobs.table, jobs.clocks, *(states or space[2]), to, *space[:2],
+        layout.causal if causal else layout.bidirectional, inputs, layout.weights,
+        np.zeros_like(layout.weights.bias), layout.natural, jobs.table, jobs.clocks, to,
+        *(states or ()),
     )  # fmt: skip
-    try:
-        if count and (out.size or suffix is not None):
-            POOL.call(vjp.pull, args, count, workers)
-    finally:
-        plan.give_back(key, space)
+    if count and (out.size or suffix is not None):
+        work = max(q.shape[-2], k.shape[-2]) * count * layout.features * q.shape[-1]
+        workers = min(_threads(work, threads), count)
+        sizes = plan.vjp_workspace(layout)
+        _run(vjp.pull, args, count, workers, dtype, sizes, layout if states is None else None)
+    if projection:
+        return weight, bias, jobs.table[:, 4] // layout.blocks
     first = None
     if states is not None:  # query heads that share a state have each seen a part of its cotangent
         parts = [array[: count // 2] for array in states]
@@ -278,8 +268,6 @@ def attend_vjp(
                 array[idle] = theirs[idle]
         for i in range(count // 2):
             merge([a[slots[i]] for a in first], [a[i] for a in parts])
-    if projection:
-        return weight, bias, jobs.table[:, 4] // layout.blocks
     pairs = zip(rows, (q, k, v), strict=True)
     return *(grad.reshape(*batch, *x.shape[-2:]) for grad, x in pairs), first
 
@@ -298,30 +286,15 @@ class _Call(NamedTuple):
         meeting: tuple[Array, Array] | None = None,
     ) -> Array | None:  # fmt: skip
         """Run jobs; without a state each begins with an empty one of its own."""
-        count = len(jobs.table)
+        layout, count = self.layout, len(jobs.table)
         if not count:
             return None
-        layout, dtype, workers = self.layout, self.layout.dtype, min(self.threads, count)
-
-        def make() -> Any:
-            return (
-                plan.aligned((workers, layout.floats), dtype),
-                plan.aligned((workers, layout.ints), plan.integer_of(dtype)),
-                _empty(layout, workers) if state is None else None,
-                (plan.aligned((0, 0), dtype), np.zeros(0, np.int64)),
-            )
-
-        key = (dtype, workers, layout.floats, layout.ints, layout.features, layout.value_columns,
-               state is None)  # fmt: skip
-        space = plan.borrow(key, make)
-        try:
-            floats, ints, own, alone = space
-            args = (parameters, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
-                    *(own if state is None else state), self.result, *(meeting or alone), floats,
-                    ints)  # fmt: skip
-            return POOL.call(kernels.attend, args, count, workers)
-        finally:
-            plan.give_back(key, space)
+        args = (parameters, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
+                self.result, *(meeting or _NO_MEETING[layout.dtype]), *(state or ()))  # fmt: skip
+        return _run(
+            kernels.attend, args, count, min(self.threads, count), layout.dtype,
+            (layout.floats, layout.ints), layout if state is None else None,
+        )  # fmt: skip
 
     def by_features(self, job: plan.Jobs, state: Any) -> bool:
         """Run one long causal problem in parallel over sets of its features.
@@ -357,9 +330,20 @@ class _Call(NamedTuple):
 
 
 def new_weights(out: Array) -> tuple[Array, Array]:
-    """Return arrays for the denominators of the rows of `out`."""
-    rows = math.prod(out.shape[:-1])
-    return np.empty(rows, out.dtype), np.empty(rows, plan.integer_of(out.dtype))
+    """Return arrays for the denominators of the rows of `out`: zeros, as of rows without keys."""
+    rows = out.shape[:-1]
+    return np.zeros(rows, out.dtype), np.zeros(rows, plan.integer_of(out.dtype))
+
+
+def _result(out: Array, weights: tuple[Array, Array] | None) -> Any:
+    """Return what a kernel writes to; the weights may be left out."""
+    flat = _NO_WEIGHTS[out.dtype] if weights is None else [w.reshape(-1) for w in weights]
+    return Result(out.reshape(-1, out.shape[-1]), *flat)
+
+
+def _threads(work: int, threads: int | None) -> int:
+    """Return how many threads that many multiply-adds deserve."""
+    return 1 if work < SERIAL else resolve_threads(threads)
 
 
 def attend_exact(
@@ -388,10 +372,10 @@ def attend_exact(
     args = (
         plan.exact_parameters(dtype, scale, causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
-        Result(out.reshape(-1, out.shape[-1]), *(weights or _NO_WEIGHTS[dtype])),
+        _result(out, weights),
     )  # fmt: skip
     sizes = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1])
-    workers = 1 if work < SERIAL else min(resolve_threads(threads), len(table))
+    workers = min(_threads(work, threads), len(table))
     control = _run(exact_kernels.attend_exact, args, len(table), workers, dtype, sizes)
     return not control[TROUBLE]
 
@@ -432,7 +416,7 @@ def differentiate_exact(
         exact_vjp.Gradients(sums.reshape(-1, columns), dk, dv),
     )  # fmt: skip
     work = 4 * math.prod(out.shape[:-1]) * k.shape[-2] * dim
-    workers = 1 if work < SERIAL else min(resolve_threads(threads), len(jobs.table))
+    workers = min(_threads(work, threads), len(jobs.table))
     sizes = plan.exact_vjp_workspace(dtype, dim, v.shape[-1])
     _run(exact_vjp.differentiate_exact, args, len(jobs.table), workers, dtype, sizes)
     for part in sums[1:]:
@@ -446,7 +430,7 @@ def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Arr
     What is not finite in a row stands in its two numbers, which the kernel keeps from the keys that
     the row may not see.
     """
-    w, tops = weights
+    w, tops = (array.reshape(-1) for array in weights)
     delta = np.einsum("ix,ix->i", g, out.reshape(g.shape))
     inverse = np.divide(1, w, where=w != 0, out=np.zeros_like(w))
     suspects = np.flatnonzero(~np.isfinite(delta))
@@ -462,17 +446,22 @@ def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Arr
 
 def _run(
     kernel: Any, args: tuple[Any, ...], count: int, workers: int, dtype: np.dtype[Any],
-    sizes: tuple[int, int],
+    sizes: tuple[int, int], layout: plan.Layout | None = None,
 ) -> Array:  # fmt: skip
-    """Run jobs on threads that work on so many floats and integers each; the control words."""
+    """Run jobs on threads that work on so many floats and integers each; the control words.
+
+    With a layout each of them has a state as well, which comes before these.
+    """
 
     def make() -> Any:
         return (
+            *(() if layout is None else _empty(layout, workers)),
             plan.aligned((workers, sizes[0]), dtype),
             plan.aligned((workers, sizes[1]), plan.integer_of(dtype)),
         )
 
-    key = (kernel, dtype, workers, sizes)
+    states = None if layout is None else (layout.features, layout.value_columns)
+    key = (kernel, dtype, workers, sizes, states)
     space = plan.borrow(key, make)
     try:
         return POOL.call(kernel, (*args, *space), count, workers)
@@ -480,7 +469,5 @@ def _run(
         plan.give_back(key, space)
 
 
-#: Control word that counts the jobs in trouble.
-TROUBLE = 12
 #: Multiply-adds below which a second thread costs more than it does (about 0.3 ms).
 SERIAL = 4_000_000

@@ -21,7 +21,7 @@ from favor_np.kernels import activate, exact_vjp
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp_kernels
-from favor_np.kernels.pack import CHUNK
+from favor_np.kernels.pack import CHUNK, Map
 from favor_np.kernels.simd import VECTOR_BYTES
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -134,14 +134,18 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     bias[:, :rows] = feature_map.bias * unit
     factored = factor is not None
     rows_of_factor = np.zeros((1, dim, dim)) if factor is None else factor
-    weights = kernels.Map(
+    vectors = (
+        np.broadcast_to(x, (heads, dim))[:, None]
+        for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
+    )
+    columns_of_factor = np.broadcast_to(
+        rows_of_factor.swapaxes(1, 2) * math.sqrt(0.5 * unit), (heads, dim, dim)
+    )
+    weights = Map(
         query=query,
         key=key,
         bias=bias.reshape(heads * blocks, width),
-        query_center=of_blocks(feature_map.query_center),
-        key_center=of_blocks(feature_map.key_center),
-        factor=of_blocks(rows_of_factor.swapaxes(1, 2) * math.sqrt(0.5 * unit), factored),
-        linear=of_blocks(feature_map.key_linear * unit),
+        affine=of_blocks(np.concatenate([*vectors, columns_of_factor], axis=1)),
     )
     natural = vjp_kernels.Natural(
         query=natural_query,
@@ -323,10 +327,22 @@ class Jobs:
     out_rows: Array
     clocks: Array
 
+    def skip_keys(self, start: Any) -> None:
+        """Let every job begin at its key number `start`, in place."""
+        skip_rows(self.table, start)
+        if len(self.clocks):
+            self.clocks[:, 0] += start * self.clocks[:, 1]
+
     def take(self, rows: Any) -> Jobs:
         """Return some of the jobs."""
         clocks = self.clocks[rows] if len(self.clocks) else self.clocks
         return Jobs(self.table[rows], self.q_rows[rows], self.out_rows[rows], clocks)
+
+
+def skip_rows(table: Array, start: Any) -> None:
+    """Move the rows of keys, values and mask, where there is one."""
+    table[:, :2] += np.reshape(start, (-1, 1))
+    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
 
 
 _NO_CLOCKS = np.zeros((0, 2))
@@ -391,8 +407,7 @@ def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:
     owner, sequence = np.divmod(np.arange(len(of.table) * count), count)
     start, length = offsets[sequence], lengths[sequence]
     table = of.table[owner]
-    table[:, :2] += start[:, None]
-    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
+    skip_rows(table, start)
     table[:, [3, 6]] = np.minimum(table[:, [3, 6]], length[:, None])  # none where there were none
     table[:, 5] = np.where(table[:, 5] < 0, -1, owner * count + sequence)
     single = causal and of.q_rows.size == 1 and blocks % kernels.SETS == 0
@@ -420,18 +435,14 @@ def segments(of: Jobs) -> tuple[Jobs, Jobs]:
         return part, start, np.minimum(SEGMENT, lengths[owner] - start)
 
     folds, start, length = cut(of.table[:, 3])
-    table = folds.table
-    table[:, :2] += start[:, None]
-    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
-    table[:, 3], table[:, 6] = length, 0
-    if len(folds.clocks):
-        folds.clocks[:, 0] += start * folds.clocks[:, 1]
-    nothing = np.empty((len(table), 0), np.int64)
+    folds.skip_keys(start)
+    folds.table[:, 3], folds.table[:, 6] = length, 0
+    nothing = np.empty((len(length), 0), np.int64)
     reads, start, length = cut(of.table[:, 6])
     reads.table[:, 3], reads.table[:, 6] = 0, length
     shift = start[:, None]
     return (
-        Jobs(table, nothing, nothing, folds.clocks),
+        Jobs(folds.table, nothing, nothing, folds.clocks),
         Jobs(reads.table, reads.q_rows + shift, reads.out_rows + shift, reads.clocks),
     )
 
@@ -455,16 +466,13 @@ def set_jobs(layout: Layout, of: Jobs, start: int) -> Jobs:
     length = min(SPLIT, int(of.table[0, 3]) - start)
     sets, per_set = np.arange(kernels.SETS), layout.half // kernels.SETS
     cut = of.take(np.zeros(kernels.SETS, np.int64))
+    cut.skip_keys(start)
     table = cut.table
-    table[:, :2] += start
-    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
     table[:, 3] = table[:, 6] = length
     table[:, 4] += sets * (layout.blocks // kernels.SETS)
     table[:, 5] = sets
     table[:, 7] = np.clip(layout.rows - sets * per_set, 0, per_set)
     table[:, 8] = 1
-    if len(cut.clocks):
-        cut.clocks[:, 0] += start * cut.clocks[:, 1]
     return Jobs(table, cut.q_rows + start, cut.out_rows + start, cut.clocks)
 
 

@@ -150,7 +150,12 @@ class AttentionState:
             return None
         from favor_np.launch import Clock
 
-        return Clock((self.lengths * self.rates) % 1.0, self.rates)
+        return Clock(self._raised()[1], self.rates)
+
+    def _raised(self) -> Any:
+        """By how much a key folded now is raised, given decay: the whole part and the fraction."""
+        assert self.rates is not None
+        return np.divmod(self.lengths * self.rates, 1.0)
 
     def _advance(self, tokens: int | Array) -> None:
         """Count tokens that were folded; with decay, keep the exponents near zero.
@@ -158,30 +163,36 @@ class AttentionState:
         Key j is raised by ``j * rate``; the integer part of what the last one had is taken off again
         here, and the fraction is left to `_clock`.
         """
-        if self.rates is not None:
-            past = np.floor(self.lengths * self.rates)
-            ahead = np.floor((self.lengths + tokens) * self.rates) - past
-            from favor_np import plan
+        if self.rates is None:
+            self.lengths += tokens
+            return
+        from favor_np import plan
 
-            c = self.arrays[0]
-            rows: Any = slice(None)
-            if self.feature_map.kind == "positive":  # padding is out of reach, and stays there
-                rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
-            c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
+        before, _ = self._raised()
         self.lengths += tokens
+        ahead = self._raised()[0] - before
+        c = self.arrays[0]
+        rows: Any = slice(None)
+        if self.feature_map.kind == "positive":  # padding is out of reach, and stays there
+            rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
+        c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
 
     def _real(self, array: Array) -> Array:
         """Return a copy without the kernels' padding, with the batch axes."""
         from favor_np import plan
 
         rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
-        packed = () if self.sequences is None else (self.sequences,)
-        return array[:, rows].reshape(*self.batch_shape, *packed, len(rows), *array.shape[2:])
+        return array[:, rows].reshape(*self._slots, len(rows), *array.shape[2:])
+
+    @property
+    def _slots(self) -> tuple[int, ...]:
+        """The leading axes of c, S and z: with packed sequences one more than `batch_shape`."""
+        return (*self.batch_shape, *(() if self.sequences is None else (self.sequences,)))
 
     def _now(self, array: Array) -> Array:
         """Return the same without the fraction by which the last token was raised."""
         if self.rates is not None:
-            fraction = np.exp2(-((self.lengths * self.rates) % 1.0)).astype(array.dtype)
+            fraction = np.exp2(-self._raised()[1]).astype(array.dtype)
             array = array * fraction.reshape(-1, *[1] * (array.ndim - 1))
         return self._real(array)
 
@@ -418,11 +429,11 @@ class AttentionState:
 
         arrays = other.arrays
         if self.rates is not None:
-            arrays = launch.raised(arrays, (self.lengths * self.rates) % 1.0)
-            before = np.floor(self.lengths * self.rates) + np.floor(other.lengths * self.rates)
+            before, fraction = self._raised()
+            before, arrays = before + other._raised()[0], launch.raised(arrays, fraction)
             self._advance(other.lengths)
             # The sum of the integer parts may be one short of the integer part of the sum.
-            short = np.floor(self.lengths * self.rates) - before
+            short = self._raised()[0] - before
             arrays[0][...] -= short[:, None].astype(arrays[0].dtype)
         else:
             self._advance(other.lengths)

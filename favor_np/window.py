@@ -52,11 +52,11 @@ def attend(
             mask = None if mask is None else mask.take(keys, -1)
             if clock is not None:  # by the distance to the beginning of the queries' segment
                 clock = launch.Clock(-clock.rate, -clock.rate)
-        w, top = _denominators(out)
+        w, top = launch.new_weights(out)
         launch.attend(
             feature_map, q, k, v, mask, out,
             dtype=call.compute, causal=True, grouped=call.grouped, state=None, state_shape=None,
-            threads=call.threads, offsets=offsets, clock=clock, weights=(w.ravel(), top.ravel()),
+            threads=call.threads, offsets=offsets, clock=clock, weights=(w, top),
         )  # fmt: skip
         return out, w, top
 
@@ -80,13 +80,6 @@ def attend(
             (out.take(rows, -2), w.take(rows, -1), top.take(rows, -1)),
             (other.compress(real, -2), w_other.compress(real, -1), top_other.compress(real, -1)),
         )
-
-
-def _denominators(out: Array) -> tuple[Array, Array]:
-    """Return arrays for the denominators of the rows `out`."""
-    from favor_np import plan
-
-    return np.zeros(out.shape[:-1], out.dtype), np.zeros(out.shape[:-1], plan.integer_of(out.dtype))
 
 
 def _joined(a: Rows, b: Rows) -> Array:
@@ -229,11 +222,11 @@ class WindowState:
         from favor_np import launch
 
         out = np.zeros(call.out_shape, self.dtype)
-        w, top = _denominators(out)
+        w, top = launch.new_weights(out)
         launch.attend(
             self.feature_map, call.q, self._k[..., :0, :], self._v[..., :0, :], None, out,
             dtype=self.dtype, causal=False, grouped=False, state=state,
-            state_shape=self.batch_shape, threads=call.threads, weights=(w.ravel(), top.ravel()),
+            state_shape=self.batch_shape, threads=call.threads, weights=(w, top),
         )  # fmt: skip
         return out, w, top
 

@@ -16,8 +16,9 @@ from favor_np.kernels.activate import RAISE_QUERIES, activate_queries, lift_quer
 from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
+from favor_np.kernels.jobs import claim, enter, leave, report
 from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, write_rows
-from favor_np.kernels.simd import VECTOR_BYTES, fetch_add
+from favor_np.kernels.simd import VECTOR_BYTES
 
 #: Query tiles that share one packed tile of keys.
 GROUP = 8
@@ -168,18 +169,16 @@ def exact_block(par, q, k, v, mask, job, out, t):
 
 @jit(cache=True)
 def attend_exact(par, q, k, v, mask, jobs, out, floats, ints, ctl, n):
-    """Take jobs until none is left; how many are finished by now.  ctl[12]: float64 is needed."""
-    me = fetch_add(ctl, 4, 1)
+    """Take jobs until none is left; how many are finished by now.  Reports where float64 is needed."""
+    me = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes)
     finished = 0
     while True:
-        job = fetch_add(ctl, 0, 1)
+        job = claim(ctl)
         if job >= n:
             break
         if not exact_block(par, q, k, v, mask, jobs[job], out, t):
-            fetch_add(ctl, 12, 1)
+            report(ctl)
         finished += 1
-    if finished == 0:  # came too late: whoever finished the last job has said so
-        return 0
-    return fetch_add(ctl, 8, finished) + finished
+    return leave(ctl, finished)

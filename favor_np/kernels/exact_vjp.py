@@ -14,8 +14,9 @@ import numpy as np
 
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import EXACT, jit
+from favor_np.kernels.jobs import claim, enter, leave
 from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values
-from favor_np.kernels.simd import VECTOR_BYTES, exp2, fetch_add, load, nearest, splat, store, view
+from favor_np.kernels.simd import VECTOR_BYTES, exp2, load, nearest, splat, store, view
 
 LN2 = math.log(2)
 #: Key tiles of a block, which share one packed tile of queries.
@@ -170,11 +171,11 @@ def differentiate_exact(
     par, q, k, v, g, rows, mask, jobs, q_rows, g_rows, dq_rows, out, floats, ints, ctl, n
 ):
     """Take jobs until none is left; how many are finished by now."""
-    me = fetch_add(ctl, 4, 1)
+    me = enter(ctl)
     t = carve_gradient(floats[me], ints[me], q.shape[1], v.shape[1])
     finished = 0
     while True:
-        index = fetch_add(ctl, 0, 1)
+        index = claim(ctl)
         if index >= n:
             break
         job = jobs[index]
@@ -183,6 +184,4 @@ def differentiate_exact(
                 par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows, offset, out, t
             )
         finished += 1
-    if finished == 0:
-        return 0
-    return fetch_add(ctl, 8, finished) + finished
+    return leave(ctl, finished)

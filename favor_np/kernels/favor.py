@@ -34,12 +34,13 @@ from favor_np.kernels.activate import (
 )
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import jit
+from favor_np.kernels.jobs import claim, enter, leave, report
 from favor_np.kernels.pack import (
     CHUNK,
     across,
-    center,
     cut,
-    pack,
+    pack_keys,
+    pack_queries,
     pack_values,
     soon,
     write_rows,
@@ -64,9 +65,6 @@ Parameters = namedtuple(
     "Parameters",
     "kind signs key_norm affine factored kernel_epsilon limit far masked idle span causal partial",
 )
-#: A feature map, block by block of its weights.  Calibrated ones (par.affine) have centres, what is
-#: linear in the height of a key and perhaps the rows of its quadratic part (par.factored).
-Map = namedtuple("Map", "query key bias query_center key_center factor linear")
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
@@ -157,9 +155,7 @@ def read_chunk(
     d, vcols = q.shape[1], values.shape[1]
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
-    pack(q, row, 1, count, t.rows, par.limit, t.square)
-    if par.affine:
-        center(t.rows, count, fm.query_center[w], t.square)
+    pack_queries(par, q, row, 1, count, fm, w, t)
     across(t.rows, t.columns)
     first = True
     for b in range(blocks):
@@ -287,46 +283,13 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
 
     Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
     """
-    pack(k, row, 1, count, t.rows, par.limit, t.square)
-    heights(par, fm, w, count, k.shape[1], t)
-    lift = math.floor(clock)
-    for i in range(CHUNK):
-        t.height[i], t.share[i] = par.masked, 1
-    for i in range(count):
-        if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
-            ahead = clock - lift + i * rate
-            t.height[i] = t.square[i] - ahead
+    lift = pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t)
     accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.bias, w, c, s, z, slot, t)
     for i in range(accepted):
         if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
             t.keys[:, i] = math.nan
             t.sums[:] = math.nan
     return accepted
-
-
-@jit()
-def heights(par, fm, w, count, d, t):
-    """What is subtracted from all log2-features of each packed key, in place of its square.
-
-    Infinite for a key that is not finite; the keys of a calibrated map are centred.
-    """
-    if par.affine:
-        center(t.rows, count, fm.key_center[w], t.square)
-    if par.factored:
-        across(t.rows, t.columns)
-        rows, cols = -(-count // 8) * 8, t.stretched.shape[1]
-        project_t(t.columns, fm.factor[w], t.stretched, rows, cols, d)
-    for i in range(count):
-        if t.square[i] < math.inf:
-            height = par.key_norm * t.square[i]
-            if par.factored:
-                height = 0.0
-                for x in range(t.stretched.shape[1]):
-                    height += float(t.stretched[i, x]) ** 2
-            if par.affine:
-                for x in range(d):
-                    height -= float(fm.linear[w, x]) * t.rows[i, x]
-            t.square[i] = max(min(height, par.far), -par.far)
 
 
 @jit()
@@ -362,11 +325,24 @@ def map_keys(par, count, d, lift, weight, bias, w, c, s, z, slot, t):
 
 
 @jit()
-def clear(par, features, c):
-    """Exponents of no key at all."""
-    half = c.size // par.signs
-    for r in range(c.size):
-        c[r] = 4 * int(par.far) * (-1 if r % half < features else par.idle)
+def begin(par, job, me, c, s, z):
+    """The slot of a job's state; if it has none, that of this thread, without a key."""
+    if job[5] >= 0:
+        return job[5]
+    half = c.shape[1] // par.signs
+    for r in range(c.shape[1]):
+        c[me, r] = 4 * int(par.far) * (-1 if r % half < job[7] else par.idle)
+    s[me] = 0
+    z[me] = 0
+    return me
+
+
+@jit()
+def clock_of(clocks, job):
+    """By how much the first key of a job is raised, and by how much more every further one."""
+    if clocks.size > 0:
+        return clocks[job, 0], clocks[job, 1]
+    return 0.0, 0.0
 
 
 @jit()
@@ -414,30 +390,21 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
 
 
 @jit(cache=True)
-def attend(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, c, s, z, out, records, met,
+def attend(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, records, met, c, s, z,
            floats, ints, ctl, n):  # fmt: skip
-    """Take jobs until none is left; how many are finished by now.  ctl[12] counts those given up."""
-    me = fetch_add(ctl, 4, 1)
+    """Take jobs until none is left; how many are finished by now.  Reports those given up."""
+    me = enter(ctl)
     t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], fm.key.shape[2],
               c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
     finished = 0
     while True:
-        job = fetch_add(ctl, 0, 1)
+        job = claim(ctl)
         if job >= n:
             break
-        slot = jobs[job, 5]
-        if slot < 0:
-            slot = me
-            clear(par, jobs[job, 7], c[slot])
-            s[slot] = 0
-            z[slot] = 0
-        clock, rate = 0.0, 0.0
-        if clocks.size > 0:
-            clock, rate = clocks[job, 0], clocks[job, 1]
+        slot = begin(par, jobs[job], me, c, s, z)
+        clock, rate = clock_of(clocks, job)
         if not attend_one(par, q, k, v, mask, fm, jobs[job], q_rows[job], out_rows[job],
                           clock, rate, c, s, z, slot, out, records, met, t):  # fmt: skip
-            fetch_add(ctl, 12, 1)
+            report(ctl)
         finished += 1
-    if finished == 0:  # came too late: whoever finished the last job has said so
-        return 0
-    return fetch_add(ctl, 8, finished) + finished
+    return leave(ctl, finished)

@@ -20,14 +20,23 @@ from collections import namedtuple
 import numpy as np
 
 from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
-from favor_np.kernels.favor import clear, fold_chunk, heights, map_keys, own_values
+from favor_np.kernels.favor import begin, clock_of, fold_chunk, map_keys, own_values
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.pack import CHUNK, across, center, cut, pack, pack_values
+from favor_np.kernels.jobs import claim, enter, leave
+from favor_np.kernels.pack import (
+    CHUNK,
+    across,
+    cut,
+    heights,
+    pack,
+    pack_keys,
+    pack_queries,
+    pack_values,
+)
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
     exp2,
-    fetch_add,
     fma,
     load,
     maximum,
@@ -104,20 +113,13 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
     """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
     k_row, v_row, mask_row = job[0], job[1], job[2]
     m_row = mask_row + at if mask_row >= 0 else -1
-    pack(x.k, k_row + at, 1, count, t.rows, par.limit, t.square)
-    heights(par, fm, job[4], count, x.k.shape[1], t)
+    lift = pack_keys(
+        par, x.k, k_row + at, count, x.mask, m_row, fm, job[4], clock + at * rate, rate, t
+    )
     clean = pack_values(x.v, v_row + at, 1, count, t.values, x.mask, m_row)
-    first = clock + at * rate
-    lift = math.floor(first)
-    for i in range(CHUNK):
-        t.height[i], t.share[i] = par.masked, 1
     for i in range(count):
-        if m_row >= 0 and not x.mask[m_row + i]:
-            continue
-        if t.square[i] < math.inf:
-            ahead = first - lift + i * rate
-            t.height[i] = t.square[i] - ahead
-        else:  # a feature of zero, so that it reaches nobody who must not see it
+        if t.square[i] == math.inf and (m_row < 0 or x.mask[m_row + i]):
+            # With a feature of zero NaN reaches nobody who must not see it.
             t.values[i], t.share[i], clean = math.nan, math.nan, False
     taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.bias, job[4], c, s, z, slot, t)
     return taken, clean
@@ -127,9 +129,7 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
 def queries_in(par, x, job, at, step, count, fm, none, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
     q_row, out_row, width = job[9] + at, job[10] + at, x.grad.shape[1]
-    pack(x.q, q_row, step, count, t.rows, par.limit, t.square)
-    if par.affine:
-        center(t.rows, count, fm.query_center[job[4]], t.square)
+    pack_queries(par, x.q, q_row, step, count, fm, job[4], t)
     clean = pack_values(x.grad, out_row, step, count, t.values, x.mask, -1)
     for i in range(CHUNK):
         t.height[i], t.share[i] = par.masked, 0
@@ -228,9 +228,7 @@ def side_b(par, x, job, of_keys, at, step, count, fm, t):
         pack_values(x.v, job[1] + at, step, count, t.other, x.mask, mask_row)
         t.extra[:] = 1
     else:
-        pack(x.q, job[9] + at, step, count, t.rows, par.limit, t.square)
-        if par.affine:
-            center(t.rows, count, fm.query_center[job[4]], t.square)
+        pack_queries(par, x.q, job[9] + at, step, count, fm, job[4], t)
         pack_values(x.grad, job[10] + at, step, count, t.other, x.mask, -1)
         t.extra[:] = 0
         for i in range(count):
@@ -378,27 +376,18 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
 
 
 @jit(cache=True)
-def pull(par, x, fm, none, natural, jobs, clocks, c, s, z, to, floats, ints, ctl, n):
+def pull(par, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, ints, ctl, n):
     """Take jobs until none is left; how many are finished by now."""
-    me = fetch_add(ctl, 4, 1)
+    me = enter(ctl)
     t = carve(par, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
               c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
     finished = 0
     while True:
-        job = fetch_add(ctl, 0, 1)
+        job = claim(ctl)
         if job >= n:
             break
-        slot = jobs[job, 5]
-        if slot < 0:
-            slot = me
-            clear(par, jobs[job, 7], c[slot])
-            s[slot] = 0
-            z[slot] = 0
-        clock, rate = 0.0, 0.0
-        if clocks.size > 0:
-            clock, rate = clocks[job, 0], clocks[job, 1]
+        slot = begin(par, jobs[job], me, c, s, z)
+        clock, rate = clock_of(clocks, job)
         pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1
-    if finished == 0:
-        return 0
-    return fetch_add(ctl, 8, finished) + finished
+    return leave(ctl, finished)

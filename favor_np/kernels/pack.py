@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
+from favor_np.kernels.gemm import project_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.simd import VECTOR_BYTES, prefetch, transpose, view
 
 #: Positions that kernels take at a time.
 CHUNK = 64
 
+#: A feature map, block by block of its weights.  For calibrated ones (par.affine) the rows of `affine`
+#: are the centres of queries and of keys, what is linear in the height of a key and, if par.factored,
+#: the columns of its quadratic part.  (One array: each costs a call a tenth of a microsecond.)
+Map = namedtuple("Map", "query key bias affine")
+QUERY_CENTER, KEY_CENTER, LINEAR, FACTOR = range(4)
 #: What attention writes: rows (N, dv) and, unless these are empty, the denominators weights * 2**tops.
 Result = namedtuple("Result", "rows weights tops")
 
@@ -79,6 +85,57 @@ def center(rows, count, middle, squares):
                 rows[i, x] -= middle[x]
                 total += float(rows[i, x]) * float(rows[i, x])
             squares[i] = total
+
+
+@jit()
+def pack_queries(par, q, row, step, count, fm, w, t):
+    """Pack queries, centred if the map is."""
+    pack(q, row, step, count, t.rows, par.limit, t.square)
+    if par.affine:
+        center(t.rows, count, fm.affine[w, QUERY_CENTER], t.square)
+
+
+@jit()
+def pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t):
+    """Pack keys and set their heights, less the integer by which clock raises all: its value.
+
+    Masked keys, and those that are not finite, are too high to have a feature.
+    """
+    pack(k, row, 1, count, t.rows, par.limit, t.square)
+    heights(par, fm, w, count, k.shape[1], t)
+    lift = math.floor(clock)
+    for i in range(CHUNK):
+        t.height[i], t.share[i] = par.masked, 1
+    for i in range(count):
+        if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
+            ahead = clock - lift + i * rate
+            t.height[i] = t.square[i] - ahead
+    return lift
+
+
+@jit()
+def heights(par, fm, w, count, d, t):
+    """What is subtracted from all log2-features of each packed key, in place of its square.
+
+    Infinite for a key that is not finite; the keys of a calibrated map are centred.
+    """
+    if par.affine:
+        center(t.rows, count, fm.affine[w, KEY_CENTER], t.square)
+    if par.factored:
+        across(t.rows, t.columns)
+        rows, cols = -(-count // 8) * 8, t.stretched.shape[1]
+        project_t(t.columns, fm.affine[w, FACTOR:], t.stretched, rows, cols, d)
+    for i in range(count):
+        if t.square[i] < math.inf:
+            height = par.key_norm * t.square[i]
+            if par.factored:
+                height = 0.0
+                for x in range(t.stretched.shape[1]):
+                    height += float(t.stretched[i, x]) ** 2
+            if par.affine:
+                for x in range(d):
+                    height -= float(fm.affine[w, LINEAR, x]) * t.rows[i, x]
+            t.square[i] = max(min(height, par.far), -par.far)
 
 
 @jit()

@@ -7,7 +7,7 @@ import math
 from favor_np.kernels.activate import RAISE_KEYS, factor, log_feature
 from favor_np.kernels.gemm import project_two
 from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.pack import center, pack, pack_values, write_rows
+from favor_np.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
     exp2,
@@ -47,22 +47,13 @@ def step_token(
     lanes = VECTOR_BYTES // q.itemsize
     width, state = fm.key.shape[2], s[slot]
     half = z.shape[1] // par.signs
-    pack(q, q_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
-    pack(k, k_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
+    pack(q, q_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
+    pack(k, k_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
     pack_values(v, v_row, 1, 1, t.values[0:1], t.square, -1)
-    level = par.key_norm * t.square[1]
     if par.affine:
-        center(t.rows[0:1], 1, fm.query_center[w], t.square[0:1])
-        center(t.rows[1:2], 1, fm.key_center[w], t.square[1:2])
-        level = par.key_norm * t.square[1]
-        if par.factored:
-            project_two(t.rows, fm.factor[w], t.stretched, t.stretched.shape[1], q.shape[1])
-            level = 0.0
-            for x in range(t.stretched.shape[1]):
-                level += float(t.stretched[1, x]) ** 2
-        for x in range(q.shape[1]):
-            level -= float(fm.linear[w, x]) * t.rows[1, x]
-    height = splat(q, max(min(level, par.far), -par.far) - (clock - math.floor(clock)))
+        center(t.rows[1:2], 1, fm.affine[w, QUERY_CENTER], t.square[1:2])
+    heights(par, fm, w, 1, q.shape[1], t)
+    height = splat(q, min(t.square[0], par.far) - (clock - math.floor(clock)))
     lift = splat(c, math.floor(clock))
     raised = False
     for b in range(half // width):
@@ -75,7 +66,7 @@ def step_token(
             turn = splat(q, 1 - 2 * side)
             for f in range(0, width, lanes):
                 r = side * half + b * width + f
-                x = load(t.raw, 1, f)
+                x = load(t.raw, 0, f)
                 y = log_feature(par, fma(turn, x, load(fm.bias, w + b, f))) - height
                 old = load(c, slot, r) - lift
                 top, by = old, splat(q, 1)
@@ -87,8 +78,8 @@ def step_token(
                 store(z, slot, r, fma(load(z, slot, r), by, value))
                 store(t.sums, 0, r, value)
                 store(t.scale, 0, r, by)
-                store(t.token, 0, r, turn * load(queries, 0, f))
-    if t.square[1] == math.inf:
+                store(t.token, 0, r, turn * load(queries, 1, f))
+    if t.square[0] == math.inf:
         for r in range(z.shape[1]):
             t.sums[0, r] = z[slot, r] = math.nan
     if raised:
@@ -117,7 +108,7 @@ def step_token(
     t.den[0, 0] = sum_lanes(den)
     t.top[0, 0] = highest(level)
     step_values(state, t.values, t.sums, t.token, t.num)
-    write_rows(t.num, t.den[0], t.top[0], t.square, 1, out, out_row)
+    write_rows(t.num, t.den[0], t.top[0], t.square[1:2], 1, out, out_row)
 
 
 @jit(fastmath=EXACT)

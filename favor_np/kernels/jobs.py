@@ -1,0 +1,39 @@
+"""How the threads of a call share its jobs: by counters in the control words ``ctl``.
+
+`threads.TilePool` calls a kernel on several threads with the same words; each claims jobs until none
+is left and returns how many are finished by then, so that the last one knows that it was the last.
+"""
+
+from __future__ import annotations
+
+from favor_np.kernels.jit import jit
+from favor_np.kernels.simd import fetch_add
+
+#: Words with: the next job, the threads that came, the jobs finished, the jobs in trouble.
+NEXT, CAME, FINISHED, TROUBLE = 0, 4, 8, 12
+
+
+@jit()
+def enter(ctl):
+    """The number of this thread, which is that of its workspace."""
+    return fetch_add(ctl, CAME, 1)
+
+
+@jit()
+def claim(ctl):
+    """The number of a job that nobody else will do."""
+    return fetch_add(ctl, NEXT, 1)
+
+
+@jit()
+def report(ctl):
+    """Count a job that could not be done."""
+    fetch_add(ctl, TROUBLE, 1)
+
+
+@jit()
+def leave(ctl, finished):
+    """Count the jobs this thread has done; how many are finished by now."""
+    if finished == 0:  # came too late: whoever finished the last job has said so
+        return 0
+    return fetch_add(ctl, FINISHED, finished) + finished
