@@ -136,7 +136,7 @@ def _bit_generator(rng: object) -> np.random.BitGenerator:
     if isinstance(rng, (bool, np.bool_)):
         raise TypeError(f"rng must be an int, a SeedSequence or a generator, got {rng!r}")
     try:
-        return np.random.PCG64(rng)  # type: ignore[arg-type]
+        return np.random.PCG64(rng)  # type: ignore[arg-type]  # NumPy refuses what is no seed
     except (TypeError, ValueError) as error:
         raise type(error)(
             "rng must be a non-negative int, a SeedSequence, a BitGenerator, a Generator or "

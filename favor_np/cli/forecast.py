@@ -469,6 +469,8 @@ def _bytes(value: int) -> str:
 
 def _as_dict(result: Forecast, record: Evaluation, exact: ExactComparison) -> dict[str, Any]:
     """Everything that the report says; moves, errors and costs as log returns, not in %."""
+    from favor_np.forecast import ReturnEvaluation
+
     prices, step = result.prices, result.next
     past = {
         name: value
@@ -484,13 +486,13 @@ def _as_dict(result: Forecast, record: Evaluation, exact: ExactComparison) -> di
     past["beside_exact"] = {"forecasts": rows, "rmse": ours, "rmse_exact": theirs}
     forecast = {name: value for name, value in vars(step).items() if name != "similar"}
     forecast["similar"] = [vars(precedent) for precedent in step.similar]
-    signals = getattr(record, "signals", None)
-    if signals is not None:
+    if isinstance(record, ReturnEvaluation):
+        signals = record.signals
         judged = signals[record.start :]
         past |= {
-            "hit_rate": record.hit_rate,  # type: ignore[union-attr]
-            "strategy_return": float(record.equity[-1]) - 1,  # type: ignore[union-attr]
-            "buy_and_hold_return": float(record.equity_hold[-1]) - 1,  # type: ignore[union-attr]
+            "hit_rate": record.hit_rate,
+            "strategy_return": float(record.equity[-1]) - 1,
+            "buy_and_hold_return": float(record.equity_hold[-1]) - 1,
             "signals": {name: int((judged == sign).sum()) for sign, name in SIGNALS.items()},
         }
         forecast["signal"] = SIGNALS[int(signals[-1])]
@@ -540,28 +542,29 @@ def _write_csv(path: Path, result: Forecast, record: Evaluation, exact: ExactCom
     """One row a forecast; moves are log returns over the horizon, unknown ones are empty."""
     import numpy as np
 
+    from favor_np.forecast import ReturnEvaluation
+
     prices = result.prices
     columns: dict[str, Any] = {"price": prices.values[result.index]}
     if prices.times is None:
         columns = {"row": result.index + 1} | columns
     else:
         columns = {"time": np.datetime_as_string(prices.times[result.index], unit="s")} | columns
-    signals = getattr(record, "signals", None)
-    if signals is not None:
+    if isinstance(record, ReturnEvaluation):
         columns |= {
             "predicted_move": result.predicted,
             "spread": result.spread,
             "p_up": result.chance,
             "p_down": result.chance_down,
-            "signal": [SIGNALS[sign] for sign in signals.tolist()],
+            "signal": [SIGNALS[sign] for sign in record.signals.tolist()],
         }
     else:
         columns |= {
             "predicted_absolute_move": result.predicted,
             "spread": result.spread,
             "p_larger_than_mean": result.chance,
-            "constant": record.constant,  # type: ignore[union-attr]
-            "exponentially_weighted": record.ewma,  # type: ignore[union-attr]
+            "constant": record.constant,
+            "exponentially_weighted": record.ewma,
         }
     columns["exact"] = np.append(exact.predicted, np.full(len(result) - exact.rows, np.nan))
     columns["outcome"] = result.outcome

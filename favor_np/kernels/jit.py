@@ -138,7 +138,7 @@ class _Store:
                 old.unlink()
 
 
-class _Part(JITCodeLibrary):  # type: ignore[misc]
+class _Part(JITCodeLibrary):  # type: ignore[misc]  # Numba's classes have no types
     """Code that is only ever linked into a kernel, and optimised there: none of its own runs."""
 
     def _optimize_final_module(self) -> None:
@@ -160,7 +160,7 @@ class _Part(JITCodeLibrary):  # type: ignore[misc]
         """Do nothing: there is no machine code that could look for it."""
 
 
-class _PartCompiler(Compiler):  # type: ignore[misc]
+class _PartCompiler(Compiler):  # type: ignore[misc]  # Numba's classes have no types
     def __init__(self, typingctx: Any, targetctx: Any, library: Any, *args: Any) -> None:
         library = _Part(targetctx.codegen(), "part")
         library.enable_object_caching()

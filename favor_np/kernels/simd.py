@@ -53,7 +53,7 @@ VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "plain": 16}[ISA]
 TALL, SHORT = (14, 8) if ISA in ("avx512", "neon") else (6, 4)
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):  # type: ignore[misc]  # Numba's classes have no types
     """One register of ``dtype`` (float32, float64, int32 or int64)."""
 
     def __init__(self, dtype: Any) -> None:
@@ -83,7 +83,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # Numba's classes have no types
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
         super().__init__(dmm, fe_type, fe_type.ir)
 
@@ -171,7 +171,7 @@ def _elementwise(name: str, floats: str, integers: str) -> Callable[..., Any]:
         return a(a, b), codegen
 
     operation.__name__ = name
-    return operation  # type: ignore[no-any-return]
+    return operation  # type: ignore[no-any-return]  # intrinsic has no types
 
 
 _add = _elementwise("add", "fadd", "add")
@@ -465,7 +465,7 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
 
         return signature, codegen
 
-    return tile  # type: ignore[no-any-return]
+    return tile  # type: ignore[no-any-return]  # intrinsic has no types
 
 
 @intrinsic
