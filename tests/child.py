@@ -6,6 +6,28 @@ import subprocess
 import sys
 import textwrap
 
+#: Two Python threads share this call, and a helper is there after it.
+BEGIN = """
+import os, signal, sys, threading, time
+import numpy as np
+import favor_np
+
+rng = np.random.default_rng(0)
+q, k, v = rng.standard_normal((3, 4, 2048, 32)).astype(np.float32)
+fm = favor_np.feature_map("positive", dim=32, num_features=64)
+
+def call(threads=2):
+    return favor_np.favor_attention(q, k, v, fm, causal=True, num_threads=threads)
+
+def helpers():
+    return sum(t.name == "favor_np-helper" for t in threading.enumerate())
+
+right = call(1)
+
+def check(threads=2):
+    assert (call(threads) == right).all()
+"""
+
 
 def python(code, *options, timeout=120, cwd=None, unset=(), **environ):
     """Run ``code`` in a fresh interpreter; what it printed.  It must end well and say no more."""

@@ -1,0 +1,417 @@
+"""What surrounds a call: threads, forks, pools and signals; the right result and no hang."""
+
+import os
+
+import numpy as np
+import pytest
+from child import BEGIN, python
+
+import favor_np
+from favor_np import exact_attention, favor_attention
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+
+#: What a forked child does: it ends with status 0, or 14 if it hangs.
+CHILD = """
+def child(use=check):
+    signal.alarm(30)
+    try:
+        use()
+    except BaseException as error:
+        os.write(2, repr(error).encode())
+        os._exit(1)
+    os._exit(0)
+
+def fork(use=check):
+    pid = os.fork()
+    if pid == 0:
+        child(use)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Compile here, into the cache: the processes below then start in half a second."""
+    x = np.ones((2, 3), np.float32)
+    favor_attention(x, x, x, favor_np.feature_map("positive", dim=3, num_features=4))
+    exact_attention(x, x, x)
+
+
+# ----------------------------------------------------------------------------------------
+# Embedding
+# ----------------------------------------------------------------------------------------
+
+
+def test_many_python_threads_call_at_once():
+    python(
+        BEGIN
+        + """
+exact = favor_np.exact_attention(q, k, v, num_threads=1)
+barrier, failures = threading.Barrier(16), []
+
+def work(number):
+    barrier.wait()
+    try:
+        for turn in range(6):
+            check(1 + number % 4)
+            assert (favor_np.exact_attention(q, k, v, num_threads=2) == exact).all()
+    except BaseException as error:
+        failures.append(error)
+
+team = [threading.Thread(target=work, args=(n,)) for n in range(16)]
+for thread in team: thread.start()
+for thread in team: thread.join()
+assert not failures, failures
+"""
+    )
+
+
+def test_first_calls_of_many_threads_at_once():
+    python(
+        """
+import threading, numpy as np, favor_np
+x = np.ones((2, 3, 4), np.float32)
+barrier, results = threading.Barrier(8), []
+
+def work():
+    barrier.wait()
+    results.append(favor_np.exact_attention(x, x, x))
+
+team = [threading.Thread(target=work) for _ in range(8)]
+for thread in team: thread.start()
+for thread in team: thread.join()
+assert len(results) == 8 and all((r == 1).all() for r in results)
+"""
+    )
+
+
+@forks
+def test_fork_after_use():
+    out = python(
+        BEGIN
+        + CHILD
+        + """
+check()
+assert helpers() == 1
+def grandchild():
+    check()
+    assert helpers() == 1
+    other = threading.Thread(target=check)
+    other.start()
+    other.join()
+    fork()
+    check()
+for _ in range(3):
+    fork(grandchild)
+    check()
+print("fine")
+""",
+        "-W",
+        "error",
+    )
+    assert out == "fine\n"
+
+
+@forks
+def test_fork_while_other_threads_call():
+    python(
+        BEGIN
+        + CHILD
+        + """
+stop, failures = threading.Event(), []
+
+def work():
+    try:
+        while not stop.is_set():
+            check()
+    except BaseException as error:
+        failures.append(error)
+
+team = [threading.Thread(target=work) for _ in range(3)]
+for thread in team: thread.start()
+for _ in range(12):
+    fork()
+    time.sleep(0.005)
+stop.set()
+for thread in team: thread.join()
+assert not failures, failures
+""",
+        # Python warns of any fork beside threads; these are the test's own.
+        "-W",
+        "ignore:This process:DeprecationWarning",
+    )
+
+
+@forks
+def test_fork_while_another_thread_compiles():
+    wait = """
+while 'favor_np.threads' not in sys.modules: time.sleep(0.001)
+import numba.core.event as event
+class Begun(event.Listener):
+    def on_start(self, event): begun.set()
+    def on_end(self, event): pass
+begun = threading.Event()
+event.register("numba:compile", Begun())
+assert begun.wait(60)"""
+    python(
+        """
+import os, signal, sys, threading, time
+import numpy as np
+import favor_np
+from favor_np import exact, validation
+x = np.ones((2, 3, 4), np.float32)
+def check():
+    assert (favor_np.exact_attention(x, x, x) == 1).all()
+"""
+        + CHILD
+        + "other = threading.Thread(target=check)\nother.start()\n"
+        + wait
+        + "\nfork()\nother.join()\ncheck()\n",
+        "-W",
+        "ignore:This process:DeprecationWarning",
+        FAVOR_NP_CACHE="0",
+    )
+
+
+POOLED = """
+import sys
+import numpy as np
+import favor_np
+
+def work(seed):
+    q, k, v = np.random.default_rng(seed).standard_normal((3, 4, 2048, 32)).astype(np.float32)
+    fm = favor_np.feature_map("positive", dim=32, num_features=64)
+    return favor_np.favor_attention(q, k, v, fm, num_threads=2)
+
+def used():
+    assert work(0).shape == (4, 2048, 32)  # the parent has helpers when it makes its pool
+    return [work(seed) for seed in range(4)]
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing_pools(method, tmp_path):
+    if method != "spawn" and os.name != "posix":
+        pytest.skip("needs fork")
+    (tmp_path / "pooled.py").write_text(POOLED)
+    python(
+        f"""
+import multiprocessing, sys
+sys.path.insert(0, {str(tmp_path)!r})
+from pooled import used, work
+if __name__ == "__main__":
+    right = used()
+    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+        got = pool.map_async(work, range(4)).get(90)
+    assert all((a == b).all() for a, b in zip(got, right, strict=True))
+""",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    )
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing", "threading"])
+def test_joblib(backend, tmp_path):
+    pytest.importorskip("joblib")
+    (tmp_path / "pooled.py").write_text(POOLED)
+    python(
+        f"""
+import joblib
+from pooled import used, work
+right = used()
+got = joblib.Parallel(n_jobs=2, backend={backend!r}, timeout=90)(
+    joblib.delayed(work)(seed) for seed in range(4)
+)
+assert all((a == b).all() for a, b in zip(got, right, strict=True))
+""",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+        JOBLIB_TEMP_FOLDER=str(tmp_path),
+    )
+
+
+def test_nested_in_a_thread_pool():
+    python(
+        BEGIN
+        + """
+from concurrent.futures import ThreadPoolExecutor
+
+def outer(number):
+    with favor_np.thread_limit(1 + number % 3):
+        assert (call(None) == right).all()
+    with ThreadPoolExecutor(2) as inner:
+        list(inner.map(check, [1, 2, 3]))
+
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(outer, range(8)))
+check()
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "assert helpers() == 3",
+        "threading.Thread(target=lambda: [call(4) for _ in range(10**6)], daemon=True).start(); "
+        "time.sleep(0.05)",
+        "import atexit; atexit.register(check, 4); atexit.register(check, 6)",
+        "sys.stdout.x = type('Late', (), {'__del__': lambda self, check=check: check(4)})()",
+    ],
+    ids=["idle", "busy", "atexit", "del"],
+)
+def test_interpreter_ends_with_helpers_alive(end):
+    python(BEGIN + "check(4)\n" + end, "-W", "error")
+
+
+def test_nothing_warns():
+    python(
+        BEGIN + "check()\nfavor_np.exact_attention(q, k, v)\n", "-W", "error", "-bb", "-X", "dev"
+    )
+
+
+# ----------------------------------------------------------------------------------------
+# Signals
+# ----------------------------------------------------------------------------------------
+
+#: A call of half a second, and a thread that waits until the main one is inside it.
+LONG = """
+out = np.empty((2, 16384, 32), np.float32)
+Q, K, V = rng.standard_normal((3, 2, 16384, 32)).astype(np.float32)
+wide = favor_np.feature_map("positive", dim=32, num_features=4096)
+
+def long(threads):
+    favor_np.favor_attention(Q, K, V, wide, causal=True, out=out, num_threads=threads)
+
+def inside():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame is not None and frame.f_code.co_name != "long":
+        frame = frame.f_back
+    here = sys._current_frames()[threading.main_thread().ident].f_code
+    return frame is not None and here.co_name in ("call", "_share", "_wait")
+
+def interrupt(sent):
+    while not inside():
+        time.sleep(0.0005)
+    time.sleep(0.02)
+    assert inside(), "the call was too short"
+    os.kill(os.getpid(), sent)
+"""
+
+
+@posix
+@pytest.mark.parametrize("number", [1, 2])
+def test_keyboard_interrupt_comes_when_the_call_is_finished(number):
+    python(
+        BEGIN
+        + LONG
+        + f"""
+number = {number}
+long(number)
+expected = out.copy()
+out[:] = np.nan
+threading.Thread(target=interrupt, args=(signal.SIGINT,)).start()
+try:
+    long(number)
+except KeyboardInterrupt:
+    pass
+else:
+    raise AssertionError("not interrupted")
+assert (out == expected).all()
+check()
+assert helpers() == 1
+out[:] = np.nan
+long(2)
+assert (out == expected).all()
+"""
+    )
+
+
+@posix
+def test_keyboard_interrupt_while_compiling():
+    python(
+        """
+import os, signal, threading, time
+import numpy as np
+import favor_np
+from favor_np import launch
+import numba.core.event as event
+
+class Begun(event.Listener):
+    def on_start(self, event): os.kill(os.getpid(), signal.SIGINT)
+    def on_end(self, event): pass
+listener = Begun()
+event.register("numba:compile", listener)
+x = np.ones((4, 2048, 16), np.float32)
+try:
+    favor_np.exact_attention(x, x, x, num_threads=2)
+except KeyboardInterrupt:
+    pass
+else:
+    raise AssertionError("not interrupted")
+event.unregister("numba:compile", listener)
+assert not launch.exact_kernels.attend_exact.overloads, "a helper went on compiling"
+assert (favor_np.exact_attention(x, x, x, num_threads=2) == 1).all()
+""",
+        FAVOR_NP_CACHE="0",
+    )
+
+
+@posix
+def test_signal_handler_that_calls():
+    """It runs wherever the interrupted call happens to be, the pool's own bookkeeping included."""
+    python(
+        BEGIN
+        + """
+handled = 0
+
+def handler(number, frame):
+    global handled
+    handled += 1
+    if handled % 3:
+        check(handled % 4 + 1)
+    else:
+        favor_np.threads.POOL._grow(helpers() + 1 if helpers() < 20 else 1)
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.003, 0.003)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    check()
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert handled > 50, handled
+assert favor_np.threads.POOL._active == 0
+"""
+    )
+
+
+@posix
+def test_signal_handler_that_raises():
+    """As many timeouts do: no helper may go on with arrays that the next call uses."""
+    python(
+        BEGIN
+        + """
+armed = False
+def handler(number, frame):
+    if armed:
+        raise TimeoutError
+
+signal.signal(signal.SIGALRM, handler)
+raised = 0
+for turn in range(200):
+    try:
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, 1e-5 + 2e-5 * (turn % 60))
+            call(3)
+        finally:
+            armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:
+        raised += 1
+    if turn % 8 == 0:
+        check(3)
+assert raised > 0
+check()
+"""
+    )
