@@ -8,26 +8,31 @@ to zero, and the sum of their squares estimates the variance of the output.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.features import F64, FeatureMap
+from favor_np.features import FeatureMap
 from favor_np.variance import structure
+
+if TYPE_CHECKING:
+    from favor_np.kernels.spread import Spread
 
 Array: TypeAlias = npt.NDArray[Any]
 
-CHUNK = 128  # positions whose features are held at once
-GROUPS = 16  # that independent rows are compared in
+#: Groups that there should be, rows in one at least, and at most if it has several blocks.
+GROUPS, LEAST, TILE = 4, 8, 64
+#: Values whose variance says how large errors of a column are beside those of the others.
+SAMPLE = 256
 #: Degrees of freedom with which what all columns have in common counts beside a column's own.
 COMMON = 8.0
 #: Effective sample sizes below which errors are not to be trusted at all, and from which they are.
 LOW, ENOUGH = 30.0, 80.0
-#: Rows at which the bias of maps with rows of one length is measured.
+#: Rows, of all problems together, at which the bias of maps with rows of one length is measured.
 PROBES = 32
 EMPTY = -1e30  # log2 of a feature of no key
 
@@ -40,11 +45,11 @@ class Diagnosis:
     ----------
     output : ndarray, shape (..., L, dv)
         The attention of which the errors are.
-    standard_error : ndarray of float64, shape (..., L, dv)
+    standard_error : ndarray, shape (..., L, dv)
         Of every output: 1.96 of it are the half-width of an interval for 95%.  About as many of
         the true errors are within it where the effective sample size is at least 80; below 30
         it is too small.
-    effective_sample_size : ndarray of float64, shape (..., L)
+    effective_sample_size : ndarray, shape (..., L)
         ``1 / sum p_r**2``, p_r being the part that feature r has in a row's denominator: at most
         the number of features.  0 for a row that sees no key.
     relative_error : float
@@ -54,8 +59,8 @@ class Diagnosis:
     """
 
     output: Array
-    standard_error: F64
-    effective_sample_size: F64
+    standard_error: Array
+    effective_sample_size: Array
     relative_error: float
     warnings: tuple[str, ...]
 
@@ -124,10 +129,10 @@ def diagnose(
     Notes
     -----
     Rows of orthogonal and simplex projections are compared by whole blocks of d, others in
-    16 groups; a single block counts as independent rows, which overestimates its error.  With few
+    groups; a single block counts as independent rows, which overestimates its error.  With few
     blocks a single output says little about its own error, so what a row's outputs have in common
     counts beside it.  Errors that all features share are in no difference between them.  Where
-    rows of one length ("spherical", "sqrt") bring such a bias, 32 rows are compared with exact
+    rows of one length ("spherical", "sqrt") bring such a bias, some rows are compared with exact
     attention, and all standard errors enlarged by the same factor.
 
     Examples
@@ -148,136 +153,90 @@ def diagnose(
         q, k, v, key_mask=key_mask, causal=causal, grouped=False, check_finite=False,
         num_threads=None, dim=feature_map.dim, heads=feature_map.num_heads,
     )  # fmt: skip
-    groups = _groups(feature_map)
-    shape = call.out_shape
-    output, variance = np.zeros(shape), np.zeros(shape)
-    sizes = np.zeros(shape[:-1])
-    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        for rows, parts, shares in _rows(feature_map, call, groups):
-            den = shares.sum(-1, keepdims=True)
-            seen = den > 0
-            safe = np.where(seen, den, 1.0)
-            here = sum(num for num, _ in parts) / safe
-            square = sum(((num - part * here) / safe) ** 2 for num, part in parts)
-            output[..., rows, :] = here
-            variance[..., rows, :] = square * (len(groups) / (len(groups) - 1))
-            sizes[..., rows] = (seen[..., 0]) / np.sum((shares / safe) ** 2, -1).clip(1e-300)
-    error = _with_common(variance, call, len(groups) - 1)
-    rows_of_map = feature_map.projection.reshape(-1, *feature_map.projection.shape[-2:])
-    if structure(rows_of_map[0])[1] is not None:
+    group, groups, biased = _groups(feature_map)
+    output, error = (np.zeros(call.out_shape, call.compute) for _ in range(2))
+    sizes = np.zeros(output.shape[:-1], call.compute)
+    if output.size and call.keys:
+        from favor_np import launch
+
+        launch.attend(
+            feature_map, call.q, call.k, call.v, call.mask, output, dtype=call.compute,
+            causal=call.causal, grouped=False, state=None, state_shape=None, threads=None,
+            spread=_spread(call, error, sizes, groups - 1), group=group,
+        )  # fmt: skip
+    if groups == 1:
+        error[...] = np.inf
+    if biased and output.size:
         error *= _bias(feature_map, call, output, error)
-    scale = math.sqrt(np.mean(output**2)) if output.size else 0.0
-    relative = math.sqrt(np.mean(error**2)) / scale if scale else 0.0
+    scale = _mean_square(output)
+    relative = math.sqrt(_mean_square(error) / scale) if scale else 0.0
     return Diagnosis(
-        output.astype(call.result), error, sizes, relative, _warnings(sizes, relative, feature_map)
-    )
+        output.astype(call.result, copy=False), error, sizes, relative,
+        _warnings(sizes, relative, feature_map),
+    )  # fmt: skip
 
 
-def _groups(fm: FeatureMap) -> list[npt.NDArray[np.int64]]:
-    """Return the features of each group: rows that are independent of all others, and partners."""
-    rows, dim = fm.projection.shape[-2:]
-    cosine, _ = structure(fm.projection.reshape(-1, rows, dim)[0])
-    if cosine is not None and rows > dim:
-        parts = np.array_split(np.arange(rows), np.arange(dim, rows, dim))
-    else:
-        parts = np.array_split(np.arange(rows), max(2, min(GROUPS, rows)))
-    return [np.concatenate([part, part + rows]) if fm.antithetic else part for part in parts]
+@functools.lru_cache(maxsize=64)
+def _groups(fm: FeatureMap) -> tuple[int, int, bool]:
+    """Return how many rows make a group, independent of all others, how many do, and if all err alike.
 
-
-def _rows(
-    fm: FeatureMap, call: validation.AttentionCall, groups: list[npt.NDArray[np.int64]]
-) -> Iterator[tuple[slice, list[tuple[F64, F64]], F64]]:
-    """Yield, chunk by chunk, numerators and denominators of the groups, and those of all features.
-
-    The state (c, S, z) is that of `AttentionState`, in float64 and with c in nats.
+    Whole blocks if the rows are orthogonal in blocks; at least eight groups if there are enough rows,
+    and then as large ones as a tile of the kernel takes.
     """
-    batch = call.state_shape
-    c = np.full((*batch, 1, fm.num_features), EMPTY)
-    z = np.zeros((*batch, 1, fm.num_features))
-    S = np.zeros((*batch, fm.num_features, call.v.shape[-1]))
-    starts = range(0, call.keys, CHUNK)
-    for start in starts:
-        rows = slice(start, start + CHUNK)
-        log_k, value = _log_keys(fm, call, rows), call.v[..., rows, :].astype(np.float64)
-        top = np.maximum(c, log_k.max(-2, keepdims=True))
-        keep, phi_k = np.exp(c - top), np.exp(log_k - top)
-        c, z, S = top, z * keep, S * np.swapaxes(keep, -1, -2)
-        if call.causal:
-            phi_q = _phi_queries(fm, call, rows, c)
-            shares = phi_q * (z + np.cumsum(phi_k, axis=-2))
-            parts = []
-            for group in groups:
-                mine = phi_q[..., group]
-                scores = np.tril(mine @ np.swapaxes(phi_k[..., group], -1, -2))
-                num = mine @ S[..., group, :] + scores @ value
-                parts.append((num, shares[..., group].sum(-1, keepdims=True)))
-            yield rows, parts, shares
-        z = z + phi_k.sum(-2, keepdims=True)
-        S = S + np.swapaxes(phi_k, -1, -2) @ value
-    for start in range(0, 0 if call.causal else call.q.shape[-2], CHUNK):
-        rows = slice(start, start + CHUNK)
-        phi_q = _phi_queries(fm, call, rows, c)
-        shares = phi_q * z
-        yield (
-            rows,
-            [
-                (phi_q[..., group] @ S[..., group, :], shares[..., group].sum(-1, keepdims=True))
-                for group in groups
-            ],
-            shares,
-        )
+    rows, dim = fm.projection.shape[-2:]
+    cosine, length = structure(fm.projection.reshape(-1, rows, dim)[0])
+    unit = dim if cosine is not None and rows > dim else 1
+    units = -(-rows // unit)
+    few = max(1, min(LEAST // unit, units // 2))
+    group = unit * max(few, min(TILE // unit, units // GROUPS))
+    return group, -(-rows // group), length is not None
 
 
-def _log_keys(fm: FeatureMap, call: validation.AttentionCall, rows: slice) -> F64:
-    y, h = fm._projections(call.k[..., rows, :].astype(np.float64), keys=True)
-    bias = fm._of_head(fm.bias)
-    logs = np.concatenate([bias + y, bias - y], -1) - h if fm.antithetic else bias + y - h
-    if call.mask is not None:
-        logs = np.where(call.mask[..., rows, None], logs, EMPTY)
-    return np.broadcast_to(logs, (*call.state_shape, *logs.shape[-2:]))
-
-
-def _phi_queries(fm: FeatureMap, call: validation.AttentionCall, rows: slice, c: F64) -> F64:
-    """Return the features of queries in units of those of keys, the largest of a row being 1."""
-    y, _ = fm._projections(call.q[..., rows, :].astype(np.float64))
-    logs = (np.concatenate([y, -y], -1) if fm.antithetic else y) + c
-    return np.asarray(np.exp(logs - logs.max(-1, keepdims=True)))
-
-
-def _with_common(variance: F64, call: validation.AttentionCall, freedom: int) -> F64:
-    """Return standard errors: of each column its own and, scaled to it, what all have in common.
+def _spread(call: validation.AttentionCall, error: Array, sizes: Array, freedom: int) -> Spread:
+    """Return where the kernel writes errors and sizes, and what it makes them of.
 
     Few groups know the variance badly; Student's t says by how much errors have to be larger.
     """
     from scipy.special import stdtrit
 
-    sizes = call.v.astype(np.float64).var(-2, keepdims=True) if call.keys else np.ones(1)
-    scaled = np.divide(variance, sizes, out=np.zeros_like(variance), where=sizes > 0)
-    common = sizes * scaled.mean(-1, keepdims=True)
-    wider = stdtrit(freedom * max(1, call.v.shape[-1]), 0.975) / stdtrit(np.inf, 0.975)
-    mean = (freedom * variance + COMMON * common) / (freedom + COMMON)
-    return np.asarray(wider * np.sqrt(mean))
+    from favor_np.kernels.spread import Spread
+
+    width = call.v.shape[-1]
+    sample = np.unique(np.linspace(0, call.keys - 1, min(call.keys, SAMPLE)).astype(np.int64))
+    values = call.v.reshape(-1, call.keys, width)[:, sample].astype(np.float64)
+    wider = stdtrit(freedom * max(1, width), 0.975) / stdtrit(np.inf, 0.975)
+    return Spread(
+        error.reshape(-1, width), sizes.reshape(-1), values.var(1).astype(call.compute),
+        float(freedom), COMMON, float(wider),
+    )  # fmt: skip
 
 
-def _bias(fm: FeatureMap, call: validation.AttentionCall, output: F64, error: F64) -> float:
+def _mean_square(array: Array) -> float:
+    flat = array.reshape(-1)
+    return float(flat @ flat) / max(1, flat.size)
+
+
+def _bias(fm: FeatureMap, call: validation.AttentionCall, output: Array, error: Array) -> float:
     """Return by how much errors are larger than what differs between features, at least 1."""
-    count = output.shape[-2]
-    rows = np.unique(np.linspace(0, count - 1, min(count, PROBES)).astype(np.int64))
-    q, k, v = (x.astype(np.float64) for x in (call.q[..., rows, :], call.k, call.v))
+    count, problems = output.shape[-2], math.prod(output.shape[:-2])
+    probes = min(count, max(4, PROBES // problems))
+    rows = np.unique(np.linspace(0, count - 1, probes).astype(np.int64))
+    arrays = (call.q[..., rows, :], call.k, call.v)
+    q, k, v = (x.astype(call.compute, copy=False) for x in arrays)
     logits = fm.scale * (q @ np.swapaxes(k, -1, -2))
     if call.causal:
         logits = np.where(rows[:, None] >= np.arange(call.keys), logits, EMPTY)
     if call.mask is not None:
         logits = np.where(call.mask[..., None, :], logits, EMPTY)
     weights = np.exp(logits - logits.max(-1, keepdims=True, initial=EMPTY))
-    exact = weights @ v / weights.sum(-1, keepdims=True).clip(1e-300)
+    exact = weights @ v / weights.sum(-1, keepdims=True).clip(1e-30)
     predicted = error[..., rows, :]
     known = predicted > 0  # not so where a row sees no key, or but one
     found, total = ((output[..., rows, :] - exact)[known] ** 2).sum(), (predicted[known] ** 2).sum()
     return math.sqrt(max(1.0, found / total)) if total and np.isfinite(found) else 1.0
 
 
-def _warnings(sizes: F64, relative: float, fm: FeatureMap) -> tuple[str, ...]:
+def _warnings(sizes: Array, relative: float, fm: FeatureMap) -> tuple[str, ...]:
     found = []
     seen = sizes[sizes > 0]
     low = np.mean(seen < LOW) if seen.size else 0.0

@@ -15,7 +15,8 @@ from favor_np.kernels import exact_vjp
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp
 from favor_np.kernels.jobs import TROUBLE
-from favor_np.kernels.pack import CHUNK, Result
+from favor_np.kernels.pack import CHUNK
+from favor_np.kernels.spread import Spread
 from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
 
@@ -44,10 +45,8 @@ def new_state(feature_map: FeatureMap, dtype: np.dtype[Any], count: int, value_d
 
 
 def _empty(layout: plan.Layout, count: int) -> Any:
-    c = plan.aligned((count, layout.features), plan.integer_of(layout.dtype))
-    far = int(plan.FAR[layout.dtype.itemsize])
-    c[:] = 4 * far * layout.causal.idle
-    c[:, layout.real] = -4 * far
+    c = plan.aligned((count, layout.features), layout.fresh.dtype)
+    c[:] = layout.fresh
     s = plan.aligned((count, layout.features, layout.value_columns), layout.dtype)
     return c, s, plan.aligned((count, layout.features), layout.dtype)
 
@@ -132,55 +131,59 @@ def attend(
     offsets: Array | None = None,
     clock: Clock | None = None,
     weights: tuple[Array, Array] | None = None,
+    spread: Spread | None = None,
+    group: int | None = None,
 ) -> None:
     """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it.
 
     With `offsets` every sequence offsets[i]:offsets[i + 1] has a slot of its own.  `weights` receive
-    the denominators of the rows as (w, top), w * 2**top.
+    the denominators of the rows as (w, top), w * 2**top, and `spread` how far groups of `group` rows
+    of the projection are apart.
     """
-    queries, keys, value_dim = q.shape[-2], k.shape[-2], v.shape[-1]
-    layout = plan.layout(feature_map, dtype, value_dim)
-    jobs = _jobs(feature_map, layout, q, k, v, mask, causal, grouped, state_shape, offsets, clock)
-    work = max(queries, keys) * len(jobs.table) * layout.features * q.shape[-1]
-    arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
-              layout.weights)  # fmt: skip
-    call = _Call(layout, layout.causal if causal else layout.bidirectional, arrays,
-                 _result(out, weights), _threads(work, threads))  # fmt: skip
-    if not len(jobs.table):
+    layout, constants, jobs, longest, work = plan.schedule(
+        feature_map, dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape,
+        causal, grouped, state_shape, group,
+    )  # fmt: skip
+    if clock is not None or offsets is not None:
+        jobs = _adapted(jobs, layout, offsets, clock, causal)
+    count = len(jobs.table)
+    if not count:
         return
-    if jobs.table[0, 8] > 1 and call.threads > 1 and call.by_features(jobs.take([0]), state):
+    arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
+              *layout.weights)  # fmt: skip
+    call = _Call(layout, arrays, _result(out, weights), _threads(work * count, threads), spread)
+    if (
+        call.threads > 1
+        and spread is None
+        and jobs.table[0, 8] > 1
+        and call.by_features(jobs.take([0]), state)
+    ):
         jobs = jobs.take(slice(1, None))
-    if causal or max(queries, keys) <= plan.SEGMENT:
-        call.run(call.parameters, jobs, state)
+    if causal or longest <= plan.SEGMENT:
+        call.run(constants, jobs, state)
         return
     long = jobs.table[:, [3, 6]].max(1) > plan.SEGMENT
-    call.run(call.parameters, jobs.take(~long), state)
+    call.run(constants, jobs.take(~long), state)
     jobs = jobs.take(long)
     for first in range(0, len(jobs.table), plan.WAVE):
         wave = jobs.take(slice(first, first + plan.WAVE))
         slots = wave.table[:, 5]
         if state is None:
-            totals = new_state(feature_map, dtype, len(slots), value_dim)
+            totals = _empty(layout, len(slots))
         else:
             totals = tuple(array[slots] for array in state)
         folds, reads = plan.segments(wave)
-        call.fold(folds, totals)
-        call.run(call.parameters, reads, totals)
+        call.fold(constants, folds, totals)
+        call.run(constants, reads, totals)
         if state is not None:
             for array, total in zip(state, totals, strict=True):
                 array[slots] = total
 
 
-def _jobs(
-    feature_map: FeatureMap, layout: plan.Layout, q: Array, k: Array, v: Array, mask: Array | None,
-    causal: bool, grouped: bool, state_shape: tuple[int, ...] | None, offsets: Array | None,
-    clock: Clock | None,
-) -> plan.Jobs:  # fmt: skip
-    jobs = plan.jobs(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-        feature_map.num_heads, state_shape, grouped, q.shape[-2], k.shape[-2], layout.blocks,
-        layout.rows, causal,
-    )  # fmt: skip
+def _adapted(
+    jobs: plan.Jobs, layout: plan.Layout, offsets: Array | None, clock: Clock | None, causal: bool
+) -> plan.Jobs:
+    """Return the jobs of packed sequences, and of keys that decay."""
     if clock is not None:
         clocks = np.stack([clock.start, clock.rate], axis=1)
         jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
@@ -218,9 +221,12 @@ def attend_vjp(
     `state` is the one that attention began with and `suffix` the cotangent of the one it ended with,
     both (c, S, z) of all slots or None.
     """
-    layout = plan.layout(feature_map, dtype, v.shape[-1])
     own = None if state is None and suffix is None else state_shape
-    jobs = _jobs(feature_map, layout, q, k, v, mask, causal, grouped, own, offsets, clock)
+    layout, constants, jobs, _, work = plan.schedule(
+        feature_map, dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape,
+        causal, grouped, own,
+    )  # fmt: skip
+    jobs = _adapted(jobs, layout, offsets, clock, causal)
     group = jobs.q_rows.shape[1]
     slots = np.repeat(jobs.table[:, 5], group)
     jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
@@ -247,15 +253,14 @@ def attend_vjp(
         rows_of(grad, dtype), rows_of(out, dtype), *(array.reshape(-1) for array in weights),
     )  # fmt: skip
     args = (
-        layout.causal if causal else layout.bidirectional, inputs, layout.weights,
+        constants, inputs, layout.weights,
         np.zeros_like(layout.weights.bias), layout.natural, jobs.table, jobs.clocks, to,
         *(states or ()),
     )  # fmt: skip
     if count and (out.size or suffix is not None):
-        work = max(q.shape[-2], k.shape[-2]) * count * layout.features * q.shape[-1]
-        workers = min(_threads(work, threads), count)
-        sizes = plan.vjp_workspace(layout)
-        _run(vjp.pull, args, count, workers, dtype, sizes, layout if states is None else None)
+        workers = min(_threads(work * count, threads), count)
+        space = plan.vjp_workspace(layout, stateful=states is None)
+        _run(vjp.pull, args, count, workers, space)
     if projection:
         return weight, bias, jobs.table[:, 4] // layout.blocks
     first = None
@@ -276,25 +281,28 @@ class _Call(NamedTuple):
     """What all kernel calls of one attention call share."""
 
     layout: plan.Layout
-    parameters: Any
     arrays: tuple[Array, ...]
-    result: Any
+    result: tuple[Array, ...]
     threads: int
+    spread: Spread | None
 
     def run(
-        self, parameters: Any, jobs: plan.Jobs, state: Any,
+        self, constants: Array, jobs: plan.Jobs, state: Any,
         meeting: tuple[Array, Array] | None = None,
     ) -> Array | None:  # fmt: skip
         """Run jobs; without a state each begins with an empty one of its own."""
         layout, count = self.layout, len(jobs.table)
         if not count:
             return None
-        args = (parameters, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
-                self.result, *(meeting or _NO_MEETING[layout.dtype]), *(state or ()))  # fmt: skip
-        return _run(
-            kernels.attend, args, count, min(self.threads, count), layout.dtype,
-            (layout.floats, layout.ints), layout if state is None else None,
-        )  # fmt: skip
+        kernel, workers = kernels.attend, min(self.threads, count)
+        more: tuple[Any, ...] = meeting or _NO_MEETING[layout.dtype]
+        if self.spread is not None:
+            room = plan.aligned((workers, plan.spread_record(layout)), layout.dtype)
+            kernel, more = kernels.attend_spread, (room, more[1], self.spread)
+        args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
+                *self.result, *more, *(state or ()))  # fmt: skip
+        space = layout.stateful if state is None else layout.stateless
+        return _run(kernel, args, count, workers, space)
 
     def by_features(self, job: plan.Jobs, state: Any) -> bool:
         """Run one long causal problem in parallel over sets of its features.
@@ -317,14 +325,14 @@ class _Call(NamedTuple):
                 plan.join_sets(part, array, layout.signs)
         return True
 
-    def fold(self, folds: plan.Jobs, totals: Any) -> None:
+    def fold(self, constants: Array, folds: plan.Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
         for first in range(0, len(folds.table), plan.WAVE):
             batch = folds.take(slice(first, first + plan.WAVE))
             owners = batch.table[:, 5].copy()
             batch.table[:, 5] = np.arange(len(owners))
             parts = _empty(self.layout, len(owners))
-            self.run(self.parameters, batch, parts)
+            self.run(constants, batch, parts)
             for i, owner in enumerate(owners):
                 merge([a[owner] for a in totals], [a[i] for a in parts])
 
@@ -335,10 +343,12 @@ def new_weights(out: Array) -> tuple[Array, Array]:
     return np.zeros(rows, out.dtype), np.zeros(rows, plan.integer_of(out.dtype))
 
 
-def _result(out: Array, weights: tuple[Array, Array] | None) -> Any:
-    """Return what a kernel writes to; the weights may be left out."""
-    flat = _NO_WEIGHTS[out.dtype] if weights is None else [w.reshape(-1) for w in weights]
-    return Result(out.reshape(-1, out.shape[-1]), *flat)
+def _result(out: Array, weights: tuple[Array, Array] | None) -> tuple[Array, ...]:
+    """Return what a kernel writes to: the arrays of a Result; the weights may be left out."""
+    rows = out.reshape(-1, out.shape[-1])
+    if weights is None:
+        return (rows, *_NO_WEIGHTS[out.dtype])
+    return (rows, *(w.reshape(-1) for w in weights))
 
 
 def _threads(work: int, threads: int | None) -> int:
@@ -372,11 +382,11 @@ def attend_exact(
     args = (
         plan.exact_parameters(dtype, scale, causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
-        _result(out, weights),
+        *_result(out, weights),
     )  # fmt: skip
-    sizes = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1])
+    space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1])
     workers = min(_threads(work, threads), len(table))
-    control = _run(exact_kernels.attend_exact, args, len(table), workers, dtype, sizes)
+    control = _run(exact_kernels.attend_exact, args, len(table), workers, space)
     return not control[TROUBLE]
 
 
@@ -417,8 +427,8 @@ def differentiate_exact(
     )  # fmt: skip
     work = 4 * math.prod(out.shape[:-1]) * k.shape[-2] * dim
     workers = min(_threads(work, threads), len(jobs.table))
-    sizes = plan.exact_vjp_workspace(dtype, dim, v.shape[-1])
-    _run(exact_vjp.differentiate_exact, args, len(jobs.table), workers, dtype, sizes)
+    space = plan.exact_vjp_workspace(dtype, dim, v.shape[-1])
+    _run(exact_vjp.differentiate_exact, args, len(jobs.table), workers, space)
     for part in sums[1:]:
         sums[0] += part
     np.multiply(sums[0, :, :queries, :dim], dtype.type(scale), out=dq.reshape(-1, queries, dim))
@@ -445,28 +455,14 @@ def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Arr
 
 
 def _run(
-    kernel: Any, args: tuple[Any, ...], count: int, workers: int, dtype: np.dtype[Any],
-    sizes: tuple[int, int], layout: plan.Layout | None = None,
-) -> Array:  # fmt: skip
-    """Run jobs on threads that work on so many floats and integers each; the control words.
-
-    With a layout each of them has a state as well, which comes before these.
-    """
-
-    def make() -> Any:
-        return (
-            *(() if layout is None else _empty(layout, workers)),
-            plan.aligned((workers, sizes[0]), dtype),
-            plan.aligned((workers, sizes[1]), plan.integer_of(dtype)),
-        )
-
-    states = None if layout is None else (layout.features, layout.value_columns)
-    key = (kernel, dtype, workers, sizes, states)
-    space = plan.borrow(key, make)
+    kernel: Any, args: tuple[Any, ...], count: int, workers: int, space: plan.Workspace
+) -> Array:
+    """Run jobs on threads with such a workspace each; the control words."""
+    arrays = plan.borrow(space, workers)
     try:
-        return POOL.call(kernel, (*args, *space), count, workers)
+        return POOL.call(kernel, (*args, *arrays), count, workers)
     finally:
-        plan.give_back(key, space)
+        plan.give_back(space, workers, arrays)
 
 
 #: Multiply-adds below which a second thread costs more than it does (about 0.3 ms).

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -67,11 +66,43 @@ def aligned(shape: Shape, dtype: npt.DTypeLike) -> Array:
 
 
 @dataclass(frozen=True, eq=False)
+class Workspace:
+    """The memory that a thread of a kernel works on: one object for all of the same size."""
+
+    dtype: np.dtype[Any]
+    floats: int
+    ints: int
+    state: tuple[int, int] | None  # features and columns, if each thread has one
+
+    def make(self, threads: int) -> tuple[Array, ...]:
+        """Return the arrays: (c, S, z) if there is a state, floats and integers; a row a thread."""
+        whole = integer_of(self.dtype)
+        state: tuple[Array, ...] = ()
+        if self.state is not None:
+            features, columns = self.state
+            state = (
+                aligned((threads, features), whole),
+                aligned((threads, features, columns), self.dtype),
+                aligned((threads, features), self.dtype),
+            )
+        floats = aligned((threads, self.floats), self.dtype)
+        return *state, floats, aligned((threads, self.ints), whole)
+
+
+@functools.lru_cache(maxsize=256)
+def workspace(
+    dtype: np.dtype[Any], floats: int, ints: int, state: tuple[int, int] | None = None
+) -> Workspace:
+    """Return the one workspace of this size; rows begin on cache lines."""
+    return Workspace(dtype, -(-floats // 16) * 16, ints, state)
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """How the features of one map lie in memory, for one dtype and width of values.
 
     The rows of W are cut into `blocks` of `width`; feature r of sign s is row ``s * half + r`` of
-    the state, padded rows are features of W = 0 that no query reads.
+    the state, padded rows are features of W = 0 that no query reads.  `fresh` is c of no keys.
     """
 
     dtype: np.dtype[Any]
@@ -81,12 +112,13 @@ class Layout:
     half: int
     features: int
     value_columns: int
-    floats: int
-    ints: int
+    stateless: Workspace
+    stateful: Workspace
     real: Array
-    causal: Any
-    bidirectional: Any
-    partial: Any
+    fresh: Array
+    causal: Array
+    bidirectional: Array
+    partial: Array
     rows: int
     signs: int
     width: int
@@ -94,16 +126,23 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=64)
-def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Layout:
-    """Return the layout, with the map's weights packed for the kernels."""
+def layout(
+    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None
+) -> Layout:
+    """Return the layout, with the map's weights packed for the kernels.
+
+    With `group` every block has so many rows of W.
+    """
     size = dtype.itemsize
     heads, rows, dim = feature_map.weight.shape
     signs = 2 if feature_map.antithetic else 1
     positive = feature_map.kind == "positive"
     kind = {"positive": activate.POSITIVE, "relu": activate.RELU, "elu": activate.ELU}
-    blocks = -(-rows // CHUNK)
-    width = -(-(-(-rows // blocks)) // 16) * 16
+    blocks = -(-rows // (group or CHUNK))
+    width = -(-(group or -(-rows // blocks)) // 16) * 16
+    filled = group or width
     half = blocks * width
+    places = np.arange(rows) // filled * width + np.arange(rows) % filled
     unit = activate.LOG2E if positive else 1.0
     affine, factor = feature_map.calibration is not None, feature_map.key_factor
     columns = padded(dim, size)
@@ -111,7 +150,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     def packed_weight(weight: Array) -> tuple[Array, Array]:
         """Blocks of the weight, times `unit` and transposed; and as they are, for gradients."""
         padding = np.zeros((heads, half, dim))
-        padding[:, :rows] = weight
+        padding[:, places] = weight
         padding = padding.reshape(heads * blocks, width, dim)
         turned = aligned((heads * blocks, dim, width), dtype)
         turned[:] = padding.swapaxes(1, 2) * unit
@@ -131,7 +170,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     if affine:
         query, natural_query = packed_weight(feature_map.query_weight)
     bias = aligned((heads, half), dtype)
-    bias[:, :rows] = feature_map.bias * unit
+    bias[:, places] = feature_map.bias * unit
     factored = factor is not None
     rows_of_factor = np.zeros((1, dim, dim)) if factor is None else factor
     vectors = (
@@ -160,10 +199,17 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
     value_columns = padded(value_dim, size)
     record = CHUNK * (CHUNK + value_columns + 2)  # scores, num, den, top
 
-    def parameters(causal: bool, partial: bool = False) -> Any:
-        return kernels.Parameters(
+    # Features that only pad: no key may reach their exponents and so move those of others.
+    idle = 1 if positive else -1
+    real = np.concatenate([s * half + places for s in range(signs)])
+    fresh = np.full(signs * half, 4 * int(FAR[size]) * idle, integer_of(dtype))
+    fresh[real] = -4 * int(FAR[size])
+
+    def parameters(causal: bool, partial: bool = False) -> Array:
+        of = kernels.Parameters(
             kind=kind[feature_map.kind],
             signs=signs,
+            filled=filled,
             key_norm=feature_map.key_norm * activate.LOG2E,
             affine=affine,
             factored=factored,
@@ -171,12 +217,15 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
             far=FAR[size],
             masked=8 * FAR[size],
-            # Features that only pad: no key may reach their exponents and so move those of others.
-            idle=1 if positive else -1,
+            idle=idle,
             span=SPAN[size] if causal else 2**30,
             causal=causal,
             partial=partial,
         )
+        constants = np.zeros(1, kernels.CONSTANTS)
+        for name, value in of._asdict().items():
+            constants[name] = value
+        return constants
 
     floats = (
         3 * CHUNK * columns  # rows, across, stretched
@@ -189,6 +238,7 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         + 3 * signs * half  # sums, scale, token
         + CHUNK * 8 // size  # square
     )
+    ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size)
     return Layout(
         dtype=dtype,
         weights=weights,
@@ -197,9 +247,10 @@ def layout(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int) -> Lay
         half=half,
         features=signs * half,
         value_columns=value_columns,
-        floats=-(-floats // 16) * 16,
-        ints=2 * CHUNK + CHUNK * (VECTOR_BYTES // size),
-        real=np.concatenate([s * half + np.arange(rows) for s in range(signs)]),
+        stateless=workspace(dtype, floats, ints),
+        stateful=workspace(dtype, floats, ints, (signs * half, value_columns)),
+        real=real,
+        fresh=fresh,
         causal=parameters(True),
         bidirectional=parameters(False),
         partial=parameters(True, True),
@@ -224,8 +275,8 @@ def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
     )
 
 
-def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int, int]:
-    """Return how many floats and integers a thread of exact attention works on."""
+def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace:
+    """Return what a thread of exact attention works on."""
     size, group = dtype.itemsize, exact_kernels.GROUP
     columns, value_columns = padded(dim, size), padded(value_dim, size)
     floats = (
@@ -235,11 +286,17 @@ def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int
         + (group + 2) * CHUNK  # den, part, ones
         + (group + group * CHUNK + CHUNK) * 8 // size  # longest, square, key_square
     )
-    return -(-floats // 16) * 16, (group + 2) * CHUNK
+    return workspace(dtype, floats, (group + 2) * CHUNK)
 
 
-def vjp_workspace(of: Layout) -> tuple[int, int]:
-    """Return how many floats and integers a thread of the pullback works on."""
+def spread_record(of: Layout) -> int:
+    """Return how many floats a thread needs beside its workspace to compare the blocks."""
+    lanes = VECTOR_BYTES // of.dtype.itemsize
+    return CHUNK * (of.blocks * (3 + of.value_columns) + lanes + of.width)
+
+
+def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
+    """Return what a thread of the pullback works on."""
     size, columns = of.dtype.itemsize, of.natural.key.shape[-1]
     floats = (
         4 * CHUNK * columns  # rows, columns, grad, stretched
@@ -252,7 +309,8 @@ def vjp_workspace(of: Layout) -> tuple[int, int]:
         + 2 * of.features  # sums, scale
         + CHUNK * 8 // size  # square
     )
-    return -(-floats // 16) * 16, CHUNK + CHUNK * (VECTOR_BYTES // size)
+    state = (of.features, of.value_columns) if stateful else None
+    return workspace(of.dtype, floats, CHUNK + CHUNK * (VECTOR_BYTES // size), state)
 
 
 def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
@@ -276,8 +334,8 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
     return Jobs(rows.reshape(-1, 13), nothing, nothing, clocks)
 
 
-def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple[int, int]:
-    """Return how many floats and integers a thread of its gradient works on."""
+def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace:
+    """Return what a thread of its gradient works on."""
     size, group = dtype.itemsize, exact_vjp.GROUP
     columns, value_columns = padded(dim, size), padded(value_dim, size)
     floats = (
@@ -286,29 +344,28 @@ def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> tuple
         + 2 * CHUNK * CHUNK  # p, ds
         + CHUNK * 8 // size  # square
     )
-    return -(-floats // 16) * 16, group * CHUNK
+    return workspace(dtype, floats, group * CHUNK)
 
 
 class _Spare(threading.local):
     """Workspaces that this Python thread used before and may use again."""
 
     def __init__(self) -> None:
-        self.kept: dict[Any, Any] = {}
+        self.kept: dict[tuple[Workspace, int], tuple[Array, ...]] = {}
 
 
 _spare = _Spare()
 
 
-def borrow(key: Any, make: Callable[[], Any]) -> Any:
-    """Take what was given back under this key, or make it: nobody else has it meanwhile."""
-    thing = _spare.kept.pop(key, None)
-    return make() if thing is None else thing
+def borrow(of: Workspace, threads: int) -> tuple[Array, ...]:
+    """Take the arrays that were given back, or make them: nobody else has them meanwhile."""
+    return _spare.kept.pop((of, threads), None) or of.make(threads)
 
 
-def give_back(key: Any, thing: Any) -> None:
-    """Keep a workspace for the next call of this Python thread; the oldest of five goes."""
+def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...]) -> None:
+    """Keep arrays for the next call of this Python thread; the oldest of five go."""
     kept = _spare.kept
-    kept[key] = thing
+    kept[of, threads] = arrays
     if len(kept) > 4:
         kept.pop(next(iter(kept)))
 
@@ -395,6 +452,32 @@ def jobs(
         np.ascontiguousarray(order * max(q_length, 1)),  # without rows the head's number still
         _NO_CLOCKS,
     )
+
+
+class Schedule(NamedTuple):
+    """What depends on the shapes of a call alone."""
+
+    layout: Layout
+    constants: Array
+    jobs: Jobs
+    longest: int
+    work: int  # multiply-adds of a job's projections
+
+
+@functools.lru_cache(maxsize=64)
+def schedule(
+    feature_map: FeatureMap, dtype: np.dtype[Any], q: Shape, k: Shape, v: Shape,
+    mask: Shape | None, causal: bool, grouped: bool, state: Shape | None, group: int | None = None,
+) -> Schedule:  # fmt: skip
+    """Return layout and jobs for arrays of these shapes."""
+    of = layout(feature_map, dtype, v[-1], group)
+    to_do = jobs(
+        q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
+        grouped, q[-2], k[-2], of.blocks, of.rows, causal,
+    )  # fmt: skip
+    longest = max(q[-2], k[-2])
+    constants = of.causal if causal else of.bidirectional
+    return Schedule(of, constants, to_do, longest, longest * of.features * q[-1])
 
 
 def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:

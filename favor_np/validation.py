@@ -6,6 +6,7 @@ what was got, and is raised before anything is compiled.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -187,6 +188,7 @@ def feature_input(name: str, value: object, dim: int) -> npt.NDArray[np.float64]
 # ----------------------------------------------------------------------------------------
 
 Array: TypeAlias = npt.NDArray[Any]
+Shape: TypeAlias = tuple[int, ...]
 _FLOATS = tuple(np.dtype(order + size) for order in "=<>" for size in ("f4", "f8"))
 
 
@@ -242,10 +244,10 @@ def dtypes(*arrays: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
 
 def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return (..., L, d) as a read-only, aligned, C-ordered matrix of all its rows."""
-    flags = array.flags
+    flags, shape = array.flags, array.shape
     if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
         array = np.require(array, dtype, ("C", "A"))
-    rows = array.reshape(-1 if array.size else math.prod(array.shape[:-1]), array.shape[-1])
+    rows = array.reshape(math.prod(shape[:-1]), shape[-1])
     rows.setflags(write=False)
     return rows
 
@@ -464,24 +466,10 @@ def attention_call(
             f"{k.shape[-2]} of k"
         )
     mask = mask_of(key_mask, k.shape[-2])
-    shapes = {"k": k.shape[:-2], "v": v.shape[:-2]}
-    if mask is not None:
-        shapes["key_mask"] = mask.shape[:-1]
-    if heads is not None:
-        shapes["feature_map"] = (heads,)
-    if state_shape is not None:
-        shapes["state"] = state_shape
-    state = k.shape[:-2]
-    if any(shape != state for shape in shapes.values()):
-        state = broadcast(**shapes)
-    if state_shape is not None and state != state_shape:
-        raise ValueError(f"state has batch_shape {state_shape}, but k and v need {state}")
-    if is_grouped:
-        out_batch = grouped_shape(q.shape[:-2], state)
-    elif q.shape[:-2] == state:
-        out_batch = state
-    else:
-        out_batch = broadcast(q=q.shape[:-2], keys=state)
+    state, out_batch = leading_axes(
+        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
+        heads, state_shape, is_grouped,
+    )  # fmt: skip
     if flag("check_finite", check_finite):
         finite(q=q, k=k, v=v)
     result, compute = dtypes(q, k, v)
@@ -489,6 +477,25 @@ def attention_call(
         q, k, v, mask, is_causal, is_grouped, thread_count(num_threads), state,
         (*out_batch, q.shape[-2], v.shape[-1]), result, compute,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def leading_axes(
+    q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
+    grouped: bool,
+) -> tuple[Shape, Shape]:  # fmt: skip
+    """Return the leading axes of keys and values together, and those of the result."""
+    shapes = {"k": k, "v": v}
+    if mask is not None:
+        shapes["key_mask"] = mask
+    if heads is not None:
+        shapes["feature_map"] = (heads,)
+    if state is not None:
+        shapes["state"] = state
+    common = broadcast(**shapes)
+    if state is not None and common != state:
+        raise ValueError(f"state has batch_shape {state}, but k and v need {common}")
+    return common, grouped_shape(q, common) if grouped else broadcast(q=q, keys=common)
 
 
 def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
-from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values, write_rows
+from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
 from favor_np.kernels.simd import VECTOR_BYTES
 
 #: Query tiles that share one packed tile of keys.
@@ -168,9 +168,9 @@ def exact_block(par, q, k, v, mask, job, out, t):
 
 
 @jit(cache=True)
-def attend_exact(par, q, k, v, mask, jobs, out, floats, ints, ctl, n):
+def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
     """Take jobs until none is left; how many are finished by now.  Reports where float64 is needed."""
-    me = enter(ctl)
+    out, me = Result(rows, weights, tops), enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes)
     finished = 0

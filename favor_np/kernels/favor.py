@@ -37,6 +37,8 @@ from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
 from favor_np.kernels.pack import (
     CHUNK,
+    Map,
+    Result,
     across,
     cut,
     pack_keys,
@@ -55,6 +57,14 @@ from favor_np.kernels.simd import (
     splat,
     store,
 )
+from favor_np.kernels.spread import (
+    batch_of,
+    carve_groups,
+    count_shares,
+    join_groups,
+    keep_group,
+    lift_squares,
+)
 from favor_np.kernels.step import step_token
 
 #: Sets of features that a single long causal problem is cut into.
@@ -63,7 +73,15 @@ SETS = 2
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
     "Parameters",
-    "kind signs key_norm affine factored kernel_epsilon limit far masked idle span causal partial",
+    "kind signs filled key_norm affine factored kernel_epsilon limit far masked idle span causal "
+    "partial",
+)
+#: The same as an array of one: a tuple takes four times as long from Python to a kernel.
+CONSTANTS = np.dtype(
+    [(name, np.int64) for name in ("kind", "signs", "filled", "idle", "span")]
+    + [(name, np.float64) for name in ("key_norm", "kernel_epsilon", "limit", "far", "masked")]
+    + [(name, np.bool_) for name in ("affine", "factored", "causal", "partial")],
+    align=True,
 )
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
@@ -71,6 +89,14 @@ Tiles = namedtuple(
     "rows columns raw phi values num spare scores keys record height share den part others sums scale token "
     "square stretched top higher excess",
 )
+
+
+@jit()
+def parameters(constants):
+    """The parameters that an array of CONSTANTS holds."""
+    p = constants[0]
+    return Parameters(p.kind, p.signs, p.filled, p.key_norm, p.affine, p.factored, p.kernel_epsilon,
+                      p.limit, p.far, p.masked, p.idle, p.span, p.causal, p.partial)  # fmt: skip
 
 
 @jit()
@@ -142,6 +168,9 @@ def read_chunk(
     records,
     met,
     met_at,
+    spread,
+    batch,
+    groups,
     t,
 ):
     """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys.
@@ -159,7 +188,7 @@ def read_chunk(
     across(t.rows, t.columns)
     first = True
     for b in range(blocks):
-        features = min(width, features_count - b * width)
+        features = min(par.filled, features_count - b * par.filled)
         project_t(fm.query[w + b], t.columns, t.raw, width, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
@@ -170,6 +199,8 @@ def read_chunk(
             )
             if over > RAISE_QUERIES:
                 measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.higher)
+                if spread is not None:
+                    lift_squares(t.higher, t.top, cols, groups.squares)
                 lift_queries(t.higher, t.top, cols, rows, t.den, t.num, t.scores)
                 activate_queries(
                     par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
@@ -183,10 +214,22 @@ def read_chunk(
                     end = min(i + 2 * lanes, cols)
                     last = min(-(-end // 8) * 8, rows)
                     gemm(phi_k, t.phi, t.scores, 0, last, i, end, 0, width, not first)
+            if spread is not None:
+                count_shares(
+                    par, count, first, keys[b * par.signs + side], t.phi, z, slot, r0, groups
+                )
             first = False
-        if sets > 1 and b + 1 == blocks // sets:
+        if spread is not None:
+            if par.causal:
+                own_keys(count, cols, rows, values, clean, t)
+            keep_group(t, groups, b)
+            first = True
+        elif sets > 1 and b + 1 == blocks // sets:
             save(t, t.record, 0)
             first = True
+    if spread is not None:
+        join_groups(t, groups, count, out, out_row, spread, batch)
+        return
     if sets > 1:
         add_record(t, t.record, 0)
     elif par.partial and not meet(t, records, met, slot, met_at):
@@ -325,13 +368,16 @@ def map_keys(par, count, d, lift, weight, bias, w, c, s, z, slot, t):
 
 
 @jit()
-def begin(par, job, me, c, s, z):
+def begin(par, job, me, c, s, z, width):
     """The slot of a job's state; if it has none, that of this thread, without a key."""
     if job[5] >= 0:
         return job[5]
-    half = c.shape[1] // par.signs
-    for r in range(c.shape[1]):
-        c[me, r] = 4 * int(par.far) * (-1 if r % half < job[7] else par.idle)
+    tiles = c.shape[1] // width
+    blocks = tiles // par.signs
+    for b in range(tiles):
+        features = min(par.filled, job[7] - b % blocks * par.filled)
+        for r in range(width):
+            c[me, b * width + r] = 4 * int(par.far) * (-1 if r < features else par.idle)
     s[me] = 0
     z[me] = 0
     return me
@@ -347,17 +393,18 @@ def clock_of(clocks, job):
 
 @jit()
 def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s, z, slot,
-               out, records, met, t):  # fmt: skip
+               out, records, met, spread, groups, t):  # fmt: skip
     """Everything for one problem: its keys and values, one state, its group of queries.
 
     False if the sums of a chunk cannot be partial ones because the chunk has to be split.
     """
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
     w, queries_count, features, sets = job[4], job[6], job[7], job[8]
-    if par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
+    if spread is None and par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
         step_token(par, q, q_rows[0], k, k_row, v, v_row, fm, w, features, clock, c, s, z,
                    slot, out, out_rows[0], t)  # fmt: skip
         return True
+    batch = batch_of(spread, v, v_row)
     start = 0
     while start < keys_count:
         count = min(CHUNK - start % CHUNK, keys_count - start)
@@ -375,7 +422,7 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
                 soon(q, q_rows[g] + start + count, following)
                 read_chunk(par, q, q_rows[g] + start, taken, fm, w, features, sets, c, s, z,
                            slot, t.keys, t.values, clean, out, out_rows[g] + start,
-                           records, met, start // CHUNK, t)  # fmt: skip
+                           records, met, start // CHUNK, spread, batch, groups, t)  # fmt: skip
         fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
@@ -385,26 +432,51 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
                 soon(q, q_rows[g] + start + CHUNK, following)
                 read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), fm, w,
                            features, 1, c, s, z, slot, t.keys, t.values, True, out,
-                           out_rows[g] + start, records, met, 0, t)  # fmt: skip
+                           out_rows[g] + start, records, met, 0, spread, batch, groups,
+                           t)  # fmt: skip
     return True
 
 
-@jit(cache=True)
-def attend(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, records, met, c, s, z,
-           floats, ints, ctl, n):  # fmt: skip
-    """Take jobs until none is left; how many are finished by now.  Reports those given up."""
+@jit()
+def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, records, met, spread,
+                c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """What both kernels do; `spread` is None or a Spread, which one is known to the compiler."""
     me = enter(ctl)
-    t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], fm.key.shape[2],
-              c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
+    width = fm.key.shape[2]
+    blocks = c.shape[1] // (width * par.signs)
+    t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
+    groups = carve_groups(spread, records, me, blocks, s.shape[2], width)
     finished = 0
     while True:
         job = claim(ctl)
         if job >= n:
             break
-        slot = begin(par, jobs[job], me, c, s, z)
+        slot = begin(par, jobs[job], me, c, s, z, width)
         clock, rate = clock_of(clocks, job)
         if not attend_one(par, q, k, v, mask, fm, jobs[job], q_rows[job], out_rows[job],
-                          clock, rate, c, s, z, slot, out, records, met, t):  # fmt: skip
+                          clock, rate, c, s, z, slot, out, records, met, spread, groups,
+                          t):  # fmt: skip
             report(ctl)
         finished += 1
     return leave(ctl, finished)
+
+
+@jit(cache=True)
+def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
+           rows, weights, tops, records, met, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """Take jobs until none is left; how many are finished by now.  Reports those given up."""
+    return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine), jobs,
+                       q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, None,
+                       c, s, z, floats, ints, ctl, n)  # fmt: skip
+
+
+@jit(cache=True)
+def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
+                  rows, weights, tops, records, met, spread, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """The same, and how far the groups of features are apart: each block of the map is one.
+
+    `records` has room for them, for each thread.
+    """
+    return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine), jobs,
+                       q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, spread,
+                       c, s, z, floats, ints, ctl, n)  # fmt: skip

@@ -20,7 +20,7 @@ from collections import namedtuple
 import numpy as np
 
 from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
-from favor_np.kernels.favor import begin, clock_of, fold_chunk, map_keys, own_values
+from favor_np.kernels.favor import begin, clock_of, fold_chunk, map_keys, own_values, parameters
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.jobs import claim, enter, leave
@@ -376,9 +376,9 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
 
 
 @jit(cache=True)
-def pull(par, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, ints, ctl, n):
+def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, ints, ctl, n):
     """Take jobs until none is left; how many are finished by now."""
-    me = enter(ctl)
+    par, me = parameters(constants), enter(ctl)
     t = carve(par, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
               c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
     finished = 0
@@ -386,7 +386,7 @@ def pull(par, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, ints, ctl
         job = claim(ctl)
         if job >= n:
             break
-        slot = begin(par, jobs[job], me, c, s, z)
+        slot = begin(par, jobs[job], me, c, s, z, fm.key.shape[2])
         clock, rate = clock_of(clocks, job)
         pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1
