@@ -51,6 +51,7 @@ def main():
     from favor_np import (
         AttentionState,
         FeatureMap,
+        diagnose,
         exact_attention,
         exact_attention_vjp,
         favor_attention,
@@ -63,6 +64,7 @@ def main():
         for front in (False, True):
             # The kernels' own arrays too: workspaces, packed weights, states.
             plan.aligned = lambda shape, dtype, front=front: guarded(shape, dtype, front)
+            plan._spare.kept.clear()
             for q, k, v, mask, out, W in inputs(dtype, front):
                 for kind, antithetic in (("positive", False), ("positive", True), ("elu", False)):
                     fm = FeatureMap.from_projection(W, kind, antithetic=antithetic)
@@ -71,6 +73,9 @@ def main():
                     causal = [x[:, -n:] if not front else x[:, :n] for x in (q, k, v)]
                     favor_attention(*causal, fm, causal=True)
                     favor_attention(*(30 * x for x in causal), fm, causal=True)
+                    if kind == "positive":
+                        diagnose(q, k, v, fm, key_mask=mask)
+                        diagnose(*causal, fm, causal=True)
                     state = AttentionState.zeros(fm, v.shape[-1], (2,), dtype=dtype)
                     state.update(k, v, mask)
                     state.attend(q)

@@ -4,6 +4,7 @@ import naive
 import numpy as np
 import pytest
 from families import draw
+from scipy.special import stdtrit
 
 import favor_np
 from favor_np import FeatureMap, diagnose, favor_attention, feature_map
@@ -82,6 +83,72 @@ def test_output_and_sample_size_are_those_of_the_definition(causal, antithetic):
         shares = fm.query_features(q)[h, i] * fm.key_features(k)[h][sees].sum(0)
         size = shares.sum() ** 2 / np.sum(shares**2)
         assert found.effective_sample_size[h, i] == pytest.approx(size, rel=1e-9)
+
+
+def _by_groups(q, k, v, fm, group, causal):
+    """Standard errors and outputs from the definition, for groups of so many rows of W."""
+    phi_q, phi_k = fm.query_features(q), fm.key_features(k)
+    rows = fm.projection.shape[-2]
+    owner = np.arange(fm.num_features) % rows // group
+    count = owner.max() + 1
+    sees = np.tril(np.ones((len(q), len(k)))) if causal else np.ones((len(q), len(k)))
+    num, den = [], []
+    for g in range(count):
+        weights = sees * (phi_q[:, owner == g] @ phi_k[:, owner == g].T)
+        num.append(weights @ v)
+        den.append(weights.sum(1, keepdims=True))
+    out = sum(num) / sum(den)
+    parts = [(n - d * out) / sum(den) for n, d in zip(num, den, strict=True)]
+    return out, np.sqrt(count / (count - 1) * sum(p**2 for p in parts)), count - 1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dim", "rows"), [(64, 128), (100, 300), (20, 90), (5, 64), (130, 390)])
+def test_blocks_of_any_size_are_the_groups(dim, rows, causal):
+    """A group is one block of the kernel, or several: d = 20 and 100 leave padding in each."""
+    rng = np.random.default_rng(dim)
+    q, k, v = rng.standard_normal((3, 150, dim)) * (1.5 / dim**0.25)
+    v = v[:, :3]
+    fm = feature_map("positive", dim, 2 * rows, rng=0)
+    found = diagnose(q, k, v, fm, causal=causal)
+    group = dim if dim > 16 else 3 * dim
+    out, error, freedom = _by_groups(q, k, v, fm, group, causal)
+    variances = v.var(0)
+    common = variances * np.mean(error**2 / variances, axis=-1, keepdims=True)
+    mixed = (freedom * error**2 + 8 * common) / (freedom + 8)
+    wider = stdtrit(3 * freedom, 0.975) / stdtrit(np.inf, 0.975)
+    assert naive.relative_error(found.output, out) < 1e-12
+    assert np.allclose(found.standard_error, wider * np.sqrt(mixed), rtol=1e-9, atol=1e-14)
+    single = diagnose(*(x.astype(np.float32) for x in (q, k, v)), fm, causal=causal)
+    assert naive.relative_error(single.standard_error, found.standard_error) < 1e-4
+    assert naive.relative_error(single.effective_sample_size, found.effective_sample_size) < 1e-4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_on_any_number_of_threads(causal):
+    """More positions than are folded as one job; values shared by heads, queries by none."""
+    rng = np.random.default_rng(1)
+    q, k = (0.3 * rng.standard_normal((2, 9000, 8)).astype(np.float32) for _ in range(2))
+    v = rng.standard_normal((9000, 4)).astype(np.float32)
+    v *= np.array([1, 10, 0.1, 1], np.float32)
+    fm = feature_map("positive", 8, 64, rng=0)
+    found = []
+    for threads in (1, 2):
+        with favor_np.thread_limit(threads):
+            found.append(diagnose(q, k, v, fm, causal=causal))
+    assert np.array_equal(found[0].output, found[1].output)
+    assert np.array_equal(found[0].standard_error, found[1].standard_error)
+    expected = favor_attention(q, k, v, fm, causal=causal)
+    assert naive.relative_error(found[0].output, expected) < 1e-6
+    last = diagnose(*(x.astype(np.float64)[..., -50:, :] for x in (q,)), k, v, fm)
+    if not causal:
+        assert naive.relative_error(found[0].standard_error[:, -50:], last.standard_error) < 1e-4
+
+
+def test_a_single_row_tells_nothing_of_its_error():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 5, 2))
+    found = diagnose(q, k, v, FeatureMap.from_projection([[0.3, 1.0]]))
+    assert (found.standard_error == np.inf).all()
 
 
 def test_the_error_of_independent_rows_is_that_of_their_groups():
