@@ -21,6 +21,7 @@ from .common import (
     interleave,
     operations,
     ratio,
+    sized,
 )
 
 GEMM = 2 * 1024**3
@@ -79,6 +80,26 @@ class Antithetic:
         return ratio(*interleave(plain, pairs).T)
 
     track_speedup.unit = "times"
+
+
+class ErrorBars:
+    """What `diagnose` takes, attention itself included, over attention: antithetic, one thread."""
+
+    params = (KINDS, ["L=1024 d=64 m=256", "L=8192 d=64 m=256"])
+    param_names = ("kind", "size")
+
+    def track_ratio(self, kind, size):
+        n, causal = sized(size), kind == "causal"
+        arrays, fm = inputs(n["L"]), feature_map()
+
+        def diagnose():
+            with favor_np.thread_limit(1):
+                favor_np.diagnose(*arrays, fm, causal=causal)
+
+        plain = favor(size, kind="antithetic", causal=causal, threads=1)
+        return ratio(*interleave(diagnose, plain).T)
+
+    track_ratio.unit = "times"
 
 
 class ExactRate:
