@@ -361,7 +361,7 @@ class AttentionState:
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
             state_shape=self.batch_shape,
         )  # fmt: skip
-        validation.last_axis("v", call.v, self.value_dim, "the state")
+        validation.last_axis("v", call.v.shape, self.value_dim, "the state")
         offsets = None
         if cu_seqlens is not None:
             rows = max(call.keys, call.q.shape[-2])

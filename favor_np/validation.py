@@ -252,20 +252,11 @@ def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
     return rows
 
 
-def last_axis(name: str, array: Array, length: int, of: str) -> None:
+def last_axis(name: str, shape: Shape, length: int, of: str) -> None:
     """Refuse an array whose last axis is not `length`."""
-    if array.shape[-1] != length:
+    if shape[-1] != length:
         raise ValueError(
-            f"{name} must have shape (..., L, {length}) to fit {of}, got shape {array.shape}"
-        )
-
-
-def same_length(k: Array, v: Array) -> None:
-    """Refuse keys and values of different length."""
-    if k.shape[-2] != v.shape[-2]:
-        raise ValueError(
-            f"v must have one row for each row of k, got {v.shape[-2]} rows (shape {v.shape}) "
-            f"for {k.shape[-2]} (shape {k.shape})"
+            f"{name} must have shape (..., L, {length}) to fit {of}, got shape {shape}"
         )
 
 
@@ -450,44 +441,43 @@ def attention_call(
     """Check what all attention functions take; `dim` and `heads` are those of a feature map."""
     is_causal, is_grouped = flag("causal", causal), flag("enable_gqa", grouped)
     q, k, v = tensor("q", q), tensor("k", k), tensor("v", v)
-    if dim is None:
-        dim = q.shape[-1]
-        if dim == 0:
-            raise ValueError(f"q must have at least one dimension, got shape {q.shape}")
-        of = "q"
-    else:
-        of = "feature_map"
-    last_axis("q", q, dim, of)
-    last_axis("k", k, dim, of)
-    same_length(k, v)
-    if is_causal and q.shape[-2] != k.shape[-2]:
-        raise ValueError(
-            f"causal=True needs as many queries as keys, got {q.shape[-2]} rows of q and "
-            f"{k.shape[-2]} of k"
-        )
     mask = mask_of(key_mask, k.shape[-2])
-    state, out_batch = leading_axes(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-        heads, state_shape, is_grouped,
+    state, out_shape = call_shapes(
+        q.shape, k.shape, v.shape, None if mask is None else mask.shape, dim, heads, state_shape,
+        is_causal, is_grouped,
     )  # fmt: skip
     if flag("check_finite", check_finite):
         finite(q=q, k=k, v=v)
     result, compute = dtypes(q, k, v)
     return AttentionCall(
-        q, k, v, mask, is_causal, is_grouped, thread_count(num_threads), state,
-        (*out_batch, q.shape[-2], v.shape[-1]), result, compute,
+        q, k, v, mask, is_causal, is_grouped, thread_count(num_threads), state, out_shape, result,
+        compute,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def leading_axes(
-    q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
-    grouped: bool,
+def call_shapes(
+    q: Shape, k: Shape, v: Shape, mask: Shape | None, dim: int | None, heads: int | None,
+    state: Shape | None, causal: bool, grouped: bool,
 ) -> tuple[Shape, Shape]:  # fmt: skip
-    """Return the leading axes of keys and values together, and those of the result."""
-    shapes = {"k": k, "v": v}
+    """Check the shapes of a call; the leading axes of keys and values together, and the result's shape."""
+    if dim is None and q[-1] == 0:
+        raise ValueError(f"q must have at least one dimension, got shape {q}")
+    of, dim = ("q", q[-1]) if dim is None else ("feature_map", dim)
+    last_axis("q", q, dim, of)
+    last_axis("k", k, dim, of)
+    if k[-2] != v[-2]:
+        raise ValueError(
+            f"v must have one row for each row of k, got {v[-2]} rows (shape {v}) "
+            f"for {k[-2]} (shape {k})"
+        )
+    if causal and q[-2] != k[-2]:
+        raise ValueError(
+            f"causal=True needs as many queries as keys, got {q[-2]} rows of q and {k[-2]} of k"
+        )
+    shapes = {"k": k[:-2], "v": v[:-2]}
     if mask is not None:
-        shapes["key_mask"] = mask
+        shapes["key_mask"] = mask[:-1]
     if heads is not None:
         shapes["feature_map"] = (heads,)
     if state is not None:
@@ -495,7 +485,8 @@ def leading_axes(
     common = broadcast(**shapes)
     if state is not None and common != state:
         raise ValueError(f"state has batch_shape {state}, but k and v need {common}")
-    return common, grouped_shape(q, common) if grouped else broadcast(q=q, keys=common)
+    batch = grouped_shape(q[:-2], common) if grouped else broadcast(q=q[:-2], keys=common)
+    return common, (*batch, q[-2], v[-1])
 
 
 def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:

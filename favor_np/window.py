@@ -272,7 +272,7 @@ class WindowState:
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
             state_shape=self.batch_shape,
         )  # fmt: skip
-        validation.last_axis("v", call.v, self.value_dim, "the state")
+        validation.last_axis("v", call.v.shape, self.value_dim, "the state")
         if call.keys and math.prod(self.batch_shape):
             self._append(call)
         if not math.prod(call.out_shape):

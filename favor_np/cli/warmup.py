@@ -44,6 +44,7 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
 
     from favor_np import (
         AttentionState,
+        diagnose,
         exact_attention,
         exact_attention_vjp,
         favor_attention,
@@ -61,6 +62,8 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
             ("causal", lambda: favor_attention(x, x, x, fm, causal=True)),
             ("streaming", lambda: state.step(x[0], x[0], x[0])),
             ("gradient", lambda: favor_attention_vjp(x, x, x, fm)[1](x)),
+            ("error bars", lambda: diagnose(x, x, x, fm)),
+            ("error bars, causal", lambda: diagnose(x, x, x, fm, causal=True)),
             ("merge", lambda: state.merge(state.copy())),
             ("exact", lambda: exact_attention(x, x, x)),
             ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
