@@ -63,7 +63,6 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
             ("streaming", lambda: state.step(x[0], x[0], x[0])),
             ("gradient", lambda: favor_attention_vjp(x, x, x, fm)[1](x)),
             ("error bars", lambda: diagnose(x, x, x, fm)),
-            ("error bars, causal", lambda: diagnose(x, x, x, fm, causal=True)),
             ("merge", lambda: state.merge(state.copy())),
             ("exact", lambda: exact_attention(x, x, x)),
             ("exact causal", lambda: exact_attention(x, x, x, causal=True)),

@@ -81,7 +81,7 @@ def test_info(capsys):
 
 def test_warmup(capsys):
     assert main(["warmup", "--float64"]) == 0
-    assert "16 kernel calls ready" in capsys.readouterr().out
+    assert "18 kernel calls ready" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
