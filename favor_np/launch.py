@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from favor_np import plan
 from favor_np.features import FeatureMap
+from favor_np.kernels import bfloat16, exact_vjp
 from favor_np.kernels import exact as exact_kernels
-from favor_np.kernels import exact_vjp
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp
 from favor_np.kernels.jobs import TROUBLE
@@ -133,16 +133,17 @@ def attend(
     weights: tuple[Array, Array] | None = None,
     spread: Spread | None = None,
     group: int | None = None,
+    words: bool = False,
 ) -> None:
     """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it.
 
     With `offsets` every sequence offsets[i]:offsets[i + 1] has a slot of its own.  `weights` receive
     the denominators of the rows as (w, top), w * 2**top, and `spread` how far groups of `group` rows
-    of the projection are apart.
+    of the projection are apart.  With `words` products are in bfloat16.
     """
     layout, constants, jobs, longest, work = plan.schedule(
         feature_map, dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape,
-        causal, grouped, state_shape, group,
+        causal, grouped, state_shape, group, words,
     )  # fmt: skip
     if clock is not None or offsets is not None:
         jobs = _adapted(jobs, layout, offsets, clock, causal)
@@ -151,7 +152,8 @@ def attend(
         return
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               *layout.weights)  # fmt: skip
-    call = _Call(layout, arrays, _result(out, weights), _threads(work * count, threads), spread)
+    call = _Call(layout, arrays, _result(out, weights), _threads(work * count, threads), spread,
+                 words)  # fmt: skip
     if (
         call.threads > 1
         and spread is None
@@ -285,6 +287,7 @@ class _Call(NamedTuple):
     result: tuple[Array, ...]
     threads: int
     spread: Spread | None
+    words: bool
 
     def run(
         self, constants: Array, jobs: plan.Jobs, state: Any,
@@ -299,6 +302,9 @@ class _Call(NamedTuple):
         if self.spread is not None:
             room = plan.aligned((workers, plan.spread_record(layout)), layout.dtype)
             kernel, more = kernels.attend_spread, (room, more[1], self.spread)
+        if self.words:
+            bfloat16.allow()
+            kernel, more = kernels.attend_words, (*more, bfloat16.UNIT)
         args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
                 *self.result, *more, *(state or ()))  # fmt: skip
         space = layout.stateful if state is None else layout.stateless

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np.features import FeatureMap
-from favor_np.kernels import activate, exact_vjp
+from favor_np.kernels import activate, bfloat16, exact_vjp
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp_kernels
@@ -127,11 +127,12 @@ class Layout:
 
 @functools.lru_cache(maxsize=64)
 def layout(
-    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None
-) -> Layout:
+    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None,
+    words: bool = False,
+) -> Layout:  # fmt: skip
     """Return the layout, with the map's weights packed for the kernels.
 
-    With `group` every block has so many rows of W.
+    With `group` every block has so many rows of W; with `words` the weights are for bfloat16.
     """
     size = dtype.itemsize
     heads, rows, dim = feature_map.weight.shape
@@ -169,6 +170,14 @@ def layout(
     query, natural_query = key, natural_key
     if affine:
         query, natural_query = packed_weight(feature_map.query_weight)
+    if words:  # a left factor for queries, a right one for keys
+        step = 2 * bfloat16.STEP
+        depth = ((0, 0), (0, 0), (0, -columns % step))
+        query, key = (
+            bfloat16.words_of(np.pad(natural * np.float32(unit), depth))
+            for natural in (natural_query, natural_key)
+        )
+        key = np.ascontiguousarray(key.swapaxes(1, 2))
     bias = aligned((heads, half), dtype)
     bias[:, places] = feature_map.bias * unit
     factored = factor is not None
@@ -238,6 +247,8 @@ def layout(
         + 3 * signs * half  # sums, scale, token
         + CHUNK * 8 // size  # square
     )
+    if words:
+        floats += _words_workspace(columns, value_columns, width, signs * blocks)
     ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size)
     return Layout(
         dtype=dtype,
@@ -258,6 +269,19 @@ def layout(
         signs=signs,
         width=width,
         record=record,
+    )
+
+
+def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -> int:
+    """Return how many floats the tiles for words take."""
+    step = bfloat16.STEP
+    depth, features = -(-columns // (2 * step)) * step, -(-width // (2 * step)) * step
+    return (
+        2 * CHUNK * depth  # rows, columns
+        + 2 * CHUNK * features  # phi, phi_t
+        + tiles * CHUNK * features  # keys
+        + (CHUNK // 2 + features) * value_columns  # values, state
+        + CHUNK * width  # folded, folded_t
     )
 
 
@@ -468,9 +492,10 @@ class Schedule(NamedTuple):
 def schedule(
     feature_map: FeatureMap, dtype: np.dtype[Any], q: Shape, k: Shape, v: Shape,
     mask: Shape | None, causal: bool, grouped: bool, state: Shape | None, group: int | None = None,
+    words: bool = False,
 ) -> Schedule:  # fmt: skip
     """Return layout and jobs for arrays of these shapes."""
-    of = layout(feature_map, dtype, v[-1], group)
+    of = layout(feature_map, dtype, v[-1], group, words)
     to_do = jobs(
         q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
         grouped, q[-2], k[-2], of.blocks, of.rows, causal,

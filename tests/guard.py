@@ -73,6 +73,10 @@ def main():
                     causal = [x[:, -n:] if not front else x[:, :n] for x in (q, k, v)]
                     favor_attention(*causal, fm, causal=True)
                     favor_attention(*(30 * x for x in causal), fm, causal=True)
+                    if dtype == np.float32:
+                        half = {"precision": "bfloat16"}
+                        favor_attention(q, k, v, fm, key_mask=mask, out=out, **half)
+                        favor_attention(*causal, fm, causal=True, **half)
                     if kind == "positive":
                         diagnose(q, k, v, fm, key_mask=mask)
                         diagnose(*causal, fm, causal=True)

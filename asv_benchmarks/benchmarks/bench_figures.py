@@ -82,6 +82,37 @@ class Antithetic:
     track_speedup.unit = "times"
 
 
+class Bfloat16:
+    """How many times faster products in bfloat16 are, one thread, and the error that they add.
+
+    The error is relative to the estimate's own, both root mean square, with queries and keys of
+    standard deviation 1.
+    """
+
+    params = (KINDS, ["plain", "antithetic"])
+    param_names = ("kind", "map")
+
+    def call(self, kind, signs, precision, std=0.35, length=8192):
+        arrays, fm = inputs(length, std=std), feature_map(antithetic=signs == "antithetic")
+        return lambda: favor_np.favor_attention(
+            *arrays, fm, causal=kind == "causal", precision=precision, num_threads=1
+        )
+
+    def track_speedup(self, kind, signs):
+        calls = (self.call(kind, signs, precision) for precision in ("full", "bfloat16"))
+        return ratio(*interleave(*calls).T)
+
+    def track_added_error(self, kind, signs):
+        full, half = (
+            self.call(kind, signs, precision, 1.0, 1024)() for precision in ("full", "bfloat16")
+        )
+        exact = favor_np.exact_attention(*inputs(1024, std=1.0), causal=kind == "causal")
+        return float(np.std(half - full) / np.std(full - exact))
+
+    track_speedup.unit = "times"
+    track_added_error.unit = "of the estimate's"
+
+
 class ErrorBars:
     """What `diagnose` takes, attention itself included, over attention: antithetic, one thread."""
 

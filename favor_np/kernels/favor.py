@@ -32,20 +32,31 @@ from favor_np.kernels.activate import (
     measure_queries,
     raise_keys,
 )
-from favor_np.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.kernels.gemm import gemm_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
 from favor_np.kernels.pack import (
     CHUNK,
     Map,
     Result,
-    across,
     cut,
     pack_keys,
     pack_queries,
     pack_values,
     soon,
     write_rows,
+)
+from favor_np.kernels.products import (
+    begin_unit,
+    carve_words,
+    end_unit,
+    fold_keys,
+    load_keys,
+    load_queries,
+    project_keys,
+    project_queries,
+    read_keys,
+    read_state,
 )
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
@@ -87,7 +98,7 @@ CONSTANTS = np.dtype(
 Tiles = namedtuple(
     "Tiles",
     "rows columns raw phi values num spare scores keys record height share den part others sums scale token "
-    "square stretched top higher excess",
+    "square stretched top higher excess words",
 )
 
 
@@ -100,7 +111,7 @@ def parameters(constants):
 
 
 @jit()
-def carve(par, floats, ints, d, vcols, width, blocks):
+def carve(par, unit, floats, ints, d, vcols, width, blocks):
     """Cut the tiles from one thread's workspace; ``plan.layout`` says how much they need."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -125,23 +136,22 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     token, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
     stretched, at = cut(floats, at, CHUNK, dcols)
+    words = carve_words(unit, floats, at, d, vcols, width, tiles)
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, record, height[0], share[0], den, part, others,
-                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess)  # fmt: skip
+                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, words)  # fmt: skip
 
 
 @jit()
-def fold_chunk(par, keys, values, count, s, z, slot, sums):
+def fold_chunk(par, words, keys, values, count, s, z, slot, sums):
     """S += phi_k.T V and z += sum phi_k."""
     width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
     for t in range(keys.shape[0]):
         r0 = t % par.signs * half + t // par.signs * width
-        gemm_t(
-            keys[t], values, s[slot, r0 : r0 + width], 0, width, 0, values.shape[1], 0, count, True
-        )
+        fold_keys(words, keys[t], values, count, s[slot, r0 : r0 + width])
     for r in range(z.shape[1]):
         z[slot, r] += sums[0, r]
 
@@ -181,15 +191,15 @@ def read_chunk(
     lanes = VECTOR_BYTES // q.itemsize
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
-    d, vcols = q.shape[1], values.shape[1]
+    d = q.shape[1]
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
     pack_queries(par, q, row, 1, count, fm, w, t)
-    across(t.rows, t.columns)
+    load_queries(t.words, t)
     first = True
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
-        project_t(fm.query[w + b], t.columns, t.raw, width, cols, d)
+        project_queries(t.words, t, fm.query[w + b], cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -207,13 +217,9 @@ def read_chunk(
                 )
             for i in range(cols):
                 t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
-            gemm_t(t.phi, s[slot, r0 : r0 + width], t.num, 0, rows, 0, vcols, 0, width, not first)
+            read_state(t.words, t, s[slot, r0 : r0 + width], rows, not first)
             if par.causal:
-                phi_k = keys[b * par.signs + side]
-                for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
-                    end = min(i + 2 * lanes, cols)
-                    last = min(-(-end // 8) * 8, rows)
-                    gemm(phi_k, t.phi, t.scores, 0, last, i, end, 0, width, not first)
+                read_keys(t.words, t, b * par.signs + side, rows, cols, not first)
             if spread is not None:
                 count_shares(
                     par, count, first, keys[b * par.signs + side], t.phi, z, slot, r0, groups
@@ -343,10 +349,8 @@ def map_keys(par, count, d, lift, weight, bias, w, c, s, z, slot, t):
     half = blocks * width
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
-    across(t.rows, t.columns)
     for attempt in range(2):
-        for b in range(blocks):
-            project_t(t.columns, weight[w + b], t.keys[b * par.signs], rows, width, d)
+        project_keys(t.words, t, weight, w, blocks, par.signs, rows, d)
         if attempt == 1 or fresh:
             accepted = raise_keys(
                 par, rows, count, t.keys, t.height, lift, bias, w, c, s, z, slot, t.excess, t.scale
@@ -400,7 +404,8 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
     """
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
     w, queries_count, features, sets = job[4], job[6], job[7], job[8]
-    if spread is None and par.causal and keys_count == 1 and mask_row < 0 and q_rows.size == 1:
+    chunks = keys_count > 1 or mask_row >= 0 or q_rows.size != 1
+    if par.causal and not chunks and spread is None and t.words is None:
         step_token(par, q, q_rows[0], k, k_row, v, v_row, fm, w, features, clock, c, s, z,
                    slot, out, out_rows[0], t)  # fmt: skip
         return True
@@ -417,13 +422,14 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
         if par.partial and taken < count:  # other jobs, with other features, do not know of it
             return False
         clean = pack_values(v, v_row + start, 1, taken, t.values, mask, m_row)
+        load_keys(t.words, par, t, -(-count // 8) * 8, clean)
         if par.causal:
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)
                 read_chunk(par, q, q_rows[g] + start, taken, fm, w, features, sets, c, s, z,
                            slot, t.keys, t.values, clean, out, out_rows[g] + start,
                            records, met, start // CHUNK, spread, batch, groups, t)  # fmt: skip
-        fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
+        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
         for g in range(q_rows.size):
@@ -439,13 +445,14 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
 
 @jit()
 def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, records, met, spread,
-                c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """What both kernels do; `spread` is None or a Spread, which one is known to the compiler."""
+                unit, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """What all the kernels do; which of `spread` and `unit` are None is known to the compiler."""
     me = enter(ctl)
     width = fm.key.shape[2]
     blocks = c.shape[1] // (width * par.signs)
-    t = carve(par, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
+    t = carve(par, unit, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
     groups = carve_groups(spread, records, me, blocks, s.shape[2], width)
+    begin_unit(unit)
     finished = 0
     while True:
         job = claim(ctl)
@@ -458,6 +465,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, rec
                           t):  # fmt: skip
             report(ctl)
         finished += 1
+    end_unit(unit)
     return leave(ctl, finished)
 
 
@@ -467,7 +475,7 @@ def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out
     """Take jobs until none is left; how many are finished by now.  Reports those given up."""
     return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine), jobs,
                        q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, None,
-                       c, s, z, floats, ints, ctl, n)  # fmt: skip
+                       None, c, s, z, floats, ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
@@ -479,4 +487,13 @@ def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_ro
     """
     return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine), jobs,
                        q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, spread,
-                       c, s, z, floats, ints, ctl, n)  # fmt: skip
+                       None, c, s, z, floats, ints, ctl, n)  # fmt: skip
+
+
+@jit(cache=True)
+def attend_words(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
+                 rows, weights, tops, records, met, unit, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """The same as `attend`, its products in bfloat16: `query` and `key` are words."""
+    return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine), jobs,
+                       q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, None,
+                       unit, c, s, z, floats, ints, ctl, n)  # fmt: skip

@@ -56,7 +56,7 @@ Natural = namedtuple("Natural", "query key hessian linear")
 Tiles = namedtuple(
     "Tiles",
     "rows columns raws phi slope back error values other turned num spare scores pair keys grad "
-    "height share extra factor total sums scale square stretched top excess",
+    "height share extra factor total sums scale square stretched top excess words",
 )
 
 
@@ -96,7 +96,7 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raws, phi, slope, back, error, values, other, turned, num, spare,
                  scores, pair, keys, grad, height[0], share[0], extra, by, total, sums, scale,
-                 square[0].view(np.float64), stretched, top, excess)  # fmt: skip
+                 square[0].view(np.float64), stretched, top, excess, None)  # fmt: skip
 
 
 @jit()
@@ -368,7 +368,7 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
         if par.causal:
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
                        natural, c, s, z, slot, to, t)  # fmt: skip
-        fold_chunk(par, t.keys, t.values, taken, s, z, slot, t.sums)
+        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums)
         done += taken
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
+from favor_np.kernels.bfloat16 import round_rows
 from favor_np.kernels.gemm import project_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.simd import VECTOR_BYTES, prefetch, transpose, view
@@ -121,6 +122,7 @@ def heights(par, fm, w, count, d, t):
     """
     if par.affine:
         center(t.rows, count, fm.affine[w, KEY_CENTER], t.square)
+    round_rows(t.words, t.rows, count, t.square)
     if par.factored:
         across(t.rows, t.columns)
         rows, cols = -(-count // 8) * 8, t.stretched.shape[1]

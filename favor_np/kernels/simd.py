@@ -112,7 +112,8 @@ def _leading(builder: Any, array: Any, width: int) -> Any:
     return builder.sdiv(builder.extract_value(array.strides, 0), size)
 
 
-def _address(context: Any, builder: Any, array_type: Any, value: Any, i: Any, j: Any) -> Any:
+def address(context: Any, builder: Any, array_type: Any, value: Any, i: Any, j: Any) -> Any:
+    """Return the pointer to ``value[i, j]``, in code that an intrinsic generates."""
     array = make_array(array_type)(context, builder, value)
     offset = builder.add(builder.mul(i, _leading(builder, array, array_type.dtype.bitwidth)), j)
     return builder.gep(array.data, [offset])
@@ -130,7 +131,7 @@ def load(typingctx, array, i, j):
     vector = Vector(array.dtype)
 
     def codegen(context, builder, signature, args):
-        pointer = _address(context, builder, array, args[0], args[1], args[2])
+        pointer = address(context, builder, array, args[0], args[1], args[2])
         return _load(builder, pointer, vector.ir, array.dtype.bitwidth)
 
     return vector(array, types.intp, types.intp), codegen
@@ -141,7 +142,7 @@ def store(typingctx, array, i, j, value):
     """``array[i, j:j + lanes] = value``."""
 
     def codegen(context, builder, signature, args):
-        pointer = _address(context, builder, array, args[0], args[1], args[2])
+        pointer = address(context, builder, array, args[0], args[1], args[2])
         where = builder.bitcast(pointer, value.ir.as_pointer())
         builder.store(args[3], where).align = array.dtype.bitwidth // 8
         return context.get_dummy_value()
@@ -324,7 +325,7 @@ def transpose(typingctx, source, i, j, target):
         rows = [
             _load(
                 builder,
-                _address(context, builder, source, args[0], step(args[1], r), args[2]),
+                address(context, builder, source, args[0], step(args[1], r), args[2]),
                 vector.ir,
                 source.dtype.bitwidth,
             )
@@ -345,7 +346,7 @@ def transpose(typingctx, source, i, j, target):
                 for mask in (low, high)
             ]
         for r in range(lanes):
-            pointer = _address(context, builder, target, args[3], step(args[2], r), args[1])
+            pointer = address(context, builder, target, args[3], step(args[2], r), args[1])
             where = builder.bitcast(pointer, vector.ir.as_pointer())
             builder.store(rows[r], where).align = source.dtype.bitwidth // 8
         return context.get_dummy_value()
@@ -506,7 +507,7 @@ def prefetch(typingctx, array, i, j):
             ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]),
             "llvm.prefetch.p0",
         )
-        pointer = _address(context, builder, array, args[0], args[1], args[2])
+        pointer = address(context, builder, array, args[0], args[1], args[2])
         flags = [ir.Constant(i32, n) for n in (0, 2, 1)]  # to read, into the second level, data
         builder.call(function, [builder.bitcast(pointer, byte), *flags])
         return context.get_dummy_value()

@@ -1,0 +1,309 @@
+"""Matrix products of bfloat16 numbers with sums in float32: on the matrix unit (AMX) where there is one.
+
+Matrices of bfloat16 are held as words: two numbers that follow each other along the axis that is
+summed over share the 32 bits of one float32, whose own value means nothing.  So a left factor is
+(rows, words), a right one (words, columns), and either turns into the other as any matrix of float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+from favor_np.kernels.jit import jit
+from favor_np.kernels.simd import (
+    ISA,
+    VECTOR_BYTES,
+    address,
+    fma,
+    load,
+    splat,
+    store,
+    transpose,
+)
+
+_BYTE, _I64 = ir.IntType(8), ir.IntType(64)
+
+
+def _has_matrix_unit() -> bool:
+    """Whether code is compiled for this very processor, and it has AMX."""
+    named = numba.config.CPU_NAME not in (None, "", "host")
+    features = llvmlite.binding.get_host_cpu_features()
+    known = sys.platform == "linux" and platform.machine() == "x86_64" and ISA == "avx512"
+    return bool(known and not named and features.get("amx-tile") and features.get("amx-bf16"))
+
+
+AMX = _has_matrix_unit()
+
+
+@functools.cache
+def allow() -> None:
+    """Ask the system for the matrix unit: a process may only use it, its children too, after that."""
+    if not AMX:
+        return
+    arch_prctl, request, tile_data = 158, 0x1023, 18
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(arch_prctl, request, tile_data):
+        reason = os.strerror(ctypes.get_errno())
+        raise RuntimeError(f"the system does not let this process use the matrix unit: {reason}")
+
+
+#: Words that the matrix unit sums over at a time; the buffers of words are padded to it with zeros.
+STEP = 16
+#: What a kernel is handed to know that it computes in bfloat16: the shapes of the tiles, 16 rows of 64
+#: bytes each.  The type differs where there is no matrix unit, and so does the name of cached code.
+UNIT = np.zeros(64, np.uint8 if AMX else np.int8)
+UNIT[0] = 1
+UNIT[16:32:2] = 64
+UNIT[48:56] = 16
+
+
+def _amx(builder: Any, name: str, *args: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
+    builder.call(function, args)
+
+
+@intrinsic
+def configure(typingctx, unit):
+    """Make the tiles of this thread ready."""
+
+    def codegen(context, builder, signature, args):
+        data = make_array(unit)(context, builder, args[0]).data
+        _amx(builder, "ldtilecfg", builder.bitcast(data, _BYTE.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(unit), codegen
+
+
+@intrinsic
+def release(typingctx):
+    """Give the tiles back: a thread that holds some costs more to switch to."""
+
+    def codegen(context, builder, signature, args):
+        _amx(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _block(rows: int, cols: int) -> Callable[..., Any]:
+    """Make ``c[i:, j:] (+)= a[i:, :words] @ b[:words, j:]`` for rows x cols tiles of 16 x 16."""
+
+    @intrinsic
+    def block(typingctx, a, i, b, j, c, words, add):
+        signature = types.void(a, types.intp, b, types.intp, c, types.intp, types.boolean)
+
+        def codegen(context, builder, signature, args):
+            a_value, i0, b_value, j0, c_value, last, accumulate = args
+
+            def after(start: Any, tiles: int) -> Any:
+                return builder.add(start, ir.Constant(_I64, 16 * tiles))
+
+            def move(name: str, tile: int, kind: Any, value: Any, y: Any, x: Any) -> None:
+                pointer = address(context, builder, kind, value, y, x)
+                array = make_array(kind)(context, builder, value)
+                stride = builder.extract_value(array.strides, 0)
+                pointer = builder.bitcast(pointer, _BYTE.as_pointer())
+                _amx(builder, name, ir.Constant(_BYTE, tile), pointer, stride)
+
+            sums = [(y * cols + x, after(i0, y), after(j0, x))
+                    for y in range(rows) for x in range(cols)]  # fmt: skip
+            with builder.if_else(accumulate) as (then, otherwise):
+                with then:
+                    for tile, y, x in sums:
+                        move("tileloadd64", tile, c, c_value, y, x)
+                with otherwise:
+                    for tile, _, _ in sums:
+                        _amx(builder, "tilezero", ir.Constant(_BYTE, tile))
+            steps = cgutils.for_range_slice(
+                builder, ir.Constant(_I64, 0), last, ir.Constant(_I64, STEP), _I64
+            )
+            with steps as (k, _):
+                for y in range(rows):
+                    move("tileloadd64", 4 + y, a, a_value, after(i0, y), k)
+                for x in range(cols):
+                    move("tileloadd64", 6 + x, b, b_value, k, after(j0, x))
+                for tile, _, _ in sums:
+                    factors = (tile, 4 + tile // cols, 6 + tile % cols)
+                    _amx(builder, "tdpbf16ps", *(ir.Constant(_BYTE, t) for t in factors))
+            for tile, y, x in sums:
+                move("tilestored64", tile, c, c_value, y, x)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return block  # type: ignore[no-any-return]  # intrinsic has no types
+
+
+_four, _across, _down, _one = _block(2, 2), _block(1, 2), _block(2, 1), _block(1, 1)
+
+
+def _bits(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of vectors of float32 that works on their bits."""
+
+    def codegen(context, builder, signature, args):
+        vector = signature.args[0]
+        words = [builder.bitcast(x, vector.integer.ir) for x in args]
+        return builder.bitcast(operation(builder, vector.integer, *words), vector.ir)
+
+    return codegen
+
+
+def _nearest(builder: Any, integer: Any, x: Any) -> Any:
+    """The bits with those of the nearest bfloat16, ties away from zero, in the upper half."""
+    return builder.add(x, integer.constant(0x8000))
+
+
+def _upper(builder: Any, integer: Any, x: Any) -> Any:
+    return builder.and_(x, integer.constant(-0x10000))
+
+
+@intrinsic
+def rounded(typingctx, a):
+    """Each lane rounded to bfloat16."""
+    operation = _bits(lambda builder, integer, x: _upper(builder, integer, _nearest(builder, integer, x)))  # fmt: skip
+    return a(a), operation
+
+
+@intrinsic
+def pair(typingctx, a, b):
+    """The words of two vectors, rounded to bfloat16; a comes first."""
+
+    def operation(builder: Any, integer: Any, first: Any, second: Any) -> Any:
+        low = builder.lshr(_nearest(builder, integer, first), integer.constant(16))
+        return builder.or_(low, _upper(builder, integer, _nearest(builder, integer, second)))
+
+    return a(a, a), _bits(operation)
+
+
+@intrinsic
+def first_of(typingctx, words):
+    """The first number of each word."""
+    return words(words), _bits(lambda builder, integer, x: builder.shl(x, integer.constant(16)))
+
+
+@intrinsic
+def second_of(typingctx, words):
+    """The second number of each word."""
+    return words(words), _bits(_upper)
+
+
+def _every_other(start: int) -> Callable[..., Any]:
+    @intrinsic
+    def every_other(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            lanes = range(start, 2 * a.lanes, 2)
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), a.lanes), list(lanes))
+            return builder.shuffle_vector(*args, mask)
+
+        return a(a, a), codegen
+
+    return every_other  # type: ignore[no-any-return]  # intrinsic has no types
+
+
+_even, _odd = _every_other(0), _every_other(1)
+
+
+@jit()
+def words_down(source, rows, cols, target):
+    """target[k, x] = the word of source[2 k, x] and source[2 k + 1, x]."""
+    lanes = VECTOR_BYTES // source.itemsize
+    for k in range(rows // 2):
+        for x in range(0, cols, lanes):
+            store(target, k, x, pair(load(source, 2 * k, x), load(source, 2 * k + 1, x)))
+
+
+@jit()
+def words_along(source, rows, cols, target):
+    """target[i, k] = the word of source[i, 2 k] and source[i, 2 k + 1]; cols in whole vectors."""
+    lanes = VECTOR_BYTES // source.itemsize
+    for i in range(rows):
+        for x in range(0, cols, 2 * lanes):
+            a, b = load(source, i, x), splat(source, 0)
+            if x + lanes < cols:
+                b = load(source, i, x + lanes)
+            store(target, i, x // 2, pair(_even(a, b), _odd(a, b)))
+
+
+@jit()
+def turn_words(source, rows, cols, target):
+    """target[j, i] = source[i, j]: a left factor from a right one, or the other way."""
+    lanes = VECTOR_BYTES // source.itemsize
+    for i in range(0, rows, lanes):
+        for j in range(0, cols, lanes):
+            transpose(source, i, j, target)
+
+
+@jit()
+def _plain(a, b, c, rows, cols, words, add):
+    """The product where there is no matrix unit: right, and slower than one of float32."""
+    lanes = VECTOR_BYTES // c.itemsize
+    for i in range(rows):
+        for j in range(0, cols, lanes):
+            total = load(c, i, j) if add else splat(c, 0)
+            for k in range(words):
+                left, right = splat(c, a[i, k]), load(b, k, j)
+                total = fma(first_of(left), first_of(right), total)
+                total = fma(second_of(left), second_of(right), total)
+            store(c, i, j, total)
+
+
+@jit()
+def gemm_words(a, b, c, rows, cols, words, add):
+    """``c (+)= a @ b``; rows and cols in sixteens for the matrix unit, words in its steps."""
+    if AMX:
+        for j in range(0, cols - 16, 32):
+            for i in range(0, rows - 16, 32):
+                _four(a, i, b, j, c, words, add)
+            if rows % 32 > 0:
+                _across(a, rows - 16, b, j, c, words, add)
+        if cols % 32 > 0:
+            for i in range(0, rows - 16, 32):
+                _down(a, i, b, cols - 16, c, words, add)
+            if rows % 32 > 0:
+                _one(a, rows - 16, b, cols - 16, c, words, add)
+    else:
+        _plain(a, b, c, rows, cols, words, add)
+
+
+def words_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the words along the last axis, whose length is even: outside kernels."""
+    bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)
+    bits = bits + np.uint32(0x8000)
+    words = (bits[..., 0::2] >> 16) | (bits[..., 1::2] & np.uint32(0xFFFF0000))
+    return np.asarray(words.view(np.float32))
+
+
+@jit()
+def round_rows(words, rows, count, squares):
+    """If `words` are what is computed with: round packed rows as these will be, and square them anew.
+
+    So the height of a key is that of the vector whose product with a query is estimated.
+    """
+    if words is None:
+        return
+    lanes = VECTOR_BYTES // rows.itemsize
+    for i in range(count):
+        if squares[i] < math.inf:
+            total = 0.0
+            for x in range(0, rows.shape[1], lanes):
+                store(rows, i, x, rounded(load(rows, i, x)))
+            for x in range(rows.shape[1]):
+                total += float(rows[i, x]) * float(rows[i, x])
+            squares[i] = total

@@ -1,0 +1,160 @@
+"""The matrix products of a chunk: in the arrays' precision or, with tiles for words, in bfloat16.
+
+Whether `words` is None the compiler knows.  If it is not, the map's weights are words, and what else a
+product needs in words is made of the tiles of float32 as it is due; all else in a kernel is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+from favor_np.kernels.bfloat16 import (
+    AMX,
+    STEP,
+    configure,
+    gemm_words,
+    release,
+    turn_words,
+    words_along,
+    words_down,
+)
+from favor_np.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.kernels.jit import jit
+from favor_np.kernels.pack import CHUNK, across, cut
+from favor_np.kernels.simd import VECTOR_BYTES
+
+#: Tiles of words: packed rows and features, each as left and as right factor, and the right factors
+#: values and state; key features as they are summed over features (`keys`) and positions (`folded`).
+Words = namedtuple("Words", "rows columns phi phi_t keys values state folded folded_t")
+
+
+@jit()
+def carve_words(unit, floats, at, d, vcols, width, tiles):
+    """Cut the tiles for words; ``plan.words_workspace`` says how much they need."""
+    if unit is None:
+        return None
+    depth, features = -(-d // (2 * STEP)) * STEP, -(-width // (2 * STEP)) * STEP
+    rows, at = cut(floats, at, CHUNK, depth)
+    columns, at = cut(floats, at, depth, CHUNK)
+    phi, at = cut(floats, at, features, CHUNK)
+    phi_t, at = cut(floats, at, CHUNK, features)
+    keys, at = cut(floats, at, tiles * CHUNK, features)
+    values, at = cut(floats, at, CHUNK // 2, vcols)
+    state, at = cut(floats, at, features, vcols)
+    folded, at = cut(floats, at, CHUNK // 2, width)
+    folded_t, at = cut(floats, at, width, CHUNK // 2)
+    for padded in (rows, phi, keys, state):  # what is not written to, and another call may have
+        padded[:] = 0
+    return Words(rows, columns, phi, phi_t, keys, values, state, folded, folded_t)
+
+
+@jit()
+def begin_unit(unit):
+    """Make the matrix unit ready, where it is used."""
+    if unit is None:
+        return
+    if AMX:
+        configure(unit)
+
+
+@jit()
+def end_unit(unit):
+    """Leave it as it was."""
+    if unit is None:
+        return
+    if AMX:
+        release()
+
+
+@jit()
+def project_keys(words, t, weight, w, blocks, signs, rows, d):
+    """The projections (C, F) of the packed keys, block by block."""
+    width = t.keys.shape[2]
+    if words is None:
+        across(t.rows, t.columns)
+        for b in range(blocks):
+            project_t(t.columns, weight[w + b], t.keys[b * signs], rows, width, d)
+    else:
+        words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+        for b in range(blocks):
+            gemm_words(words.rows, weight[w + b], t.keys[b * signs], CHUNK, width,
+                       words.rows.shape[1], False)  # fmt: skip
+
+
+@jit()
+def load_queries(words, t):
+    """Turn the packed queries for `project_queries`."""
+    if words is None:
+        across(t.rows, t.columns)
+    else:
+        words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+        turn_words(words.rows, CHUNK, words.rows.shape[1], words.columns)
+
+
+@jit()
+def project_queries(words, t, weight, cols, d):
+    """The projections (F, C) of the packed queries, of one block of the map."""
+    width = t.raw.shape[0]
+    if words is None:
+        project_t(weight, t.columns, t.raw, width, cols, d)
+    else:
+        gemm_words(weight, words.columns, t.raw, width, CHUNK, words.columns.shape[0], False)
+
+
+@jit()
+def load_keys(words, par, t, rows, clean):
+    """Prepare values and features of a chunk of keys for the products below."""
+    if words is None:
+        return
+    if not clean:  # rounding is made for one NaN only: others might turn into numbers
+        for j in range(CHUNK):
+            for x in range(t.values.shape[1]):
+                if math.isnan(t.values[j, x]):
+                    t.values[j, x] = math.nan
+    words_down(t.values, CHUNK, t.values.shape[1], words.values)
+    for tile in range(t.keys.shape[0]):
+        t.keys[tile, rows:] = 0  # of other chunks: with values of zero not even NaN may count
+        if par.causal:
+            at = tile * CHUNK
+            words_along(t.keys[tile], CHUNK, t.keys.shape[2], words.keys[at : at + CHUNK])
+
+
+@jit()
+def read_state(words, t, s, rows, add):
+    """num (C, dv) (+)= phi_q.T S for one tile of features, s being its rows."""
+    width, vcols = s.shape
+    if words is None:
+        gemm_t(t.phi, s, t.num, 0, rows, 0, vcols, 0, width, add)
+    else:
+        words_down(t.phi, width, CHUNK, words.phi)
+        turn_words(words.phi, words.phi.shape[0], CHUNK, words.phi_t)
+        words_down(s, width, vcols, words.state)
+        gemm_words(words.phi_t, words.state, t.num, CHUNK, vcols, words.state.shape[0], add)
+
+
+@jit()
+def read_keys(words, t, tile, rows, cols, add):
+    """scores[j, i] (+)= phi_k[j] . phi_q[i], j <= i at least; after `read_state`."""
+    width = t.phi.shape[0]
+    if words is None:
+        lanes = VECTOR_BYTES // t.phi.itemsize
+        for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
+            end = min(i + 2 * lanes, cols)
+            last = min(-(-end // 8) * 8, rows)
+            gemm(t.keys[tile], t.phi, t.scores, 0, last, i, end, 0, width, add)
+    else:
+        keys = words.keys[tile * CHUNK : (tile + 1) * CHUNK]
+        gemm_words(keys, words.phi, t.scores, CHUNK, CHUNK, words.phi.shape[0], add)
+
+
+@jit()
+def fold_keys(words, keys, values, count, s):
+    """S += phi_k.T V for one tile of features, s being its rows."""
+    width, vcols = s.shape
+    if words is None:
+        gemm_t(keys, values, s, 0, width, 0, vcols, 0, count, True)
+    else:
+        words_down(keys, CHUNK, width, words.folded)
+        turn_words(words.folded, CHUNK // 2, width, words.folded_t)
+        gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, True)

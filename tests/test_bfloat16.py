@@ -1,0 +1,198 @@
+"""precision="bfloat16": the error it adds is small beside the estimate's own, all else is as ever."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import favor_np
+from favor_np import AttentionState, FeatureMap, exact_attention, favor_attention, feature_map
+
+#: Of the root mean square: 2**-9 a number, over some hundred of them.
+TOLERANCE = 6e-3
+
+
+def arrays(shape, dim, width, seed=0, std=0.5):
+    rng = np.random.default_rng(seed)
+    q, k = (std * rng.standard_normal((*shape, dim)).astype(np.float32) for _ in range(2))
+    return q, k, rng.standard_normal((*shape, width)).astype(np.float32)
+
+
+def apart(got, expected):
+    """The error's root mean square over that of what is expected."""
+    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+
+
+def both(q, k, v, fm, **options):
+    """The result in full precision and the one in bfloat16, from the same float32 inputs."""
+    full = favor_attention(q, k, v, fm, **options)
+    return full, favor_attention(q, k, v, fm, precision="bfloat16", **options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200, 2100])
+@pytest.mark.parametrize(
+    ("dim", "width", "rows"), [(64, 64, 128), (7, 3, 40), (40, 17, 70), (1, 1, 16)]
+)
+def test_any_size(causal, antithetic, length, dim, width, rows):
+    """Odd sizes cost padding only, whatever was in the workspace before."""
+    fm = feature_map("positive", dim, rows * (2 if antithetic else 1), antithetic=antithetic, rng=0)
+    favor_attention(*(1e30 * np.ones((3, 80, dim), np.float32)), fm, precision="bfloat16")
+    q, k, v = arrays((2, length), dim, width)
+    full, half = both(q, k, v, fm, causal=causal)
+    assert half.dtype == np.float32
+    assert apart(half, full) < TOLERANCE
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_added_error_is_below_a_tenth_of_the_estimates_own(causal):
+    q, k, v = arrays((4, 1024), 64, 64, std=1.0)
+    exact = exact_attention(q, k, v, causal=causal)
+    for features in (64, 256, 1024):
+        fm = feature_map("positive", 64, features, rng=0)
+        full, half = both(q, k, v, fm, causal=causal)
+        assert np.std(half - full) < 0.1 * np.std(full - exact)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True, "decay": 0.9},
+        {"causal": True, "cu_seqlens": [0, 5, 5, 130, 300]},
+        {"cu_seqlens": [0, 5, 5, 130, 300]},
+        {"key_mask": np.arange(300) % 3 > 0},
+        {"key_mask": np.arange(300) % 3 > 0, "causal": True},
+        {"causal": True, "num_threads": 2},
+    ],
+    ids=["decay", "packed", "packed full", "mask", "mask causal", "threads"],
+)
+@pytest.mark.parametrize("kind", ["positive", "relu", "elu", "calibrated", "heads"])
+def test_with_everything_else(options, kind):
+    q, k, v = arrays((3, 300), 24, 20, seed=1)
+    if kind == "calibrated":
+        fm = feature_map("positive", 24, 128, rng=0).calibrate(q, k, "aderf+sderf")
+    elif kind == "heads":
+        W = np.stack([feature_map("positive", 24, 48, rng=h).projection for h in range(3)])
+        fm = FeatureMap.from_projection(W)
+    else:
+        fm = feature_map(kind, 24, 96, rng=0)
+    full, half = both(q, k, v, fm, **options)
+    assert apart(half, full) < TOLERANCE
+
+
+def test_heads_that_share_keys():
+    q, k, v = arrays((8, 150), 32, 32)
+    fm = feature_map("positive", 32, 128, rng=0)
+    for causal in (False, True):
+        full, half = both(q, k[:2], v[:2], fm, causal=causal, enable_gqa=True)
+        assert apart(half, full) < TOLERANCE
+
+
+def test_16_bits_in_16_bits_out():
+    q, k, v = (x.astype(np.float16) for x in arrays((100,), 16, 16))
+    fm = feature_map("positive", 16, 64, rng=0)
+    full, half = both(q, k, v, fm)
+    assert half.dtype == np.float16
+    assert apart(half, full) < TOLERANCE
+
+
+def test_a_state_goes_on_in_either_precision():
+    q, k, v = arrays((2, 500), 24, 16)
+    fm = feature_map("positive", 24, 96, rng=0)
+    whole = favor_attention(q, k, v, fm, causal=True)
+    for first, second in (("bfloat16", "full"), ("full", "bfloat16")):
+        state = None
+        for rows, precision in ((slice(0, 230), first), (slice(230, 500), second)):
+            out, state = favor_attention(
+                q[:, rows], k[:, rows], v[:, rows], fm, causal=True, state=state,
+                return_state=True, precision=precision,
+            )  # fmt: skip
+        assert apart(out, whole[:, 230:]) < TOLERANCE
+        assert isinstance(state, AttentionState)
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_no_bit_depends_on_later_tokens_or_on_threads(length):
+    q, k, v = arrays((length,), 32, 32, std=1.0)
+    fm = feature_map("positive", 32, 256, rng=0)
+    options = {"causal": True, "precision": "bfloat16"}
+    out = favor_attention(q, k, v, fm, num_threads=1, **options)
+    assert np.array_equal(out, favor_attention(q, k, v, fm, num_threads=2, **options))
+    later = length - 37
+    for change in (20.0, np.nan, np.inf):
+        q2, k2, v2 = q.copy(), k.copy(), v.copy()
+        q2[later:], k2[later:], v2[later:] = -q[later:], change * k[later:], change
+        changed = favor_attention(q2, k2, v2, fm, **options)
+        assert np.array_equal(changed[:later], out[:later])
+        assert not np.array_equal(changed[later:], out[later:])
+    again = favor_attention(q, k, v, fm, num_threads=1, **options)
+    assert np.array_equal(again, out)  # whatever those calls have left in the workspace
+
+
+def test_nan_of_any_bits_stays_nan():
+    q, k, v = arrays((200,), 16, 16)
+    v[100] = np.array([0x7FFFFFFF], np.uint32).view(np.float32)
+    fm = feature_map("positive", 16, 64, rng=0)
+    out = favor_attention(q, k, v, fm, causal=True, precision="bfloat16")
+    assert np.isfinite(out[:100]).all()
+    assert np.isnan(out[100:]).all()
+
+
+def test_large_norms_and_drift():
+    """Exponents are those of float32: log-features hundreds of nats apart are no matter."""
+    q, k, v = arrays((2, 600), 16, 16)
+    k += np.linspace(-30, 30, 600, dtype=np.float32)[:, None]
+    fm = feature_map("positive", 16, 64, rng=0)
+    for causal in (False, True):
+        half = favor_attention(q, k, v, fm, causal=causal, precision="bfloat16")
+        assert np.isfinite(half).all()
+        assert abs(half).max() <= 1.01 * abs(v).max()
+
+
+CODE = """
+import sys, numpy as np, favor_np
+from favor_np.kernels import bfloat16
+rng = np.random.default_rng(0)
+q, k, v = 0.5 * rng.standard_normal((3, 2, 300, 40)).astype(np.float32)
+fm = favor_np.feature_map("positive", 40, 192, rng=0)
+out = [favor_np.favor_attention(q, k, v, fm, causal=c, precision="bfloat16") for c in (False, True)]
+np.save(sys.argv[1], out)
+print(bfloat16.AMX)
+"""
+
+
+def test_without_a_matrix_unit_it_is_the_same(tmp_path):
+    """Sums in another order: now and then a number of 8 bits is rounded the other way."""
+    found = {}
+    for name in ("host", "haswell"):
+        environ = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""}
+        if name == "host":
+            environ = dict(os.environ)
+        path = tmp_path / f"{name}.npy"
+        run = subprocess.run(
+            [sys.executable, "-c", CODE, str(path)], env=environ, capture_output=True, text=True,
+            check=True, cwd=Path(favor_np.__file__).parents[1],
+        )  # fmt: skip
+        found[name] = np.load(path)
+    assert run.stdout.strip() == "False"
+    assert apart(found["haswell"], found["host"]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"precision": "float16"}, ValueError, "precision must be one of 'full', 'bfloat16'"),
+        ({"precision": 16}, TypeError, "precision must be one of"),
+        ({"q": np.ones((5, 8))}, ValueError, "needs arrays of at most 32 bits"),
+        ({"window": 3, "causal": True}, ValueError, "cannot be used with window"),
+    ],
+)
+def test_errors(change, error, message):
+    q, k, v = arrays((5,), 8, 8)
+    good = {"q": q, "k": k, "v": v, "precision": "bfloat16"}
+    with pytest.raises(error, match=message):
+        favor_attention(feature_map=feature_map("positive", 8, 16), **(good | change))
