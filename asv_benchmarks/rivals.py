@@ -63,11 +63,11 @@ class Case:
             token = 30 * DIM * FEATURES + 4 * 64 * (FEATURES + DIM)
         return HEADS * self.length * token
 
-    def favor(self, projection, antithetic):
+    def favor(self, projection, antithetic, precision="full"):
         fm = favor_np.FeatureMap.from_projection(projection, antithetic=antithetic)
         q, k, v = self.arrays
         return lambda: favor_np.favor_attention(
-            q, k, v, fm, causal=self.causal, num_threads=self.threads
+            q, k, v, fm, causal=self.causal, precision=precision, num_threads=self.threads
         )
 
     @functools.cached_property
