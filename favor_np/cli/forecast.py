@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from favor_np import __version__
+from favor_np.calibration import METHODS
 
 from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real
 
 if TYPE_CHECKING:
     from favor_np.forecast import (
+        ErrorBars,
         ExactComparison,
         Forecast,
         Prices,
@@ -73,6 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="random features, even: more are more exact and take longer (1024)",
     )
     add(
+        "--calibration",
+        metavar="METHOD",
+        default="auto",
+        choices=["auto", "none", *METHODS],
+        help="how the features are fitted to the first 256 windows, for those after them: auto, "
+        "none, or oprf, sderf, saderf, aderf, saderf+sderf, aderf+sderf, spherical (auto)",
+    )
+    add(
         "--scale",
         type=real(positive=True),
         metavar="S",
@@ -110,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     from favor_np.forecast import (
         PriceError,
         compare_with_exact,
+        error_bars,
         evaluate,
         forecast,
         plot,
@@ -130,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
                 window=args.window,
                 horizon=args.horizon,
                 num_features=args.features,
+                calibration=args.calibration,
                 scale=args.scale,
                 seed=args.seed,
                 num_threads=args.threads,
@@ -140,20 +152,21 @@ def run(args: argparse.Namespace) -> int:
         threshold = (args.cost if args.threshold is None else args.threshold) / 100
         record = evaluate(result, threshold=threshold, cost=args.cost / 100)
         exact = compare_with_exact(result, num_threads=args.threads, progress=progress)
+        bars = error_bars(result, progress=progress)
         replayed = None
         if args.replay:
             replayed = replay(result, threshold=threshold, progress=progress)
         if table is not None:
-            _write_csv(table, result, record, exact)
+            _write_csv(table, result, record, exact, bars)
         if figure is not None:
-            plot(result, record, exact, replayed).savefig(figure, format=picture)
+            plot(result, record, exact, bars, replayed).savefig(figure, format=picture)
     if args.json:
-        data = _as_dict(result, record, exact)
+        data = _as_dict(result, record, exact, bars)
         if replayed is not None:
             data["replay"] = _replay_dict(result, record, replayed)
         print(json.dumps(_clean(data), indent=2, allow_nan=False))
         return 0
-    lines = _report(result, record, exact, replayed)
+    lines = _report(result, record, exact, bars, replayed)
     lines += [f"Wrote {path}" for path in (args.csv, args.plot) if path is not None]
     print("\n".join(lines))
     return 0
@@ -165,15 +178,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(
-    result: Forecast, record: Evaluation, exact: ExactComparison, replayed: Replay | None
+    result: Forecast,
+    record: Evaluation,
+    exact: ExactComparison,
+    bars: ErrorBars,
+    replayed: Replay | None,
 ) -> list[str]:
     """The report, at most 80 columns wide."""
     sections = [
         _read_section(result.prices),
         _method_section(result),
-        _next_section(result, record),
+        _next_section(result, record, bars),
         _past_section(result, record, exact),
-        _exact_section(result, exact),
+        _exact_section(result, exact, bars),
     ]
     if replayed is not None:
         sections.append(_replay_section(result, record, replayed))
@@ -216,24 +233,30 @@ def _method_section(result: Forecast) -> Section:
         ("attention", f"causal FAVOR+ over {len(result):,} windows of {result.window:,} {windows}"),
         ("features", f"{result.num_features:,}, seed {result.seed}, scale {result.scale:.4g}"),
     ]
+    if len(result.sections) > 1:
+        rows.append(
+            ("calibration", f"{result.calibration}, on the first {result.sections[0].stop:,} "
+                            "windows, for the forecasts after them")
+        )  # fmt: skip
+    before = " before calibration" if len(result.sections) > 1 else ""
     s, error = result.mean_s, 100 * result.weight_error
     if s <= 1.01 * GOOD_REGIME:
         rows.append(
             ("regime", f"mean of s = |x + y|² is {s:.2f}: good (up to {GOOD_REGIME:g}); a single "
-                       f"weight is ±{GLUE}{_two(error)}{GLUE}%")
+                       f"weight is ±{GLUE}{_two(error)}{GLUE}%{before}")
         )  # fmt: skip
     else:
         rows.append(
             ("WARNING", f"mean of s = |x + y|² is {s:.3g}, {s / GOOD_REGIME:.2g} times the limit "
                         f"{GOOD_REGIME:g} of the good regime: a single weight is ±{GLUE}"
-                        f"{_two(error)}{GLUE}%, and the forecast may be far from exact "
+                        f"{_two(error)}{GLUE}%{before}, and the forecast may be far from exact "
                         f"attention's. Take --scale {_round_down(result.scale * GOOD_REGIME / s)} "
                         "or less, or more --features")
         )  # fmt: skip
     return "METHOD", rows
 
 
-def _next_section(result: Forecast, record: Evaluation) -> Section:
+def _next_section(result: Forecast, record: Evaluation, bars: ErrorBars) -> Section:
     from favor_np.forecast import ReturnEvaluation
 
     step, percent = result.next, _Percent(result)
@@ -241,6 +264,9 @@ def _next_section(result: Forecast, record: Evaluation) -> Section:
     show = percent.signed if result.target == "return" else percent
     similar = ", ".join(f"{p.time} ({show(p.move)})".replace(" ", GLUE) for p in step.similar)
     alike = ("most alike", f"{similar}: past windows, and what followed")
+    features = ("random features", f"±{GLUE}{percent(1.96 * bars.standard_error[-1])} "
+                                   f"(95{GLUE}%), with an effective sample size of "
+                                   f"{bars.effective_sample_size[-1]:,.0f}")  # fmt: skip
     if isinstance(record, ReturnEvaluation):
         clear = "stands out" if abs(step.move) > 2 * step.standard_error else "does not stand out"
         threshold = percent.plain(record.threshold)
@@ -253,6 +279,7 @@ def _next_section(result: Forecast, record: Evaluation) -> Section:
             ("standard error", f"{percent(step.standard_error)}, from {step.precedents:,.0f} "
                                f"effective past windows: the move {clear} from zero"),
             ("exact attention", percent.signed(step.exact)),
+            features,
             alike,
             ("SIGNAL", f"{SIGNALS[int(record.signals[-1])]} (BUY above +{threshold}, SELL below "
                        f"-{threshold})"),
@@ -264,6 +291,7 @@ def _next_section(result: Forecast, record: Evaluation) -> Section:
                               f"far ({percent(mean)}); spread {percent(step.spread)}"),
             ("P(above mean)", f"{100 * step.chance:.1f}{GLUE}%, from {step.precedents:,.0f} "
                               "effective past windows"),
+            features,
             ("beside it", f"exact attention {percent(step.exact)}, exponentially weighted average "
                           f"{percent(float(record.ewma[-1]))}"),
             alike,
@@ -321,8 +349,8 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
     return title, rows
 
 
-def _exact_section(result: Forecast, exact: ExactComparison) -> Section:
-    percent = _Percent(result)
+def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) -> Section:
+    percent, found = _Percent(result), _bars_dict(result, bars, exact)
     star = " *" if exact.extrapolated else ""
     rows = [
         ("FAVOR+", f"{_seconds(result.seconds)}, peak extra memory {_bytes(result.peak_bytes)}"),
@@ -335,9 +363,12 @@ def _exact_section(result: Forecast, exact: ExactComparison) -> Section:
                  f"({_seconds(exact.measured_seconds)}), the time extrapolated by the square of "
                  "the length")
         )  # fmt: skip
+    if len(result.sections) > 1:
+        once = _seconds(result.calibration_seconds)
+        rows.insert(1, ("", f"and {once} once for the calibration, however long the series"))
     ratio = exact.seconds / result.seconds
     rows.append(
-        ("faster", f"FAVOR+, {ratio:.3g} times" if ratio >= 1
+        ("faster", f"FAVOR+, {ratio:.3g} times, but for the calibration" if ratio >= 1
                    else f"exact, {1 / ratio:.3g} times, at this length")
     )  # fmt: skip
     share = 100 * exact.rmse / exact.spread if exact.spread > 0 else math.nan
@@ -346,7 +377,38 @@ def _exact_section(result: Forecast, exact: ExactComparison) -> Section:
         ("difference", f"correlation {exact.correlation:.4f}, rmse {percent.fine(exact.rmse)}: "
                        f"{_two(share)}{GLUE}% of the spread of the exact forecasts{part}")
     )  # fmt: skip
+    rows.append(
+        ("error bars", f"effective sample size {found['effective_sample_size']:,.0f} of "
+                       f"{result.num_features:,} features in the median forecast, "
+                       f"{found['effective_sample_size_low']:,.0f} at the 5{GLUE}% quantile: "
+                       f"{_trust(found)}. {100 * found['inside']:.1f}{GLUE}% of the differences "
+                       f"are within 1.96 standard errors{part}")
+    )  # fmt: skip
     return f"FAVOR+ AND EXACT ATTENTION on the same {len(result):,} windows, compiled", rows
+
+
+def _trust(found: dict[str, Any]) -> str:
+    """Say what error bars are worth with such effective sample sizes."""
+    if found["warnings"]:
+        return "they are too small; more --features or exact attention would help"
+    return "to be trusted" if found["effective_sample_size_low"] >= 80 else "about right"
+
+
+def _bars_dict(result: Forecast, bars: ErrorBars, exact: ExactComparison) -> dict[str, Any]:
+    """Error bars beside what exact attention found, after the warm-up."""
+    import numpy as np
+
+    judged = slice(result.warm_up, exact.rows)
+    error = np.abs(result.predicted[judged] - exact.predicted[judged])
+    low, median = np.quantile(bars.effective_sample_size[result.warm_up :], (0.05, 0.5)).tolist()
+    return {
+        "effective_sample_size": median,
+        "effective_sample_size_low": low,
+        "inside": float(np.mean(error <= 1.96 * bars.standard_error[judged])),
+        "next_standard_error": float(bars.standard_error[-1]),
+        "next_effective_sample_size": float(bars.effective_sample_size[-1]),
+        "warnings": list(bars.warnings),
+    }
 
 
 def _replay_section(result: Forecast, record: Evaluation, replayed: Replay) -> Section:
@@ -467,7 +529,9 @@ def _bytes(value: int) -> str:
 # ----------------------------------------------------------------------------------------
 
 
-def _as_dict(result: Forecast, record: Evaluation, exact: ExactComparison) -> dict[str, Any]:
+def _as_dict(
+    result: Forecast, record: Evaluation, exact: ExactComparison, bars: ErrorBars
+) -> dict[str, Any]:
     """Everything that the report says; moves, errors and costs as log returns, not in %."""
     from favor_np.forecast import ReturnEvaluation
 
@@ -518,13 +582,20 @@ def _as_dict(result: Forecast, record: Evaluation, exact: ExactComparison) -> di
             "window": result.window,
             "horizon": result.horizon,
             "features": result.num_features,
+            "calibration": result.calibration,
+            "calibrated_from": result.sections[1].start if len(result.sections) > 1 else None,
             "scale": result.scale,
             "seed": result.seed,
         },
         "regime": {"mean_s": result.mean_s, "weight_error": result.weight_error},
         "next": forecast,
         "past": past,
-        "favor": {"seconds": result.seconds, "peak_bytes": result.peak_bytes},
+        "favor": {
+            "seconds": result.seconds,
+            "calibration_seconds": result.calibration_seconds,
+            "peak_bytes": result.peak_bytes,
+        },
+        "error_bars": _bars_dict(result, bars, exact),
         "exact": {name: value for name, value in vars(exact).items() if name != "predicted"},
     }
 
@@ -538,7 +609,9 @@ def _clean(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_csv(path: Path, result: Forecast, record: Evaluation, exact: ExactComparison) -> None:
+def _write_csv(
+    path: Path, result: Forecast, record: Evaluation, exact: ExactComparison, bars: ErrorBars
+) -> None:
     """One row a forecast; moves are log returns over the horizon, unknown ones are empty."""
     import numpy as np
 
@@ -566,6 +639,8 @@ def _write_csv(path: Path, result: Forecast, record: Evaluation, exact: ExactCom
             "constant": record.constant,
             "exponentially_weighted": record.ewma,
         }
+    columns["standard_error"] = bars.standard_error
+    columns["effective_sample_size"] = bars.effective_sample_size
     columns["exact"] = np.append(exact.predicted, np.full(len(result) - exact.rows, np.nan))
     columns["outcome"] = result.outcome
     cells = [_column_cells(values) for values in columns.values()]

@@ -7,6 +7,8 @@ by FAVOR+ in linear time.  Nothing here ever looks ahead.
 
 from ._compare import ExactComparison as ExactComparison
 from ._compare import compare_with_exact as compare_with_exact
+from ._error_bars import ErrorBars as ErrorBars
+from ._error_bars import error_bars as error_bars
 from ._evaluate import ReturnEvaluation as ReturnEvaluation
 from ._evaluate import VolatilityEvaluation as VolatilityEvaluation
 from ._evaluate import evaluate as evaluate

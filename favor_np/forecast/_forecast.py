@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from favor_np import measure, validation
 
+from ._maps import CALIBRATIONS, PREFIX, Section, plain_map, sections
 from ._prices import PriceError, Prices
 from ._windows import F32, F64, Windows, return_windows, volatility_windows
 
@@ -98,10 +99,16 @@ class Forecast:
         Probabilities: see `NextStep`.
     outcome : ndarray, shape (L,), float64
         What happened; NaN for the last `horizon`.
+    calibration : str
+        How the map was fitted to the first windows: see `forecast`.
+    sections : tuple of Section
+        ``(start, stop, feature_map)``: the map of which rows.
     mean_s : float
-        Mean of ``s = |x + y|²`` over queries and keys: the estimator is good up to about 4.
+        Mean of ``s = |x + y|²`` over queries and keys: a plain map is good up to about 4.
     seconds : float
         Time of the attention calls, compilation excluded.
+    calibration_seconds : float
+        Time of the calibration before them.
     peak_bytes : int
         Peak of the memory they took, results included.
     next : NextStep
@@ -123,8 +130,11 @@ class Forecast:
     chance: F64
     chance_down: F64
     outcome: F64
+    calibration: str
+    sections: tuple[Section, ...]
     mean_s: float
     seconds: float
+    calibration_seconds: float
     peak_bytes: int
     next: NextStep
     windows: Windows
@@ -147,10 +157,10 @@ class Forecast:
 
     @property
     def weight_error(self) -> float:
-        """Relative standard error of a single attention weight at s = `mean_s`.
+        """Relative standard error of a single attention weight at s = `mean_s`, uncalibrated.
 
         Closed form for independent antithetic rows, sqrt(2 (cosh s - 1) / M); orthogonal rows
-        do a little better, and the forecast, a mean of many weights, much better.
+        do a little better, calibrated ones and the forecast, a mean of many weights, much better.
         """
         return math.sqrt(2 * (math.cosh(min(self.mean_s, 700)) - 1) / self.num_features)
 
@@ -162,6 +172,7 @@ def forecast(
     window: int = 32,
     horizon: int = 1,
     num_features: int = 1024,
+    calibration: str = "auto",
     scale: float | None = None,
     seed: int = 0,
     num_threads: int | None = None,
@@ -187,12 +198,15 @@ def forecast(
         Steps ahead.
     num_features : int
         Features M of the FAVOR+ map, an even number.
+    calibration : str
+        How the map is fitted to the first 256 windows, to be used from there on: "auto", "none",
+        or a method of `FeatureMap.calibrate`.  A shorter series is forecast without.
     scale : float, optional
         Scale of attention.  Larger: fewer, more similar windows count.  Default: 1 / window
         ("return") so that ``|x|² = 1`` after scaling, 4 / number of spans ("volatility"), so that
         ``|x|² ≤ 4``: this keeps the estimator in its good regime.
     seed : int
-        Seed of the random features.  They never depend on the data.
+        Seed of the random features.
     num_threads : int, optional
         Threads of the attention calls.
     progress : callable, optional
@@ -225,7 +239,7 @@ def forecast(
     if not isinstance(prices, Prices):
         prices = Prices.from_array(prices)
     window, horizon, num_features, scale, seed = checked(
-        target, window, horizon, num_features, scale, seed
+        target, window, horizon, num_features, calibration, scale, seed
     )
     needed = window + 2 * horizon + FEWEST_FORECASTS
     if len(prices) < needed:
@@ -239,7 +253,11 @@ def forecast(
     if len(windows) < horizon + FEWEST_FORECASTS:
         raise PriceError(f"{prices.name}: the price hardly ever moves: too little to forecast from")
     scale = windows.scale if scale is None else scale
-    out, seconds, peak = _attend(windows, scale, num_features, seed, num_threads, progress)
+    fm = plain_map(windows.queries.shape[1], num_features, scale, seed)
+    begin = time.perf_counter()
+    parts = sections(windows, fm, calibration)
+    calibration_seconds = time.perf_counter() - begin
+    out, seconds, peak = _attend(windows, parts, num_threads, progress)
     predicted, spread, chance, chance_down = predictions(out, windows.unit)
     return Forecast(
         prices=prices,
@@ -255,8 +273,11 @@ def forecast(
         chance=chance,
         chance_down=chance_down,
         outcome=windows.outcome,
+        calibration=calibration,
+        sections=parts,
         mean_s=_mean_s(windows, scale),
         seconds=seconds,
+        calibration_seconds=calibration_seconds,
         peak_bytes=peak,
         next=NextStep(
             time=prices.time_label(-1),
@@ -272,10 +293,17 @@ def forecast(
 
 
 def checked(
-    target: str, window: int, horizon: int, num_features: int, scale: float | None, seed: int
+    target: str,
+    window: int,
+    horizon: int,
+    num_features: int,
+    calibration: str,
+    scale: float | None,
+    seed: int,
 ) -> tuple[int, int, int, float | None, int]:
-    """Return the settings after `target`, or refuse those of a wrong type or out of range."""
+    """Return the numbers among the settings, or refuse what is of a wrong type or out of range."""
     validation.choice("target", target, TARGETS)
+    validation.choice("calibration", calibration, CALIBRATIONS)
     return (
         validation.integer("window", window),
         validation.integer("horizon", horizon),
@@ -296,44 +324,41 @@ def predictions(out: F32, unit: Any) -> tuple[F64, F64, F64, F64]:
 
 def _attend(
     windows: Windows,
-    scale: float,
-    num_features: int,
-    seed: int,
+    parts: tuple[Section, ...],
     num_threads: int | None,
     progress: Progress | None,
 ) -> tuple[F32, float, int]:
     """Outputs, seconds and peak bytes of FAVOR+ over the whole sequence."""
     from favor_np.attention import favor_attention
-    from favor_np.features import feature_map
+    from favor_np.state import AttentionState
 
-    dim = windows.queries.shape[1]
-    fm = feature_map("positive", dim=dim, num_features=num_features, scale=scale, rng=seed)
-
-    def run(rows: int, size: int) -> F32:
+    def run(rows: int) -> F32:
         out = np.empty((rows, windows.values.shape[1]), dtype=np.float32)
-        state = None
-        for start in range(0, rows, size):
-            part = slice(start, min(start + size, rows))
-            out[part], state = favor_attention(
-                windows.queries[part],
-                windows.keys[part],
-                windows.values[part],
-                fm,
-                causal=True,
-                state=state,
-                return_state=True,
-                num_threads=num_threads,
-            )
-            if progress is not None and rows == len(windows):
-                progress("FAVOR+ attention", part.stop, rows)
+        for first, last, known in parts:
+            state = AttentionState.zeros(known, out.shape[1])
+            state.update(windows.keys[:first], windows.values[:first])
+            for start in range(first, min(last, rows), SLICE):
+                part = slice(start, min(start + SLICE, last, rows))
+                out[part], state = favor_attention(
+                    windows.queries[part],
+                    windows.keys[part],
+                    windows.values[part],
+                    known,
+                    causal=True,
+                    state=state,
+                    return_state=True,
+                    num_threads=num_threads,
+                )
+                if progress is not None and rows == len(windows):
+                    progress("FAVOR+ attention", part.stop, rows)
         return out
 
-    return timed(lambda rows: run(rows, SLICE), len(windows))
+    return timed(run, len(windows))
 
 
 def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:
     """Result, seconds and peak bytes of ``run(rows)``, after a short run that compiles it."""
-    run(min(rows, 256))
+    run(min(rows, PREFIX + 64))
     results: list[F32] = []
 
     def call() -> None:

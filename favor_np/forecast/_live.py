@@ -14,6 +14,7 @@ from favor_np import validation
 
 from ._evaluate import DEFAULT_COST, Signals, non_negative
 from ._forecast import Forecast, Progress, checked, predictions
+from ._maps import PREFIX, calibrated, plain_map
 from ._windows import F32, F64, ReturnStream, VolatilityStream
 
 
@@ -52,8 +53,9 @@ class LiveForecast:
 
     Parameters
     ----------
-    target, window, horizon, num_features, scale, seed
-        As `forecast`.
+    target, window, horizon, num_features, calibration, scale, seed
+        As `forecast`.  The map is calibrated after the 256th forecast, which takes that one some
+        milliseconds more.
     threshold : float, default 2e-4
         A predicted log return above it is a BUY, below its negative a SELL.
 
@@ -86,23 +88,28 @@ class LiveForecast:
         window: int = 32,
         horizon: int = 1,
         num_features: int = 1024,
+        calibration: str = "auto",
         scale: float | None = None,
         seed: int = 0,
         threshold: float = DEFAULT_COST,
     ) -> None:
-        from favor_np.features import feature_map
         from favor_np.state import AttentionState
 
         window, horizon, num_features, scale, seed = checked(
-            target, window, horizon, num_features, scale, seed
+            target, window, horizon, num_features, calibration, scale, seed
         )
         self._threshold = non_negative("threshold", threshold)
         self._stream = (ReturnStream if target == "return" else VolatilityStream)(window)
         dim, columns = self._stream.dim, self._stream.columns
         scale = self._stream.scale if scale is None else scale
-        fm = feature_map("positive", dim=dim, num_features=num_features, scale=scale, rng=seed)
+        fm = plain_map(dim, num_features, scale, seed)
         self.state = AttentionState.zeros(fm, columns)
         self.state.copy().step(np.zeros(dim), np.zeros(dim), np.zeros(columns))  # compiles
+        self._calibration = calibration
+        # Queries, keys and values that the map will be calibrated on, then None.
+        self._prefix: list[tuple[F32, F32, tuple[float, ...]]] | None = []
+        if calibration == "none":
+            self._prefix = None
         self._horizon = horizon
         self._log_price: float | None = None
         # Vector, unit and log price of the newest windows: the oldest is the next key.
@@ -138,12 +145,25 @@ class LiveForecast:
         if len(self._windows) <= self._horizon:
             return None
         key, key_unit, then = self._windows[0]
-        out = self.state.step(query, key, self._stream.value(now - then, key_unit))
+        value = self._stream.value(now - then, key_unit)
+        out = self.state.step(query, key, value)
+        if self._prefix is not None:
+            self._prefix.append((query, key, value))
+            if len(self._prefix) == PREFIX:
+                self._calibrate(self._prefix)
+                self._prefix = None
         move, spread, chance, chance_down = map(float, predictions(out, unit))
         signal = (move > self._threshold) - (move < -self._threshold)
         if math.isnan(chance_down):
             signal = 0
         return Tick(price, move, spread, chance, chance_down, signal)
+
+    def _calibrate(self, prefix: list[tuple[F32, F32, tuple[float, ...]]]) -> None:
+        """Fit the map to the first windows, and fold these anew."""
+        queries, keys, values = (np.array(x, np.float32) for x in zip(*prefix, strict=True))
+        fm = calibrated(self.state.feature_map, queries, keys, self._calibration)
+        self.state = type(self.state).zeros(fm, self.state.value_dim)
+        self.state.update(keys, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +244,7 @@ def replay(
         window=result.window,
         horizon=result.horizon,
         num_features=result.num_features,
+        calibration=result.calibration,
         scale=result.scale,
         seed=result.seed,
         threshold=threshold,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from favor_np.figures import BLUE, GREEN, GREY, INK, ORANGE, RED, STYLE, require_matplotlib
 
 from ._compare import ExactComparison
+from ._error_bars import ErrorBars
 from ._evaluate import ReturnEvaluation, VolatilityEvaluation
 from ._forecast import Forecast
 from ._live import Replay
@@ -25,6 +26,7 @@ def plot(
     result: Forecast,
     record: ReturnEvaluation | VolatilityEvaluation,
     exact: ExactComparison,
+    bars: ErrorBars,
     replayed: Replay | None = None,
 ) -> Figure:
     """Draw the forecast, its record, and FAVOR+ against exact attention.
@@ -37,6 +39,8 @@ def plot(
         From `evaluate`.
     exact : ExactComparison
         From `compare_with_exact`.
+    bars : ErrorBars
+        From `error_bars`.
     replayed : Replay, optional
         From `replay`: one more panel, with the time of a live forecast.
 
@@ -55,9 +59,9 @@ def plot(
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        rows = [["price", "price"], ["recent", "record"], ["exact", "error"]]
+        rows = [["price", "price"], ["recent", "record"], ["bars", "bars"], ["exact", "error"]]
         rows += [["latency", "latency"]] if replayed is not None else []
-        heights = [1, 1.1, 1.1, 0.7][: len(rows)]
+        heights = [1, 1.1, 0.8, 1.1, 0.7][: len(rows)]
         figure = Figure(figsize=(11, 3.3 * sum(heights)), dpi=110, layout="constrained")
         panels: dict[str, Any] = figure.subplot_mosaic(rows, height_ratios=heights)
         figure.suptitle(
@@ -75,6 +79,7 @@ def plot(
         else:
             _recent_volatility(panels["recent"], result, record)
             _calibration(panels["record"], result, record)
+        _error_bars(panels["bars"], result, exact, bars)
         _against_exact(panels["exact"], result, exact)
         _advantage(panels["error"], result, record, exact)
         if replayed is not None:
@@ -214,6 +219,29 @@ def _calibration(axes: Any, result: Forecast, record: VolatilityEvaluation) -> N
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.legend(loc="upper left")
+
+
+def _error_bars(axes: Any, result: Forecast, exact: ExactComparison, bars: ErrorBars) -> None:
+    """Last forecasts with what the random features leave uncertain, and exact ones beside them."""
+    rows = np.arange(max(exact.rows - RECENT, 0), exact.rows)
+    when, middle = _time(result, result.index[rows]), 100 * result.predicted[rows]
+    half = 196 * bars.standard_error[rows]
+    axes.fill_between(
+        when, middle - half, middle + half, color=BLUE, alpha=0.3, lw=0,
+        label="FAVOR+ ± 1.96 standard errors of its features",
+    )  # fmt: skip
+    axes.plot(when, middle, color=BLUE, lw=0.9, label="FAVOR+")
+    axes.plot(when, 100 * exact.predicted[rows], color=ORANGE, lw=0.9, label="exact attention")
+    size = np.median(bars.effective_sample_size[rows])
+    axes.set_title(
+        f"The last {len(rows)} forecasts (%): effective sample size {size:,.0f} of "
+        f"{result.num_features:,} features in the median"
+    )
+    axes.margins(x=0.005)
+    low, high = axes.get_ylim()
+    axes.set_ylim(top=high + 0.2 * (high - low))  # room for the legend
+    axes.legend(loc="upper left", ncols=3)
+    _concise(axes, result)
 
 
 def _against_exact(axes: Any, result: Forecast, exact: ExactComparison) -> None:

@@ -46,6 +46,7 @@ def test_default_run_prints_what_was_promised(capsys):
         "1 x price not above zero (line 8,645)",
         "10,192 windows of 32 returns",
         "mean of s = |x + y|² is 2.00: good",
+        "auto, on the first 256 windows",
         "NEXT STEP after 2026-08-18, price 86.48",
         "predicted move",
         "P(up)",
@@ -59,6 +60,8 @@ def test_default_run_prints_what_was_promised(capsys):
         "buy and hold",
         "peak extra memory",
         "correlation 0.99",
+        "random features",
+        "to be trusted",
     ):
         assert part in out, part
     assert "WARNING" not in out
@@ -95,6 +98,12 @@ def test_json_has_the_same_facts(capsys, series):
     assert data["favor"]["seconds"] > 0
     assert data["exact"]["peak_bytes"] > 0
     assert data["settings"]["features"] == 64
+    assert data["settings"]["calibrated_from"] == 256
+    assert 0 < data["error_bars"]["effective_sample_size"] < 64
+    assert 0.5 < data["error_bars"]["inside"] < 1
+    plain = json.loads(run(capsys, "--json", "--calibration", "none", *QUICK))
+    assert plain["settings"]["calibrated_from"] is None
+    assert plain["exact"]["rmse"] > data["exact"]["rmse"]
     volatility = json.loads(run(capsys, series(), "--json", "--target", "volatility", *QUICK))
     assert volatility["next"]["chance_down"] is None
     assert volatility["past"]["r2"] < 1
@@ -111,6 +120,8 @@ def test_csv_has_every_forecast(capsys, series, tmp_path, target):
     assert rows[0]["time"] == "2024-01-01T21:00:00"
     assert rows[-1]["outcome"] == ""
     assert rows[-1]["exact"] != ""
+    assert all(0 < float(row["effective_sample_size"]) <= 64 for row in rows)
+    assert float(rows[-1]["standard_error"]) > 0
     with open(path) as file:
         prices = [float(row["Close"]) for row in csv.DictReader(file)]
     np.testing.assert_allclose([float(row["price"]) for row in rows], prices[21:])

@@ -11,6 +11,7 @@ from favor_np.forecast import (
     PriceError,
     Prices,
     compare_with_exact,
+    error_bars,
     evaluate,
     forecast,
     plot,
@@ -18,6 +19,7 @@ from favor_np.forecast import (
     replay,
 )
 from favor_np.forecast._evaluate import signals_of, wilson_interval, z_score
+from favor_np.forecast._maps import PREFIX
 
 TARGETS = ["return", "volatility"]
 
@@ -147,6 +149,63 @@ def test_a_forecast_uses_the_newest_outcome_it_may_know():
         windows = forecast(changed, **options).windows
         assert windows.known[-1] == pytest.approx(math.log(changed[249] / changed[249 - horizon]))
         assert forecast(changed, **options).predicted[-1] != before
+
+
+# ----------------------------------------------------------------------------------------
+# Calibration and error bars
+# ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_map_knows_the_first_windows_and_no_others(target):
+    """Whatever follows the prefix, map and forecasts of the prefix stay as they are."""
+    prices, options = walk(600), {"target": target, "window": 16, "num_features": 64}
+    result = forecast(prices, **options)
+    assert [part[:2] for part in result.sections] == [(0, PREFIX), (PREFIX, len(result))]
+    known = result.sections[1].feature_map
+    last = int(result.index[PREFIX - 1])  # the price at which the prefix ends
+    for cut, same in ((last + 1, True), (last, False)):
+        other = prices.copy()
+        other[cut:] = prices[cut - 1] * np.exp(np.cumsum(np.linspace(-0.9, 0.8, 600 - cut)))
+        assert (forecast(other, **options).sections[1].feature_map == known) == same
+    plain = forecast(prices, calibration="none", **options)
+    assert [part[:2] for part in plain.sections] == [(0, len(result))]
+    np.testing.assert_array_equal(result.predicted[:PREFIX], plain.predicted[:PREFIX])
+    assert (result.predicted[PREFIX:] != plain.predicted[PREFIX:]).all()
+
+
+def test_a_short_series_is_not_calibrated():
+    result = forecast(walk(PREFIX + 33), num_features=64)
+    assert len(result) == PREFIX
+    assert len(result.sections) == 1
+    assert result.sections[0].feature_map.calibration is None
+    assert len(forecast(walk(PREFIX + 34), num_features=64).sections) == 2
+
+
+@pytest.mark.parametrize(("target", "share"), [("return", 0.7), ("volatility", 0.4)])
+def test_calibration_brings_real_forecasts_nearer_to_exact_ones(target, share):
+    """The reason why it is on by default: at the default size, mean square over four seeds."""
+    errors = {}
+    for method in ("none", "auto"):
+        results = [
+            forecast(read_prices(), target=target, calibration=method, seed=s) for s in range(4)
+        ]
+        errors[method] = np.mean([compare_with_exact(r).rmse ** 2 for r in results]) ** 0.5
+    assert errors["auto"] < share * errors["none"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_error_bars_hold_what_they_promise(target):
+    """The bundled prices, at the default size."""
+    result = forecast(read_prices(), target=target)
+    bars, exact = error_bars(result), compare_with_exact(result)
+    judged = slice(result.warm_up, None)
+    inside = abs(result.predicted - exact.predicted) < 1.96 * bars.standard_error
+    assert 0.9 < inside[judged].mean() < 0.99
+    assert bars.effective_sample_size[judged].min() > 80
+    assert bars.effective_sample_size.max() <= result.num_features
+    assert bars.warnings == ()
+    assert error_bars(forecast(read_prices(), target=target, num_features=32)).warnings
 
 
 def test_a_pattern_is_found_and_traded():
@@ -327,6 +386,8 @@ def test_z_score_is_calibrated_for_overlapping_values():
         ({"window": 2.5}, TypeError, "window"),
         ({"horizon": 0}, ValueError, "horizon"),
         ({"num_features": 7}, ValueError, "num_features"),
+        ({"calibration": "best"}, ValueError, "calibration must be one of 'auto', 'none', 'oprf'"),
+        ({"calibration": None}, TypeError, "calibration"),
         ({"scale": -1.0}, ValueError, "scale"),
         ({"scale": math.nan}, ValueError, "scale"),
         ({"seed": -1}, ValueError, "seed"),
@@ -370,12 +431,12 @@ def test_importing_it_loads_neither_numba_nor_matplotlib():
 @pytest.mark.parametrize("count", [50, 700])
 def test_plot(tmp_path, target, count):
     result = forecast(walk(count), target=target, num_features=64)
-    figure = plot(result, evaluate(result), compare_with_exact(result))
+    parts = result, evaluate(result), compare_with_exact(result), error_bars(result)
+    figure = plot(*parts)
     figure.savefig(tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 20_000
-    assert len(figure.axes) == 5
-    replayed = replay(result)
-    latency = plot(result, evaluate(result), compare_with_exact(result), replayed).axes[-1]
+    assert len(figure.axes) == 6
+    latency = plot(*parts, replay(result)).axes[-1]
     assert sum(bar.get_height() for bar in latency.patches) == len(result)
 
 
@@ -383,4 +444,4 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
     result = forecast(walk(100), num_features=16)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'favor_np\[plot\]'"):
-        plot(result, evaluate(result), compare_with_exact(result))
+        plot(result, evaluate(result), compare_with_exact(result), error_bars(result))

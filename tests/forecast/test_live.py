@@ -18,6 +18,7 @@ from favor_np.forecast import (
     read_prices,
     replay,
 )
+from favor_np.forecast._maps import PREFIX
 from favor_np.forecast._windows import (
     ReturnStream,
     VolatilityStream,
@@ -42,8 +43,10 @@ def walk(count, seed=0, still=0):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("horizon", [1, 5])
-def test_real_prices_tick_by_tick_are_the_batch_forecast(target, horizon):
+@pytest.mark.parametrize("calibration", ["auto", "none", "aderf+sderf"])
+def test_real_prices_tick_by_tick_are_the_batch_forecast(target, horizon, calibration):
     options = {"target": target, "horizon": horizon, "num_features": 256}
+    options["calibration"] = calibration
     prices = read_prices()
     batch = forecast(prices, **options)
     live = LiveForecast(**options)
@@ -111,13 +114,23 @@ def test_a_tick_costs_the_same_whatever_came_before(target):
     prices = walk(3000)
     work, sizes = [], []
     for done, price in enumerate(prices):
-        if done in (100, 101, 1500, 2999):
+        if done in (500, 501, 1500, 2999):  # after the one that calibrates the map
             work.append(calls(live.push, price))
             sizes.append(len(pickle.dumps(live)))
         else:
             live.push(price)
     assert min(work) == max(work) > 10
     assert max(sizes) - min(sizes) < 16  # an integer may take another byte
+
+
+def test_the_windows_of_the_calibration_are_forgotten():
+    plain, fitted = (LiveForecast(num_features=64, calibration=c) for c in ("none", "auto"))
+    for done, price in enumerate(walk(600)):
+        before = fitted.state.feature_map
+        assert (plain.push(price) == fitted.push(price)) == (done < 33 + PREFIX)
+        changed = fitted.state.feature_map is not before
+        assert changed == (done == 32 + PREFIX)
+    assert fitted._prefix is plain._prefix is None
 
 
 def test_a_copy_goes_its_own_way():
@@ -162,6 +175,7 @@ def test_signals_need_more_than_the_threshold():
         ({"window": 0}, ValueError),
         ({"horizon": 1.5}, TypeError),
         ({"num_features": 7}, ValueError),
+        ({"calibration": "spherical "}, ValueError),
         ({"scale": 0.0}, ValueError),
         ({"seed": -1}, ValueError),
         ({"threshold": -1.0}, ValueError),
