@@ -12,8 +12,10 @@ import pytest
 from favor_np import compare, feature_map, measure
 from favor_np.cli import compare as program
 from favor_np.cli import main
+from favor_np.compare import _plot
+from favor_np.compare._methods import METHODS
 
-SMALL = ["--features=16,256", "--lengths=64,128", "--time-features=16", "--dim=16", "--seeds=4"]
+SMALL = ["--features=16,256", "--lengths=64,128", "--time-features=16", "--dim=16", "--seeds=2"]
 
 
 def run(*options):
@@ -23,42 +25,61 @@ def run(*options):
 @pytest.fixture(scope="module")
 def result():
     return compare.compare(
-        compare.Setting(dim=16, seed=3),
+        compare.Setting("gaussian", dim=16, seed=3),
         features=[16, 64, 256],
         lengths=[64, 256],
         time_features=[16, 32],
+        seeds=4,
     )
 
 
-def test_error_falls_with_features_and_with_better_projections(result):
-    error = {(r.features, r.projection, r.antithetic): r.mean for r in result.errors}
-    assert len(error) == 12
-    for kind, antithetic in compare.VARIANTS:
-        # 16 times the features: a quarter of the error.
-        ratio = error[16, kind, antithetic] / error[256, kind, antithetic]
-        assert 2 < ratio < 8
-    assert error[256, "orthogonal", True] < error[256, "iid", False]
+def test_error_falls_with_features_and_with_better_methods(result):
+    error = {(r.features, r.method): r.mean for r in result.errors}
+    assert len(error) == 3 * len(METHODS)
+    for method in METHODS:
+        # 16 times the features: a quarter of the error; a bias is no smaller.
+        assert 2 < error[16, method.name] / error[256, method.name] < 8
+    names = ("FAVOR+ iid", "FAVOR+", "antithetic", "FAVOR++ oprf", "auto")
+    ranked = [error[256, name] for name in names]
+    assert ranked == sorted(ranked, reverse=True)
     assert all(0 < row.spread < row.mean for row in result.errors)
+
+
+@pytest.mark.parametrize(("data", "rival"), [("prices", "FAVOR+"), ("volatility", "antithetic")])
+def test_methods_that_know_the_past_are_better_on_real_prices(data, rival):
+    result = compare.compare(
+        compare.Setting(data), features=[256], seeds=3, lengths=[], time_features=[]
+    )
+    assert result.tokens[:2] == (1, 1024)
+    assert result.error("auto uncentred", 256).mean < 0.6 * result.error(rival, 256).mean
+    assert result.costs == []
+
+
+def test_maps_know_none_of_the_tokens_that_are_attended():
+    tokens = compare.Setting("prices").tokens(300)
+    assert tokens.q.shape == tokens.known_q.shape == (1, 300, 32)
+    assert not (tokens.q[0, :, None] == tokens.known_q[0]).all(-1).any()
+    other = tokens._replace(q=9 * tokens.q[:, ::-1], k=-tokens.k)
+    for method in METHODS:
+        assert method.feature_map(tokens, 32, 0) == method.feature_map(other, 32, 0)
 
 
 def test_error_is_the_relative_error_of_the_output(result):
     setting = result.setting
-    q, k, v = setting.inputs(result.error_length)
+    tokens = setting.tokens(1024)
+    q, k = tokens.q[0], tokens.k[0]
+    v = np.random.default_rng(3).standard_normal((1, 1024, 16))[0]
     x, y = (a.astype(np.float64) * 16**-0.25 for a in (q, k))
     weights = np.exp(x @ y.T)
     exact = weights / weights.sum(1, keepdims=True) @ v
     np.testing.assert_allclose(setting.exact([q, k, v]), exact, atol=1e-5)
     errors = []
-    for seed in range(3, 11):
+    for seed in range(3, 7):
         fm = feature_map("positive", dim=16, num_features=64, rng=seed)
         weights = fm.query_features(q) @ fm.key_features(k).T
         out = weights / weights.sum(1, keepdims=True) @ v
         errors.append(math.sqrt(((out - exact) ** 2).mean() / (exact**2).mean()))
-    row = next(
-        r
-        for r in result.errors
-        if (r.features, r.projection, r.antithetic) == (64, "orthogonal", True)
-    )
+    row = result.error("antithetic", 64)
     assert row.mean == pytest.approx(np.mean(errors), rel=1e-3)
     assert row.spread == pytest.approx(np.std(errors), rel=1e-2)
 
@@ -100,14 +121,15 @@ def test_crossing_of_nothing():
 def test_progress_ends_at_the_total():
     seen = []
     compare.compare(
-        compare.Setting(dim=8),
+        compare.Setting("gaussian", dim=8),
         features=[8],
         lengths=[16, 32],
         time_features=[8],
         seeds=1,
         progress=lambda *step: seen.append(step),
     )
-    assert seen == [("comparing", i, 5) for i in range(1, 6)]
+    total = len(METHODS) + 4
+    assert seen == [("comparing", i, total) for i in range(1, total + 1)]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +166,8 @@ def test_tables_fit_a_terminal(capsys):
     assert max(map(len, out.splitlines())) <= 80
     assert "antithetic" in out
     assert "At L = 128, L²d is 8 times Lmd in operations; measured: " in out
+    assert "Prefer exact attention" in out
+    assert all(f"\n{method.name} " in out for method in METHODS)
 
 
 def test_wide_numbers_still_fit(result):
@@ -153,15 +177,101 @@ def test_wide_numbers_still_fit(result):
     ]
     lines = program._report(dataclasses.replace(result, costs=rows, crossings={64: 1234567.8}))
     assert max(map(len, lines)) <= 80
+    errors = [
+        compare.ErrorRow(m, method.name, mean, spread)
+        for method in METHODS
+        for m, mean, spread in [(16, 1e9, 1e8), (2048, 9.99, 99), (65536, 0.999, 0.5)]
+    ]
+    many = dataclasses.replace(result, errors=errors, setting=compare.Setting("x" * 99 + ".npz"))
+    assert max(map(len, program._report(many))) <= 80
+
+
+def test_advice(result):
+    """Exact attention where it is faster, where errors matter, and always if nothing helps."""
+
+    def words(crossings, *errors):
+        rows = [
+            compare.ErrorRow(64, name, e, 0.0)
+            for name, e in zip(("FAVOR+", "auto"), errors, strict=False)
+        ]
+        return " ".join(dataclasses.replace(result, crossings=crossings, errors=rows).advice())
+
+    assert "below L = 321, where it is faster than 16 features" in words({16: 321.0})
+    assert "up to L = 256 and perhaps beyond" in words({16: None})
+    good = words({}, 0.2, 0.05)
+    assert "an error of 5.0% of the output is too much" in good
+    assert "An error of 10% takes over 64 with FAVOR+ and 64 with auto" in good
+    assert "at any length for queries and keys like these" in words({}, 9.0, 0.5)
+
+
+# -- Files of queries and keys --------------------------------------------------------------------
+
+
+def test_a_file_of_queries_and_keys(tmp_path, capsys):
+    q, k = np.random.default_rng(0).standard_normal((2, 3, 2, 40, 16))
+    half, whole = tmp_path / "half.npz", tmp_path / "whole.npz"
+    np.savez(whole, q=q, k=k)
+    np.savez(
+        half, q=q[..., 20:, :], k=k[..., 20:, :], known_q=q[..., :20, :], known_k=k[..., :20, :]
+    )
+    one, other = (compare.Setting(str(path)).tokens(1000) for path in (whole, half))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert one.q.shape == (6, 20, 16)
+    assert run(f"--data={whole}", "--lengths=64") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "6 heads, L = 20, d = 16" in out
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"q": np.ones((9, 4))}, "needs arrays q and k"),
+        ({"q": np.ones((9, 4)), "k": np.ones((9, 4)), "known_q": np.ones((9, 4))}, "needs arrays"),
+        ({"q": np.ones((9, 4)), "k": np.ones((9, 5))}, "must have one shape"),
+        ({"q": np.ones((1, 4)), "k": np.ones((1, 4))}, "two tokens at least"),
+        ({"q": np.full((9, 4), np.nan), "k": np.ones((9, 4))}, "q must be finite"),
+    ],
+    ids=["no k", "three", "sizes", "one token", "nan"],
+)
+def test_bad_files_are_one_line(arrays, message, tmp_path, capsys):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **arrays)
+    assert run(f"--data={path}") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_what_is_no_file_of_arrays_is_one_line(tmp_path, capsys):
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"PK no zip")
+    objects = tmp_path / "objects.npz"
+    np.savez(objects, q=np.array([{}]), k=np.array([{}]))
+    for data, message in [
+        (broken, "not an .npz file of numbers"),
+        (objects, "not an .npz file of numbers"),
+        (tmp_path / "gone.npz", "No such file"),
+        ("weather", "data must be one of prices, volatility, gaussian or an .npz file"),
+    ]:
+        assert run(f"--data={data}") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_json(capsys):
     assert run("--json", "--causal", "--seed=5", "--threads=1") == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["setting"] == {"dim": 16, "std": 0.35, "causal": True, "seed": 5, "num_threads": 1}
+    assert data["setting"] == {
+        "data": "prices", "dim": 16, "std": 0.35, "causal": True, "seed": 5, "num_threads": 1
+    }  # fmt: skip
+    assert data["tokens"] == [1, 1024, 32]
+    assert data["advice"]
     assert [row["length"] for row in data["costs"]] == [64, 128]
     assert {"speedup", "matrix_bytes", "favor_bytes"} <= set(data["costs"][0])
-    assert len(data["errors"]) == 8
+    assert len(data["errors"]) == 2 * len(METHODS)
+    assert set(data["errors"][0]) == {"features", "method", "mean", "spread"}
     assert set(data["crossings"]) == {"16"}
 
 
@@ -171,9 +281,7 @@ def test_pictured_weights_are_exact_and_near_it(result, causal):
     figure = dataclasses.replace(result, setting=setting, crossings={4096: None}).plot()
     exact, favor = (axes.images[0].get_array().data for axes in figure.axes[3:5])
     keys = (
-        np.arange(1, compare.POSITIONS + 1)
-        if causal
-        else np.full(compare.POSITIONS, compare.POSITIONS)
+        np.arange(1, _plot.POSITIONS + 1) if causal else np.full(_plot.POSITIONS, _plot.POSITIONS)
     )
     np.testing.assert_allclose(exact.sum(1), keys)
     np.testing.assert_allclose(favor.sum(1), keys)

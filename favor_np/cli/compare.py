@@ -9,15 +9,18 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ._options import ProgressBar, integer, output_file, picture_format, real
+from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real
 
 if TYPE_CHECKING:
-    from favor_np.compare import Comparison
+    from favor_np.compare import Comparison, ErrorRow
+
+NAME, CELL, COLUMNS = 14, 11, 6  # widths of the table of errors, and its columns
 
 DESCRIPTION = """\
-Compare FAVOR+ with exact softmax attention on this machine: the error as the number of
-features grows, time and memory as the sequence grows, and the length where they cross.
-Compilation is not timed; a time is the best of several calls.
+Compare FAVOR+ with exact softmax attention on this machine: the error of every kind of
+feature map as the number of features grows, on real queries and keys that no map has seen;
+time and memory as the sequence grows, and the length where they cross; and when to prefer
+exact attention. Compilation is not timed; a time is the best of several calls.
 """
 
 
@@ -28,9 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--features",
         type=even,
-        default=[16, 32, 64, 128, 256, 512, 1024],
+        default=[32, 64, 128, 256, 512, 1024],
         metavar="M,M,...",
-        help="numbers of features whose error is measured (16,32,64,...,1024)",
+        help="numbers of features whose error is measured (32,64,128,...,1024)",
+    )
+    add(
+        "--data",
+        default="prices",
+        metavar="DATA",
+        help="queries and keys of the errors: prices or volatility (windows of the bundled oil "
+        "prices), gaussian, or FILE.npz with arrays q and k (..., L, d). Maps know the first half "
+        "of the tokens, or known_q and known_k of the file; the rest is attended (prices)",
     )
     add(
         "--lengths",
@@ -46,13 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M,M,...",
         help="numbers of features of the timed maps (64,256)",
     )
-    add("--dim", type=integer(), default=64, metavar="N", help="size of a head (64)")
+    add(
+        "--dim",
+        type=integer(),
+        default=64,
+        metavar="N",
+        help="size of a timed or Gaussian head (64)",
+    )
     add(
         "--std",
         type=real(positive=True),
         default=0.35,
         metavar="S",
-        help="standard deviation of queries and keys; errors grow steeply with it (0.35)",
+        help="standard deviation of Gaussian queries and keys; errors grow steeply with it (0.35)",
     )
     add("--causal", action="store_true", help="causal attention (default: bidirectional)")
     add("--seeds", type=integer(), default=8, metavar="N", help="projections drawn (8)")
@@ -67,8 +84,12 @@ def run(args: argparse.Namespace) -> int:
     from favor_np.compare import Setting, compare
 
     picture = picture_format(args.plot)
-    setting = Setting(args.dim, args.std, args.causal, args.seed, args.threads)
+    setting = Setting(args.data, args.dim, args.std, args.causal, args.seed, args.threads)
     with output_file(args.plot) as figure, ProgressBar() as progress:
+        try:
+            setting.tokens(1)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
         result = compare(
             setting,
             features=args.features,
@@ -98,35 +119,48 @@ def _report(result: Comparison) -> list[str]:
         f"{machine['processor']}, {machine['cpus']} CPUs, {machine['system']}"[:80],
         f"Python {machine['python']}, numpy {machine['numpy']}, numba {machine['numba']}; "
         f"float32, {threads}",
-        f"one head, d = {setting.dim}, queries and keys of standard deviation {setting.std:g}",
     ]
     if result.errors:
         lines += _error_table(result)
     for m in result.crossings:
         lines += _cost_table(result, m)
-    return lines
+    advice = [line for text in result.advice() for line in textwrap.wrap(text, 80)]
+    return [*lines, "", *advice] if advice else lines
 
 
 def _error_table(result: Comparison) -> list[str]:
-    lines = [
-        "",
-        f"Error relative to exact (root mean square, L = {result.error_length}; "
-        f"mean ± sd of {result.seeds} seeds)",
-        f"{'m':>6}{'iid':>18}{'orthogonal':>18}{'iid':>18}{'orthogonal':>18}",
-        f"{'':6}{'':36}{'antithetic':>18}{'antithetic':>18}",
-    ]
-    order = [("iid", False), ("orthogonal", False), ("iid", True), ("orthogonal", True)]
-    for m in dict.fromkeys(row.features for row in result.errors):
-        rows = {(r.projection, r.antithetic): r for r in result.errors if r.features == m}
-        cells = [f"{rows[key].mean:.4f} ± {rows[key].spread:.4f}" for key in order]
-        lines.append(f"{m:>6}" + "".join(f"{cell:>18}" for cell in cells))
+    """Methods by numbers of features, COLUMNS of these at a time."""
+    heads, length, dim = result.tokens
+    of_heads = f"{heads} heads, " if heads > 1 else ""
+    title = (
+        f"Error in % of the exact output (root mean square; mean ± sd of {result.seeds} draws) on "
+        f"held-out tokens: {result.setting.data}, {of_heads}L = {length:,}, d = {dim}"
+    )
+    lines = ["", *textwrap.wrap(title, 80)]
+    methods = list(dict.fromkeys(row.method for row in result.errors))
+    features = list(dict.fromkeys(row.features for row in result.errors))
+    for start in range(0, len(features), COLUMNS):
+        part = features[start : start + COLUMNS]
+        lines.append(f"{'m':<{NAME}}" + "".join(f"{m:>{CELL}}" for m in part))
+        for name in methods:
+            cells = (f"{_error(result.error(name, m)):>{CELL}}" for m in part)
+            lines.append(f"{name:<{NAME}}" + "".join(cells))
     return lines
+
+
+def _error(row: ErrorRow) -> str:
+    mean, spread = 100 * row.mean, 100 * row.spread
+    if mean >= 1000:
+        return ">1000"
+    digits = 2 if mean < 10 else 1 if mean < 100 else 0
+    return f"{mean:.{digits}f}±{min(spread, 999):.{digits}f}"
 
 
 def _cost_table(result: Comparison, m: int) -> list[str]:
     lines = [
         "",
-        f"Time, and extra memory of a call with its result, m = {m}",
+        f"Time, and extra memory of a call with its result, m = {m}, one head, "
+        f"d = {result.setting.dim}",
         f"{'L':>8}{'FAVOR+':>12}{'exact':>12}{'faster':>10}"
         f"{'FAVOR+':>12}{'exact':>12}{'L x L':>12}",
     ]

@@ -1,0 +1,392 @@
+"""What `favor-np compare` measures: errors of every method, time and memory by length."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from favor_np import validation
+from favor_np.attention import favor_attention
+from favor_np.exact import exact_attention
+from favor_np.features import FeatureMap, feature_map
+from favor_np.figures import STYLE, require_matplotlib
+from favor_np.measure import best_time, peak_memory
+from favor_np.threads import resolve_threads
+
+from ._data import Array, Tokens, tokens
+from ._methods import METHODS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TARGET = 0.1  # the error that the advice counts features for
+HOPELESS = 0.3  # error of the best map above which the advice is exact attention at any length
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Queries, keys and values, and how attention to them is computed.
+
+    Parameters
+    ----------
+    data : str
+        Queries and keys whose errors are measured: the windows of returns ("prices") or of log
+        absolute returns ("volatility") that `favor_np.forecast` makes of the bundled prices,
+        "gaussian" ones, or an .npz file with arrays ``q`` and ``k`` (..., L, d).  Maps are
+        calibrated on the first half of the tokens, or on ``known_q`` and ``known_k`` of the file,
+        and attention is computed for the rest.  Values are Gaussian.
+    dim : int
+        Size of a Gaussian query, key and value, and of those of the timed calls.
+    std : float
+        Standard deviation of Gaussian queries and keys; the error grows steeply with it.
+    causal : bool
+        Causal or bidirectional attention.
+    seed : int
+        Seed of the data, and the first one of the projections.
+    num_threads : int, optional
+        Threads of both sides; None leaves it to the library. One is the fair measure: with
+        several heads both sides gain alike from more.
+    """
+
+    data: str = "prices"
+    dim: int = 64
+    std: float = 0.35
+    causal: bool = False
+    seed: int = 0
+    num_threads: int | None = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        validation.integer("dim", self.dim)
+        validation.positive_float("std", self.std)
+        validation.flag("causal", self.causal)
+        validation.integer("seed", self.seed, minimum=0)
+        if self.num_threads is not None:
+            validation.integer("num_threads", self.num_threads)
+
+    def tokens(self, length: int) -> Tokens:
+        """Queries and keys whose errors are measured, and those that maps may know."""
+        return tokens(self.data, length, self.dim, self.std, self.seed)
+
+    def inputs(self, length: int) -> list[Array]:
+        """Gaussian queries, keys and values, each (length, dim), float32, for the timed calls."""
+        rng = np.random.default_rng(self.seed)
+        scales = (self.std, self.std, 1.0)
+        return [s * rng.standard_normal((length, self.dim), np.float32) for s in scales]
+
+    def exact(self, inputs: Sequence[Array], scale: float | None = None) -> Array:
+        """Softmax attention."""
+        q, k, v = inputs
+        options: dict[str, Any] = {"causal": self.causal, "num_threads": self.num_threads}
+        return exact_attention(q, k, v, scale=scale, **options)
+
+    def favor(self, inputs: Sequence[Array], fm: FeatureMap) -> Array:
+        """Its estimate by random features."""
+        q, k, v = inputs
+        return favor_attention(q, k, v, fm, causal=self.causal, num_threads=self.num_threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorRow:
+    """Error of one method at one number of features, over several draws of the projection.
+
+    ``mean`` and ``spread`` are the mean and the standard deviation, over the draws, of the
+    root-mean-square error of the output divided by the root-mean-square of the exact output.
+    """
+
+    features: int
+    method: str
+    mean: float
+    spread: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CostRow:
+    """Seconds, and extra bytes with the result included, of one call at one length."""
+
+    length: int
+    features: int
+    favor_seconds: float
+    exact_seconds: float
+    favor_bytes: int
+    exact_bytes: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster FAVOR+ was."""
+        return self.exact_seconds / self.favor_seconds
+
+    @property
+    def matrix_bytes(self) -> int:
+        """What the L x L matrix of weights takes, which neither side ever stores."""
+        return 4 * self.length**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured: ``crossings`` has, for each m, the length where FAVOR+ wins.
+
+    ``tokens`` has the shape (heads, L, d) of the queries whose errors were measured.
+    """
+
+    setting: Setting
+    machine: dict[str, Any]
+    tokens: tuple[int, ...]
+    seeds: int
+    errors: list[ErrorRow]
+    costs: list[CostRow]
+    crossings: dict[int, float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in plain types, ready for JSON."""
+        result = dataclasses.asdict(self)
+        for row, cost in zip(result["costs"], self.costs, strict=True):
+            row |= {"speedup": cost.speedup, "matrix_bytes": cost.matrix_bytes}
+        result["crossings"] = {str(m): length for m, length in self.crossings.items()}
+        return result | {"advice": self.advice()}
+
+    def error(self, method: str, features: int) -> ErrorRow:
+        """Return the error of a method with a number of features."""
+        return next(r for r in self.errors if (r.method, r.features) == (method, features))
+
+    def advice(self) -> list[str]:
+        """Say in sentences when exact attention is to be preferred."""
+        return [*_advice_on_time(self), *_advice_on_error(self)]
+
+    def plot(self) -> Figure:
+        """Draw error, time and memory, and beneath them the weights of both kinds of attention.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Ready for ``savefig``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed.
+        """
+        require_matplotlib()
+        from matplotlib import rc_context
+
+        from ._plot import draw
+
+        with rc_context(STYLE):
+            return draw(self)
+
+
+def compare(
+    setting: Setting | None = None,
+    *,
+    features: Sequence[int] = (32, 64, 128, 256, 512, 1024),
+    error_length: int = 1024,
+    seeds: int = 8,
+    lengths: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    time_features: Sequence[int] = (64, 256),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Measure FAVOR+ against exact attention: error by features, time and memory by length.
+
+    Parameters
+    ----------
+    setting : Setting, optional
+        Data and kind of attention.
+    features : sequence of int
+        Numbers of features whose error is measured; even, for the antithetic maps.
+    error_length : int
+        Length of the sequence on which it is measured, where the data has as much.
+    seeds : int
+        How many projections are drawn for each error.
+    lengths : sequence of int
+        Lengths whose time and memory are measured.
+    time_features : sequence of int
+        Numbers of features of the timed maps (orthogonal, antithetic).
+    progress : callable, optional
+        Called as ``progress(stage, done, total)`` after each step.
+
+    Returns
+    -------
+    Comparison
+        Errors, costs and crossing points.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a count is not a positive integer, a number of features is odd, or the data of the
+        setting is no file of queries and keys.
+    OSError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> from favor_np.compare import compare
+    >>> result = compare(features=[256], lengths=[64], time_features=[32])
+    >>> result.error("auto", 256).mean < 0.7 * result.error("FAVOR+", 256).mean
+    True
+    """
+    setting = setting or Setting()
+    for name, counts in {"features": features, "time_features": time_features}.items():
+        odd = [m for m in counts if validation.integer(name, m) % 2]
+        if odd:
+            raise ValueError(f"{name} must be even, got {odd[0]}")
+    for length in (*lengths, error_length):
+        validation.integer("length", length)
+    validation.integer("seeds", seeds)
+
+    total = len(features) * len(METHODS) + len(lengths) * (1 + len(time_features))
+    data = setting.tokens(error_length)
+    work = chain(_errors(setting, data, features, seeds), _costs(setting, lengths, time_features))
+    errors: list[ErrorRow] = []
+    costs: list[CostRow] = []
+    for done, rows in enumerate(work, start=1):
+        errors += [row for row in rows if isinstance(row, ErrorRow)]
+        costs += [row for row in rows if isinstance(row, CostRow)]
+        if progress is not None:
+            progress("comparing", done, total)
+    crossings = {}
+    for m in time_features:
+        rows_of_m = [row for row in costs if row.features == m]
+        crossings[m] = crossing([r.length for r in rows_of_m], [r.speedup for r in rows_of_m])
+    machine = _machine(resolve_threads(setting.num_threads))
+    return Comparison(setting, machine, data.q.shape, seeds, errors, costs, crossings)
+
+
+def crossing(lengths: Sequence[int], speedups: Sequence[float]) -> float | None:
+    """Return the length from which the speed-up stays above 1, interpolated in logarithms.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Lengths.
+    speedups : sequence of float
+        How many times faster FAVOR+ was at each.
+
+    Returns
+    -------
+    float or None
+        None when it is slower at the greatest length; the least length when it never is.
+
+    Examples
+    --------
+    >>> from favor_np.compare import crossing
+    >>> round(crossing([100, 400], [0.5, 2.0]))
+    200
+    """
+    pairs = sorted(zip(lengths, speedups, strict=True))
+    points = [(math.log(x), math.log(gain)) for x, gain in pairs]
+    slower = [i for i, (_, gain) in enumerate(points) if gain < 0]
+    if not points or (slower and slower[-1] == len(points) - 1):
+        return None
+    if not slower:
+        return float(min(lengths))
+    (x0, y0), (x1, y1) = points[slower[-1] : slower[-1] + 2]
+    return math.exp(x0 - y0 * (x1 - x0) / (y1 - y0))
+
+
+def _errors(
+    setting: Setting, data: Tokens, features: Sequence[int], seeds: int
+) -> Iterator[Sequence[ErrorRow | CostRow]]:
+    """Yield the errors row by row."""
+    values = np.random.default_rng(setting.seed).standard_normal(data.k.shape)
+    exact = setting.exact([data.q.astype(np.float64), data.k, values], data.scale)
+    inputs = [data.q, data.k, values.astype(np.float32)]
+    size = np.mean(exact**2)
+    draws = range(setting.seed, setting.seed + seeds)
+    for count in features:
+        for method in METHODS:
+            errors = []
+            for seed in draws:
+                out = setting.favor(inputs, method.feature_map(data, count, seed))
+                errors.append(math.sqrt(np.mean((out - exact) ** 2) / size))
+            mean, spread = float(np.mean(errors)), float(np.std(errors))
+            yield [ErrorRow(count, method.name, mean, spread)]
+
+
+def _costs(
+    setting: Setting, lengths: Sequence[int], time_features: Sequence[int]
+) -> Iterator[Sequence[ErrorRow | CostRow]]:
+    """Yield time and memory, length by length."""
+    for length in lengths:
+        inputs = setting.inputs(length)
+        setting.exact(inputs)  # compiles
+        exact_bytes, exact_seconds = _cost(partial(setting.exact, inputs))
+        yield []
+        for count in time_features:
+            fm = feature_map("positive", dim=setting.dim, num_features=count, rng=setting.seed)
+            setting.favor(inputs, fm)
+            favor_bytes, favor_seconds = _cost(partial(setting.favor, inputs, fm))
+            yield [CostRow(length, count, favor_seconds, exact_seconds, favor_bytes, exact_bytes)]
+
+
+def _advice_on_time(result: Comparison) -> list[str]:
+    """Where exact attention is faster."""
+    longest = max((row.length for row in result.costs), default=0)
+    parts = [
+        f"up to L = {longest:,} and perhaps beyond, where it is faster than {m:,} features"
+        if length is None
+        else f"below L = {length:,.0f}, where it is faster than {m:,} features"
+        for m, length in result.crossings.items()
+        if longest
+    ]
+    return [f"Prefer exact attention {'; '.join(parts)}."] if parts else []
+
+
+def _advice_on_error(result: Comparison) -> list[str]:
+    """What errors are to be expected, and how many features it takes to have fewer."""
+    if not result.errors:
+        return []
+    most = max(row.features for row in result.errors)
+    best = min((row for row in result.errors if row.features == most), key=lambda row: row.mean)
+    if best.mean > HOPELESS:
+        return [
+            f"Prefer it at any length for queries and keys like these: with {most:,} features the "
+            f"best map, {best.method}, is still off by {best.mean:.0%} of the output."
+        ]
+    least = {
+        name: min(
+            (row.features for row in result.errors if row.method == name and row.mean <= TARGET),
+            default=None,
+        )
+        for name in ("FAVOR+", best.method)
+    }
+    needs = " and ".join(
+        f"{f'over {most:,}' if m is None else f'{m:,}'} with {name}" for name, m in least.items()
+    )
+    return [
+        f"Prefer it where an error of {best.mean:.1%} of the output is too much: that is what the "
+        f"best map here, {best.method}, has with {most:,} features. An error of {TARGET:.0%} "
+        f"takes {needs}."
+    ]
+
+
+def _cost(call: Callable[[], object]) -> tuple[int, float]:
+    return peak_memory(call), best_time(call)
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    """Name the processor and the versions that a measured number depends on."""
+    from numba import __version__ as numba_version
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return {
+        "processor": name,
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba_version,
+    }
