@@ -1,55 +1,73 @@
-"""Table of the calibration page: errors on the synthetic families of tests/families.py."""
+"""The tables of the calibration page.
 
+python docs/calibration_table.py                      # the families of tests/families.py
+python docs/calibration_table.py prices volatility    # data of `favor-np compare`
+python docs/calibration_table.py FILE.npz --causal    # queries and keys of another program
+"""
+
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
 import favor_np
+from favor_np.compare import Setting, compare
+from favor_np.compare._data import Tokens
+from favor_np.compare._methods import METHODS
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from families import DIM, DRAWS, FAMILIES, FEATURES, draw
 
-ROWS = {
-    "FAVOR+ (no pairs)": None,
-    "antithetic pairs": None,
-    "oprf": "oprf",
-    "sderf": "sderf",
-    "saderf": "saderf",
-    "aderf": "aderf",
-    "saderf+sderf": "saderf+sderf",
-    "aderf+sderf": "aderf+sderf",
-    "spherical": "spherical",
-    "auto": "auto",
-}
 
-
-def errors(name, family, draws=DRAWS):
+def family_errors(method, family, draws=DRAWS):
     """Root-mean-square errors on the calibration data and on fresh data of the same kind."""
     squares = []
     for seed in range(draws):
-        plain = favor_np.feature_map(
-            "positive", DIM, FEATURES, antithetic=not name.startswith("FAVOR+"), rng=seed
-        )
         sets = [draw(*family, seed, fresh=fresh) for fresh in (False, True)]
-        fm = plain if ROWS[name] is None else plain.calibrate(*sets[0][:2], ROWS[name])
-        squares.append(
-            [
-                np.mean((favor_np.favor_attention(*qkv, fm) - favor_np.exact_attention(*qkv)) ** 2)
-                for qkv in sets
-            ]
-        )
+        known = [x[None] for x in sets[0][:2]]
+        fm = method.feature_map(Tokens(*known, *known, DIM**-0.5), FEATURES, seed)
+        squares.append([np.mean(difference(fm, *qkv) ** 2) for qkv in sets])
     return np.sqrt(np.mean(squares, axis=0))
 
 
-def table(draws=DRAWS):
+def difference(fm, *qkv):
+    q, k, v = (x[None] for x in qkv)
+    return favor_np.favor_attention(q, k, v, fm) - favor_np.exact_attention(q, k, v)
+
+
+def family_table():
     """One row a method: errors on calibration data / fresh data, by family."""
-    lines = [["method", *FAMILIES], ["---", *["---:"] * len(FAMILIES)]]
-    for name in ROWS:
-        cells = [errors(name, family, draws) for family, _ in FAMILIES.values()]
-        lines.append([name, *(f"{own:.4f} / {fresh:.4f}" for own, fresh in cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    rows = [["method", *FAMILIES]]
+    for method in METHODS:
+        cells = [family_errors(method, family) for family, _ in FAMILIES.values()]
+        rows.append([method.name, *(f"{own:.4f} / {fresh:.4f}" for own, fresh in cells)])
+    return rows
+
+
+def data_table(data, causal):
+    """One row a method: errors in percent of the output, by number of features."""
+    result = compare(Setting(data, causal=causal), seeds=DRAWS, lengths=[], time_features=[])
+    features = list(dict.fromkeys(row.features for row in result.errors))
+    rows = [["method", *(f"m = {m}" for m in features)]]
+    for method in METHODS:
+        found = (result.error(method.name, m) for m in features)
+        cells = (f"{100 * row.mean:.3g} ± {100 * row.spread:.2g}" for row in found)
+        rows.append([method.name, *cells])
+    return rows
+
+
+def markdown(rows):
+    rows = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 if __name__ == "__main__":
-    print(table())
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data", nargs="*")
+    parser.add_argument("--causal", action="store_true")
+    options = parser.parse_args()
+    for data in options.data:
+        print(markdown(data_table(data, options.causal)))
+    if not options.data:
+        print(markdown(family_table()))

@@ -196,11 +196,12 @@ def test_advice(result):
         ]
         return " ".join(dataclasses.replace(result, crossings=crossings, errors=rows).advice())
 
-    assert "below L = 321, where it is faster than 16 features" in words({16: 321.0})
-    assert "up to L = 256 and perhaps beyond" in words({16: None})
+    assert "for lengths below 321 (m = 16): there it is faster" in words({16: 321.0})
+    assert "below 256 at least (m = 16)" in words({16: None})
     good = words({}, 0.2, 0.05)
     assert "an error of 5.0% of the output is too much" in good
     assert "An error of 10% takes over 64 with FAVOR+ and 64 with auto" in good
+    assert "An error of" not in words({}, 0.3, 0.2)
     assert "at any length for queries and keys like these" in words({}, 9.0, 0.5)
 
 

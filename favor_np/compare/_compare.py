@@ -329,15 +329,14 @@ def _costs(
 
 def _advice_on_time(result: Comparison) -> list[str]:
     """Where exact attention is faster."""
-    longest = max((row.length for row in result.costs), default=0)
-    parts = [
-        f"up to L = {longest:,} and perhaps beyond, where it is faster than {m:,} features"
-        if length is None
-        else f"below L = {length:,.0f}, where it is faster than {m:,} features"
+    if not result.costs:
+        return []
+    longest = max(row.length for row in result.costs)
+    lengths = " and ".join(
+        f"{f'{longest:,} at least' if length is None else f'{length:,.0f}'} (m = {m:,})"
         for m, length in result.crossings.items()
-        if longest
-    ]
-    return [f"Prefer exact attention {'; '.join(parts)}."] if parts else []
+    )
+    return [f"Prefer exact attention for lengths below {lengths}: there it is faster."]
 
 
 def _advice_on_error(result: Comparison) -> list[str]:
@@ -351,6 +350,12 @@ def _advice_on_error(result: Comparison) -> list[str]:
             f"Prefer it at any length for queries and keys like these: with {most:,} features the "
             f"best map, {best.method}, is still off by {best.mean:.0%} of the output."
         ]
+    advice = (
+        f"Prefer it where an error of {best.mean:.1%} of the output is too much: that is what the "
+        f"best map here, {best.method}, has with {most:,} features."
+    )
+    if best.mean > TARGET:
+        return [advice]
     least = {
         name: min(
             (row.features for row in result.errors if row.method == name and row.mean <= TARGET),
@@ -361,11 +366,7 @@ def _advice_on_error(result: Comparison) -> list[str]:
     needs = " and ".join(
         f"{f'over {most:,}' if m is None else f'{m:,}'} with {name}" for name, m in least.items()
     )
-    return [
-        f"Prefer it where an error of {best.mean:.1%} of the output is too much: that is what the "
-        f"best map here, {best.method}, has with {most:,} features. An error of {TARGET:.0%} "
-        f"takes {needs}."
-    ]
+    return [f"{advice} An error of {TARGET:.0%} takes {needs}."]
 
 
 def _cost(call: Callable[[], object]) -> tuple[int, float]:
