@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import favor_np
+from favor_np.cli.compare import in_percent
 from favor_np.compare import Setting, compare
 from favor_np.compare._data import Tokens
 from favor_np.compare._methods import METHODS
@@ -51,9 +52,7 @@ def data_table(data, causal):
     features = list(dict.fromkeys(row.features for row in result.errors))
     rows = [["method", *(f"m = {m}" for m in features)]]
     for method in METHODS:
-        found = (result.error(method.name, m) for m in features)
-        cells = (f"{100 * row.mean:.3g} ± {100 * row.spread:.2g}" for row in found)
-        rows.append([method.name, *cells])
+        rows.append([method.name, *(in_percent(result.error(method.name, m)) for m in features)])
     return rows
 
 

@@ -143,12 +143,13 @@ def _error_table(result: Comparison) -> list[str]:
         part = features[start : start + COLUMNS]
         lines.append(f"{'m':<{NAME}}" + "".join(f"{m:>{CELL}}" for m in part))
         for name in methods:
-            cells = (f"{_error(result.error(name, m)):>{CELL}}" for m in part)
+            cells = (f"{in_percent(result.error(name, m)):>{CELL}}" for m in part)
             lines.append(f"{name:<{NAME}}" + "".join(cells))
     return lines
 
 
-def _error(row: ErrorRow) -> str:
+def in_percent(row: ErrorRow) -> str:
+    """Mean and standard deviation, with as many digits as a table has room for."""
     mean, spread = 100 * row.mean, 100 * row.spread
     if mean >= 1000:
         return ">1000"
