@@ -1,10 +1,19 @@
 """Errors, beside the times: a faster kernel that is less accurate shows up here."""
 
+import functools
+
 import numpy as np
 
 import favor_np
+from favor_np.compare import Setting
 
-from .common import feature_map, full_only, inputs
+from .common import TIMER, feature_map, full_only, inputs, warm
+
+
+@functools.lru_cache
+def price_windows():
+    """1024 windows of the bundled prices, and those before them."""
+    return Setting("prices").tokens(1024)
 
 
 def relative(out, reference):
@@ -27,6 +36,37 @@ class Estimator:
         arrays = inputs(1024)
         exact = favor_np.exact_attention(*(x.astype(np.float64) for x in arrays))
         return relative(favor_np.favor_attention(*arrays, fm), exact)
+
+
+class Calibrated:
+    """Maps that know windows of prices: their error on later ones, and what knowing them takes."""
+
+    params = ([64, 256, 1024], ["none", "oprf", "aderf+sderf", "spherical", "auto"])
+    param_names = ("m", "method")
+    timer = TIMER
+
+    def setup(self, m, method):
+        full_only(m == 1024)
+        self.tokens = price_windows()
+        q = self.tokens.q
+        self.map = favor_np.feature_map("positive", q.shape[-1], m, scale=self.tokens.scale)
+        warm("calibrate", lambda: self.calibrated("oprf"))
+
+    def calibrated(self, method):
+        if method == "none":
+            return self.map
+        return self.map.calibrate(self.tokens.known_q, self.tokens.known_k, method)
+
+    def time_calibrate(self, m, method):
+        self.calibrated(method)
+
+    def track_error(self, m, method):
+        q, k, scale = self.tokens.q, self.tokens.k, self.tokens.scale
+        v = np.random.default_rng(0).standard_normal(k.shape, np.float32)
+        exact = favor_np.exact_attention(*(x.astype(np.float64) for x in (q, k, v)), scale=scale)
+        return relative(favor_np.favor_attention(q, k, v, self.calibrated(method)), exact)
+
+    track_error.unit = "relative"
 
 
 class Rounding:

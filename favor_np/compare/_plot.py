@@ -62,6 +62,7 @@ def draw(result: Comparison) -> Figure:
         axes.minorticks_off()
         axes.legend(ncols=2 if axes is error else 1)
     low, high = error.get_ylim()
+    error.set_ylim(top=1.5 * high)  # room for the legend
     steps = (digit * 10.0**power for power in range(-6, 2) for digit in (1, 2, 5))
     error.set_yticks([y for y in steps if low <= y <= high])
     kind = "causal" if result.setting.causal else "bidirectional"
