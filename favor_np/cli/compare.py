@@ -136,7 +136,7 @@ def _error_table(result: Comparison) -> list[str]:
         f"Error in % of the exact output (root mean square; mean ± sd of {result.seeds} draws) on "
         f"held-out tokens: {result.setting.data}, {of_heads}L = {length:,}, d = {dim}"
     )
-    lines = ["", *textwrap.wrap(title, 80)]
+    lines = ["", *textwrap.wrap(title, 80, break_on_hyphens=False)]
     methods = list(dict.fromkeys(row.method for row in result.errors))
     features = list(dict.fromkeys(row.features for row in result.errors))
     for start in range(0, len(features), COLUMNS):

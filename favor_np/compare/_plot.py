@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def _draw_errors(axes: Any, result: Comparison) -> None:
         )  # fmt: skip
     heads, length, dim = result.tokens
     axes.set(
-        title=f"Error against exact attention on held-out tokens: {result.setting.data}, "
+        title=f"Error against exact attention on held-out tokens: {Path(result.setting.data).name}, "
         f"L = {length:,}, d = {dim}" + (f", {heads} heads" if heads > 1 else ""),
         xlabel=f"features m (bars: standard deviation over {result.seeds} draws)",
         ylabel="relative root-mean-square error",
