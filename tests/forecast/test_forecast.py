@@ -196,15 +196,18 @@ def test_calibration_brings_real_forecasts_nearer_to_exact_ones(target, share):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_error_bars_hold_what_they_promise(target):
-    """The bundled prices, at the default size."""
-    result = forecast(read_prices(), target=target)
-    bars, exact = error_bars(result), compare_with_exact(result)
-    judged = slice(result.warm_up, None)
-    inside = abs(result.predicted - exact.predicted) < 1.96 * bars.standard_error
-    assert 0.9 < inside[judged].mean() < 0.99
-    assert bars.effective_sample_size[judged].min() > 80
-    assert bars.effective_sample_size.max() <= result.num_features
-    assert bars.warnings == ()
+    """The bundled prices, at the default size: all forecasts of a draw share its luck."""
+    inside = []
+    for seed in range(3):
+        result = forecast(read_prices(), target=target, seed=seed)
+        bars, exact = error_bars(result), compare_with_exact(result)
+        judged = slice(result.warm_up, None)
+        error = abs(result.predicted - exact.predicted)
+        inside.append((error < 1.96 * bars.standard_error)[judged].mean())
+        assert bars.effective_sample_size[judged].min() > 80
+        assert bars.effective_sample_size.max() <= result.num_features
+        assert bars.warnings == ()
+    assert 0.9 < np.mean(inside) < 0.98
     assert error_bars(forecast(read_prices(), target=target, num_features=32)).warnings
 
 
