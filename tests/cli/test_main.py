@@ -58,6 +58,7 @@ def test_help_starts_quickly_and_imports_little():
         ["forecast", "--threshold", "inf"],
         ["forecast", "--target", "profit"],
         ["forecast", "--seed", "-1"],
+        ["forecast", "--calibration", "best"],
         ["warmup", "--float16"],
     ],
 )
