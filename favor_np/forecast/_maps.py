@@ -41,8 +41,8 @@ def plain_map(dim: int, num_features: int, scale: float, seed: int) -> FeatureMa
 def calibrated(fm: FeatureMap, queries: F32, keys: F32, method: str) -> FeatureMap:
     """Return the map that knows these windows.
 
-    It is not centred.  Windows are measured against the long run, so that their mean is near zero
-    there; the mean of the first few, of a quiet year perhaps, is not that of those to come.
+    It is not centred: the mean of the first windows is not that of those to come, which is near
+    zero, for they are measured against the long run.
     """
     return fm.calibrate(queries, keys, method, center=False)
 
