@@ -3,6 +3,7 @@
 python docs/calibration_table.py                      # the families of tests/families.py
 python docs/calibration_table.py prices volatility    # data of `favor-np compare`
 python docs/calibration_table.py FILE.npz --causal    # queries and keys of another program
+python docs/calibration_table.py forecasts            # how much a forecast should know
 """
 
 import argparse
@@ -16,6 +17,7 @@ from favor_np.cli.compare import in_percent
 from favor_np.compare import Setting, compare
 from favor_np.compare._data import Tokens
 from favor_np.compare._methods import METHODS
+from favor_np.forecast import forecast, read_prices
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from families import DIM, DRAWS, FAMILIES, FEATURES, draw
@@ -56,6 +58,34 @@ def data_table(data, causal):
     return rows
 
 
+def forecast_table(features=1024, draws=8, judged=1000):
+    """One row a calibration: distance of forecasts from those by exact attention, by target."""
+    choices = {
+        "none": None,
+        "first 250 windows": (250, False),
+        "first 500": (500, False),
+        "first 1,000": (1000, False),
+        "all, the future included": (None, False),
+        "first 250, centred": (250, True),
+    }
+    rows = [['calibration, "auto"', "returns", "volatility"], *([name] for name in choices)]
+    for target in ("return", "volatility"):
+        windows = forecast(read_prices(), target=target, num_features=2).windows
+        q, k, v, scale = windows.queries, windows.keys, windows.values, windows.scale
+        exact = favor_np.exact_attention(q, k, v, causal=True, scale=scale)[judged:, 0]
+        for row, known in zip(rows[1:], choices.values(), strict=True):
+            errors = []
+            for seed in range(draws):
+                fm = favor_np.feature_map("positive", q.shape[1], features, scale=scale, rng=seed)
+                if known is not None:
+                    count, center = known
+                    fm = fm.calibrate(q[:count], k[:count], center=center)
+                out = favor_np.favor_attention(q, k, v, fm, causal=True)[judged:, 0]
+                errors.append(np.sqrt(np.mean((out - exact) ** 2)) / exact.std())
+            row.append(f"{np.mean(errors):.3f}")
+    return rows
+
+
 def markdown(rows):
     rows = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
@@ -67,6 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--causal", action="store_true")
     options = parser.parse_args()
     for data in options.data:
-        print(markdown(data_table(data, options.causal)))
+        rows = forecast_table() if data == "forecasts" else data_table(data, options.causal)
+        print(markdown(rows))
     if not options.data:
         print(markdown(family_table()))
