@@ -63,12 +63,12 @@ def flag(name: str, value: object) -> bool:
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
     """Return `value` if it is one of the strings `options`."""
+    if isinstance(value, str) and value in options:
+        return value
     listed = ", ".join(map(repr, options))
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {listed}, got {got(value)}")
-    if value not in options:
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
-    return value
+    raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
 
 def float_dtype(name: str, value: npt.DTypeLike | None) -> np.dtype[Any]:
