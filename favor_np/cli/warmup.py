@@ -51,21 +51,22 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         favor_attention_vjp,
         feature_map,
     )
+    from favor_np.kernels.bfloat16 import AMX
 
     x = np.zeros((2, 8), dtype)
     fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)
     state = AttentionState.zeros(fm, value_dim=8)
-    return [
-        (f"{name}, {dtype}", call)
-        for name, call in (
-            ("bidirectional", lambda: favor_attention(x, x, x, fm)),
-            ("causal", lambda: favor_attention(x, x, x, fm, causal=True)),
-            ("streaming", lambda: state.step(x[0], x[0], x[0])),
-            ("gradient", lambda: favor_attention_vjp(x, x, x, fm)[1](x)),
-            ("error bars", lambda: diagnose(x, x, x, fm)),
-            ("merge", lambda: state.merge(state.copy())),
-            ("exact", lambda: exact_attention(x, x, x)),
-            ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
-            ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
-        )
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("bidirectional", lambda: favor_attention(x, x, x, fm)),
+        ("causal", lambda: favor_attention(x, x, x, fm, causal=True)),
+        ("streaming", lambda: state.step(x[0], x[0], x[0])),
+        ("gradient", lambda: favor_attention_vjp(x, x, x, fm)[1](x)),
+        ("error bars", lambda: diagnose(x, x, x, fm)),
+        ("merge", lambda: state.merge(state.copy())),
+        ("exact", lambda: exact_attention(x, x, x)),
+        ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
+        ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
     ]
+    if AMX and dtype == np.float32:  # where it is worth while
+        calls.append(("bfloat16", lambda: favor_attention(x, x, x, fm, precision="bfloat16")))
+    return [(f"{name}, {dtype}", call) for name, call in calls]
