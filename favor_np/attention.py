@@ -291,12 +291,7 @@ def prepare(
             raise ValueError("window needs causal=True")
         if keeps:
             raise ValueError("window cannot be used with state or return_state: see WindowState")
-    words = validation.choice("precision", precision, ("full", "bfloat16")) == "bfloat16"
-    if words and call.compute.itemsize > 4:
-        raise ValueError(
-            "precision='bfloat16' needs arrays of at most 32 bits (integers count as float64), "
-            f"got {call.compute}"
-        )
+    words = validation.in_words(precision, call.compute)
     if words and window is not None:
         raise ValueError("precision='bfloat16' cannot be used with window")
     return Prepared(feature_map, call, offsets, rates, window, before, keeps, words)

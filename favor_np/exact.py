@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ def exact_attention(
     scale: float | None = None,
     key_mask: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
+    precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
 ) -> Array:
@@ -47,6 +48,9 @@ def exact_attention(
     enable_gqa : bool, default False
         Grouped queries: axis -3 of `q` is a multiple of that of `k` and `v`, and query head h
         uses their head ``h // (heads of q / heads of k)``.
+    precision : {"full", "bfloat16"}, default "full"
+        "bfloat16": matrix products of numbers rounded to 8 bits, summed in float32; not for
+        float64.  Faster on processors with a matrix unit (AMX), slower on others.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
@@ -64,7 +68,8 @@ def exact_attention(
         If an array is not real (complex, object, str, longdouble, numpy.matrix) or has a mask set.
     ValueError
         If shapes do not fit, `causal` is set with L_q != L_k, `scale` is not finite and
-        positive, or `check_finite` is set and an array is not finite.
+        positive, `precision` is "bfloat16" with float64 (integers included), or `check_finite`
+        is set and an array is not finite.
 
     Notes
     -----
@@ -82,7 +87,7 @@ def exact_attention(
     array([[0.2689, 0.7311]])
     """
     call, factor = _checked(q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite)
-    return _attend(call, factor)[0]
+    return _attend(call, factor, words=validation.in_words(precision, call.compute))[0]
 
 
 class AttentionGradients(NamedTuple):
@@ -197,7 +202,7 @@ def _checked(
 
 
 def _attend(
-    call: validation.AttentionCall, scale: float, *, keep: bool = False
+    call: validation.AttentionCall, scale: float, *, keep: bool = False, words: bool = False
 ) -> tuple[Array, Array, tuple[Array, Array] | None]:
     """Return the result and, for a gradient, the same as computed and the rows' denominators.
 
@@ -215,7 +220,7 @@ def _attend(
             fits = launch.attend_exact(
                 call.q, call.k, call.v, call.mask, to,
                 dtype=to.dtype, causal=call.causal, scale=scale, grouped=call.grouped,
-                threads=call.threads, weights=weights,
+                threads=call.threads, weights=weights, words=words and to.dtype == np.float32,
             )  # fmt: skip
             return fits, weights
 

@@ -375,10 +375,12 @@ def attend_exact(
     grouped: bool,
     threads: int | None,
     weights: tuple[Array, Array] | None = None,
+    words: bool = False,
 ) -> bool:
     """Write softmax attention to the C-ordered `out`; False if a logit may be too large for it.
 
-    `weights` receive the denominators of the rows as (w, top), w * 2**top.
+    `weights` receive the denominators of the rows as (w, top), w * 2**top.  With `words` products
+    are in bfloat16.
     """
     table = plan.exact_jobs(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
@@ -390,9 +392,13 @@ def attend_exact(
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
         *_result(out, weights),
     )  # fmt: skip
-    space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1])
+    kernel = exact_kernels.attend_exact
+    if words:
+        bfloat16.allow()
+        kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.UNIT)
+    space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words)
     workers = min(_threads(work, threads), len(table))
-    control = _run(exact_kernels.attend_exact, args, len(table), workers, space)
+    control = _run(kernel, args, len(table), workers, space)
     return not control[TROUBLE]
 
 

@@ -299,7 +299,9 @@ def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
     )
 
 
-def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace:
+def exact_workspace(
+    dtype: np.dtype[Any], dim: int, value_dim: int, *, words: bool = False
+) -> Workspace:
     """Return what a thread of exact attention works on."""
     size, group = dtype.itemsize, exact_kernels.GROUP
     columns, value_columns = padded(dim, size), padded(value_dim, size)
@@ -310,6 +312,9 @@ def exact_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace
         + (group + 2) * CHUNK  # den, part, ones
         + (group + group * CHUNK + CHUNK) * 8 // size  # longest, square, key_square
     )
+    if words:
+        depth = -(-dim // (2 * bfloat16.STEP)) * bfloat16.STEP
+        floats += CHUNK * ((1 + group) * depth + CHUNK + value_columns // 2)
     return workspace(dtype, floats, (group + 2) * CHUNK)
 
 

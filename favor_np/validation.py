@@ -387,6 +387,18 @@ def cotangent(value: object, shape: tuple[int, ...], *, check_finite: bool) -> A
     return array
 
 
+def in_words(precision: object, compute: np.dtype[Any]) -> bool:
+    """Whether ``precision`` is "bfloat16"; what is computed in `compute` must not need more."""
+    if choice("precision", precision, ("full", "bfloat16")) == "full":
+        return False
+    if compute.itemsize > 4:
+        raise ValueError(
+            "precision='bfloat16' needs arrays of at most 32 bits (integers count as float64), "
+            f"got {compute}"
+        )
+    return True
+
+
 def thread_count(value: object) -> int | None:
     """Return ``num_threads`` as a positive int, or None."""
     return None if value is None else integer("num_threads", value)

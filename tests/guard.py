@@ -92,6 +92,9 @@ def main():
                         pullback(result)
                 exact_attention(q, k, v, key_mask=mask)
                 exact_attention(*causal, causal=True)
+                if dtype == np.float32:
+                    exact_attention(q, k, v, key_mask=mask, precision="bfloat16")
+                    exact_attention(*causal, causal=True, precision="bfloat16")
                 exact_attention_vjp(*causal, causal=True)[1](causal[2])
                 options = {"dtype": out.dtype, "causal": False, "scale": 0.3, "grouped": False}
                 weights = [

@@ -153,13 +153,66 @@ def test_large_norms_and_drift():
         assert abs(half).max() <= 1.01 * abs(v).max()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200, 700])
+@pytest.mark.parametrize(("dim", "width"), [(64, 64), (7, 3), (40, 17), (1, 1)])
+def test_exact_attention(causal, length, dim, width):
+    exact_attention(*(1e30 * np.ones((3, 80, dim), np.float32)), precision="bfloat16")
+    q, k, v = arrays((2, length), dim, width, std=1.0)
+    full = exact_attention(q, k, v, causal=causal)
+    half = exact_attention(q, k, v, causal=causal, precision="bfloat16")
+    assert half.dtype == np.float32
+    # One dimension: all logits of a row err alike.
+    assert apart(half, full) < (TOLERANCE if dim > 1 else 0.02)
+
+
+def test_exact_attention_with_everything_else():
+    q, k, v = arrays((8, 300), 24, 20, seed=1)
+    mask = np.arange(300) % 3 > 0
+    for options in ({}, {"causal": True}):
+        pair = [
+            exact_attention(
+                q, k[:2], v[:2], key_mask=mask, enable_gqa=True, scale=0.3, precision=precision,
+                **options,
+            )
+            for precision in ("full", "bfloat16")
+        ]  # fmt: skip
+        assert apart(pair[1], pair[0]) < TOLERANCE
+
+
+def test_no_bit_of_exact_attention_depends_on_later_tokens_or_on_threads():
+    q, k, v = arrays((700,), 32, 32, std=1.0)
+    options = {"causal": True, "precision": "bfloat16"}
+    out = exact_attention(q, k, v, num_threads=1, **options)
+    assert np.array_equal(out, exact_attention(q, k, v, num_threads=2, **options))
+    later = 650
+    nan = np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0]
+    for change in (20.0, nan, np.inf):
+        q2, k2, v2 = q.copy(), k.copy(), v.copy()
+        q2[later:], k2[later:], v2[later:] = -q[later:], change * k[later:], change
+        changed = exact_attention(q2, k2, v2, **options)
+        assert np.array_equal(changed[:later], out[:later])
+        assert not np.array_equal(changed[later:], out[later:])
+        if change != 20.0:
+            assert not np.isfinite(changed[later:]).any()
+    assert np.array_equal(exact_attention(q, k, v, num_threads=1, **options), out)
+
+
+def test_large_logits_are_computed_in_full():
+    q, k, v = arrays((100,), 16, 16, std=2000.0)
+    full = exact_attention(q, k, v)
+    assert np.array_equal(exact_attention(q, k, v, precision="bfloat16"), full)
+
+
 CODE = """
 import sys, numpy as np, favor_np
 from favor_np.kernels import bfloat16
 rng = np.random.default_rng(0)
 q, k, v = 0.5 * rng.standard_normal((3, 2, 300, 40)).astype(np.float32)
 fm = favor_np.feature_map("positive", 40, 192, rng=0)
-out = [favor_np.favor_attention(q, k, v, fm, causal=c, precision="bfloat16") for c in (False, True)]
+half = {"precision": "bfloat16"}
+out = [favor_np.favor_attention(q, k, v, fm, causal=c, **half) for c in (False, True)]
+out += [favor_np.exact_attention(q, k, v, causal=c, **half) for c in (False, True)]
 np.save(sys.argv[1], out)
 print(bfloat16.AMX)
 """
@@ -196,3 +249,6 @@ def test_errors(change, error, message):
     good = {"q": q, "k": k, "v": v, "precision": "bfloat16"}
     with pytest.raises(error, match=message):
         favor_attention(feature_map=feature_map("positive", 8, 16), **(good | change))
+    if "window" not in change:
+        with pytest.raises(error, match=message):
+            exact_attention(**(good | change))

@@ -113,6 +113,27 @@ class Bfloat16:
     track_added_error.unit = "of the estimate's"
 
 
+class ExactBfloat16:
+    """How many times faster exact attention is with products in bfloat16, one thread."""
+
+    params = (KINDS, [1024, 8192])
+    param_names = ("kind", "L")
+
+    def setup(self, kind, length):
+        full_only(length > 1024)
+
+    def track_speedup(self, kind, length):
+        calls = (
+            lambda precision=precision: favor_np.exact_attention(
+                *inputs(length), causal=kind == "causal", precision=precision, num_threads=1
+            )
+            for precision in ("full", "bfloat16")
+        )
+        return ratio(*interleave(*calls).T)
+
+    track_speedup.unit = "times"
+
+
 class ErrorBars:
     """What `diagnose` takes, attention itself included, over attention: antithetic, one thread."""
 

@@ -68,5 +68,8 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
     ]
     if AMX and dtype == np.float32:  # where it is worth while
-        calls.append(("bfloat16", lambda: favor_attention(x, x, x, fm, precision="bfloat16")))
+        calls += [
+            ("bfloat16", lambda: favor_attention(x, x, x, fm, precision="bfloat16")),
+            ("exact, bfloat16", lambda: exact_attention(x, x, x, precision="bfloat16")),
+        ]
     return [(f"{name}, {dtype}", call) for name, call in calls]

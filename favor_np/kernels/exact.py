@@ -13,11 +13,13 @@ from collections import namedtuple
 import numpy as np
 
 from favor_np.kernels.activate import RAISE_QUERIES, activate_queries, lift_queries, measure_queries
+from favor_np.kernels.bfloat16 import STEP, gemm_words, turn_words, words_along, words_down
 from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
 from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
+from favor_np.kernels.products import begin_unit, end_unit, words_of_values
 from favor_np.kernels.simd import VECTOR_BYTES
 
 #: Query tiles that share one packed tile of keys.
@@ -28,12 +30,29 @@ ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit
 ExactTiles = namedtuple(
     "ExactTiles",
     "rows keys values raw phi across num spare den part ones longest square key_square "
-    "c top higher",
+    "c top higher words",
 )
+#: In bfloat16: packed rows as left factors, those of queries as right ones; features, and values.
+ExactWords = namedtuple("ExactWords", "rows columns phi phi_t values")
 
 
 @jit()
-def carve_exact(floats, ints, d, vcols):
+def carve_exact_words(unit, floats, at, d, vcols):
+    """Cut the tiles for words, or none."""
+    if unit is None:
+        return None
+    depth = -(-d // (2 * STEP)) * STEP
+    rows, at = cut(floats, at, CHUNK, depth)
+    columns, at = cut(floats, at, GROUP * depth, CHUNK)
+    phi, at = cut(floats, at, CHUNK // 2, CHUNK)
+    phi_t, at = cut(floats, at, CHUNK, CHUNK // 2)
+    values, at = cut(floats, at, CHUNK // 2, vcols)
+    rows[:] = 0
+    return ExactWords(rows, columns, phi, phi_t, values)
+
+
+@jit()
+def carve_exact(unit, floats, ints, d, vcols):
     """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -52,6 +71,7 @@ def carve_exact(floats, ints, d, vcols):
     longest, at = cut(floats, at, 1, GROUP * doubles)
     square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
     key_square, at = cut(floats, at, 1, CHUNK * doubles)
+    words = carve_exact_words(unit, floats, at, d, vcols)
     c, mark = cut(ints, 0, 1, CHUNK)
     top, mark = cut(ints, mark, GROUP, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
@@ -59,8 +79,58 @@ def carve_exact(floats, ints, d, vcols):
         rows, keys, values, raw, phi, across.reshape(GROUP, dcols, CHUNK),
         num.reshape(GROUP, CHUNK, vcols), spare, den, part, ones,
         longest[0].view(np.float64), square.view(np.float64).reshape(GROUP, CHUNK),
-        key_square[0].view(np.float64), c, top, higher,
+        key_square[0].view(np.float64), c, top, higher, words,
     )  # fmt: skip
+
+
+@jit()
+def load_queries(words, t, g):
+    """Turn the packed queries of tile g for `logits`."""
+    if words is None:
+        across(t.rows, t.across[g])
+    else:
+        depth = words.rows.shape[1]
+        words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+        turn_words(words.rows, CHUNK, depth, words.columns[g * depth : (g + 1) * depth])
+
+
+@jit()
+def load_keys(words, t):
+    """The same of packed keys."""
+    if words is None:
+        across(t.rows, t.keys)
+    else:
+        words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+
+
+@jit()
+def load_values(words, t, clean):
+    """Prepare a tile of values for `add_values`."""
+    if words is None:
+        return
+    words_of_values(t.values, clean, words.values)
+
+
+@jit()
+def logits(words, t, g, cols, d):
+    """raw[j, i] = k_j . q_i, of query tile g."""
+    if words is None:
+        project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
+    else:
+        depth = words.rows.shape[1]
+        queries = words.columns[g * depth : (g + 1) * depth]
+        gemm_words(words.rows, queries, t.raw, CHUNK, CHUNK, depth, False)
+
+
+@jit()
+def add_values(words, t, num, rows):
+    """num += phi.T V."""
+    if words is None:
+        gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], 0, CHUNK, True)
+    else:
+        words_down(t.phi, CHUNK, CHUNK, words.phi)
+        turn_words(words.phi, CHUNK // 2, CHUNK, words.phi_t)
+        gemm_words(words.phi_t, words.values, num, CHUNK, num.shape[1], CHUNK // 2, True)
 
 
 @jit()
@@ -84,7 +154,7 @@ def pack_queries(par, q, row, count, t):
         for i in range(here):
             for x in range(t.rows.shape[1]):
                 t.rows[i, x] *= factor
-        across(t.rows, t.across[g])
+        load_queries(t.words, t, g)
         t.den[g] = 0
         t.num[g] = 0
 
@@ -93,7 +163,7 @@ def pack_queries(par, q, row, count, t):
 def pack_keys(par, k, row, count, mask, mask_row, t):
     """Pack a tile of keys; the longest squared norm and the first key that is not finite."""
     pack(k, row, 1, count, t.rows, par.limit, t.key_square)
-    across(t.rows, t.keys)
+    load_keys(t.words, t)
     bad = CHUNK
     for j in range(CHUNK):
         alive = j < count and (mask_row < 0 or mask[mask_row + j])
@@ -111,7 +181,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
-    project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
+    logits(t.words, t, g, cols, d)
     if diagonal:
         for j in range(CHUNK):
             t.raw[j, : min(j, cols)] = -par.masked
@@ -127,7 +197,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     if diagonal:
         own_values(t.phi, t.values, clean, count, num, t.spare)
     else:
-        gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], 0, CHUNK, True)
+        add_values(t.words, t, num, rows)
 
 
 @jit()
@@ -147,6 +217,7 @@ def exact_block(par, q, k, v, mask, job, out, t):
         m_row = mask_row + start if mask_row >= 0 else -1
         longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
+        load_values(t.words, t, clean)
         if first_bad < CHUNK:
             bad = min(bad, start + first_bad)
         for g in range(-(-count // CHUNK)):
@@ -167,12 +238,13 @@ def exact_block(par, q, k, v, mask, job, out, t):
     return fits
 
 
-@jit(cache=True)
-def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
-    """Take jobs until none is left; how many are finished by now.  Reports where float64 is needed."""
-    out, me = Result(rows, weights, tops), enter(ctl)
+@jit()
+def attend_blocks(par, q, k, v, mask, jobs, out, unit, floats, ints, ctl, n):
+    """What both kernels do; whether `unit` is None is known to the compiler."""
+    me = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
-    t = carve_exact(floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes)
+    t = carve_exact(unit, floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes)
+    begin_unit(unit)
     finished = 0
     while True:
         job = claim(ctl)
@@ -181,4 +253,19 @@ def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ct
         if not exact_block(par, q, k, v, mask, jobs[job], out, t):
             report(ctl)
         finished += 1
+    end_unit(unit)
     return leave(ctl, finished)
+
+
+@jit(cache=True)
+def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
+    """Take jobs until none is left; how many are finished by now.  Reports where float64 is needed."""
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, floats, ints,
+                         ctl, n)  # fmt: skip
+
+
+@jit(cache=True)
+def attend_exact_words(par, q, k, v, mask, jobs, rows, weights, tops, unit, floats, ints, ctl, n):
+    """The same, its products in bfloat16."""
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), unit, floats, ints,
+                         ctl, n)  # fmt: skip

@@ -68,6 +68,17 @@ def end_unit(unit):
 
 
 @jit()
+def words_of_values(values, clean, target):
+    """A tile of values as right factor."""
+    if not clean:  # rounding is made for one NaN only: others might turn into numbers
+        for j in range(CHUNK):
+            for x in range(values.shape[1]):
+                if math.isnan(values[j, x]):
+                    values[j, x] = math.nan
+    words_down(values, CHUNK, values.shape[1], target)
+
+
+@jit()
 def project_keys(words, t, weight, w, blocks, signs, rows, d):
     """The projections (C, F) of the packed keys, block by block."""
     width = t.keys.shape[2]
@@ -107,12 +118,7 @@ def load_keys(words, par, t, rows, clean):
     """Prepare values and features of a chunk of keys for the products below."""
     if words is None:
         return
-    if not clean:  # rounding is made for one NaN only: others might turn into numbers
-        for j in range(CHUNK):
-            for x in range(t.values.shape[1]):
-                if math.isnan(t.values[j, x]):
-                    t.values[j, x] = math.nan
-    words_down(t.values, CHUNK, t.values.shape[1], words.values)
+    words_of_values(t.values, clean, words.values)
     for tile in range(t.keys.shape[0]):
         t.keys[tile, rows:] = 0  # of other chunks: with values of zero not even NaN may count
         if par.causal:

@@ -83,7 +83,7 @@ def test_info(capsys):
 
 def test_warmup(capsys):
     assert main(["warmup", "--float64"]) == 0
-    assert f"{18 + AMX} kernel calls ready" in capsys.readouterr().out
+    assert f"{18 + 2 * AMX} kernel calls ready" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
