@@ -42,7 +42,7 @@ _BYTE, _I64 = ir.IntType(8), ir.IntType(64)
 
 def _has_matrix_unit() -> bool:
     """Whether code is compiled for this very processor, and it has AMX."""
-    named = numba.config.CPU_NAME not in (None, "", "host")
+    named = numba.config.CPU_NAME not in (None, "", "host") or numba.config.CPU_FEATURES
     features = llvmlite.binding.get_host_cpu_features()
     known = sys.platform == "linux" and platform.machine() == "x86_64" and ISA == "avx512"
     return bool(known and not named and features.get("amx-tile") and features.get("amx-bf16"))
