@@ -1,0 +1,385 @@
+"""The FAVOR+ kernels: fold keys and values into states, scan the states, read them with queries.
+
+A state is ``(c, S, z)`` as on the CPU, features in slices of 64; with antithetic pairs a slice is 32 rows of
+W and the same with their signs turned, so that one product serves both.  A causal sequence is folded
+chunk by chunk into states of their own, and these are scanned: so a chunk of queries depends on nobody but
+its own keys and one state, and every chunk of every head is a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda, float32, int32
+
+from favor_np.cuda.kernels.tiles import (
+    FAR,
+    LOWEST,
+    MASKED,
+    NOTHING,
+    STRIDE,
+    TILE,
+    clear,
+    device,
+    exp2,
+    exponent,
+    factor,
+    highest_across,
+    lane,
+    log_feature,
+    multiply,
+    multiply_rows,
+    multiply_seen,
+    multiply_turned,
+    power,
+    product,
+    total_across,
+)
+
+#: log2-features of the keys of one chunk may pass its first key by this much, as on the CPU.
+SPAN = 40
+#: Sizes of shared arrays: a padded tile, a plain one, half of it or the stage of a product, one of each warp.
+PADDED, PLAIN, STAGED, WARPS = TILE * STRIDE, TILE * TILE, 2560, 8 * TILE
+#: Columns of the tables: who is folded, what is scanned, who reads.
+FOLD = ("row", "step", "count", "mask_row", "v_row", "head", "slot")
+SCAN = ("slot", "first", "count", "fresh")
+READ = ("q_row", "step", "count", "out_row", "row", "v_row", "mask_row", "head", "slot")
+
+
+@device
+def height_of(height, row, mask, mask_row, p, count):
+    """The height of key p of a tile: MASKED if it takes no part, NaN if it is not finite."""
+    if p >= count or (mask.size > 0 and mask[mask_row] == 0):
+        return float32(MASKED)
+    return height[row]
+
+
+@device
+def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
+    """Values start, start + 1, ... of a tile to the plain tile, masked ones as zeros; whether all are finite."""
+    tid, _, _ = lane()
+    x = tid & 63
+    clean = True
+    for n in range(rows >> 2):
+        i = (tid >> 6) + 4 * n
+        p = start + i
+        value = float32(0)
+        if p < count and column + x < v.shape[1]:
+            if mask.size == 0 or mask[mask_row + step * p] != 0:
+                value = float32(v[row + step * p, column + x])
+        clean = clean and value * float32(0) == float32(0)
+        plain[i * TILE + x] = value
+    return clean
+
+
+@device
+def highest_of_rows(top, tops, base):
+    """The maximum over all rows of a tile of what each thread has of its four columns, and base."""
+    tid, ty, tx = lane()
+    for j in range(4):
+        high = max(top[j], cuda.shfl_xor_sync(0xFFFFFFFF, top[j], 16))
+        if ty & 1 == 0:
+            tops[(tid >> 5) * TILE + tx + 16 * j] = high
+    cuda.syncthreads()
+    for j in range(4):
+        high = base[j]
+        for w in range(8):
+            high = max(high, tops[w * TILE + tx + 16 * j])
+        top[j] = high
+
+
+def make_fold(kind: int, signs: int) -> Callable[..., Any]:
+    """Return the kernel that folds stretches of keys, each into a state of its own."""
+    rows_of_w, per_sign = TILE // signs, 4 // signs
+
+    def fold(k, height, share, v, mask, weight, bias, epsilon, table, c, s, z):
+        keys = cuda.shared.array(PADDED, float32, alignment=16)
+        plain = cuda.shared.array(PLAIN, float32, alignment=16)
+        tops = cuda.shared.array(WARPS, int32)
+        sums = cuda.shared.array(WARPS, float32)
+        scale = cuda.shared.array(TILE, float32, alignment=16)
+        tid, ty, tx = lane()
+        tile, part, column = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z * TILE
+        row, step, count, mask_row = table[tile, 0], table[tile, 1], table[tile, 2], table[tile, 3]
+        v_row, head, slot = table[tile, 4], table[tile, 5], table[tile, 6]
+        slices = c.shape[1] // TILE
+        total = cuda.local.array((4, 4), float32)
+        raw = cuda.local.array((4, per_sign), float32)
+        high = cuda.local.array(4, float32)
+        level = cuda.local.array(4, int32)
+        new = cuda.local.array(4, int32)
+        folded = cuda.local.array(4, float32)
+        clear(total)
+        for j in range(4):
+            level[j], folded[j] = int32(NOTHING), float32(0)
+        for start in range(0, count, TILE):
+            first, size = row + step * start, min(TILE, count - start)
+            clear(raw)
+            product(k, first, step, size, weight, (head * slices + part) * rows_of_w, rows_of_w,
+                    k.shape[1], plain, raw)  # fmt: skip
+            for i in range(4):
+                p = ty + 16 * i
+                high[i] = height_of(height, first + step * p, mask, mask_row + step * (start + p), p, size)
+            for j in range(4):
+                beta = bias[head, part * TILE + tx + 16 * j]
+                new[j] = int32(LOWEST)
+                for i in range(4):
+                    x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                    new[j] = max(new[j], exponent(log_feature(kind, x) + beta - high[i]))
+            highest_of_rows(new, tops, level)
+            for j in range(4):
+                f = tx + 16 * j
+                beta = bias[head, part * TILE + f]
+                by = power(level[j] - new[j])
+                level[j] = new[j]
+                folded[j] *= by
+                if ty == 0:
+                    scale[f] = by
+                for i in range(4):
+                    x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                    y = log_feature(kind, x) + beta - high[i]
+                    value = exp2(y, exponent(y) - level[j]) * factor(kind, epsilon, x)
+                    if y != y:
+                        value = y
+                    p = ty + 16 * i
+                    keys[p * STRIDE + f] = value
+                    if share.size > 0 and p < size:
+                        value *= share[first + step * p]
+                    folded[j] += value
+            put_values(v, v_row + step * start, step, size, mask, mask_row + step * start, 0, TILE, column, plain)
+            cuda.syncthreads()
+            for i in range(4):
+                for j in range(4):
+                    total[i, j] *= scale[4 * ty + i]
+            multiply_turned(keys, plain, TILE, total)
+            cuda.syncthreads()
+        for j in range(4):
+            value = folded[j] + cuda.shfl_xor_sync(0xFFFFFFFF, folded[j], 16)
+            if ty & 1 == 0:
+                sums[(tid >> 5) * TILE + tx + 16 * j] = value
+        cuda.syncthreads()
+        if ty == 0 and column == 0:
+            for j in range(4):
+                f = tx + 16 * j
+                value = float32(0)
+                for w in range(8):
+                    value += sums[w * TILE + f]
+                c[slot, part * TILE + f], z[slot, part * TILE + f] = level[j], value
+        for i in range(4):
+            for j in range(4):
+                s[slot, part * TILE + 4 * ty + i, column + 4 * tx + j] = total[i, j]
+
+    return fold
+
+
+def scan(table, own_c, c, s, z, total_c, total_s, total_z):
+    """Replace states by the sum of all before them; the sum of all to the totals, which came first.
+
+    ``own_c`` are the exponents of the states s, z, and c receives those of the sums.
+    """
+    tid = cuda.threadIdx.x & 255
+    job, f, x = cuda.blockIdx.x, cuda.blockIdx.y * 4 + (tid >> 6), tid & 63
+    slot, first, count, fresh = table[job, 0], table[job, 1], table[job, 2], table[job, 3]
+    before = int32(NOTHING) if fresh else total_c[slot, f]
+    after = before
+    for column in range(x, s.shape[2], TILE):
+        level, total, weight = before, float32(0), float32(0)
+        if not fresh:
+            total, weight = total_s[slot, f, column], total_z[slot, f]
+        for n in range(first, first + count):
+            own = own_c[n, f]
+            high = max(level, own)
+            keep, add = power(level - high), power(own - high)
+            value = s[n, f, column]
+            s[n, f, column] = total
+            total = total * keep + value * add
+            if column == 0:
+                value = z[n, f]
+                c[n, f], z[n, f] = level, weight
+                weight = weight * keep + value * add
+            level = high
+        total_s[slot, f, column] = total
+        if column == 0:
+            total_z[slot, f] = weight
+        after = level
+    cuda.syncthreads()
+    if x == 0:
+        total_c[slot, f] = after
+
+
+def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
+    """Return the kernel that reads states, and the keys of the same chunk where it is causal.
+
+    It divides by the denominator; or else, for the gradient of values, multiplies by ``2**-height``.
+    """
+    rows_of_w, per_sign = TILE // signs, 4 // signs
+
+    def read(q, q_height, k, height, v, mask, weight, q_bias, bias, epsilon, table, c, s, z, out, dens, tops_out):  # fmt: skip
+        queries = cuda.shared.array(PADDED, float32, alignment=16)
+        keys = cuda.shared.array(PADDED, float32, alignment=16)
+        plain = cuda.shared.array(STAGED, float32, alignment=16)
+        tops = cuda.shared.array(WARPS, int32)
+        base = cuda.shared.array(TILE, int32)
+        scale = cuda.shared.array(TILE, float32)
+        cut = cuda.shared.array(1, int32)
+        tid, ty, tx = lane()
+        tile, column = cuda.blockIdx.x, cuda.blockIdx.y * TILE
+        q_row, step, count, out_row = table[tile, 0], table[tile, 1], table[tile, 2], table[tile, 3]
+        row, v_row, mask_row = table[tile, 4], table[tile, 5], table[tile, 6]
+        head, slot = table[tile, 7], table[tile, 8]
+        slices = c.shape[1] // TILE
+        num = cuda.local.array((4, 4), float32)
+        scores = cuda.local.array((4, 4), float32)
+        raw = cuda.local.array((4, per_sign), float32)
+        raw_k = cuda.local.array((4, per_sign), float32)
+        high = cuda.local.array(4, float32)
+        level = cuda.local.array(4, int32)
+        before = cuda.local.array(4, int32)
+        top = cuda.local.array(4, int32)
+        den = cuda.local.array(4, float32)
+        clear(num)
+        clear(scores)
+        for i in range(4):
+            p = ty + 16 * i
+            top[i], den[i], high[i] = int32(-(2**30)), float32(0), float32(MASKED)
+            if causal:
+                high[i] = height_of(height, row + step * p, mask, mask_row + step * p, p, count)
+        for part in range(slices):
+            w = (head * slices + part) * rows_of_w
+            clear(raw)
+            product(q, q_row, step, count, weight, w, rows_of_w, q.shape[1], plain, raw)
+            if causal:
+                clear(raw_k)
+                product(k, row, step, count, weight, w, rows_of_w, k.shape[1], plain, raw_k)
+            for j in range(4):
+                before[j] = c[slot, part * TILE + tx + 16 * j]
+            start, stop = 0, count
+            while start < count:
+                if causal:  # keys that pass what came before too far begin a part of their own
+                    for j in range(4):
+                        f = tx + 16 * j
+                        beta = bias[head, part * TILE + f]
+                        for i in range(4):
+                            if ty + 16 * i == start:
+                                x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                                n = exponent(log_feature(kind, x) + beta - high[i])
+                                base[f] = max(n, before[j])
+                    if tid == 0:
+                        cut[0] = count
+                    cuda.syncthreads()
+                    for j in range(4):
+                        f = tx + 16 * j
+                        beta = bias[head, part * TILE + f]
+                        for i in range(4):
+                            p = ty + 16 * i
+                            x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                            n = exponent(log_feature(kind, x) + beta - high[i])
+                            if p > start and n - base[f] > SPAN:
+                                cuda.atomic.min(cut, 0, p)
+                    cuda.syncthreads()
+                    stop = cut[0]
+                    for j in range(4):
+                        beta = bias[head, part * TILE + tx + 16 * j]
+                        level[j] = int32(LOWEST)
+                        for i in range(4):
+                            p = ty + 16 * i
+                            x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                            n = exponent(log_feature(kind, x) + beta - high[i])
+                            if start <= p < stop:
+                                level[j] = max(level[j], n)
+                    highest_of_rows(level, tops, before)
+                    for j in range(4):
+                        f = tx + 16 * j
+                        beta = bias[head, part * TILE + f]
+                        for i in range(4):
+                            p = ty + 16 * i
+                            x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                            y = log_feature(kind, x) + beta - high[i]
+                            value = exp2(y, exponent(y) - level[j]) * factor(kind, epsilon, x)
+                            if y != y:
+                                value = y
+                            keys[p * STRIDE + f] = value if start <= p < stop else float32(0)
+                else:
+                    for j in range(4):
+                        level[j] = before[j]
+                if ty == 0:
+                    for j in range(4):
+                        scale[tx + 16 * j] = power(before[j] - level[j])
+                for i in range(4):
+                    peak = int32(-(2**30))
+                    for j in range(4):
+                        x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                        y = log_feature(kind, x) + q_bias[head, part * TILE + tx + 16 * j]
+                        peak = max(peak, exponent(y) + level[j])
+                    peak = max(top[i], highest_across(peak))
+                    by = power(top[i] - peak)
+                    top[i] = peak
+                    den[i] *= by
+                    for j in range(4):
+                        num[i, j] *= by
+                        scores[i, j] *= by
+                    for j in range(4):
+                        f = tx + 16 * j
+                        x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
+                        y = log_feature(kind, x) + q_bias[head, part * TILE + f]
+                        value = exp2(y, exponent(y) + level[j] - peak) * factor(kind, epsilon, x)
+                        queries[(ty + 16 * i) * STRIDE + f] = value
+                        if start == 0:
+                            den[i] += value * z[slot, part * TILE + f] * power(before[j] - level[j])
+                cuda.syncthreads()
+                if causal:
+                    multiply_rows(queries, 0, STRIDE, keys, 0, STRIDE, TILE, scores)
+                if start == 0:
+                    for half in range(0, TILE, 32):
+                        for n in range(8):
+                            r = (tid >> 6) + 4 * n
+                            plain[r * TILE + (tid & 63)] = (
+                                s[slot, part * TILE + half + r, column + (tid & 63)] * scale[half + r]
+                            )
+                        cuda.syncthreads()
+                        multiply(queries, half, plain, 32, num)
+                        cuda.syncthreads()
+                else:
+                    cuda.syncthreads()
+                for j in range(4):
+                    before[j] = int32(NOTHING)
+                start = stop
+        if causal:
+            for i in range(4):
+                for j in range(4):
+                    p, n = ty + 16 * i, tx + 16 * j
+                    value = scores[i, j] if n <= p else float32(0)
+                    den[i] += value
+                    queries[p * STRIDE + n] = value
+            for half in range(0, TILE, 32):
+                if not put_values(v, v_row, step, count, mask, mask_row, half, 32, column, plain):
+                    cuda.atomic.min(cut, 0, -1)
+                cuda.syncthreads()
+                if cut[0] >= 0:
+                    multiply(queries, half, plain, 32, num)
+                else:  # zero times infinity must not reach the rows before it
+                    multiply_seen(queries, half, plain, 32, num)
+                cuda.syncthreads()
+        for i in range(4):
+            p = ty + 16 * i
+            own = q_height[q_row + step * p] if p < count else float32(0)
+            by = total_across(den[i])
+            if divide:
+                if dens.size > 0 and tx == 0 and column == 0 and p < count:
+                    dens[out_row + step * p], tops_out[out_row + step * p] = by, top[i]
+                if by != float32(0):  # it vanishes only where there is no key at all
+                    by = float32(1) / by
+            else:
+                by = exp2(-own, min(exponent(-own) + top[i], int32(127)))
+            if own != own:
+                by = own
+            for j in range(4):
+                queries[p * STRIDE + 4 * tx + j] = num[i, j] * by
+        cuda.syncthreads()
+        for n in range(16):
+            i, x = (tid >> 6) + 4 * n, tid & 63
+            if i < count and column + x < out.shape[1]:
+                out[out_row + step * i, column + x] = queries[i * STRIDE + x]
+
+    return read

@@ -1,0 +1,176 @@
+"""What a device is asked to do, before it does it: tables of tiles, as pure functions of shapes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import plan as host
+from favor_np.cuda.kernels.tiles import MASKED, TILE
+from favor_np.features import FeatureMap
+from favor_np.kernels.activate import ELU, LOG2E, POSITIVE, RELU
+
+Array: TypeAlias = npt.NDArray[Any]
+
+#: Part of the device's memory that the states of causal chunks may take at a time.
+SHARE = 16
+#: Blocks that a multiprocessor holds at a time: 48 KiB of shared memory and 256 threads each.
+RESIDENT = 2
+#: A fold of fewer tiles than this costs more to write and scan than it brings.
+SHORTEST = 4
+
+
+class Device(NamedTuple):
+    """What the plan asks of a device."""
+
+    multiprocessors: int
+    memory: int
+
+
+class Lengths(NamedTuple):
+    """Positions that a block folds into one state, and those of a sequence under way at a time."""
+
+    stretch: int
+    span: int
+
+
+def lengths(
+    device: Device, problems: int, keys: int, features: int, value_dim: int, causal: bool
+) -> Lengths:
+    """Return how sequences are cut: bidirectional ones so that the blocks fill the device.
+
+    A causal one is folded chunk by chunk, whatever the device: bits of its results do not depend on
+    it.  Its states are kept for as many chunks as fit into 1 / SHARE of the memory.
+    """
+    slices, columns = features // TILE, -(-value_dim // TILE)
+    if causal:
+        state = features * (4 * TILE * columns + 8)
+        chunks = device.memory // SHARE // max(problems * state, 1)
+        return Lengths(TILE, TILE * max(1, chunks))
+    blocks = max(problems * slices * columns, 1)
+    wanted = -(-RESIDENT * device.multiprocessors // blocks)
+    tiles = max(-(-keys // TILE) // wanted, SHORTEST)
+    return Lengths(TILE * tiles, max(keys, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the features of a map lie on a device, in slices of 64: see `kernels.favor`."""
+
+    kind: int
+    signs: int
+    features: int
+    columns: int
+    real: Array
+    weight: Array
+    bias: Array
+    query_bias: Array
+    center: tuple[Array, Array]
+    linear: Array
+    limit: float
+    key_norm: float
+    epsilon: float
+
+
+@functools.lru_cache(maxsize=64)
+def layout(feature_map: FeatureMap) -> Layout:
+    """Return the layout of a map, with its weights in log2 units and padded."""
+    heads, rows, dim = feature_map.weight.shape
+    signs = 2 if feature_map.antithetic else 1
+    per_slice, columns = TILE // signs, -(-dim // 16) * 16
+    slices = -(-rows // per_slice)
+    kind = {"positive": POSITIVE, "relu": RELU, "elu": ELU}[feature_map.kind]
+    unit = LOG2E if kind == POSITIVE else 1.0
+    weight = np.zeros((heads, slices * per_slice, columns), np.float32)
+    weight[:, :rows, :dim] = feature_map.key_weight * unit
+    part, at = np.divmod(np.arange(rows), per_slice)
+    real = np.concatenate([part * TILE + side * per_slice + at for side in range(signs)])
+    bias = np.full((heads, slices * TILE), -MASKED, np.float32)
+    bias[:, real] = np.tile(feature_map.bias * unit, signs)
+    query_bias = np.full_like(bias, -MASKED)
+    query_bias[:, real] = 0
+    affine = feature_map.calibration is not None
+    center, other, linear = (
+        np.ascontiguousarray(np.broadcast_to(x, (heads, dim))[: None if affine else 0], np.float32)
+        for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
+    )
+    limit = host.layout(feature_map, np.dtype(np.float32), 1).causal.limit
+    return Layout(
+        kind=kind,
+        signs=signs,
+        features=slices * TILE,
+        columns=columns,
+        real=real,
+        weight=weight.reshape(-1, columns),
+        bias=bias,
+        query_bias=query_bias,
+        center=(center, other),
+        linear=linear,
+        limit=limit,
+        key_norm=feature_map.key_norm * LOG2E,
+        epsilon=feature_map.kernel_epsilon,
+    )
+
+
+class Stretches(NamedTuple):
+    """Parts of problems: whose each is, from which position, and how many positions."""
+
+    owner: Array
+    start: Array
+    count: Array
+
+
+def stretches(counts: Array, length: int, span: tuple[int, int]) -> Stretches:
+    """Cut so many positions of each problem, those in the span only."""
+    counts = np.clip(counts - span[0], 0, span[1] - span[0])
+    parts = -(-counts // length)
+    owner = np.repeat(np.arange(len(counts)), parts)
+    start = length * (np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts))
+    return Stretches(owner, start + span[0], np.minimum(length, counts[owner] - start))
+
+
+def pack_table(rows: int) -> Array:
+    """Return the table of `pack` for rows that stay where they are."""
+    first = np.arange(0, rows, TILE)
+    return _table(first, np.minimum(TILE, rows - first), first, np.zeros_like(first))
+
+
+def _table(*columns: Any) -> Array:
+    return np.ascontiguousarray(np.stack(np.broadcast_arrays(*columns), axis=1), np.int32)
+
+
+def slots(jobs: host.Jobs) -> Array:
+    """Return the slot of every job: its own number if there is none."""
+    slot: Array = jobs.table[:, 5]
+    return np.where(slot < 0, np.arange(len(slot)), slot)
+
+
+def fold_table(jobs: host.Jobs, parts: Stretches) -> Array:
+    """Return the table of the fold of stretches: the state of each has its number."""
+    k_row, v_row, mask_row, _, head = jobs.table[parts.owner, :5].T
+    return _table(
+        k_row + parts.start, 1, parts.count, mask_row + parts.start, v_row + parts.start, head,
+        np.arange(len(parts.owner)),
+    )  # fmt: skip
+
+
+def scan_table(jobs: host.Jobs, parts: Stretches, fresh: bool) -> Array:
+    """Return the table of the scan: the stretches of every job, in order."""
+    counts = np.bincount(parts.owner, minlength=len(jobs.table))
+    return _table(slots(jobs), np.cumsum(counts) - counts, counts, int(fresh))
+
+
+def read_table(jobs: host.Jobs, parts: Stretches, slot: Array) -> Array:
+    """Return the table of the reads of stretches, each by the group of queries of its job."""
+    k_row, v_row, mask_row, _, head = (x[:, None] for x in jobs.table[parts.owner, :5].T)
+    start = parts.start[:, None]
+    table = _table(
+        jobs.q_rows[parts.owner] + start, 1, parts.count[:, None],
+        jobs.out_rows[parts.owner] + start, k_row + start, v_row + start, mask_row + start, head,
+        slot[:, None],
+    )  # fmt: skip
+    return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, table.shape[1]))
