@@ -176,15 +176,14 @@ def check_placement(arrays: Mapping[str, Any]) -> None:
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn the driver's errors into a line each: MemoryError, or RuntimeError for an old driver."""
-    cuda = numba_cuda()
-    driver = cuda.cudadrv.driver
     try:
         yield
-    except driver.CudaAPIError as error:
-        code = getattr(error.code, "name", str(error.code))
-        if code == "CUDA_ERROR_OUT_OF_MEMORY":
-            raise MemoryError(_memory(cuda)) from error
-        if code in ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "CUDA_ERROR_INSUFFICIENT_DRIVER"):
+    except Exception as error:
+        if type(error).__name__ not in ("CudaAPIError", "CUDAError"):  # numba-cuda's, cuda.core's
+            raise
+        if "CUDA_ERROR_OUT_OF_MEMORY" in str(error):
+            raise MemoryError(_memory()) from error
+        if "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in str(error):
             raise RuntimeError(
                 f"the driver, of CUDA {_dotted(driver_version())}, cannot load what CUDA"
                 f" {_dotted(toolkit_version())} compiles: update it, or install an older toolkit"
@@ -192,12 +191,12 @@ def clear_errors() -> Iterator[None]:
         raise
 
 
-def _memory(cuda: Any) -> str:
-    context = cuda.current_context()
+def _memory() -> str:
+    context = numba_cuda().current_context()
     free, total = context.get_memory_info()
     return (
-        f"out of memory on {_text(context.device.name)}: {free / 2**30:.1f} of"
-        f" {total / 2**30:.1f} GiB are free"
+        f"out of memory on {_text(context.device.name)}, of whose {total / 2**30:.1f} GiB"
+        f" {free / 2**30:.1f} are free"
     )
 
 

@@ -107,7 +107,8 @@ class Kernel:
     parameters: list[tuple[str, str]] = field(default_factory=list)  # name, kind
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, bytes
     shared_bytes: int = 0
-    shared_granule: int = 4
+    shared_granule: int = 4  # bytes of the smallest store, for which races are told apart
+    global_granule: int = 4
     dynamic: str | None = None  # the name of dynamic shared memory
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
@@ -382,9 +383,11 @@ class _Translator:
 
     def at(self, ins: Instruction, address: str, size: int, how: str) -> str:
         """Where an access goes, after the checks; `how`: does it write, is it atomic."""
-        shared = "shared" in ins.modifiers
-        if shared and bits(ins.kind) < 32:
-            self.kernel.shared_granule = min(self.kernel.shared_granule, bits(ins.kind) // 8)
+        shared, width = "shared" in ins.modifiers, bits(ins.kind) // 8
+        if shared:
+            self.kernel.shared_granule = min(self.kernel.shared_granule, width)
+        elif how.startswith("1"):
+            self.kernel.global_granule = min(self.kernel.global_granule, width)
         place = "shared_at" if shared else "global_at"
         return f"{place}({self.address(address)}, {size}, {how}, {ins.line})"
 

@@ -1,5 +1,9 @@
 """The checker that executes PTX: right where NumPy is right, and it finds what is planted."""
 
+import ptxrun
+
+ptxrun.require()
+
 import math
 import types
 
@@ -7,7 +11,6 @@ import demo
 import numba
 import numpy as np
 import ptx
-import ptxrun
 import pytest
 import scipy.special
 from mutants import function_of, mutate

@@ -1,5 +1,9 @@
 """The checker that runs kernels as Python: right where NumPy is right, and it finds what is planted."""
 
+import ptxrun
+
+ptxrun.require()
+
 import demo
 import numba
 import numpy as np
