@@ -25,6 +25,8 @@ class Device:
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
+    #: Bytes of memory.
+    memory: int
     #: Bytes of shared memory of a multiprocessor.
     shared_memory: int
     #: Threads that a multiprocessor holds.
@@ -42,11 +44,11 @@ class Device:
 
 #: GPUs that plans are tested for where there is none.
 KNOWN = {
-    "H100": Device("NVIDIA H100", (9, 0), 132, 233472, 2048),
-    "H200": Device("NVIDIA H200", (9, 0), 132, 233472, 2048),
-    "A100": Device("NVIDIA A100", (8, 0), 108, 167936, 2048),
-    "T4": Device("Tesla T4", (7, 5), 40, 65536, 1024),
-    "RTX 4090": Device("NVIDIA GeForce RTX 4090", (8, 9), 128, 102400, 1536),
+    "H100": Device("NVIDIA H100", (9, 0), 132, 80 << 30, 233472, 2048),
+    "H200": Device("NVIDIA H200", (9, 0), 132, 140 << 30, 233472, 2048),
+    "A100": Device("NVIDIA A100", (8, 0), 108, 40 << 30, 167936, 2048),
+    "T4": Device("Tesla T4", (7, 5), 40, 15 << 30, 65536, 1024),
+    "RTX 4090": Device("NVIDIA GeForce RTX 4090", (8, 9), 128, 24 << 30, 102400, 1536),
 }
 
 
@@ -86,6 +88,7 @@ def current() -> Device:
         name=_text(found.name),
         compute_capability=tuple(found.compute_capability),
         multiprocessors=found.MULTIPROCESSOR_COUNT,
+        memory=cuda.current_context().get_memory_info().total,
         shared_memory=found.MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
         threads=found.MAX_THREADS_PER_MULTIPROCESSOR,
         registers=found.MAX_REGISTERS_PER_MULTIPROCESSOR,
