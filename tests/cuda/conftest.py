@@ -11,7 +11,7 @@ host runs, with NumPy arrays as the arrays of the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,11 +61,11 @@ class PtxDevice:
 
 
 @pytest.fixture
-def ptx_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PtxDevice]:
+def ptx_device(monkeypatch: pytest.MonkeyPatch) -> PtxDevice:
     """Let what goes through favor_np.cuda.runtime be done on the CPU."""
     from favor_np.cuda import runtime
 
     device = PtxDevice()
     for name in ("launch", "to_device", "empty", "to_host"):
         monkeypatch.setattr(runtime, name, getattr(device, name))
-    yield device
+    return device
