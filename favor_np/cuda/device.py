@@ -42,6 +42,9 @@ class Device:
         return f"{self.name}, {self.multiprocessors} multiprocessors, sm_{major}{minor}"
 
 
+#: Compute capabilities that the tests compile all kernels for; others are compiled for when used.
+ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
+
 #: GPUs that plans are tested for where there is none.
 KNOWN = {
     "H100": Device("NVIDIA H100", (9, 0), 132, 80 << 30, 233472, 2048),
