@@ -1,0 +1,170 @@
+"""What the compilers make of every kernel, for the types that the host's code launches it with.
+
+``python tests/cuda/gate.py`` compiles all by NVVM and ptxas and writes gate.json, the figures that
+test_gate.py compares with; a change of them is part of the change that brings it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import ptxrun
+
+TABLE = Path(__file__).with_suffix(".json")
+#: Where nothing may spill; the other architectures have only to compile.
+STRICT = ((8, 0), (9, 0))
+REGISTERS = 65536  # of a multiprocessor
+SHARED = 49152  # bytes that a block may have
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one kernel on one architecture; bytes."""
+
+    registers: int
+    shared: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    float64: int
+    local_depot: bool
+    wide_shared_loads: int
+
+    def faults(self, threads: int) -> list[str]:
+        """What must not be."""
+        checks = {
+            f"{self.stack} bytes of stack": self.stack,
+            f"{self.spill_stores} + {self.spill_loads} bytes spilled": self.spill_stores
+            + self.spill_loads,
+            f"{self.float64} instructions of float64": self.float64,
+            "an array in local memory": self.local_depot,
+            f"{self.shared} bytes of shared memory": self.shared > SHARED,
+            f"{self.registers} registers of {threads} threads": self.registers * threads
+            > REGISTERS,
+        }
+        return [text for text, fault in checks.items() if fault]
+
+
+@functools.cache
+def ptxas() -> str:
+    """The assembler: that of the environment's packages, or the machine's."""
+    for folder in map(Path, sys.path):
+        for found in folder.glob("nvidia/cu*/bin/ptxas"):
+            return str(found)
+    found = shutil.which("ptxas")
+    if found is None:
+        raise FileNotFoundError("ptxas: pip install --group cuda")
+    return found
+
+
+def architecture(cc: tuple[int, int]) -> str:
+    """sm_90 of (9, 0)."""
+    return f"sm_{cc[0]}{cc[1]}"
+
+
+def assemble(ptx: str, cc: tuple[int, int], into: Path) -> str:
+    """Assemble PTX to a file of machine code; what ptxas says about it."""
+    source = into.with_suffix(".ptx")
+    source.write_text(ptx)
+    command = [ptxas(), "-v", f"-arch={architecture(cc)}", source, "-o", into]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ptxas refuses the kernel\n{done.stderr[:2000]}")
+    return done.stderr
+
+
+def figures(ptx: str, cc: tuple[int, int]) -> Figures:
+    """Compile PTX for an architecture and count."""
+    with tempfile.TemporaryDirectory(prefix="gate") as folder:
+        said = assemble(ptx, cc, Path(folder, "kernel.cubin"))
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, said)
+        return int(found[1]) if found else 0
+
+    return Figures(
+        registers=number(r"Used (\d+) registers"),
+        shared=number(r"(\d+) bytes smem"),
+        stack=number(r"(\d+) bytes stack frame"),
+        spill_stores=number(r"(\d+) bytes spill stores"),
+        spill_loads=number(r"(\d+) bytes spill loads"),
+        float64=len(ptxrun.float64_instructions(ptx)),
+        local_depot="__local_depot" in ptx,
+        wide_shared_loads=len(re.findall(r"ld\.shared\.v4", ptx)),
+    )
+
+
+Signature = tuple[Any, ...]
+Kernel = tuple[Callable[..., Any], Signature, int]
+
+
+class Recorder:
+    """Stands for what launches kernels: notes each kernel with its types, and runs none."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Kernel] = {}
+
+    def launch(self, kernel: Callable[..., Any], threads: int, args: Any) -> None:
+        """Note a launch."""
+        signature = tuple(map(numba.typeof, args))
+        self.kernels.setdefault(name_of(kernel, signature), (kernel, signature, threads))
+
+
+def name_of(kernel: Callable[..., Any], signature: Signature) -> str:
+    """Name, what its factory was asked for, and the types of arrays where they are not the usual.
+
+    >>> from demo import running_total
+    >>> f4 = numba.float32
+    >>> name_of(running_total, (f4[::1], f4[::1], numba.int32))
+    'running_total(1d f4, 1d f4, i4)'
+    """
+    made_for = ", ".join(
+        f"{name}={int(value)}"
+        for name, value in inspect.getclosurevars(kernel).nonlocals.items()
+        if isinstance(value, int)
+    )
+    types = ", ".join(map(_short, signature))
+    return f"{kernel.__name__}{f'[{made_for}]' if made_for else ''}({types})"
+
+
+def _short(kind: Any) -> str:
+    if isinstance(kind, numba.types.Array):
+        readonly = "" if kind.mutable else " const"
+        layout = "" if kind.layout == "C" else f" {kind.layout}"
+        return f"{kind.ndim}d {_short(kind.dtype)}{layout}{readonly}"
+    text = {"bool": "b1"}.get(str(kind), str(kind))
+    return re.sub(r"^(u?)(int|float)(\d+)$", lambda m: f"{m[1] or m[2][0]}{int(m[3]) // 8}", text)
+
+
+def compiled(kernel: Kernel, cc: tuple[int, int]) -> str:
+    """The PTX, as the launch compiles it."""
+    function, signature, threads = kernel
+    return ptxrun.compile_ptx(function, signature, cc, launch_bounds=threads)
+
+
+def table(kernels: dict[str, Kernel]) -> dict[str, dict[str, Any]]:
+    """Figures of all kernels on the architectures that are looked at closely."""
+    return {
+        name: {
+            "threads": kernel[2],
+            **{architecture(cc): asdict(figures(compiled(kernel, cc), cc)) for cc in STRICT},
+        }
+        for name, kernel in sorted(kernels.items())
+    }
+
+
+def write(kernels: dict[str, Kernel]) -> None:
+    """Write gate.json."""
+    TABLE.write_text(json.dumps(table(kernels), indent=1) + "\n")
