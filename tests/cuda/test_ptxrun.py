@@ -218,6 +218,20 @@ def test_neighbours_in_one_word_do_not_race():
     assert np.array_equal(out, np.arange(64)[::-1])
 
 
+def test_a_device_function_is_compiled_without_a_device():
+    @cuda.jit(device=True)
+    def doubled(x):
+        return x + x
+
+    def kernel(x):
+        x[cuda.threadIdx.x] = doubled(x[cuda.threadIdx.x])
+
+    x = np.arange(4, dtype=np.float32)
+    for n, cc in enumerate(((8, 0), (9, 0), (12, 0)), 1):
+        assert ptxrun.run(kernel, 1, 4, (x,), cc=cc).ok
+        assert np.array_equal(x, np.arange(4) * 2.0**n)
+
+
 def test_an_access_between_two_shared_arrays_is_found():
     def kernel(out, n):
         a = cuda.shared.array(16, f4, alignment=16)
