@@ -6,6 +6,7 @@ it loads nothing; the first call that needs a GPU does.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,7 @@ KNOWN = {
 }
 
 
+@functools.lru_cache
 def numba_cuda() -> Any:
     """Import numba.cuda as NVIDIA's numba-cuda provides it.
 
@@ -85,18 +87,25 @@ def current() -> Device:
     and without a GPU.
     """
     cuda = numba_cuda()
-    _check_driver(cuda)
-    found = cuda.get_current_device()
-    return Device(
-        name=_text(found.name),
-        compute_capability=tuple(found.compute_capability),
-        multiprocessors=found.MULTIPROCESSOR_COUNT,
-        memory=cuda.current_context().get_memory_info().total,
-        shared_memory=found.MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-        threads=found.MAX_THREADS_PER_MULTIPROCESSOR,
-        registers=found.MAX_REGISTERS_PER_MULTIPROCESSOR,
-        static_shared_memory=found.MAX_SHARED_MEMORY_PER_BLOCK,
-    )
+    _check_driver()
+    return _described(int(cuda.get_current_device().id))
+
+
+@functools.lru_cache
+def _described(number: int) -> Device:
+    cuda = numba_cuda()
+    with cuda.gpus[number]:
+        found = cuda.get_current_device()
+        return Device(
+            name=_text(found.name),
+            compute_capability=tuple(found.compute_capability),
+            multiprocessors=found.MULTIPROCESSOR_COUNT,
+            memory=cuda.current_context().get_memory_info().total,
+            shared_memory=found.MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+            threads=found.MAX_THREADS_PER_MULTIPROCESSOR,
+            registers=found.MAX_REGISTERS_PER_MULTIPROCESSOR,
+            static_shared_memory=found.MAX_SHARED_MEMORY_PER_BLOCK,
+        )
 
 
 def problem() -> str | None:
@@ -127,14 +136,15 @@ def toolkit_version() -> tuple[int, int]:
         raise ImportError(f"CUDA's NVRTC does not load ({_line(error)}): {INSTALL}") from error
 
 
-def _check_driver(cuda: Any) -> None:
+@functools.lru_cache  # of what is right only: an error is raised anew
+def _check_driver() -> None:
     driver, toolkit = driver_version(), toolkit_version()
     if driver[0] < toolkit[0]:
         raise RuntimeError(
             f"the driver knows CUDA {_dotted(driver)}, but kernels are compiled with CUDA"
             f" {_dotted(toolkit)}: update the driver, or pip install 'favor_np[cuda{driver[0]}]'"
         )
-    if not len(cuda.gpus):
+    if not len(numba_cuda().gpus):
         raise RuntimeError("the driver finds no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES")
 
 

@@ -31,10 +31,10 @@ class PtxDevice:
         self, kernel: Callable[..., Any], grid: tuple[int, ...], args: Sequence[Any], stream: Any
     ) -> None:
         """Execute a kernel; whatever is found is an error."""
-        from favor_np.cuda.kernels.tiles import THREADS
+        from favor_np.cuda.runtime import BOUNDS, THREADS
 
         self.launches.append((kernel, grid, args))
-        bounds = {"launch_bounds": THREADS}
+        bounds = {"launch_bounds": BOUNDS}
         report = ptxrun.run(kernel, grid, THREADS, args, cc=self.cc, seed=self.seed, options=bounds)
         assert report.ok, f"{kernel.__qualname__}: {report}"
 
@@ -59,13 +59,18 @@ class PtxDevice:
         """A copy."""
         return np.array(array)
 
+    def copy(self, array: Any, stream: Any = None) -> Any:
+        """A copy."""
+        return self.to_device(array)
+
 
 @pytest.fixture
 def ptx_device(monkeypatch: pytest.MonkeyPatch) -> PtxDevice:
-    """Let what goes through favor_np.cuda.runtime be done on the CPU."""
-    from favor_np.cuda import runtime
+    """Let what goes through favor_np.cuda.runtime be done on the CPU, planned for an H100."""
+    from favor_np.cuda import device, runtime
 
-    device = PtxDevice()
-    for name in ("launch", "to_device", "empty", "to_host"):
-        monkeypatch.setattr(runtime, name, getattr(device, name))
-    return device
+    stand_in = PtxDevice()
+    for name in ("launch", "to_device", "empty", "to_host", "copy"):
+        monkeypatch.setattr(runtime, name, getattr(stand_in, name))
+    monkeypatch.setattr(device, "current", lambda: device.KNOWN["H100"])
+    return stand_in
