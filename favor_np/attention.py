@@ -11,6 +11,7 @@ from favor_np import validation
 from favor_np.features import FeatureMap
 
 if TYPE_CHECKING:
+    from favor_np.cuda.arrays import Place
     from favor_np.state import AttentionState
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -24,6 +25,7 @@ def favor_attention(
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[False] = ...,
     out: Array | None = ..., num_threads: int | None = ..., check_finite: bool = ...,
+    device: Literal["cpu", "cuda"] | None = ...,
 ) -> Array: ...  # fmt: skip
 @overload
 def favor_attention(
@@ -33,6 +35,7 @@ def favor_attention(
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[True],
     out: Array | None = ..., num_threads: int | None = ..., check_finite: bool = ...,
+    device: Literal["cpu", "cuda"] | None = ...,
 ) -> tuple[Array, AttentionState]: ...  # fmt: skip
 def favor_attention(
     q: npt.ArrayLike,
@@ -51,6 +54,7 @@ def favor_attention(
     out: Array | None = None,
     num_threads: int | None = None,
     check_finite: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> Array | tuple[Array, AttentionState]:
     """Attend in linear time: an estimate of softmax attention by random features.
 
@@ -97,6 +101,11 @@ def favor_attention(
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
         Refuse NaN and infinity instead of passing them on to the rows that may see them.
+    device : {"cpu", "cuda"}, optional
+        "cuda": copy NumPy arrays to a GPU and the result back.  Arrays that lie on a GPU (CuPy,
+        Numba, PyTorch, JAX) are computed there anyway, on the caller's stream, in float32: the
+        result is an array of their kind.  `decay`, `window`, `out` and `check_finite` are for the
+        CPU only.
 
     Returns
     -------
@@ -143,12 +152,11 @@ def favor_attention(
     call = prepare(
         q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa, decay=decay, window=window, state=state, return_state=return_state,
-        num_threads=num_threads, check_finite=check_finite,
+        num_threads=num_threads, check_finite=check_finite, device=device,
     )  # fmt: skip
-    result, target = call.arrays.targets(out)
+    result, target = call.targets(out)
     following = call.run(target)
-    if target is not result:
-        result[...] = target
+    result = call.finished(result, target)
     if return_state:
         assert following is not None
         return result, following
@@ -165,6 +173,24 @@ class Prepared(NamedTuple):
     window: int | None
     state: AttentionState | None
     keeps: bool
+    place: Place | None
+
+    def targets(self, out: object = None) -> tuple[Any, Any]:
+        """Return the array of the result, and the one that kernels write to."""
+        if self.place is None:
+            return self.arrays.targets(out)
+        if out is not None:
+            raise ValueError("out cannot be used on a CUDA device: it returns a new array")
+        target = self.place.launch.empty(self.arrays.out_shape)
+        return target, target
+
+    def finished(self, result: Any, target: Any) -> Any:
+        """Return the result as the caller gets it."""
+        if self.place is not None:
+            return self.place.give(target, self.arrays.result)
+        if target is not result:
+            result[...] = target
+        return result
 
     def run(
         self, target: Array, weights: tuple[Array, Array] | None = None
@@ -177,16 +203,14 @@ class Prepared(NamedTuple):
         following = self._following() if self.keeps else None
         if target.size == 0 and (following is None or call.keys == 0):
             pass
-        elif call.keys == 0 and self.state is None:
+        elif call.keys == 0 and self.state is None and self.place is None:
             target[...] = 0
         elif self.window is not None and self.window < call.keys:
             from favor_np import window as windows
 
             windows.attend(self.feature_map, call, target, self.window, self.offsets, self.rates)
         else:
-            from favor_np import launch
-
-            launch.attend(
+            self.launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, target,
                 dtype=call.compute, causal=call.causal, grouped=call.grouped,
                 state=None if following is None else following.arrays,
@@ -196,6 +220,15 @@ class Prepared(NamedTuple):
         if following is not None:
             following._count(call.keys, self.offsets)
         return following
+
+    @property
+    def launch(self) -> Any:
+        """The module that launches kernels where the arrays are."""
+        if self.place is not None:
+            return self.place.launch
+        from favor_np import launch
+
+        return launch
 
     @property
     def clock(self) -> Any:
@@ -215,10 +248,16 @@ class Prepared(NamedTuple):
         if self.state is not None:
             return self.state.copy()
         call = self.arrays
-        following = AttentionState.zeros(
-            self.feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute,
-            sequences=None if self.offsets is None else len(self.offsets) - 1,
-        )  # fmt: skip
+        sequences = None if self.offsets is None else len(self.offsets) - 1
+        following = AttentionState._zeros(
+            self.feature_map,
+            call.v.shape[-1],
+            call.state_shape,
+            sequences,
+            None,
+            call.compute,
+            self.place,
+        )
         if self.rates is not None:
             following.rates = np.repeat(self.rates, following.sequences or 1)
         return following
@@ -240,8 +279,15 @@ def prepare(
     return_state: object = False,
     num_threads: object = None,
     check_finite: object = False,
+    device: object = None,
 ) -> Prepared:
     """Check the arguments of `favor_attention`."""
+    where = None
+    if device is not None or not (type(q) is type(k) is type(v) is np.ndarray):
+        where = _place(device, q=q, k=k, v=v, key_mask=key_mask)
+    if where is not None:
+        where.refuse(decay=decay, window=window, check_finite=check_finite)
+        q, k, v, key_mask = where.views(q=q, k=k, v=v, key_mask=key_mask)
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
     if feature_map.kind == "trig":
@@ -249,8 +295,11 @@ def prepare(
             "feature_map must not be of kind 'trig': its estimates can be negative, so a "
             "denominator can vanish; it serves studies of the kernel only"
         )
-    before = None if state is None else _state(state, feature_map)
-    call = validation.attention_call(
+        if cu_seqlens is not None:
+            cu_seqlens = where.host(cu_seqlens)
+    before = None if state is None else _state(state, feature_map, where)
+    check = validation.attention_call if where is None else where.attention_call
+    call = check(
         q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
         num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
         state_shape=None if before is None else before.batch_shape,
@@ -279,13 +328,24 @@ def prepare(
             raise ValueError("window needs causal=True")
         if keeps:
             raise ValueError("window cannot be used with state or return_state: see WindowState")
-    return Prepared(feature_map, call, offsets, rates, window, before, keeps)
+    return Prepared(feature_map, call, offsets, rates, window, before, keeps, where)
 
 
-def _state(state: object, feature_map: FeatureMap) -> AttentionState:
+def _place(where: object, **arrays: Any) -> Place | None:
+    """Return the device where a call is computed, or None: see `favor_np.cuda.arrays`."""
+    from favor_np.cuda.arrays import place
+
+    return place(where, **arrays)
+
+
+def _state(state: object, feature_map: FeatureMap, where: Place | None) -> AttentionState:
     from favor_np.state import AttentionState
 
     if not isinstance(state, AttentionState):
         raise TypeError(f"state must be an AttentionState, got {validation.got(state)}")
     state.same_map(feature_map)
+    if (state.place is None) != (where is None):
+        raise TypeError(
+            f"state lies {'in main memory' if state.place is None else 'on a CUDA device'}, the arrays do not"
+        )
     return state

@@ -10,25 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import plan as host
+from favor_np.cuda.device import Device
 from favor_np.cuda.kernels.tiles import MASKED, TILE
+from favor_np.cuda.runtime import RESIDENT
 from favor_np.features import FeatureMap
 from favor_np.kernels.activate import ELU, LOG2E, POSITIVE, RELU
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: Part of the device's memory that the states of causal chunks may take at a time.
-SHARE = 16
-#: Blocks that a multiprocessor holds at a time: 48 KiB of shared memory and 256 threads each.
-RESIDENT = 2
+#: Bytes that the states of causal chunks may take at a time.
+ROOM = 2**29
 #: A fold of fewer tiles than this costs more to write and scan than it brings.
 SHORTEST = 4
-
-
-class Device(NamedTuple):
-    """What the plan asks of a device."""
-
-    multiprocessors: int
-    memory: int
 
 
 class Lengths(NamedTuple):
@@ -39,17 +32,16 @@ class Lengths(NamedTuple):
 
 
 def lengths(
-    device: Device, problems: int, keys: int, features: int, value_dim: int, causal: bool
+    device: Device, problems: int, keys: int, slices: int, columns: int, *, causal: bool
 ) -> Lengths:
     """Return how sequences are cut: bidirectional ones so that the blocks fill the device.
 
     A causal one is folded chunk by chunk, whatever the device: bits of its results do not depend on
-    it.  Its states are kept for as many chunks as fit into 1 / SHARE of the memory.
+    it.  Its states are kept for as many chunks as fit into ROOM.
     """
-    slices, columns = features // TILE, -(-value_dim // TILE)
     if causal:
-        state = features * (4 * TILE * columns + 8)
-        chunks = device.memory // SHARE // max(problems * state, 1)
+        state = slices * TILE * (4 * TILE * columns + 8)
+        chunks = ROOM // max(problems * state, 1)
         return Lengths(TILE, TILE * max(1, chunks))
     blocks = max(problems * slices * columns, 1)
     wanted = -(-RESIDENT * device.multiprocessors // blocks)
@@ -69,7 +61,7 @@ class Layout:
     weight: Array
     bias: Array
     query_bias: Array
-    center: tuple[Array, Array]
+    centers: tuple[Array, Array]
     linear: Array
     limit: float
     key_norm: float
@@ -94,7 +86,7 @@ def layout(feature_map: FeatureMap) -> Layout:
     query_bias = np.full_like(bias, -MASKED)
     query_bias[:, real] = 0
     affine = feature_map.calibration is not None
-    center, other, linear = (
+    query_center, key_center, linear = (
         np.ascontiguousarray(np.broadcast_to(x, (heads, dim))[: None if affine else 0], np.float32)
         for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
     )
@@ -108,7 +100,7 @@ def layout(feature_map: FeatureMap) -> Layout:
         weight=weight.reshape(-1, columns),
         bias=bias,
         query_bias=query_bias,
-        center=(center, other),
+        centers=(query_center, key_center),
         linear=linear,
         limit=limit,
         key_norm=feature_map.key_norm * LOG2E,
@@ -133,10 +125,47 @@ def stretches(counts: Array, length: int, span: tuple[int, int]) -> Stretches:
     return Stretches(owner, start + span[0], np.minimum(length, counts[owner] - start))
 
 
-def pack_table(rows: int) -> Array:
-    """Return the table of `pack` for rows that stay where they are."""
-    first = np.arange(0, rows, TILE)
-    return _table(first, np.minimum(TILE, rows - first), first, np.zeros_like(first))
+class Owners(NamedTuple):
+    """Which rows each head of the map packs, for as many positions each."""
+
+    rows: Array
+    heads: Array
+    length: int
+
+
+def row_heads(
+    jobs: host.Jobs, q: tuple[int, ...], k: tuple[int, ...], of: Layout
+) -> tuple[Owners | None, Owners | None]:
+    """Return who packs queries and keys where every head has centres of its own; else None."""
+    if of.linear.shape[0] <= 1:
+        return None, None
+    head = jobs.table[:, 4]
+    group = jobs.q_rows.shape[1]
+    return (
+        Owners(jobs.q_rows.ravel(), np.repeat(head, group), q[-2]),
+        Owners(jobs.table[:, 0], head, k[-2]),
+    )
+
+
+def with_own_rows(jobs: host.Jobs, q_length: int, k_length: int) -> host.Jobs:
+    """Number the rows of queries and keys as `pack_table` packs them, job by job."""
+    table = jobs.table.copy()
+    table[:, 0] = np.arange(len(table)) * k_length
+    q_rows = np.arange(jobs.q_rows.size).reshape(jobs.q_rows.shape) * q_length
+    return host.Jobs(table, q_rows, jobs.out_rows, jobs.clocks)
+
+
+def pack_table(rows: int, owners: Owners | None) -> tuple[Array, int]:
+    """Return the table of `pack`, and how many rows it packs: all, or those of each owner."""
+    if owners is None:
+        owners = Owners(np.zeros(1, np.int64), np.zeros(1, np.int64), rows)
+    first = np.arange(0, owners.length, TILE)
+    count = len(owners.rows)
+    table = _table(
+        owners.rows[:, None] + first, np.minimum(TILE, owners.length - first),
+        np.arange(count)[:, None] * owners.length + first, owners.heads[:, None],
+    )  # fmt: skip
+    return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, 4)), count * owners.length
 
 
 def _table(*columns: Any) -> Array:

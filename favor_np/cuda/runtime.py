@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.cuda.kernels.tiles import THREADS
+#: Threads of a block, and how many blocks a multiprocessor holds at least: it bounds the registers.
+BOUNDS = THREADS, RESIDENT = 256, 2
 
 
 @functools.cache
 def _compiled(kernel: Callable[..., Any]) -> Any:
     from numba import cuda
 
-    return cuda.jit(kernel, launch_bounds=THREADS)
+    return cuda.jit(kernel, launch_bounds=BOUNDS)
 
 
 def launch(
@@ -46,3 +47,34 @@ def to_host(array: Any, stream: Any) -> npt.NDArray[Any]:
     if stream:
         stream.synchronize()
     return host
+
+
+def copy(array: Any, stream: Any) -> Any:
+    """Return a copy, on the device as well."""
+    from numba import cuda
+
+    new = cuda.device_array_like(array, stream=stream)
+    new.copy_to_device(array, stream=stream)
+    return new
+
+
+def view(array: Any) -> Any:
+    """Return an array of any library on the device as one of Numba's, of the same memory."""
+    from numba import cuda
+
+    return cuda.as_cuda_array(array)
+
+
+def stream_of(kind: str, array: Any) -> Any:
+    """Return the stream on which the caller works with this array."""
+    from numba import cuda
+
+    if kind == "cupy":
+        import cupy
+
+        return cuda.external_stream(cupy.cuda.get_current_stream().ptr)
+    if kind == "torch":
+        import torch
+
+        return cuda.external_stream(torch.cuda.current_stream().cuda_stream)
+    return getattr(array, "stream", 0) or 0

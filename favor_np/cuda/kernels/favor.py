@@ -14,7 +14,6 @@ from typing import Any
 from numba import cuda, float32, int32
 
 from favor_np.cuda.kernels.tiles import (
-    FAR,
     LOWEST,
     MASKED,
     NOTHING,
@@ -24,16 +23,17 @@ from favor_np.cuda.kernels.tiles import (
     device,
     exp2,
     exponent,
-    factor,
+    feature,
     highest_across,
     lane,
-    log_feature,
+    log_features,
     multiply,
     multiply_rows,
     multiply_seen,
     multiply_turned,
     power,
     product,
+    signed,
     total_across,
 )
 
@@ -61,8 +61,7 @@ def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
     tid, _, _ = lane()
     x = tid & 63
     clean = True
-    for n in range(rows >> 2):
-        i = (tid >> 6) + 4 * n
+    for i in range(tid >> 6, rows, 4):
         p = start + i
         value = float32(0)
         if p < count and column + x < v.shape[1]:
@@ -89,6 +88,30 @@ def highest_of_rows(top, tops, base):
         top[j] = high
 
 
+@device
+def part_of_keys(y, start, count, before, base, cut):
+    """Where the keys from start on pass the first of them, and before, by more than SPAN; else count.
+
+    Rows before a tall key would lose theirs to underflow.  Which key is tall depends on those before it
+    alone, so cutting there keeps causality exact.
+    """
+    tid, ty, tx = lane()
+    for i in range(4):
+        if ty + 16 * i == start:
+            for j in range(4):
+                base[tx + 16 * j] = max(exponent(y[i, j]), before[j])
+    if tid == 0:
+        cut[0] = count
+    cuda.syncthreads()
+    for j in range(4):
+        limit = base[tx + 16 * j] + SPAN
+        for i in range(4):
+            if ty + 16 * i > start and exponent(y[i, j]) > limit:
+                cuda.atomic.min(cut, 0, ty + 16 * i)
+    cuda.syncthreads()
+    return cut[0]
+
+
 def make_fold(kind: int, signs: int) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own."""
     rows_of_w, per_sign = TILE // signs, 4 // signs
@@ -106,6 +129,7 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
         slices = c.shape[1] // TILE
         total = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
+        y = cuda.local.array((4, 4), float32)
         high = cuda.local.array(4, float32)
         level = cuda.local.array(4, int32)
         new = cuda.local.array(4, int32)
@@ -120,34 +144,40 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
                     k.shape[1], plain, raw)  # fmt: skip
             for i in range(4):
                 p = ty + 16 * i
-                high[i] = height_of(height, first + step * p, mask, mask_row + step * (start + p), p, size)
+                high[i] = height_of(
+                    height, first + step * p, mask, mask_row + step * (start + p), p, size
+                )
+            log_features(kind, raw, bias, head, part * TILE + tx, high, y)
             for j in range(4):
-                beta = bias[head, part * TILE + tx + 16 * j]
                 new[j] = int32(LOWEST)
                 for i in range(4):
-                    x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                    new[j] = max(new[j], exponent(log_feature(kind, x) + beta - high[i]))
+                    new[j] = max(new[j], exponent(y[i, j]))
             highest_of_rows(new, tops, level)
             for j in range(4):
-                f = tx + 16 * j
-                beta = bias[head, part * TILE + f]
-                by = power(level[j] - new[j])
+                f, by = tx + 16 * j, power(level[j] - new[j])
                 level[j] = new[j]
                 folded[j] *= by
                 if ty == 0:
                     scale[f] = by
                 for i in range(4):
-                    x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                    y = log_feature(kind, x) + beta - high[i]
-                    value = exp2(y, exponent(y) - level[j]) * factor(kind, epsilon, x)
-                    if y != y:
-                        value = y
                     p = ty + 16 * i
+                    value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
                     keys[p * STRIDE + f] = value
                     if share.size > 0 and p < size:
                         value *= share[first + step * p]
                     folded[j] += value
-            put_values(v, v_row + step * start, step, size, mask, mask_row + step * start, 0, TILE, column, plain)
+            put_values(
+                v,
+                v_row + step * start,
+                step,
+                size,
+                mask,
+                mask_row + step * start,
+                0,
+                TILE,
+                column,
+                plain,
+            )
             cuda.syncthreads()
             for i in range(4):
                 for j in range(4):
@@ -232,7 +262,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         num = cuda.local.array((4, 4), float32)
         scores = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
-        raw_k = cuda.local.array((4, per_sign), float32)
+        y = cuda.local.array((4, 4), float32)
+        zero = cuda.local.array(4, float32)
         high = cuda.local.array(4, float32)
         level = cuda.local.array(4, int32)
         before = cuda.local.array(4, int32)
@@ -242,76 +273,45 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         clear(scores)
         for i in range(4):
             p = ty + 16 * i
-            top[i], den[i], high[i] = int32(-(2**30)), float32(0), float32(MASKED)
+            top[i], den[i], high[i], zero[i] = int32(-(2**30)), float32(0), float32(0), float32(0)
             if causal:
                 high[i] = height_of(height, row + step * p, mask, mask_row + step * p, p, count)
         for part in range(slices):
-            w = (head * slices + part) * rows_of_w
-            clear(raw)
-            product(q, q_row, step, count, weight, w, rows_of_w, q.shape[1], plain, raw)
-            if causal:
-                clear(raw_k)
-                product(k, row, step, count, weight, w, rows_of_w, k.shape[1], plain, raw_k)
+            w, at = (head * slices + part) * rows_of_w, part * TILE + tx
             for j in range(4):
-                before[j] = c[slot, part * TILE + tx + 16 * j]
+                before[j] = c[slot, at + 16 * j]
             start, stop = 0, count
-            while start < count:
-                if causal:  # keys that pass what came before too far begin a part of their own
+            while start < count:  # once, but for keys that pass what came before too far
+                for j in range(4):
+                    level[j] = before[j]
+                if causal:
+                    clear(raw)
+                    product(k, row, step, count, weight, w, rows_of_w, k.shape[1], plain, raw)
+                    log_features(kind, raw, bias, head, at, high, y)
+                    stop = part_of_keys(y, start, count, before, base, cut)
                     for j in range(4):
-                        f = tx + 16 * j
-                        beta = bias[head, part * TILE + f]
-                        for i in range(4):
-                            if ty + 16 * i == start:
-                                x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                                n = exponent(log_feature(kind, x) + beta - high[i])
-                                base[f] = max(n, before[j])
-                    if tid == 0:
-                        cut[0] = count
-                    cuda.syncthreads()
-                    for j in range(4):
-                        f = tx + 16 * j
-                        beta = bias[head, part * TILE + f]
-                        for i in range(4):
-                            p = ty + 16 * i
-                            x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                            n = exponent(log_feature(kind, x) + beta - high[i])
-                            if p > start and n - base[f] > SPAN:
-                                cuda.atomic.min(cut, 0, p)
-                    cuda.syncthreads()
-                    stop = cut[0]
-                    for j in range(4):
-                        beta = bias[head, part * TILE + tx + 16 * j]
                         level[j] = int32(LOWEST)
                         for i in range(4):
-                            p = ty + 16 * i
-                            x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                            n = exponent(log_feature(kind, x) + beta - high[i])
-                            if start <= p < stop:
-                                level[j] = max(level[j], n)
+                            if start <= ty + 16 * i < stop:
+                                level[j] = max(level[j], exponent(y[i, j]))
                     highest_of_rows(level, tops, before)
-                    for j in range(4):
-                        f = tx + 16 * j
-                        beta = bias[head, part * TILE + f]
-                        for i in range(4):
-                            p = ty + 16 * i
-                            x = raw_k[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                            y = log_feature(kind, x) + beta - high[i]
-                            value = exp2(y, exponent(y) - level[j]) * factor(kind, epsilon, x)
-                            if y != y:
-                                value = y
-                            keys[p * STRIDE + f] = value if start <= p < stop else float32(0)
-                else:
-                    for j in range(4):
-                        level[j] = before[j]
+                    for i in range(4):
+                        p = ty + 16 * i
+                        for j in range(4):
+                            value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
+                            keys[p * STRIDE + tx + 16 * j] = (
+                                value if start <= p < stop else float32(0)
+                            )
+                clear(raw)
+                product(q, q_row, step, count, weight, w, rows_of_w, q.shape[1], plain, raw)
+                log_features(kind, raw, q_bias, head, at, zero, y)
                 if ty == 0:
                     for j in range(4):
                         scale[tx + 16 * j] = power(before[j] - level[j])
                 for i in range(4):
                     peak = int32(-(2**30))
                     for j in range(4):
-                        x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                        y = log_feature(kind, x) + q_bias[head, part * TILE + tx + 16 * j]
-                        peak = max(peak, exponent(y) + level[j])
+                        peak = max(peak, int32(exponent(y[i, j]) + level[j]))
                     peak = max(top[i], highest_across(peak))
                     by = power(top[i] - peak)
                     top[i] = peak
@@ -319,29 +319,22 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     for j in range(4):
                         num[i, j] *= by
                         scores[i, j] *= by
-                    for j in range(4):
-                        f = tx + 16 * j
-                        x = raw[i, j % per_sign] * float32(1 - 2 * (j // per_sign))
-                        y = log_feature(kind, x) + q_bias[head, part * TILE + f]
-                        value = exp2(y, exponent(y) + level[j] - peak) * factor(kind, epsilon, x)
-                        queries[(ty + 16 * i) * STRIDE + f] = value
+                        value = feature(kind, epsilon, signed(raw, i, j), y[i, j], peak - level[j])
+                        queries[(ty + 16 * i) * STRIDE + tx + 16 * j] = value
                         if start == 0:
-                            den[i] += value * z[slot, part * TILE + f] * power(before[j] - level[j])
+                            den[i] += value * z[slot, at + 16 * j] * power(before[j] - level[j])
                 cuda.syncthreads()
                 if causal:
                     multiply_rows(queries, 0, STRIDE, keys, 0, STRIDE, TILE, scores)
-                if start == 0:
-                    for half in range(0, TILE, 32):
-                        for n in range(8):
-                            r = (tid >> 6) + 4 * n
-                            plain[r * TILE + (tid & 63)] = (
-                                s[slot, part * TILE + half + r, column + (tid & 63)] * scale[half + r]
-                            )
-                        cuda.syncthreads()
-                        multiply(queries, half, plain, 32, num)
-                        cuda.syncthreads()
-                else:
+                for half in range(0, TILE if start == 0 else 0, 32):
+                    for r in range(tid >> 6, 32, 4):
+                        plain[r * TILE + (tid & 63)] = (
+                            s[slot, part * TILE + half + r, column + (tid & 63)] * scale[half + r]
+                        )
                     cuda.syncthreads()
+                    multiply(queries, half, plain, 32, num)
+                    cuda.syncthreads()
+                cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
                 start = stop
@@ -377,9 +370,9 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
             for j in range(4):
                 queries[p * STRIDE + 4 * tx + j] = num[i, j] * by
         cuda.syncthreads()
-        for n in range(16):
-            i, x = (tid >> 6) + 4 * n, tid & 63
-            if i < count and column + x < out.shape[1]:
+        x = tid & 63
+        for i in range(tid >> 6, count, 4):
+            if column + x < out.shape[1]:
                 out[out_row + step * i, column + x] = queries[i * STRIDE + x]
 
     return read

@@ -80,6 +80,32 @@ def factor(kind, epsilon, y):
 
 
 @device
+def log_features(kind, raw, bias, head, column, high, y):
+    """y = the log2-features of a tile, less the heights of its rows, from the projections raw.
+
+    Its columns are `column` + 16 j; where raw has fewer, the others are the same with their sign turned.
+    """
+    for j in range(4):
+        beta = bias[head, column + 16 * j]
+        for i in range(4):
+            y[i, j] = log_feature(kind, signed(raw, i, j)) + beta - high[i]
+
+
+@device
+def signed(raw, i, j):
+    """The projection of column j."""
+    own = raw.shape[1]
+    return raw[i, j] if j < own else -raw[i, j - own]
+
+
+@device
+def feature(kind, epsilon, x, y, level):
+    """The feature with the projection x and the log2 y, over 2**level; NaN if y is."""
+    value = exp2(y, exponent(y) - level) * factor(kind, epsilon, x)
+    return value if y == y else y
+
+
+@device
 def lane():
     """(tid, ty, tx) of this thread."""
     tid = cuda.threadIdx.x & 255
