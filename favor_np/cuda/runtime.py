@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from favor_np.cuda.device import clear_errors
+
 #: Threads of a block, and how many blocks a multiprocessor holds at least: it bounds the registers.
 BOUNDS = THREADS, RESIDENT = 256, 2
 
@@ -24,21 +26,35 @@ def launch(
     kernel: Callable[..., Any], grid: tuple[int, ...], args: Sequence[Any], stream: Any
 ) -> None:
     """Run a kernel, a plain function, on a grid of blocks of THREADS threads."""
-    _compiled(kernel)[grid, THREADS, stream](*args)
+    with clear_errors():
+        _configured(kernel, (*grid, 1, 1)[:3], stream)(*args)
+
+
+def _configured(kernel: Callable[..., Any], grid: tuple[int, ...], stream: Any) -> Any:
+    """Return a kernel with its grid, without Numba's advice against less than 128 blocks.
+
+    A decoder's step has fewer, and filters of warnings belong to the user.
+    """
+    enough = _compiled(kernel)[(128, 1, 1), THREADS, stream]
+    configured = object.__new__(type(enough))
+    configured.__dict__.update(vars(enough), griddim=grid)
+    return configured
 
 
 def to_device(array: npt.NDArray[Any], stream: Any) -> Any:
     """Copy a NumPy array to the device."""
     from numba import cuda
 
-    return cuda.to_device(np.ascontiguousarray(array), stream)
+    with clear_errors():
+        return cuda.to_device(np.ascontiguousarray(array), stream)
 
 
 def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike, stream: Any) -> Any:
     """Return an array on the device, of whatever was there."""
     from numba import cuda
 
-    return cuda.device_array(shape, dtype, stream=stream)
+    with clear_errors():
+        return cuda.device_array(shape, dtype, stream=stream)
 
 
 def to_host(array: Any, stream: Any) -> npt.NDArray[Any]:
@@ -53,8 +69,9 @@ def copy(array: Any, stream: Any) -> Any:
     """Return a copy, on the device as well."""
     from numba import cuda
 
-    new = cuda.device_array_like(array, stream=stream)
-    new.copy_to_device(array, stream=stream)
+    with clear_errors():
+        new = cuda.device_array_like(array, stream=stream)
+        new.copy_to_device(array, stream=stream)
     return new
 
 

@@ -14,12 +14,14 @@ STUB = os.environ.get("FAVOR_NP_STUB_GPU") == "1"
 
 def pytest_configure(config):
     """Before anything imports numba.cuda."""
+    # Without that package the driver links, as it must on the stub.
+    config.addinivalue_line("filterwarnings", "ignore:cuda.bindings.nvjitlink:RuntimeWarning")
     if STUB:
         import stub_driver
 
         if REQUIRED:
             raise pytest.UsageError("FAVOR_NP_REQUIRE_GPU=1 asks for a real one")
-        config.stub_driver = stub_driver.install(devices=2)
+        config.stub_driver = stub_driver.install(devices=2, memory=1 << 29)
 
 
 @pytest.fixture(scope="session", autouse=True)
