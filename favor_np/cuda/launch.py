@@ -12,7 +12,7 @@ from favor_np import plan as host
 from favor_np.cuda import plan, runtime
 from favor_np.cuda.arrays import Place
 from favor_np.cuda.kernels import favor as kernels
-from favor_np.cuda.kernels.pack import pack
+from favor_np.cuda.kernels.pack import change, pack
 from favor_np.cuda.kernels.tiles import TILE
 from favor_np.features import FeatureMap
 
@@ -31,6 +31,7 @@ class Map(NamedTuple):
     query_bias: Any
     centers: tuple[Any, Any]
     linear: Any
+    factors: tuple[Any, Any]
     #: Arrays of size 0, which stand for no shares of keys, and no mask.
     nothing: Any
     unmasked: Any
@@ -84,6 +85,7 @@ def _map(feature_map: FeatureMap) -> Map:
         query_bias=put(layout.query_bias),
         centers=(put(layout.centers[0]), put(layout.centers[1])),
         linear=put(layout.linear),
+        factors=(put(layout.factors[0]), put(layout.factors[1])),
         nothing=put(np.zeros(0, np.float32)),
         unmasked=put(np.zeros(0, np.bool_)),
     )
@@ -216,12 +218,18 @@ class Launch:
         layout = of.layout
         source = self.place.put(source).reshape(-1, source.shape[-1])
         table, count = plan.pack_table(source.shape[0], owners)
+        grid, there = (len(table),), self._put(table)
         rows = Rows(self.empty((count, layout.columns)), self.empty(count))
+        factored = layout.factors[0].size > 0
+        norm = np.float32(layout.key_norm if side else 0)
         self._launch(
-            pack, (len(table),), source, np.float32(layout.limit),
-            np.float32(layout.key_norm if side else 0), of.centers[side], of.linear,
-            self._put(table), *rows,
+            pack, grid, source, np.float32(layout.limit), np.float32(0) if factored else norm,
+            of.centers[side], of.linear, there, *rows,
         )  # fmt: skip
+        if factored:
+            new = self.empty((count, layout.columns))
+            self._launch(change, grid, rows.rows, of.factors[side], norm, there, new, rows.heights)
+            rows = Rows(new, rows.heights)
         return rows
 
     def _attend(self, p: Problem, out: Any, weights: tuple[Any, Any]) -> None:

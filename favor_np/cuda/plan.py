@@ -63,6 +63,8 @@ class Layout:
     query_bias: Array
     centers: tuple[Array, Array]
     linear: Array
+    #: What centred queries and keys are multiplied with, transposed never; of size 0 if with nothing.
+    factors: tuple[Array, Array]
     limit: float
     key_norm: float
     epsilon: float
@@ -78,7 +80,16 @@ def layout(feature_map: FeatureMap) -> Layout:
     kind = {"positive": POSITIVE, "relu": RELU, "elu": ELU}[feature_map.kind]
     unit = LOG2E if kind == POSITIVE else 1.0
     weight = np.zeros((heads, slices * per_slice, columns), np.float32)
-    weight[:, :rows, :dim] = feature_map.key_weight * unit
+    factored, key_norm = feature_map.key_factor is not None, feature_map.key_norm
+    factors = np.zeros((2, heads if factored else 0, columns, columns), np.float32)
+    of_map = feature_map.key_weight
+    if feature_map.key_factor is not None and feature_map.calibration is not None:
+        factors[0, :, :dim, :dim] = feature_map.query_factor
+        factors[1, :, :dim, :dim] = feature_map.key_factor
+        quadratic = feature_map.calibration.quadratic.reshape(-1, 1, dim)
+        of_map = feature_map.projection.reshape(-1, rows, dim) * np.sqrt(1 - 4 * quadratic)
+        key_norm = 0.5
+    weight[:, :rows, :dim] = of_map * unit
     part, at = np.divmod(np.arange(rows), per_slice)
     real = np.concatenate([part * TILE + side * per_slice + at for side in range(signs)])
     bias = np.full((heads, slices * TILE), -MASKED, np.float32)
@@ -102,8 +113,9 @@ def layout(feature_map: FeatureMap) -> Layout:
         query_bias=query_bias,
         centers=(query_center, key_center),
         linear=linear,
+        factors=(factors[0].reshape(-1, columns), factors[1].reshape(-1, columns)),
         limit=limit,
-        key_norm=feature_map.key_norm * LOG2E,
+        key_norm=key_norm * LOG2E,
         epsilon=feature_map.kernel_epsilon,
     )
 

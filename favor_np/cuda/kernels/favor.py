@@ -17,8 +17,12 @@ from favor_np.cuda.kernels.tiles import (
     LOWEST,
     MASKED,
     NOTHING,
+    PADDED,
+    PLAIN,
+    STAGED,
     STRIDE,
     TILE,
+    WARPS,
     clear,
     device,
     exp2,
@@ -39,8 +43,6 @@ from favor_np.cuda.kernels.tiles import (
 
 #: log2-features of the keys of one chunk may pass its first key by this much, as on the CPU.
 SPAN = 40
-#: Sizes of shared arrays: a padded tile, a plain one, half of it or the stage of a product, one of each warp.
-PADDED, PLAIN, STAGED, WARPS = TILE * STRIDE, TILE * TILE, 2560, 8 * TILE
 #: Columns of the tables: who is folded, what is scanned, who reads.
 FOLD = ("row", "step", "count", "mask_row", "v_row", "head", "slot")
 SCAN = ("slot", "first", "count", "fresh")
@@ -216,7 +218,9 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
     for column in range(x, s.shape[2], TILE):
         level, total, weight = before, float32(0), float32(0)
         if not fresh:
-            total, weight = total_s[slot, f, column], total_z[slot, f]
+            total = total_s[slot, f, column]
+            if column == 0:
+                weight = total_z[slot, f]
         for n in range(first, first + count):
             own = own_c[n, f]
             high = max(level, own)
@@ -310,9 +314,11 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                         scale[tx + 16 * j] = power(before[j] - level[j])
                 for i in range(4):
                     peak = int32(-(2**30))
+                    seen = not causal or ty + 16 * i >= start  # rows before see none of these keys
                     for j in range(4):
                         peak = max(peak, int32(exponent(y[i, j]) + level[j]))
-                    peak = max(top[i], highest_across(peak))
+                    peak = highest_across(peak)  # by all lanes: never in a branch
+                    peak = max(top[i], peak) if seen else top[i]
                     by = power(top[i] - peak)
                     top[i] = peak
                     den[i] *= by
@@ -320,7 +326,9 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                         num[i, j] *= by
                         scores[i, j] *= by
                         value = feature(kind, epsilon, signed(raw, i, j), y[i, j], peak - level[j])
-                        queries[(ty + 16 * i) * STRIDE + tx + 16 * j] = value
+                        queries[(ty + 16 * i) * STRIDE + tx + 16 * j] = (
+                            value if seen else float32(0)
+                        )
                         if start == 0:
                             den[i] += value * z[slot, at + 16 * j] * power(before[j] - level[j])
                 cuda.syncthreads()

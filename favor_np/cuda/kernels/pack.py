@@ -6,7 +6,16 @@ import math
 
 from numba import cuda, float32
 
-from favor_np.cuda.kernels.tiles import FAR, device
+from favor_np.cuda.kernels.tiles import (
+    FAR,
+    STAGED,
+    TILE,
+    clear,
+    device,
+    lane,
+    product,
+    total_across,
+)
 
 #: Columns of the table: 64 rows or fewer, where they go, and their head.
 PACK = ("row", "count", "target_row", "head")
@@ -65,3 +74,34 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
         total = max(min(total_of_warp(total), float32(FAR)), float32(-FAR))
         if thread == 0:
             height[target_row + i] = total + spoiled
+
+
+def change(rows, matrix, key_norm, table, target, height):
+    """Multiply packed rows by the matrix of their head; their squares, times key_norm, to the heights."""
+    stage = cuda.shared.array(STAGED, float32, alignment=16)
+    _, ty, tx = lane()
+    tile, width = cuda.blockIdx.x, target.shape[1]
+    count, row, head = table[tile, 1], table[tile, 2], table[tile, 3]
+    part = cuda.local.array((4, 4), float32)
+    square = cuda.local.array(4, float32)
+    for i in range(4):
+        square[i] = float32(0)
+    for column in range(0, width, TILE):
+        clear(part)
+        size = min(TILE, width - column)
+        product(
+            rows, row, 1, count, matrix, head * width + column, size, rows.shape[1], stage, part
+        )
+        for i in range(4):
+            for j in range(4):
+                x = column + tx + 16 * j
+                square[i] += part[i, j] * part[i, j]
+                if ty + 16 * i < count and x < width:
+                    target[row + ty + 16 * i, x] = part[i, j]
+    for i in range(4):
+        total = key_norm * total_across(square[i])
+        if tx == 0 and ty + 16 * i < count:
+            total += height[row + ty + 16 * i]
+            if total == total:
+                total = max(min(total, float32(FAR)), float32(-FAR))
+            height[row + ty + 16 * i] = total

@@ -17,6 +17,8 @@ from favor_np.kernels.activate import ELU, LOG2E, POSITIVE
 TILE, THREADS = 64, 256
 #: Length of a padded row of features; columns of a factor that are staged at a time, padded to.
 STRIDE, DEPTH, STAGE = 68, 16, 20
+#: Sizes of shared arrays: a padded tile, a plain one, the stage of a product (or half a tile), a row a warp.
+PADDED, PLAIN, STAGED, WARPS = 4352, 4096, 2560, 512
 #: Largest |log2-feature|, as on the CPU; below -3 FAR there is none.  The height of a masked key, its
 #: exponent, and that of a feature which no key has reached.
 FAR, MASKED, LOWEST, NOTHING = 2.0**20, 2.0**23, -(2**25), -(2**22)
