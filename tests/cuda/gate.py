@@ -1,7 +1,7 @@
 """What the compilers make of every kernel, for the types that the host's code launches it with.
 
-``python tests/cuda/gate.py`` compiles all by NVVM and ptxas and writes gate.json, the figures that
-test_gate.py compares with; a change of them is part of the change that brings it.
+``PYTHONPATH=tests python tests/cuda/gate.py`` compiles all by NVVM and ptxas and writes gate.json,
+the figures that test_gate.py compares with; a change of them is part of the change that brings it.
 """
 
 from __future__ import annotations
@@ -9,18 +9,25 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import cases
 import numba
 import ptxrun
+from ptxdevice import PtxDevice
+
+import favor_np
+from favor_np.cuda.runtime import BOUNDS
 
 TABLE = Path(__file__).with_suffix(".json")
 #: Where nothing may spill; the other architectures have only to compile.
@@ -107,36 +114,67 @@ def figures(ptx: str, cc: tuple[int, int]) -> Figures:
 
 
 Signature = tuple[Any, ...]
-Kernel = tuple[Callable[..., Any], Signature, int]
+Kernel = tuple[Callable[..., Any], Signature]
 
 
-class Recorder:
-    """Stands for what launches kernels: notes each kernel with its types, and runs none."""
+class Recorder(PtxDevice):
+    """Notes each kernel that is launched, with the types of its arguments, and runs none."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.kernels: dict[str, Kernel] = {}
 
-    def launch(self, kernel: Callable[..., Any], threads: int, args: Any) -> None:
+    def launch(
+        self, kernel: Callable[..., Any], grid: tuple[int, ...], args: Any, stream: Any = None
+    ) -> None:
         """Note a launch."""
         signature = tuple(map(numba.typeof, args))
-        self.kernels.setdefault(name_of(kernel, signature), (kernel, signature, threads))
+        name = name_of(kernel)
+        if self.kernels.setdefault(name, (kernel, signature)) != (kernel, signature):
+            self.kernels[f"{name}({', '.join(map(_short, signature))})"] = kernel, signature
 
 
-def name_of(kernel: Callable[..., Any], signature: Signature) -> str:
-    """Name, what its factory was asked for, and the types of arrays where they are not the usual.
+def launched() -> dict[str, Kernel]:
+    """Every kernel with the types that the calls of the case table launch it for, by name."""
+    with Recorder().installed() as recorder:
+        for case in cases.CASES.values():
+            arrays, fm, options = case.arrays(), case.feature_map(), case.keywords()
+            favor_np.favor_attention(*arrays, fm, device="cuda", **options)
+        for case in cases.CASES.values():
+            if case.length == 131 and not case.masked and case.kv_lead is None:
+                every_way(case)
+    return recorder.kernels
 
-    >>> from demo import running_total
-    >>> f4 = numba.float32
-    >>> name_of(running_total, (f4[::1], f4[::1], numba.int32))
-    'running_total(1d f4, 1d f4, i4)'
+
+def every_way(case: cases.Case) -> None:
+    """Launch what calls other than `favor_attention` launch."""
+    q, k, v = case.arrays()
+    fm = case.feature_map()
+    states = []
+    for _ in range(2):
+        state = favor_np.AttentionState.zeros(fm, v.shape[-1], q.shape[:-2], device="cuda")
+        state.update(k, v).attend(q)
+        states.append(state.copy())
+    states[0].merge(states[1]).step(q[..., 0, :], k[..., 0, :], v[..., 0, :])
+
+
+def name_of(kernel: Callable[..., Any]) -> str:
+    """Name, and what its factory was asked for.
+
+    >>> def make(kind):
+    ...     def kernel(x):
+    ...         x[0] = kind
+    ...
+    ...     return kernel
+    >>> name_of(make(3))
+    'kernel[kind=3]'
     """
     made_for = ", ".join(
         f"{name}={int(value)}"
         for name, value in inspect.getclosurevars(kernel).nonlocals.items()
         if isinstance(value, int)
     )
-    types = ", ".join(map(_short, signature))
-    return f"{kernel.__name__}{f'[{made_for}]' if made_for else ''}({types})"
+    return f"{kernel.__name__}[{made_for}]" if made_for else kernel.__name__
 
 
 def _short(kind: Any) -> str:
@@ -148,23 +186,25 @@ def _short(kind: Any) -> str:
     return re.sub(r"^(u?)(int|float)(\d+)$", lambda m: f"{m[1] or m[2][0]}{int(m[3]) // 8}", text)
 
 
-def compiled(kernel: Kernel, cc: tuple[int, int]) -> str:
-    """The PTX, as the launch compiles it."""
-    function, signature, threads = kernel
-    return ptxrun.compile_ptx(function, signature, cc, launch_bounds=threads)
+def compiled(kernel: Kernel, cc: tuple[int, int], bounds: Any = BOUNDS) -> str:
+    """The PTX, as a launch compiles it."""
+    return ptxrun.compile_ptx(*kernel, cc, launch_bounds=bounds)
 
 
 def table(kernels: dict[str, Kernel]) -> dict[str, dict[str, Any]]:
     """Figures of all kernels on the architectures that are looked at closely."""
-    return {
-        name: {
-            "threads": kernel[2],
-            **{architecture(cc): asdict(figures(compiled(kernel, cc), cc)) for cc in STRICT},
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ptxas is a process of its own
+        jobs = {
+            name: {
+                architecture(cc): pool.submit(figures, compiled(kernel, cc), cc) for cc in STRICT
+            }
+            for name, kernel in sorted(kernels.items())
         }
-        for name, kernel in sorted(kernels.items())
-    }
+        return {
+            name: {sm: asdict(job.result()) for sm, job in row.items()}
+            for name, row in jobs.items()
+        }
 
 
-def write(kernels: dict[str, Kernel]) -> None:
-    """Write gate.json."""
-    TABLE.write_text(json.dumps(table(kernels), indent=1) + "\n")
+if __name__ == "__main__":
+    TABLE.write_text(json.dumps(table(launched()), indent=1) + "\n")

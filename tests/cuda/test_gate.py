@@ -5,6 +5,7 @@ import ptxrun
 ptxrun.require()
 
 import dataclasses
+import json
 
 import demo
 import gate
@@ -14,12 +15,15 @@ import pytest
 from mutants import function_of, mutate
 from numba import cuda
 
+from favor_np.cuda.device import ARCHITECTURES
+from favor_np.cuda.runtime import THREADS
+
 f4 = numba.float32
 ROWS = (f4[:, ::1], f4[:, ::1], numba.int32)
 
 
 def figures(kernel, signature=ROWS, cc=(9, 0), threads=demo.THREADS):
-    return gate.figures(gate.compiled((kernel, signature, threads), cc), cc)
+    return gate.figures(gate.compiled((kernel, signature), cc, bounds=threads), cc)
 
 
 @pytest.mark.parametrize("cc", gate.STRICT)
@@ -101,7 +105,45 @@ def test_a_launch_is_noted_with_the_types_that_numba_sees():
     recorder = gate.Recorder()
     x = np.zeros((2, 3), np.float32)
     x.flags.writeable = False
-    recorder.launch(demo.softmax_rows, 64, (x, np.zeros((2, 3), np.float16), np.int32(3)))
-    assert list(recorder.kernels) == ["softmax_rows(2d f4 const, 2d f2, i4)"]
-    recorder.launch(demo.softmax_rows, 64, (x, np.zeros((2, 3), np.float16), 3))
-    assert list(recorder.kernels)[1] == "softmax_rows(2d f4 const, 2d f2, i8)"
+    half = np.zeros((2, 3), np.float16)
+    for args in ((x, half, np.int32(3)), (x, half, np.int32(4)), (x, half, 3)):
+        recorder.launch(demo.softmax_rows, (1,), args)
+    assert list(recorder.kernels) == ["softmax_rows", "softmax_rows(2d f4 const, 2d f2, i8)"]
+
+
+# ---- the kernels of the package
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return gate.launched()
+
+
+TABLE = json.loads(gate.TABLE.read_text())
+
+
+def test_the_table_has_every_kernel_that_is_launched(kernels):
+    assert sorted(kernels) == sorted(TABLE), "PYTHONPATH=tests python tests/cuda/gate.py"
+
+
+@pytest.mark.parametrize("cc", gate.STRICT, ids=gate.architecture)
+@pytest.mark.parametrize("name", TABLE)
+def test_figures(name, cc, kernels):
+    """Nothing spills, nothing is float64, nothing is too large; and the table is what is found."""
+    found = gate.figures(gate.compiled(kernels[name], cc), cc)
+    assert found.faults(THREADS) == []
+    assert dataclasses.asdict(found) == TABLE[name][gate.architecture(cc)]
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name.startswith(("fold", "read"))])
+def test_products_load_128_bits_at_a_time(name):
+    assert all(found["wide_shared_loads"] > 0 for found in TABLE[name].values())
+
+
+@pytest.mark.parametrize("cc", [cc for cc in ARCHITECTURES if cc not in gate.STRICT],
+                         ids=gate.architecture)  # fmt: skip
+def test_other_architectures_compile(cc, kernels):
+    """The kernels of antithetic maps stand for the others: those differ in the features only."""
+    for name, kernel in kernels.items():
+        if "kind" not in name or "kind=0, per_sign=2" in name:
+            assert gate.figures(gate.compiled(kernel, cc), cc).float64 == 0
