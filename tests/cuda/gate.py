@@ -24,6 +24,7 @@ from typing import Any
 import cases
 import numba
 import ptxrun
+import sass
 from ptxdevice import PtxDevice
 
 import favor_np
@@ -48,6 +49,8 @@ class Figures:
     float64: int
     local_depot: bool
     wide_shared_loads: int
+    #: Of each innermost loop of products: multiply-adds, instructions, LDS.128.
+    loops: list[list[int]]
 
     def faults(self, threads: int) -> list[str]:
         """What must not be."""
@@ -65,15 +68,15 @@ class Figures:
 
 
 @functools.cache
-def ptxas() -> str:
-    """The assembler: that of the environment's packages, or the machine's."""
+def tool(name: str) -> str:
+    """Path of ptxas or nvdisasm: of the environment's packages, or the machine's."""
     for folder in map(Path, sys.path):
-        for found in folder.glob("nvidia/cu*/bin/ptxas"):
+        for found in folder.glob(f"nvidia/cu*/bin/{name}"):
             return str(found)
-    found = shutil.which("ptxas")
-    if found is None:
-        raise FileNotFoundError("ptxas: pip install --group cuda")
-    return found
+    on_path = shutil.which(name)
+    if on_path is None:
+        raise FileNotFoundError(f"{name}: pip install --group cuda")
+    return on_path
 
 
 def architecture(cc: tuple[int, int]) -> str:
@@ -85,7 +88,7 @@ def assemble(ptx: str, cc: tuple[int, int], into: Path) -> str:
     """Assemble PTX to a file of machine code; what ptxas says about it."""
     source = into.with_suffix(".ptx")
     source.write_text(ptx)
-    command = [ptxas(), "-v", f"-arch={architecture(cc)}", source, "-o", into]
+    command = [tool("ptxas"), "-v", f"-arch={architecture(cc)}", source, "-o", into]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ptxas refuses the kernel\n{done.stderr[:2000]}")
@@ -95,7 +98,9 @@ def assemble(ptx: str, cc: tuple[int, int], into: Path) -> str:
 def figures(ptx: str, cc: tuple[int, int]) -> Figures:
     """Compile PTX for an architecture and count."""
     with tempfile.TemporaryDirectory(prefix="gate") as folder:
-        said = assemble(ptx, cc, Path(folder, "kernel.cubin"))
+        cubin = Path(folder, "kernel.cubin")
+        said = assemble(ptx, cc, cubin)
+        loops = sass.product_loops(sass.disassemble(tool("nvdisasm"), cubin))
 
     def number(pattern: str) -> int:
         found = re.search(pattern, said)
@@ -110,6 +115,7 @@ def figures(ptx: str, cc: tuple[int, int]) -> Figures:
         float64=len(ptxrun.float64_instructions(ptx)),
         local_depot="__local_depot" in ptx,
         wide_shared_loads=len(re.findall(r"ld\.shared\.v4", ptx)),
+        loops=[[loop.products, loop.instructions, loop.wide_loads] for loop in loops],
     )
 
 

@@ -101,6 +101,25 @@ def test_wide_loads_are_counted():
     assert figures(narrow).wide_shared_loads == 0
 
 
+def test_loops_of_products_are_found():
+    """Of two loops the one with products, and of a loop in a loop the inner one."""
+
+    def kernel(x, out, n):
+        total = f4(0)
+        for i in range(n):
+            total += x[0, i]
+        for k in range(n):
+            for i in range(n):
+                for j in range(24):
+                    total += x[i, j] * x[k, j]
+            total += f4(k)
+        out[0, 0] = total
+
+    ((products, instructions, _),) = figures(kernel).loops
+    assert 24 <= products < instructions < 400
+    assert figures(mutate(kernel, "x[i, j] * x[k, j]", "x[i, j] + x[k, j]")).loops == []
+
+
 def test_a_launch_is_noted_with_the_types_that_numba_sees():
     recorder = gate.Recorder()
     x = np.zeros((2, 3), np.float32)
