@@ -130,6 +130,20 @@ def test_atomics_do_not_race():
     assert "race" in str(simcheck.run(plain, 2, 32, (total, x)))
 
 
+def test_arrays_of_a_thread_are_checked():
+    def kernel(out, n):
+        mine = cuda.local.array((2, 2), f4)
+        mine[0, 0] = f4(1)
+        out[0] = mine[0, 0] + mine[0, 1]
+        mine[1, n] = f4(2)
+
+    report = simcheck.run(kernel, 1, 1, (np.zeros(1, np.float32), 2))
+    assert [finding.split(":")[0] for finding in report.findings] == [
+        "uninitialised",
+        "out of bounds",
+    ]
+
+
 def test_banks_and_sectors_are_counted():
     def kernel(x, out, stride):
         shared = cuda.shared.array(1024, f4)
