@@ -56,6 +56,14 @@ class Place(NamedTuple):
             raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}")
         return array
 
+    def taken(self, name: str, array: Any) -> Any:
+        """Return a further array of the caller, of the same kind, as one that kernels read."""
+        if self.kind == "numpy":
+            return self.put(validation.tensor(name, array))
+        if not device.on_device(array):
+            raise TypeError(f"{name} lies in main memory, the other arrays on a CUDA device")
+        return self._view(name, array)
+
     def attention_call(
         self, q: Any, k: Any, v: Any, *, key_mask: Any, **options: Any
     ) -> validation.AttentionCall:

@@ -65,6 +65,9 @@ class Layout:
     linear: Array
     #: What centred queries and keys are multiplied with, transposed never; of size 0 if with nothing.
     factors: tuple[Array, Array]
+    #: The gradient of what is linear in the height of a key, by the multiplied key.
+    slope: Array
+    unit: float
     limit: float
     key_norm: float
     epsilon: float
@@ -80,6 +83,7 @@ def layout(feature_map: FeatureMap) -> Layout:
     kind = {"positive": POSITIVE, "relu": RELU, "elu": ELU}[feature_map.kind]
     unit = LOG2E if kind == POSITIVE else 1.0
     weight = np.zeros((heads, slices * per_slice, columns), np.float32)
+    affine = feature_map.calibration is not None
     factored, key_norm = feature_map.key_factor is not None, feature_map.key_norm
     factors = np.zeros((2, heads if factored else 0, columns, columns), np.float32)
     of_map = feature_map.key_weight
@@ -89,6 +93,12 @@ def layout(feature_map: FeatureMap) -> Layout:
         quadratic = feature_map.calibration.quadratic.reshape(-1, 1, dim)
         of_map = feature_map.projection.reshape(-1, rows, dim) * np.sqrt(1 - 4 * quadratic)
         key_norm = 0.5
+    slope = np.zeros((heads if affine else 0, columns), np.float32)
+    if affine:
+        slope[:, :dim] = feature_map.key_linear
+    if factored:
+        turned = np.swapaxes(feature_map.key_factor, 1, 2)
+        slope[:, :dim] = np.linalg.solve(turned, feature_map.key_linear[..., None])[..., 0]
     weight[:, :rows, :dim] = of_map * unit
     part, at = np.divmod(np.arange(rows), per_slice)
     real = np.concatenate([part * TILE + side * per_slice + at for side in range(signs)])
@@ -96,7 +106,6 @@ def layout(feature_map: FeatureMap) -> Layout:
     bias[:, real] = np.tile(feature_map.bias * unit, signs)
     query_bias = np.full_like(bias, -MASKED)
     query_bias[:, real] = 0
-    affine = feature_map.calibration is not None
     query_center, key_center, linear = (
         np.ascontiguousarray(np.broadcast_to(x, (heads, dim))[: None if affine else 0], np.float32)
         for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
@@ -114,6 +123,8 @@ def layout(feature_map: FeatureMap) -> Layout:
         centers=(query_center, key_center),
         linear=linear,
         factors=(factors[0].reshape(-1, columns), factors[1].reshape(-1, columns)),
+        slope=slope,
+        unit=unit,
         limit=limit,
         key_norm=key_norm * LOG2E,
         epsilon=feature_map.kernel_epsilon,
@@ -184,34 +195,94 @@ def _table(*columns: Any) -> Array:
     return np.ascontiguousarray(np.stack(np.broadcast_arrays(*columns), axis=1), np.int32)
 
 
-def slots(jobs: host.Jobs) -> Array:
-    """Return the slot of every job: its own number if there is none."""
-    slot: Array = jobs.table[:, 5]
-    return np.where(slot < 0, np.arange(len(slot)), slot)
+class Sides(NamedTuple):
+    """Who is folded, the keys of the jobs, and who reads; readers have rows of vectors, and of a mask."""
+
+    jobs: host.Jobs
+    vectors: Array
+    masks: Array
+
+    @property
+    def slots(self) -> Array:
+        """The slot of every job: its own number if there is none."""
+        slot: Array = self.jobs.table[:, 5]
+        return np.where(slot < 0, np.arange(len(slot)), slot)
 
 
-def fold_table(jobs: host.Jobs, parts: Stretches) -> Array:
+def keys_and_queries(jobs: host.Jobs) -> Sides:
+    """Let queries read what keys are folded to."""
+    return Sides(jobs, jobs.out_rows, np.zeros_like(jobs.out_rows))
+
+
+def queries_and_keys(jobs: host.Jobs, q_length: int, k_length: int) -> Sides:
+    """Let keys read what queries, packed as the rows of the result, are folded to: each head for itself."""
+    group = jobs.out_rows.shape[1]
+    table = np.repeat(jobs.table, group, axis=0)
+    k_row, v_row, mask_row = (x[:, None].copy() for x in table[:, :3].T)
+    out_row = jobs.out_rows.ravel()
+    head, start = np.divmod(out_row, max(q_length, 1))
+    table[:, 0] = table[:, 1] = out_row
+    table[:, 2], table[:, 5] = 0, -1
+    table[:, [3, 6]] = table[:, [6, 3]]
+    k_rows = (head * k_length + start)[:, None]
+    return Sides(host.Jobs(table, k_row, k_rows, jobs.clocks), v_row, mask_row)
+
+
+def with_rows_of_result(jobs: host.Jobs, q_length: int) -> tuple[host.Jobs, Owners]:
+    """Number the rows of queries as those of the result; who packs them so."""
+    heads = np.repeat(jobs.table[:, 4], jobs.q_rows.shape[1])
+    order = np.argsort(jobs.out_rows.ravel())
+    owners = Owners(jobs.q_rows.ravel()[order], heads[order], q_length)
+    return host.Jobs(jobs.table, jobs.out_rows, jobs.out_rows, jobs.clocks), owners
+
+
+def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array] | None:
+    """Return which results belong to each of `count` heads, as offsets and numbers; None: each its own."""
+    order = np.lexsort((results, of))
+    first = np.searchsorted(of[order], np.arange(count + 1))
+    parts = results[order]
+    if len(parts) == count and (parts == np.arange(count)).all():
+        return None
+    return first.astype(np.int32), parts.astype(np.int32)
+
+
+def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
+    """Where stretches begin, counted from the first row of their problem; the step of their rows."""
+    if not backwards:
+        return parts.start, 1
+    return sides.jobs.table[parts.owner, 3] - 1 - parts.start, -1
+
+
+def fold_table(sides: Sides, parts: Stretches, backwards: bool = False) -> Array:
     """Return the table of the fold of stretches: the state of each has its number."""
-    k_row, v_row, mask_row, _, head = jobs.table[parts.owner, :5].T
-    return _table(
-        k_row + parts.start, 1, parts.count, mask_row + parts.start, v_row + parts.start, head,
-        np.arange(len(parts.owner)),
-    )  # fmt: skip
+    k_row, v_row, mask_row, _, head = sides.jobs.table[parts.owner, :5].T
+    at, step = _ways(sides, parts, backwards)
+    slots = np.arange(len(parts.owner))
+    return _table(k_row + at, step, parts.count, mask_row + at, v_row + at, head, slots)
 
 
-def scan_table(jobs: host.Jobs, parts: Stretches, fresh: bool) -> Array:
+def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
     """Return the table of the scan: the stretches of every job, in order."""
-    counts = np.bincount(parts.owner, minlength=len(jobs.table))
-    return _table(slots(jobs), np.cumsum(counts) - counts, counts, int(fresh))
+    counts = np.bincount(parts.owner, minlength=len(sides.jobs.table))
+    return _table(sides.slots, np.cumsum(counts) - counts, counts, int(fresh))
 
 
-def read_table(jobs: host.Jobs, parts: Stretches, slot: Array) -> Array:
+def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = False) -> Array:
     """Return the table of the reads of stretches, each by the group of queries of its job."""
-    k_row, v_row, mask_row, _, head = (x[:, None] for x in jobs.table[parts.owner, :5].T)
-    start = parts.start[:, None]
+    owner, jobs = parts.owner, sides.jobs
+    k_row, v_row, mask_row, _, head = (x[:, None] for x in jobs.table[owner, :5].T)
+    way, step = _ways(sides, parts, backwards)
+    at = way[:, None]
     table = _table(
-        jobs.q_rows[parts.owner] + start, 1, parts.count[:, None],
-        jobs.out_rows[parts.owner] + start, k_row + start, v_row + start, mask_row + start, head,
-        slot[:, None],
+        jobs.q_rows[owner] + at, step, parts.count[:, None], sides.masks[owner] + at,
+        jobs.out_rows[owner] + at, k_row + at, v_row + at, mask_row + at, head, slots[:, None],
+        sides.vectors[owner] + at,
     )  # fmt: skip
     return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, table.shape[1]))
+
+
+def change_table(table: Array) -> Array:
+    """Return the table by which `change` goes over the rows that a table of reads writes."""
+    _, step, count, _, out_row, *_, head, _, _ = table.T
+    first = np.where(step > 0, out_row, out_row - count + 1)
+    return _table(first, count, first, head)

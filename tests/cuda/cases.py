@@ -56,7 +56,11 @@ class Case:
         rng = np.random.default_rng(self.seed)
         kv = self.lead if self.kv_lead is None else self.kv_lead
         keys = self.length if self.keys is None else self.keys
-        shapes = (*self.lead, self.length, self.dim), (*kv, keys, self.dim), (*kv, keys, self.value_dim)
+        shapes = (
+            (*self.lead, self.length, self.dim),
+            (*kv, keys, self.dim),
+            (*kv, keys, self.value_dim),
+        )
         q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
         return np.float32(self.std) * q, np.float32(self.std) * k, v
 

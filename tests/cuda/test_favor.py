@@ -7,11 +7,11 @@ import pytest
 
 ptxrun.require()
 
-from cases import CASES, Case  # noqa: E402 - only where kernels can be compiled
+from cases import CASES, Case
 
-from favor_np import AttentionState, FeatureMap, favor_attention, feature_map  # noqa: E402
-from favor_np.cuda import plan  # noqa: E402
-from favor_np.cuda.kernels.tiles import TILE  # noqa: E402
+from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
+from favor_np.cuda import plan
+from favor_np.cuda.kernels.tiles import TILE
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

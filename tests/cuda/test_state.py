@@ -9,9 +9,9 @@ import pytest
 
 ptxrun.require()
 
-from cases import Case  # noqa: E402 - only where kernels can be compiled
+from cases import Case
 
-from favor_np import AttentionState, favor_attention  # noqa: E402
+from favor_np import AttentionState, favor_attention
 
 CASE = Case(length=75, value_dim=5, rows=20)
 
@@ -80,9 +80,7 @@ def test_packed_sequences(gpu):
     state = AttentionState.zeros(fm, 5, sequences=3, device="cuda")
     state.update(k, v, cu_seqlens=offsets)
     out = state.attend(q, cu_seqlens=offsets)
-    expected = naive.favor_attention(
-        q, k, v, fm.projection, cu_seqlens=offsets, **CASE.map_options
-    )
+    expected = naive.favor_attention(q, k, v, fm.projection, cu_seqlens=offsets, **CASE.map_options)
     assert naive.relative_error(out, expected) < CASE.tolerance()
     rows = state.step(q[:3], k[:3], v[:3])
     assert rows.shape == (3, 5)

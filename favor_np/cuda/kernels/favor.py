@@ -25,7 +25,6 @@ from favor_np.cuda.kernels.tiles import (
     WARPS,
     clear,
     device,
-    exp2,
     exponent,
     feature,
     highest_across,
@@ -46,7 +45,19 @@ SPAN = 40
 #: Columns of the tables: who is folded, what is scanned, who reads.
 FOLD = ("row", "step", "count", "mask_row", "v_row", "head", "slot")
 SCAN = ("slot", "first", "count", "fresh")
-READ = ("q_row", "step", "count", "out_row", "row", "v_row", "mask_row", "head", "slot")
+READ = (
+    "q_row",
+    "step",
+    "count",
+    "q_mask_row",
+    "out_row",
+    "row",
+    "v_row",
+    "mask_row",
+    "head",
+    "slot",
+    "q_vector",
+)
 
 
 @device
@@ -91,10 +102,10 @@ def highest_of_rows(top, tops, base):
 
 
 @device
-def part_of_keys(y, start, count, before, base, cut):
+def part_of_keys(y, start, count, before, level, base, cut, tops):
     """Where the keys from start on pass the first of them, and before, by more than SPAN; else count.
 
-    Rows before a tall key would lose theirs to underflow.  Which key is tall depends on those before it
+    Raises level from before to the largest of these keys.  Rows before a tall key would lose theirs to underflow.  Which key is tall depends on those before it
     alone, so cutting there keeps causality exact.
     """
     tid, ty, tx = lane()
@@ -111,7 +122,14 @@ def part_of_keys(y, start, count, before, base, cut):
             if ty + 16 * i > start and exponent(y[i, j]) > limit:
                 cuda.atomic.min(cut, 0, ty + 16 * i)
     cuda.syncthreads()
-    return cut[0]
+    stop = cut[0]
+    for j in range(4):
+        level[j] = int32(LOWEST)
+        for i in range(4):
+            if start <= ty + 16 * i < stop:
+                level[j] = max(level[j], exponent(y[i, j]))
+    highest_of_rows(level, tops, before)
+    return stop
 
 
 def make_fold(kind: int, signs: int) -> Callable[..., Any]:
@@ -142,7 +160,7 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
         for start in range(0, count, TILE):
             first, size = row + step * start, min(TILE, count - start)
             clear(raw)
-            product(k, first, step, size, weight, (head * slices + part) * rows_of_w, rows_of_w,
+            product(k, first, step, size, weight, (head * slices + part) * rows_of_w, 1, rows_of_w,
                     k.shape[1], plain, raw)  # fmt: skip
             for i in range(4):
                 p = ty + 16 * i
@@ -245,11 +263,11 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
 def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
-    It divides by the denominator; or else, for the gradient of values, multiplies by ``2**-height``.
+    It divides by the denominator; or else, for the gradient of values, takes the heights of the rows.
     """
     rows_of_w, per_sign = TILE // signs, 4 // signs
 
-    def read(q, q_height, k, height, v, mask, weight, q_bias, bias, epsilon, table, c, s, z, out, dens, tops_out):  # fmt: skip
+    def read(q, q_height, q_mask, k, height, v, mask, weight, q_bias, bias, epsilon, table, c, s, z, out, dens, tops_out):  # fmt: skip
         queries = cuda.shared.array(PADDED, float32, alignment=16)
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         plain = cuda.shared.array(STAGED, float32, alignment=16)
@@ -259,15 +277,25 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         cut = cuda.shared.array(1, int32)
         tid, ty, tx = lane()
         tile, column = cuda.blockIdx.x, cuda.blockIdx.y * TILE
-        q_row, step, count, out_row = table[tile, 0], table[tile, 1], table[tile, 2], table[tile, 3]
-        row, v_row, mask_row = table[tile, 4], table[tile, 5], table[tile, 6]
-        head, slot = table[tile, 7], table[tile, 8]
+        q_row, step, count, q_mask_row = (
+            table[tile, 0],
+            table[tile, 1],
+            table[tile, 2],
+            table[tile, 3],
+        )
+        out_row, row, v_row, mask_row = (
+            table[tile, 4],
+            table[tile, 5],
+            table[tile, 6],
+            table[tile, 7],
+        )
+        head, slot = table[tile, 8], table[tile, 9]
         slices = c.shape[1] // TILE
         num = cuda.local.array((4, 4), float32)
         scores = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
         y = cuda.local.array((4, 4), float32)
-        zero = cuda.local.array(4, float32)
+        high_q = cuda.local.array(4, float32)
         high = cuda.local.array(4, float32)
         level = cuda.local.array(4, int32)
         before = cuda.local.array(4, int32)
@@ -277,7 +305,10 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         clear(scores)
         for i in range(4):
             p = ty + 16 * i
-            top[i], den[i], high[i], zero[i] = int32(-(2**30)), float32(0), float32(0), float32(0)
+            top[i], den[i], high[i] = int32(-(2**30) if divide else 0), float32(0), float32(MASKED)
+            high_q[i] = height_of(
+                q_height, q_row + step * p, q_mask, q_mask_row + step * p, p, count
+            )
             if causal:
                 high[i] = height_of(height, row + step * p, mask, mask_row + step * p, p, count)
         for part in range(slices):
@@ -290,15 +321,9 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     level[j] = before[j]
                 if causal:
                     clear(raw)
-                    product(k, row, step, count, weight, w, rows_of_w, k.shape[1], plain, raw)
+                    product(k, row, step, count, weight, w, 1, rows_of_w, k.shape[1], plain, raw)
                     log_features(kind, raw, bias, head, at, high, y)
-                    stop = part_of_keys(y, start, count, before, base, cut)
-                    for j in range(4):
-                        level[j] = int32(LOWEST)
-                        for i in range(4):
-                            if start <= ty + 16 * i < stop:
-                                level[j] = max(level[j], exponent(y[i, j]))
-                    highest_of_rows(level, tops, before)
+                    stop = part_of_keys(y, start, count, before, level, base, cut, tops)
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):
@@ -307,8 +332,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                                 value if start <= p < stop else float32(0)
                             )
                 clear(raw)
-                product(q, q_row, step, count, weight, w, rows_of_w, q.shape[1], plain, raw)
-                log_features(kind, raw, q_bias, head, at, zero, y)
+                product(q, q_row, step, count, weight, w, 1, rows_of_w, q.shape[1], plain, raw)
+                log_features(kind, raw, q_bias, head, at, high_q, y)
                 if ty == 0:
                     for j in range(4):
                         scale[tx + 16 * j] = power(before[j] - level[j])
@@ -318,7 +343,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     for j in range(4):
                         peak = max(peak, int32(exponent(y[i, j]) + level[j]))
                     peak = highest_across(peak)  # by all lanes: never in a branch
-                    peak = max(top[i], peak) if seen else top[i]
+                    peak = max(top[i], peak) if seen and divide else top[i]
                     by = power(top[i] - peak)
                     top[i] = peak
                     den[i] *= by
@@ -364,7 +389,6 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 cuda.syncthreads()
         for i in range(4):
             p = ty + 16 * i
-            own = q_height[q_row + step * p] if p < count else float32(0)
             by = total_across(den[i])
             if divide:
                 if dens.size > 0 and tx == 0 and column == 0 and p < count:
@@ -372,11 +396,12 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 if by != float32(0):  # it vanishes only where there is no key at all
                     by = float32(1) / by
             else:
-                by = exp2(-own, min(exponent(-own) + top[i], int32(127)))
-            if own != own:
-                by = own
+                by = float32(1)
             for j in range(4):
-                queries[p * STRIDE + 4 * tx + j] = num[i, j] * by
+                value = num[i, j] * by
+                queries[p * STRIDE + 4 * tx + j] = (
+                    value if high_q[i] != float32(MASKED) else float32(0)
+                )
         cuda.syncthreads()
         x = tid & 63
         for i in range(tid >> 6, count, 4):

@@ -68,6 +68,7 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
                 value = float32(source[row + i, x]) * gain
                 if center.size > 0:
                     value -= center[head, x]
+                if linear.size > 0:
                     total -= linear[head, x] * value
                 total += key_norm * value * value
             target[target_row + i, x] = value
@@ -90,7 +91,17 @@ def change(rows, matrix, key_norm, table, target, height):
         clear(part)
         size = min(TILE, width - column)
         product(
-            rows, row, 1, count, matrix, head * width + column, size, rows.shape[1], stage, part
+            rows,
+            row,
+            1,
+            count,
+            matrix,
+            head * rows.shape[1] + column,
+            1,
+            size,
+            rows.shape[1],
+            stage,
+            part,
         )
         for i in range(4):
             for j in range(4):

@@ -140,23 +140,23 @@ def total_across(x):
 
 @device
 def stage_rows(source, row, step, count, column, stage, at):
-    """Copy 64 rows of DEPTH columns to the stage, zeros from `count` rows on."""
+    """Copy 64 rows of DEPTH columns to the stage, zeros where there are none."""
     tid, _, _ = lane()
     x = tid & 15
+    inside = column + x < source.shape[1]
     for n in range(4):
         i = (tid >> 4) + 16 * n
         stage[(at + i) * STAGE + x] = (
-            source[row + step * i, column + x] if i < count else float32(0)
+            source[row + step * i, column + x] if i < count and inside else float32(0)
         )
 
 
 @device
-def product(a, a_row, step, count, b, b_row, b_count, depth, stage, total):
-    """``total[i, j] += a[a_row + step i] . b[b_row + j]``, for columns j of the first tile of `total`."""
-    _, ty, tx = lane()
+def product(a, a_row, a_step, a_count, b, b_row, b_step, b_count, depth, stage, total):
+    """``total[i, j] += a[a_row + a_step i] . b[b_row + b_step j]``."""
     for column in range(0, depth, DEPTH):
-        stage_rows(a, a_row, step, count, column, stage, 0)
-        stage_rows(b, b_row, 1, b_count, column, stage, TILE)
+        stage_rows(a, a_row, a_step, a_count, column, stage, 0)
+        stage_rows(b, b_row, b_step, b_count, column, stage, TILE)
         cuda.syncthreads()
         multiply_rows(stage, 0, STAGE, stage, TILE * STAGE, STAGE, DEPTH, total)
         cuda.syncthreads()

@@ -1,0 +1,239 @@
+"""Gradients: the same fold, read by the other side, as `favor_np.kernels.favor_vjp` explains.
+
+Here the heights of queries are the exponents of their denominators, and what these leave divides their
+vectors: so both sides have heights, and no row needs a maximum of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda, float32, int32
+
+from favor_np.cuda.kernels.favor import height_of, part_of_keys
+from favor_np.cuda.kernels.pack import total_of_warp
+from favor_np.cuda.kernels.tiles import (
+    MASKED,
+    NOTHING,
+    PADDED,
+    STAGED,
+    STRIDE,
+    TILE,
+    WARPS,
+    clear,
+    device,
+    exp2,
+    exponent,
+    feature,
+    lane,
+    log_features,
+    multiply,
+    multiply_rows,
+    power,
+    product,
+    signed,
+    total_across,
+)
+from favor_np.kernels.activate import RELU
+
+
+def cotangents(grad, out, dens, tops, vectors, shares, heights):
+    """Divide the rows of grad by the denominators; their shares -grad . out / den, and their heights."""
+    thread = cuda.threadIdx.x & 31
+    row = cuda.blockIdx.x * 8 + ((cuda.threadIdx.x & 255) >> 5)
+    if row < grad.shape[0]:
+        den, total = dens[row], float32(0)
+        inverse = float32(1) / den if den != float32(0) else float32(0)
+        for x in range(thread, grad.shape[1], 32):
+            value = grad[row, x] * inverse if den != float32(0) else float32(0)
+            vectors[row, x] = value
+            total -= value * out[row, x]
+        total = total_of_warp(total)
+        if thread == 0:
+            shares[row] = total if den != float32(0) else float32(0)
+            # A row that is not finite has a denominator that is not.
+            heights[row] = (
+                float32(tops[row]) + den * float32(0) if den != float32(0) else float32(MASKED)
+            )
+
+
+def gather(source, first, parts, target):
+    """target[i] = the sum of the blocks ``parts[first[i]:first[i + 1]]`` of source."""
+    block, x = cuda.blockIdx.x, cuda.blockIdx.y * 256 + (cuda.threadIdx.x & 255)
+    if x < target.shape[1]:
+        total = float32(0)
+        for n in range(first[block], first[block + 1]):
+            total += source[parts[n], x]
+        target[block, x] = total
+
+
+@device
+def share_of(share, row):
+    """The share of a row: 1 where there are none."""
+    return share[row] if share.size > 0 else float32(1)
+
+
+@device
+def slope(kind, x, y, level):
+    """What the derivative of a feature has instead of it, over 2**level."""
+    value = exp2(y, exponent(y) - level)
+    if kind == RELU and x <= float32(0):
+        value = float32(0)
+    return value if y == y else y
+
+
+def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
+    """Return the kernel of the gradient of one side, q, whose vectors are g, folded with the other."""
+    rows_of_w, per_sign = TILE // signs, 4 // signs
+
+    def pull(q, q_height, g, q_share, q_mask, k, height, v, share, mask, weight, q_bias, bias, epsilon,
+             table, c, s, z, unit, key_norm, linear, out):  # fmt: skip
+        keys = cuda.shared.array(PADDED, float32, alignment=16)
+        pairs = cuda.shared.array(PADDED, float32, alignment=16)
+        plain = cuda.shared.array(STAGED, float32, alignment=16)
+        tops = cuda.shared.array(WARPS, int32)
+        base = cuda.shared.array(TILE, int32)
+        cut = cuda.shared.array(1, int32)
+        tid, ty, tx = lane()
+        tile, column = cuda.blockIdx.x, cuda.blockIdx.y * TILE
+        q_row, step, count, q_mask_row = (
+            table[tile, 0],
+            table[tile, 1],
+            table[tile, 2],
+            table[tile, 3],
+        )
+        out_row, row, v_row, mask_row = (
+            table[tile, 4],
+            table[tile, 5],
+            table[tile, 6],
+            table[tile, 7],
+        )
+        head, slot, g_row = table[tile, 8], table[tile, 9], table[tile, 10]
+        slices = c.shape[1] // TILE
+        num = cuda.local.array((4, 4), float32)
+        back = cuda.local.array((4, 4), float32)
+        raw = cuda.local.array((4, per_sign), float32)
+        y = cuda.local.array((4, 4), float32)
+        high = cuda.local.array(4, float32)
+        high_q = cuda.local.array(4, float32)
+        extra = cuda.local.array(4, float32)
+        total = cuda.local.array(4, float32)
+        level = cuda.local.array(4, int32)
+        before = cuda.local.array(4, int32)
+        clear(num)
+        for i in range(4):
+            p = ty + 16 * i
+            total[i], high[i], extra[i] = float32(0), float32(MASKED), float32(0)
+            high_q[i] = height_of(
+                q_height, q_row + step * p, q_mask, q_mask_row + step * p, p, count
+            )
+            if p < count:
+                extra[i] = share_of(q_share, g_row + step * p)
+            if causal:
+                high[i] = height_of(height, row + step * p, mask, mask_row + step * p, p, count)
+        if causal:
+            clear(back)
+            product(g, g_row, step, count, v, v_row, step, count, g.shape[1], plain, back)
+            for j in range(4):
+                n = tx + 16 * j
+                own = height_of(height, row + step * n, mask, mask_row + step * n, n, count)
+                for i in range(4):
+                    p, value = ty + 16 * i, float32(0)
+                    if n <= p and own != float32(MASKED):
+                        value = back[i, j] + extra[i] * share_of(share, v_row + step * n)
+                        if own != own:
+                            value = own
+                    pairs[p * STRIDE + n] = value
+        for part in range(slices):
+            w, at = (head * slices + part) * rows_of_w, part * TILE + tx
+            for j in range(4):
+                before[j] = c[slot, at + 16 * j]
+            start, stop = 0, count
+            while start < count:
+                for j in range(4):
+                    level[j] = before[j]
+                if causal:
+                    clear(raw)
+                    product(k, row, step, count, weight, w, 1, rows_of_w, k.shape[1], plain, raw)
+                    log_features(kind, raw, bias, head, at, high, y)
+                    stop = part_of_keys(y, start, count, before, level, base, cut, tops)
+                    for i in range(4):
+                        p = ty + 16 * i
+                        for j in range(4):
+                            value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
+                            if p < start or p >= stop or value != value:
+                                value = float32(0)
+                            keys[(tx + 16 * j) * STRIDE + p] = value
+                clear(back)
+                if start == 0:
+                    product(
+                        g,
+                        g_row,
+                        step,
+                        count,
+                        s[slot],
+                        part * TILE,
+                        1,
+                        TILE,
+                        g.shape[1],
+                        plain,
+                        back,
+                    )
+                    for j in range(4):
+                        by = power(before[j] - level[j])
+                        for i in range(4):
+                            back[i, j] = (back[i, j] + z[slot, at + 16 * j] * extra[i]) * by
+                clear(raw)
+                product(q, q_row, step, count, weight, w, 1, rows_of_w, q.shape[1], plain, raw)
+                log_features(kind, raw, q_bias, head, at, high_q, y)
+                if causal:
+                    multiply_rows(pairs, 0, STRIDE, keys, 0, STRIDE, TILE, back)
+                cuda.syncthreads()
+                for i in range(4):
+                    p = ty + 16 * i
+                    for j in range(4):
+                        if p >= start:
+                            back[i, j] *= slope(kind, signed(raw, i, j), y[i, j], -level[j])
+                        else:
+                            back[i, j] = float32(0)
+                        total[i] += back[i, j]
+                    for j in range(per_sign):
+                        value = back[i, j]
+                        if signs == 2:
+                            value -= back[i, j + per_sign]
+                        keys[p * STRIDE + tx + 16 * j] = value
+                for half in range(0, rows_of_w, 32):
+                    cuda.syncthreads()
+                    x = column + (tid & 63)
+                    for r in range(tid >> 6, 32, 4):
+                        value = float32(0)
+                        if x < weight.shape[1]:
+                            value = weight[w + half + r, x]
+                        plain[r * TILE + (tid & 63)] = value
+                    cuda.syncthreads()
+                    multiply(keys, half, plain, 32, num)
+                cuda.syncthreads()
+                for j in range(4):
+                    before[j] = int32(NOTHING)
+                start = stop
+        for i in range(4):
+            p = ty + 16 * i
+            sums = total_across(total[i])
+            for j in range(4):
+                x = column + 4 * tx + j
+                value = float32(0)
+                if p < count and x < out.shape[1] and high_q[i] != float32(MASKED):
+                    value = num[i, j] * unit - sums * key_norm * q[q_row + step * p, x]
+                    if linear.size > 0:
+                        value += sums * linear[head, x]
+                    if high_q[i] != high_q[i]:
+                        value = high_q[i]
+                keys[p * STRIDE + 4 * tx + j] = value
+        cuda.syncthreads()
+        x = tid & 63
+        for i in range(tid >> 6, count, 4):
+            if column + x < out.shape[1]:
+                out[out_row + step * i, column + x] = keys[i * STRIDE + x]
+
+    return pull
