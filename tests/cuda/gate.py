@@ -134,6 +134,7 @@ class Recorder(PtxDevice):
         self, kernel: Callable[..., Any], grid: tuple[int, ...], args: Any, stream: Any = None
     ) -> None:
         """Note a launch."""
+        self.launches.append((kernel, grid, args))
         signature = tuple(map(numba.typeof, args))
         name = name_of(kernel)
         if self.kernels.setdefault(name, (kernel, signature)) != (kernel, signature):

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import ptxrun
-import pytest
 
 
 class PtxDevice:
-    """Stands for favor_np.cuda.runtime; `cc` and `seed` may be set, `launches` looked at."""
+    """Stands for favor_np.cuda.runtime; its attributes may be set, `launches` looked at."""
 
     def __init__(self) -> None:
         self.cc = (9, 0)
         self.seed = 0
+        self.name = "H100"
         self.launches: list[tuple[Callable[..., Any], tuple[int, ...], Sequence[Any]]] = []
 
     def launch(
@@ -60,10 +61,11 @@ class PtxDevice:
         """Let what goes through favor_np.cuda.runtime come here, planned for an H100."""
         from favor_np.cuda import device, launch, runtime
 
+        names = ("launch", "to_device", "empty", "to_host", "copy")
         launch._map.cache_clear()  # what is kept on one device is not on another
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("launch", "to_device", "empty", "to_host", "copy"):
-                patch.setattr(runtime, name, getattr(self, name))
-            patch.setattr(device, "current", lambda: device.KNOWN["H100"])
+        with (
+            mock.patch.multiple(runtime, **{name: getattr(self, name) for name in names}),
+            mock.patch.object(device, "current", return_value=device.KNOWN[self.name]),
+        ):
             yield self
         launch._map.cache_clear()
