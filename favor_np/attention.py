@@ -154,9 +154,9 @@ def favor_attention(
         enable_gqa=enable_gqa, decay=decay, window=window, state=state, return_state=return_state,
         num_threads=num_threads, check_finite=check_finite, device=device,
     )  # fmt: skip
-    result, target = call.targets(out)
+    room, target = call.targets(out)
     following = call.run(target)
-    result = call.finished(result, target)
+    result: Array = call.finished(room, target)
     if return_state:
         assert following is not None
         return result, following
@@ -288,6 +288,7 @@ def prepare(
     if where is not None:
         where.refuse(decay=decay, window=window, check_finite=check_finite)
         q, k, v, key_mask = where.views(q=q, k=k, v=v, key_mask=key_mask)
+        cu_seqlens = where.host(cu_seqlens)
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
     if feature_map.kind == "trig":
@@ -295,8 +296,6 @@ def prepare(
             "feature_map must not be of kind 'trig': its estimates can be negative, so a "
             "denominator can vanish; it serves studies of the kernel only"
         )
-        if cu_seqlens is not None:
-            cu_seqlens = where.host(cu_seqlens)
     before = None if state is None else _state(state, feature_map, where)
     check = validation.attention_call if where is None else where.attention_call
     call = check(

@@ -210,7 +210,8 @@ class AttentionState:
             self.feature_map, self.dtype, self.value_dim, self.arrays
         )
         lead = self._slots
-        return tuple(x.reshape(*lead, *x.shape[1:]) for x in (c, s, z))  # type: ignore[return-value]
+        c, s, z = (x.reshape(*lead, *x.shape[1:]) for x in (c, s, z))
+        return c, s, z
 
     @property
     def _slots(self) -> tuple[int, ...]:
@@ -348,14 +349,7 @@ class AttentionState:
             As `favor_attention`.
         """
         if self.place is not None:
-            where, (q, k, v) = self._taken(q=q, k=k, v=v)
-            ends = None if self.sequences is None else np.arange(self.sequences + 1)
-            lead = q.shape[:-1]
-            if ends is None and q.ndim == len(self.batch_shape) + 1:
-                q, k, v = (x.reshape(*x.shape[:-1], 1, x.shape[-1]) for x in (q, k, v))
-            found = self._run(q, k, v, None, ends, causal=True, threads=num_threads, where=where)
-            result: Array = found.reshape(*lead, self.value_dim)
-            return result
+            return self._step_there(q, k, v)
         if self.sequences is None:
             rows, row = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
             out: Array = self._run(*rows, None, None, causal=True, threads=num_threads)[row]
@@ -367,6 +361,18 @@ class AttentionState:
             )
         ends = np.arange(self.sequences + 1)
         return self._run(q, k, v, None, ends, causal=True, threads=num_threads)
+
+    def _step_there(self, *token: Any) -> Array:
+        """Append one token on a device."""
+        where, arrays = self._taken(**dict(zip("qkv", token, strict=True)))
+        lead, ends = arrays[0].shape[:-1], None
+        if self.sequences is not None:
+            ends = np.arange(self.sequences + 1)
+        elif len(lead) == len(self.batch_shape):
+            arrays = [x.reshape(*x.shape[:-1], 1, x.shape[-1]) for x in arrays]
+        q, k, v = arrays
+        out: Array = self._run(q, k, v, None, ends, causal=True, threads=None, where=where)
+        return out.reshape(*lead, self.value_dim)
 
     def _fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
         """Refuse rows that are packed otherwise than this state, or decay otherwise."""

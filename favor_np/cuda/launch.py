@@ -15,7 +15,7 @@ from favor_np.cuda.arrays import Place
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
 from favor_np.cuda.kernels.pack import change, pack
-from favor_np.cuda.kernels.tiles import TILE
+from favor_np.cuda.kernels.tiles import NOTHING, TILE
 from favor_np.features import FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -136,9 +136,9 @@ class Launch:
     ) -> States:
         """Return `count` empty states."""
         features = plan.layout(feature_map).features
-        columns = -(-value_dim // TILE) * TILE
+        shape, columns = (count, features), -(-value_dim // TILE) * TILE
         return States(
-            self._put(np.full((count, features), kernels.NOTHING, np.int32)),
+            self._put(np.full(shape, NOTHING, np.int32)),
             self._put(np.zeros((count, features, columns), np.float32)),
             self._put(np.zeros((count, features), np.float32)),
         )
@@ -166,7 +166,7 @@ class Launch:
         c, s, z = (runtime.to_host(array, self.place.stream) for array in arrays)
         seen = c[:, real]
         return (
-            np.where(seen == kernels.NOTHING, 4 * -int(host.FAR[4]), seen),
+            np.where(seen == NOTHING, 4 * -int(host.FAR[4]), seen),
             s[:, real, :value_dim],
             z[:, real],
         )

@@ -86,19 +86,18 @@ def layout(feature_map: FeatureMap) -> Layout:
     affine = feature_map.calibration is not None
     factored, key_norm = feature_map.key_factor is not None, feature_map.key_norm
     factors = np.zeros((2, heads if factored else 0, columns, columns), np.float32)
-    of_map = feature_map.key_weight
+    of_map: Array = feature_map.key_weight
+    slope = np.zeros((heads if affine else 0, columns), np.float32)
+    if affine:
+        slope[:, :dim] = feature_map.key_linear
     if feature_map.key_factor is not None and feature_map.calibration is not None:
+        turned = np.swapaxes(feature_map.key_factor, 1, 2)
+        slope[:, :dim] = np.linalg.solve(turned, feature_map.key_linear[..., None])[..., 0]
         factors[0, :, :dim, :dim] = feature_map.query_factor
         factors[1, :, :dim, :dim] = feature_map.key_factor
         quadratic = feature_map.calibration.quadratic.reshape(-1, 1, dim)
         of_map = feature_map.projection.reshape(-1, rows, dim) * np.sqrt(1 - 4 * quadratic)
         key_norm = 0.5
-    slope = np.zeros((heads if affine else 0, columns), np.float32)
-    if affine:
-        slope[:, :dim] = feature_map.key_linear
-    if factored:
-        turned = np.swapaxes(feature_map.key_factor, 1, 2)
-        slope[:, :dim] = np.linalg.solve(turned, feature_map.key_linear[..., None])[..., 0]
     weight[:, :rows, :dim] = of_map * unit
     part, at = np.divmod(np.arange(rows), per_slice)
     real = np.concatenate([part * TILE + side * per_slice + at for side in range(signs)])
@@ -136,7 +135,7 @@ class Stretches(NamedTuple):
 
     owner: Array
     start: Array
-    count: Array
+    lengths: Array
 
 
 def stretches(counts: Array, length: int, span: tuple[int, int]) -> Stretches:
@@ -258,7 +257,7 @@ def fold_table(sides: Sides, parts: Stretches, backwards: bool = False) -> Array
     k_row, v_row, mask_row, _, head = sides.jobs.table[parts.owner, :5].T
     at, step = _ways(sides, parts, backwards)
     slots = np.arange(len(parts.owner))
-    return _table(k_row + at, step, parts.count, mask_row + at, v_row + at, head, slots)
+    return _table(k_row + at, step, parts.lengths, mask_row + at, v_row + at, head, slots)
 
 
 def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
@@ -274,7 +273,7 @@ def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = F
     way, step = _ways(sides, parts, backwards)
     at = way[:, None]
     table = _table(
-        jobs.q_rows[owner] + at, step, parts.count[:, None], sides.masks[owner] + at,
+        jobs.q_rows[owner] + at, step, parts.lengths[:, None], sides.masks[owner] + at,
         jobs.out_rows[owner] + at, k_row + at, v_row + at, mask_row + at, head, slots[:, None],
         sides.vectors[owner] + at,
     )  # fmt: skip
