@@ -157,12 +157,16 @@ def every_way(case: cases.Case) -> None:
     """Launch what calls other than `favor_attention` launch."""
     q, k, v = case.arrays()
     fm = case.feature_map()
-    states = []
-    for _ in range(2):
-        state = favor_np.AttentionState.zeros(fm, v.shape[-1], q.shape[:-2], device="cuda")
-        state.update(k, v).attend(q)
-        states.append(state.copy())
-    states[0].merge(states[1]).step(q[..., 0, :], k[..., 0, :], v[..., 0, :])
+    out, pullback = favor_np.favor_attention_vjp(q, k, v, fm, causal=case.causal, device="cuda")
+    pullback(out)
+    state = favor_np.AttentionState.zeros(fm, v.shape[-1], q.shape[:-2], device="cuda")
+    state.update(k, v).attend(q)
+    state.merge(state.copy()).step(q[..., 0, :], k[..., 0, :], v[..., 0, :])
+    if case.kind == "antithetic":
+        affine = fm.calibrate(q, k, "saderf+sderf")
+        favor_np.favor_attention(q, k, v, affine, causal=case.causal, device="cuda")
+        shared = favor_np.favor_attention_vjp(q, k[0], v[0], fm, device="cuda")
+        shared[1](shared[0])  # gradients of several heads are added
 
 
 def name_of(kernel: Callable[..., Any]) -> str:

@@ -1,5 +1,7 @@
 """The case table of tests/cuda on a device: every call is held against the dense oracle in float64."""
 
+from pathlib import Path
+
 import cases
 import naive
 import numpy as np
@@ -92,6 +94,47 @@ def test_arrays_of_other_libraries(library, cuda):
     assert type(out) is type(arrays[0])
     host = out.get() if library == "cupy" else np.asarray(out.cpu() if library == "torch" else out)
     assert_right(case, host)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients(causal, cuda):
+    case = cases.Case(cases.TILE + 2, value_dim=5, rows=20, causal=causal)
+    fm, arrays = case.feature_map(), case.arrays()
+    grad = np.random.default_rng(9).standard_normal(arrays[2].shape).astype(np.float32)
+    there = [cuda.to_device(x) for x in arrays]
+    out, pullback = favor_np.favor_attention_vjp(*there, fm, causal=causal)
+    found = pullback(cuda.to_device(grad))
+    *expected, _ = naive.favor_attention_vjp(
+        *arrays, fm.projection, grad, causal=causal, **case.map_options
+    )
+    assert_right(case, out.copy_to_host())
+    for name, wanted in zip("qkv", expected, strict=True):
+        error = np.abs(getattr(found, name).copy_to_host() - wanted).max()
+        assert error < 10 * case.tolerance() * max(np.abs(wanted).max(), 1)
+
+
+def test_a_state(cuda):
+    case = cases.Case(70, value_dim=5, rows=20, causal=True)
+    fm, expected = case.feature_map(), case.expected()
+    first = [cuda.to_device(np.ascontiguousarray(x[:, :66])) for x in case.arrays()]
+    out, state = favor_np.favor_attention(*first, fm, causal=True, return_state=True)
+    assert naive.relative_error(out.copy_to_host(), expected[:, :66]) < case.tolerance()
+    for i in range(66, 70):
+        token = [cuda.to_device(np.ascontiguousarray(x[:, i])) for x in case.arrays()]
+        row = state.step(*token).copy_to_host()
+        assert naive.relative_error(row, expected[:, i]) < case.tolerance()
+
+
+def test_the_benchmarks_run(cuda, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "asv_benchmarks")
+    from benchmarks import bench_cuda
+
+    for kind in (bench_cuda.Forward, bench_cuda.Gradient, bench_cuda.RoundTrip, bench_cuda.Decode):
+        benchmark = kind()
+        values = (2,) if kind is bench_cuda.Decode else ("causal", "L=70 d=16 m=32 H=2")
+        benchmark.setup(*values)
+        (name,) = (name for name in dir(kind) if name.startswith("time_"))
+        getattr(benchmark, name)(*values)
 
 
 def test_host_and_device_arrays_are_not_mixed(cuda):
