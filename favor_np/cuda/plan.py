@@ -257,7 +257,9 @@ def fold_table(sides: Sides, parts: Stretches, backwards: bool = False) -> Array
     k_row, v_row, mask_row, _, head = sides.jobs.table[parts.owner, :5].T
     at, step = _ways(sides, parts, backwards)
     slots = np.arange(len(parts.owner))
-    return _table(k_row + at, step, parts.lengths, mask_row + at, v_row + at, head, slots)
+    return _table(
+        0, step, parts.lengths, 0, 0, k_row + at, v_row + at, mask_row + at, head, slots, 0
+    )
 
 
 def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:

@@ -14,19 +14,24 @@ from typing import Any
 from numba import cuda, float32, int32
 
 from favor_np.cuda.kernels.tiles import (
+    JOB,
     LOWEST,
     MASKED,
     NOTHING,
     PADDED,
     PLAIN,
+    ROWS,
     STAGED,
     STRIDE,
     TILE,
     WARPS,
     clear,
     device,
+    exp2,
     exponent,
+    factor,
     feature,
+    features,
     highest_across,
     lane,
     log_features,
@@ -37,27 +42,18 @@ from favor_np.cuda.kernels.tiles import (
     power,
     product,
     signed,
+    take,
     total_across,
 )
+from favor_np.kernels.activate import POSITIVE
 
 #: log2-features of the keys of one chunk may pass its first key by this much, as on the CPU.
 SPAN = 40
-#: Columns of the tables: who is folded, what is scanned, who reads.
-FOLD = ("row", "step", "count", "mask_row", "v_row", "head", "slot")
+#: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which is
+#: folded; a row of -1 steps goes backwards.
+Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
+#: Columns of that of the scan.
 SCAN = ("slot", "first", "count", "fresh")
-READ = (
-    "q_row",
-    "step",
-    "count",
-    "q_mask_row",
-    "out_row",
-    "row",
-    "v_row",
-    "mask_row",
-    "head",
-    "slot",
-    "q_vector",
-)
 
 
 @device
@@ -66,6 +62,14 @@ def height_of(height, row, mask, mask_row, p, count):
     if p >= count or (mask.size > 0 and mask[mask_row] == 0):
         return float32(MASKED)
     return height[row]
+
+
+@device
+def put_heights(height, row, mask, mask_row, step, count, high):
+    """The heights of a tile."""
+    tid, _, _ = lane()
+    if tid < TILE:
+        high[tid] = height_of(height, row + step * tid, mask, mask_row + step * tid, tid, count)
 
 
 @device
@@ -141,35 +145,35 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
         plain = cuda.shared.array(PLAIN, float32, alignment=16)
         tops = cuda.shared.array(WARPS, int32)
         sums = cuda.shared.array(WARPS, float32)
-        scale = cuda.shared.array(TILE, float32, alignment=16)
+        scale = cuda.shared.array(ROWS, float32, alignment=16)
+        levels = cuda.shared.array(ROWS, int32)
         tid, ty, tx = lane()
-        tile, part, column = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z * TILE
-        row, step, count, mask_row = table[tile, 0], table[tile, 1], table[tile, 2], table[tile, 3]
-        v_row, head, slot = table[tile, 4], table[tile, 5], table[tile, 6]
-        slices = c.shape[1] // TILE
+        job = cuda.shared.array(JOB, int32)
+        high = cuda.shared.array(ROWS, float32)
+        take(table, job)
+        part, column = cuda.blockIdx.y, int32(cuda.blockIdx.z * TILE)
+        slices = c.shape[1] >> 6
         total = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
         y = cuda.local.array((4, 4), float32)
-        high = cuda.local.array(4, float32)
         level = cuda.local.array(4, int32)
         new = cuda.local.array(4, int32)
         folded = cuda.local.array(4, float32)
         clear(total)
         for j in range(4):
-            level[j], folded[j] = int32(NOTHING), float32(0)
-        for start in range(0, count, TILE):
-            first, size = row + step * start, min(TILE, count - start)
+            folded[j] = float32(0)
+            if ty == 0:
+                levels[tx + 16 * j] = int32(NOTHING)
+        for start in range(0, job[COUNT], TILE):
+            first, step = job[ROW] + job[STEP] * start, job[STEP]
+            size = min(TILE, job[COUNT] - start)
+            put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
             clear(raw)
-            product(k, first, step, size, weight, (head * slices + part) * rows_of_w, 1, rows_of_w,
-                    k.shape[1], plain, raw)  # fmt: skip
-            for i in range(4):
-                p = ty + 16 * i
-                high[i] = height_of(
-                    height, first + step * p, mask, mask_row + step * (start + p), p, size
-                )
-            log_features(kind, raw, bias, head, part * TILE + tx, high, y)
+            product(k, first, step, size, weight, (job[HEAD] * slices + part) * rows_of_w, 1,
+                    rows_of_w, k.shape[1], plain, raw)  # fmt: skip
+            log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
             for j in range(4):
-                new[j] = int32(LOWEST)
+                level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
                 for i in range(4):
                     new[j] = max(new[j], exponent(y[i, j]))
             highest_of_rows(new, tops, level)
@@ -178,26 +182,17 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
                 level[j] = new[j]
                 folded[j] *= by
                 if ty == 0:
-                    scale[f] = by
+                    scale[f], levels[f] = by, new[j]
                 for i in range(4):
                     p = ty + 16 * i
                     value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
                     keys[p * STRIDE + f] = value
                     if share.size > 0 and p < size:
-                        value *= share[first + step * p]
+                        value *= share[job[ROW] + job[STEP] * (start + p)]
                     folded[j] += value
-            put_values(
-                v,
-                v_row + step * start,
-                step,
-                size,
-                mask,
-                mask_row + step * start,
-                0,
-                TILE,
-                column,
-                plain,
-            )
+            at = job[STEP] * start
+            put_values(v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, 0, TILE, column,
+                       plain)  # fmt: skip
             cuda.syncthreads()
             for i in range(4):
                 for j in range(4):
@@ -215,10 +210,11 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
                 value = float32(0)
                 for w in range(8):
                     value += sums[w * TILE + f]
-                c[slot, part * TILE + f], z[slot, part * TILE + f] = level[j], value
+                c[job[SLOT], part * TILE + f] = levels[f]
+                z[job[SLOT], part * TILE + f] = value
         for i in range(4):
             for j in range(4):
-                s[slot, part * TILE + 4 * ty + i, column + 4 * tx + j] = total[i, j]
+                s[job[SLOT], part * TILE + 4 * ty + i, column + 4 * tx + j] = total[i, j]
 
     return fold
 
@@ -272,114 +268,132 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         plain = cuda.shared.array(STAGED, float32, alignment=16)
         tops = cuda.shared.array(WARPS, int32)
-        base = cuda.shared.array(TILE, int32)
-        scale = cuda.shared.array(TILE, float32)
+        base = cuda.shared.array(ROWS, int32)
+        scale = cuda.shared.array(ROWS, float32)
         cut = cuda.shared.array(1, int32)
         tid, ty, tx = lane()
-        tile, column = cuda.blockIdx.x, cuda.blockIdx.y * TILE
-        q_row, step, count, q_mask_row = (
-            table[tile, 0],
-            table[tile, 1],
-            table[tile, 2],
-            table[tile, 3],
-        )
-        out_row, row, v_row, mask_row = (
-            table[tile, 4],
-            table[tile, 5],
-            table[tile, 6],
-            table[tile, 7],
-        )
-        head, slot = table[tile, 8], table[tile, 9]
-        slices = c.shape[1] // TILE
+        job = cuda.shared.array(JOB, int32)
+        high = cuda.shared.array(ROWS, float32)
+        high_q = cuda.shared.array(ROWS, float32)
+        top = cuda.shared.array(ROWS, int32)
+        den = cuda.shared.array(ROWS, float32)
+        take(table, job)
+        column = int32(cuda.blockIdx.y * TILE)
+        slices = c.shape[1] >> 6
         num = cuda.local.array((4, 4), float32)
         scores = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
         y = cuda.local.array((4, 4), float32)
-        high_q = cuda.local.array(4, float32)
-        high = cuda.local.array(4, float32)
         level = cuda.local.array(4, int32)
         before = cuda.local.array(4, int32)
-        top = cuda.local.array(4, int32)
-        den = cuda.local.array(4, float32)
         clear(num)
         clear(scores)
         for i in range(4):
-            p = ty + 16 * i
-            top[i], den[i], high[i] = int32(-(2**30) if divide else 0), float32(0), float32(MASKED)
-            high_q[i] = height_of(
-                q_height, q_row + step * p, q_mask, q_mask_row + step * p, p, count
-            )
-            if causal:
-                high[i] = height_of(height, row + step * p, mask, mask_row + step * p, p, count)
+            if tx == 0:
+                den[ty + 16 * i] = float32(0)
+                top[ty + 16 * i] = int32(-(2**30))
+        put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        if causal:
+            put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+        cuda.syncthreads()
         for part in range(slices):
-            w, at = (head * slices + part) * rows_of_w, part * TILE + tx
             for j in range(4):
-                before[j] = c[slot, at + 16 * j]
-            start, stop = 0, count
-            while start < count:  # once, but for keys that pass what came before too far
+                before[j] = c[job[SLOT], part * TILE + tx + 16 * j]
+            start = int32(0)
+            while start < job[COUNT]:  # once, but for keys that pass what came before too far
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
                     clear(raw)
-                    product(k, row, step, count, weight, w, 1, rows_of_w, k.shape[1], plain, raw)
-                    log_features(kind, raw, bias, head, at, high, y)
-                    stop = part_of_keys(y, start, count, before, level, base, cut, tops)
+                    w = (job[HEAD] * slices + part) * rows_of_w
+                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
+                            plain, raw)  # fmt: skip
+                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
+                    features(kind, epsilon, raw, y, level)
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):
-                            value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
                             keys[p * STRIDE + tx + 16 * j] = (
-                                value if start <= p < stop else float32(0)
+                                y[i, j] if start <= p < stop else float32(0)
                             )
-                clear(raw)
-                product(q, q_row, step, count, weight, w, 1, rows_of_w, q.shape[1], plain, raw)
-                log_features(kind, raw, q_bias, head, at, high_q, y)
                 if ty == 0:
                     for j in range(4):
-                        scale[tx + 16 * j] = power(before[j] - level[j])
+                        f = tx + 16 * j
+                        base[f], scale[f] = level[j], power(before[j] - level[j])
+                clear(raw)
+                w = (job[HEAD] * slices + part) * rows_of_w
+                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
+                        plain, raw)  # fmt: skip
+                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
+                for j in range(4):
+                    level[j] = base[tx + 16 * j]
                 for i in range(4):
-                    peak = int32(-(2**30))
-                    seen = not causal or ty + 16 * i >= start  # rows before see none of these keys
-                    for j in range(4):
-                        peak = max(peak, int32(exponent(y[i, j]) + level[j]))
-                    peak = highest_across(peak)  # by all lanes: never in a branch
-                    peak = max(top[i], peak) if seen and divide else top[i]
-                    by = power(top[i] - peak)
-                    top[i] = peak
-                    den[i] *= by
+                    p = ty + 16 * i
+                    peak, by = int32(0), float32(1)
+                    if divide:
+                        for j in range(4):
+                            own = int32(exponent(y[i, j]) + level[j])
+                            peak = own if j == 0 else max(peak, own)
+                        peak = max(top[p], highest_across(peak))
+                        if causal and p < start:  # it sees none of these keys
+                            peak = top[p]
+                        by = power(top[p] - peak)
                     for j in range(4):
                         num[i, j] *= by
                         scores[i, j] *= by
-                        value = feature(kind, epsilon, signed(raw, i, j), y[i, j], peak - level[j])
-                        queries[(ty + 16 * i) * STRIDE + tx + 16 * j] = (
-                            value if seen else float32(0)
-                        )
-                        if start == 0:
-                            den[i] += value * z[slot, at + 16 * j] * power(before[j] - level[j])
+                        value = exp2(y[i, j], exponent(y[i, j]) + level[j] - peak)
+                        y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
+                    cuda.syncwarp()  # all have read top; and rows in turn need fewer registers
+                    if divide and tx == 0:
+                        top[p], den[p] = peak, den[p] * by
+                if kind != POSITIVE:
+                    for i in range(4):
+                        for j in range(4):
+                            y[i, j] *= factor(kind, epsilon, signed(raw, i, j))
+                for i in range(4):
+                    p, part_of_row = ty + 16 * i, float32(0)
+                    for j in range(4):
+                        f = tx + 16 * j
+                        if causal and p < start:
+                            y[i, j] = float32(0)
+                        queries[p * STRIDE + f] = y[i, j]
+                        if divide and start == 0:
+                            part_of_row += y[i, j] * z[job[SLOT], part * TILE + f] * scale[f]
+                    if divide:
+                        part_of_row = total_across(part_of_row)
+                        if tx == 0:
+                            den[p] += part_of_row
                 cuda.syncthreads()
                 if causal:
                     multiply_rows(queries, 0, STRIDE, keys, 0, STRIDE, TILE, scores)
                 for half in range(0, TILE if start == 0 else 0, 32):
                     for r in range(tid >> 6, 32, 4):
                         plain[r * TILE + (tid & 63)] = (
-                            s[slot, part * TILE + half + r, column + (tid & 63)] * scale[half + r]
+                            s[job[SLOT], part * TILE + half + r, column + (tid & 63)]
+                            * scale[half + r]
                         )
                     cuda.syncthreads()
                     multiply(queries, half, plain, 32, num)
                     cuda.syncthreads()
-                cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
-                start = stop
+                start = cut[0] if causal else job[COUNT]
+                cuda.syncthreads()
         if causal:
             for i in range(4):
+                p, part_of_row = ty + 16 * i, float32(0)
                 for j in range(4):
-                    p, n = ty + 16 * i, tx + 16 * j
-                    value = scores[i, j] if n <= p else float32(0)
-                    den[i] += value
-                    queries[p * STRIDE + n] = value
+                    value = scores[i, j] if tx + 16 * j <= p else float32(0)
+                    part_of_row += value
+                    queries[p * STRIDE + tx + 16 * j] = value
+                if divide:
+                    part_of_row = total_across(part_of_row)
+                    if tx == 0:
+                        den[p] += part_of_row
             for half in range(0, TILE, 32):
-                if not put_values(v, v_row, step, count, mask, mask_row, half, 32, column, plain):
+                if not put_values(v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], half, 32,
+                                  column, plain):  # fmt: skip
                     cuda.atomic.min(cut, 0, -1)
                 cuda.syncthreads()
                 if cut[0] >= 0:
@@ -389,23 +403,23 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 cuda.syncthreads()
         for i in range(4):
             p = ty + 16 * i
-            by = total_across(den[i])
+            by = float32(1)
             if divide:
-                if dens.size > 0 and tx == 0 and column == 0 and p < count:
-                    dens[out_row + step * p], tops_out[out_row + step * p] = by, top[i]
+                by = den[p]
+                if dens.size > 0 and tx == 0 and column == 0 and p < job[COUNT]:
+                    row = job[OUT_ROW] + job[STEP] * p
+                    dens[row], tops_out[row] = by, top[p]
                 if by != float32(0):  # it vanishes only where there is no key at all
                     by = float32(1) / by
-            else:
-                by = float32(1)
             for j in range(4):
                 value = num[i, j] * by
                 queries[p * STRIDE + 4 * tx + j] = (
-                    value if high_q[i] != float32(MASKED) else float32(0)
+                    value if high_q[p] != float32(MASKED) else float32(0)
                 )
         cuda.syncthreads()
         x = tid & 63
-        for i in range(tid >> 6, count, 4):
+        for i in range(tid >> 6, job[COUNT], 4):
             if column + x < out.shape[1]:
-                out[out_row + step * i, column + x] = queries[i * STRIDE + x]
+                out[job[OUT_ROW] + job[STEP] * i, column + x] = queries[i * STRIDE + x]
 
     return read

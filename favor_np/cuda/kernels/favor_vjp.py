@@ -11,12 +11,28 @@ from typing import Any
 
 from numba import cuda, float32, int32
 
-from favor_np.cuda.kernels.favor import height_of, part_of_keys
+from favor_np.cuda.kernels.favor import (
+    COUNT,
+    HEAD,
+    MASK,
+    OUT_ROW,
+    Q_MASK,
+    Q_ROW,
+    Q_VECTOR,
+    ROW,
+    SLOT,
+    STEP,
+    V_ROW,
+    part_of_keys,
+    put_heights,
+)
 from favor_np.cuda.kernels.pack import total_of_warp
 from favor_np.cuda.kernels.tiles import (
+    JOB,
     MASKED,
     NOTHING,
     PADDED,
+    ROWS,
     STAGED,
     STRIDE,
     TILE,
@@ -33,6 +49,7 @@ from favor_np.cuda.kernels.tiles import (
     power,
     product,
     signed,
+    take,
     total_across,
 )
 from favor_np.kernels.activate import RELU
@@ -69,9 +86,11 @@ def gather(source, first, parts, target):
 
 
 @device
-def share_of(share, row):
-    """The share of a row: 1 where there are none."""
-    return share[row] if share.size > 0 else float32(1)
+def share_of(share, row, there):
+    """The share of a row, if it is there: 1 where there are none."""
+    if there:
+        return share[row] if share.size > 0 else float32(1)
+    return float32(0)
 
 
 @device
@@ -93,71 +112,61 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         pairs = cuda.shared.array(PADDED, float32, alignment=16)
         plain = cuda.shared.array(STAGED, float32, alignment=16)
         tops = cuda.shared.array(WARPS, int32)
-        base = cuda.shared.array(TILE, int32)
+        base = cuda.shared.array(ROWS, int32)
         cut = cuda.shared.array(1, int32)
         tid, ty, tx = lane()
-        tile, column = cuda.blockIdx.x, cuda.blockIdx.y * TILE
-        q_row, step, count, q_mask_row = (
-            table[tile, 0],
-            table[tile, 1],
-            table[tile, 2],
-            table[tile, 3],
-        )
-        out_row, row, v_row, mask_row = (
-            table[tile, 4],
-            table[tile, 5],
-            table[tile, 6],
-            table[tile, 7],
-        )
-        head, slot, g_row = table[tile, 8], table[tile, 9], table[tile, 10]
-        slices = c.shape[1] // TILE
+        job = cuda.shared.array(JOB, int32)
+        high = cuda.shared.array(ROWS, float32)
+        high_q = cuda.shared.array(ROWS, float32)
+        extra = cuda.shared.array(ROWS, float32)
+        take(table, job)
+        column = int32(cuda.blockIdx.y * TILE)
+        slices = int32(c.shape[1] >> 6)
         num = cuda.local.array((4, 4), float32)
         back = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
         y = cuda.local.array((4, 4), float32)
-        high = cuda.local.array(4, float32)
-        high_q = cuda.local.array(4, float32)
-        extra = cuda.local.array(4, float32)
         total = cuda.local.array(4, float32)
         level = cuda.local.array(4, int32)
         before = cuda.local.array(4, int32)
         clear(num)
         for i in range(4):
-            p = ty + 16 * i
-            total[i], high[i], extra[i] = float32(0), float32(MASKED), float32(0)
-            high_q[i] = height_of(
-                q_height, q_row + step * p, q_mask, q_mask_row + step * p, p, count
-            )
-            if p < count:
-                extra[i] = share_of(q_share, g_row + step * p)
-            if causal:
-                high[i] = height_of(height, row + step * p, mask, mask_row + step * p, p, count)
+            total[i] = float32(0)
+        put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        if tid < TILE:
+            extra[tid] = share_of(q_share, job[Q_VECTOR] + job[STEP] * tid, tid < job[COUNT])
+        if causal:
+            put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+        cuda.syncthreads()
         if causal:
             clear(back)
-            product(g, g_row, step, count, v, v_row, step, count, g.shape[1], plain, back)
+            product(g, job[Q_VECTOR], job[STEP], job[COUNT], v, job[V_ROW], job[STEP], job[COUNT],
+                    g.shape[1], plain, back)  # fmt: skip
             for j in range(4):
                 n = tx + 16 * j
-                own = height_of(height, row + step * n, mask, mask_row + step * n, n, count)
+                own = high[n]
+                by = share_of(share, job[V_ROW] + job[STEP] * n, n < job[COUNT])
                 for i in range(4):
                     p, value = ty + 16 * i, float32(0)
                     if n <= p and own != float32(MASKED):
-                        value = back[i, j] + extra[i] * share_of(share, v_row + step * n)
+                        value = back[i, j] + extra[p] * by
                         if own != own:
                             value = own
                     pairs[p * STRIDE + n] = value
         for part in range(slices):
-            w, at = (head * slices + part) * rows_of_w, part * TILE + tx
             for j in range(4):
-                before[j] = c[slot, at + 16 * j]
-            start, stop = 0, count
-            while start < count:
+                before[j] = c[job[SLOT], part * TILE + tx + 16 * j]
+            start, stop = int32(0), job[COUNT]
+            while start < job[COUNT]:
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
                     clear(raw)
-                    product(k, row, step, count, weight, w, 1, rows_of_w, k.shape[1], plain, raw)
-                    log_features(kind, raw, bias, head, at, high, y)
-                    stop = part_of_keys(y, start, count, before, level, base, cut, tops)
+                    w = (job[HEAD] * slices + part) * rows_of_w
+                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
+                            plain, raw)  # fmt: skip
+                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):
@@ -167,26 +176,18 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                             keys[(tx + 16 * j) * STRIDE + p] = value
                 clear(back)
                 if start == 0:
-                    product(
-                        g,
-                        g_row,
-                        step,
-                        count,
-                        s[slot],
-                        part * TILE,
-                        1,
-                        TILE,
-                        g.shape[1],
-                        plain,
-                        back,
-                    )
+                    product(g, job[Q_VECTOR], job[STEP], job[COUNT], s[job[SLOT]], part * TILE, 1,
+                            TILE, g.shape[1], plain, back)  # fmt: skip
                     for j in range(4):
                         by = power(before[j] - level[j])
+                        weight_of = z[job[SLOT], part * TILE + tx + 16 * j]
                         for i in range(4):
-                            back[i, j] = (back[i, j] + z[slot, at + 16 * j] * extra[i]) * by
+                            back[i, j] = (back[i, j] + weight_of * extra[ty + 16 * i]) * by
                 clear(raw)
-                product(q, q_row, step, count, weight, w, 1, rows_of_w, q.shape[1], plain, raw)
-                log_features(kind, raw, q_bias, head, at, high_q, y)
+                w = (job[HEAD] * slices + part) * rows_of_w
+                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
+                        plain, raw)  # fmt: skip
+                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
                 if causal:
                     multiply_rows(pairs, 0, STRIDE, keys, 0, STRIDE, TILE, back)
                 cuda.syncthreads()
@@ -209,7 +210,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                     for r in range(tid >> 6, 32, 4):
                         value = float32(0)
                         if x < weight.shape[1]:
-                            value = weight[w + half + r, x]
+                            value = weight[(job[HEAD] * slices + part) * rows_of_w + half + r, x]
                         plain[r * TILE + (tid & 63)] = value
                     cuda.syncthreads()
                     multiply(keys, half, plain, 32, num)
@@ -219,21 +220,22 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                 start = stop
         for i in range(4):
             p = ty + 16 * i
-            sums = total_across(total[i])
+            sums, own = total_across(total[i]), high_q[p]
             for j in range(4):
                 x = column + 4 * tx + j
                 value = float32(0)
-                if p < count and x < out.shape[1] and high_q[i] != float32(MASKED):
-                    value = num[i, j] * unit - sums * key_norm * q[q_row + step * p, x]
+                if p < job[COUNT] and x < out.shape[1] and own != float32(MASKED):
+                    row = job[Q_ROW] + job[STEP] * p
+                    value = num[i, j] * unit - sums * key_norm * q[row, x]
                     if linear.size > 0:
-                        value += sums * linear[head, x]
-                    if high_q[i] != high_q[i]:
-                        value = high_q[i]
+                        value += sums * linear[job[HEAD], x]
+                    if own != own:
+                        value = own
                 keys[p * STRIDE + 4 * tx + j] = value
         cuda.syncthreads()
         x = tid & 63
-        for i in range(tid >> 6, count, 4):
+        for i in range(tid >> 6, job[COUNT], 4):
             if column + x < out.shape[1]:
-                out[out_row + step * i, column + x] = keys[i * STRIDE + x]
+                out[job[OUT_ROW] + job[STEP] * i, column + x] = keys[i * STRIDE + x]
 
     return pull

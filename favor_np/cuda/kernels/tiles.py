@@ -17,8 +17,14 @@ from favor_np.kernels.activate import ELU, LOG2E, POSITIVE
 TILE, THREADS = 64, 256
 #: Length of a padded row of features; columns of a factor that are staged at a time, padded to.
 STRIDE, DEPTH, STAGE = 68, 16, 20
-#: Sizes of shared arrays: a padded tile, a plain one, the stage of a product (or half a tile), a row a warp.
-PADDED, PLAIN, STAGED, WARPS = 4352, 4096, 2560, 512
+#: Sizes of shared arrays: a padded tile, a plain one, the stage of a product or half a tile, a row for each
+#: warp, a number for each row.  None is a power of two: for these the compiler writes the check for negative
+#: indices in a way that it cannot see through later.
+PADDED, PLAIN, STAGED, WARPS, ROWS = 4352, 4100, 2560, 516, 68
+#: The longest row of a table.
+JOB = 16
+#: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
+EVEN = 8188
 #: Largest |log2-feature|, as on the CPU; below -3 FAR there is none.  The height of a masked key, its
 #: exponent, and that of a feature which no key has reached.
 FAR, MASKED, LOWEST, NOTHING = 2.0**20, 2.0**23, -(2**25), -(2**22)
@@ -85,12 +91,13 @@ def factor(kind, epsilon, y):
 def log_features(kind, raw, bias, head, column, high, y):
     """y = the log2-features of a tile, less the heights of its rows, from the projections raw.
 
-    Its columns are `column` + 16 j; where raw has fewer, the others are the same with their sign turned.
+    Its columns begin at `column`; where raw has fewer, the others are the same with their sign turned.
     """
+    _, ty, tx = lane()
     for j in range(4):
-        beta = bias[head, column + 16 * j]
+        beta = bias[head, column + tx + 16 * j]
         for i in range(4):
-            y[i, j] = log_feature(kind, signed(raw, i, j)) + beta - high[i]
+            y[i, j] = log_feature(kind, signed(raw, i, j)) + beta - high[ty + 16 * i]
 
 
 @device
@@ -108,10 +115,36 @@ def feature(kind, epsilon, x, y, level):
 
 
 @device
+def features(kind, epsilon, raw, y, level):
+    """y = the features with the log2 y, over 2**level of their columns: in two loops, which unroll."""
+    for i in range(4):
+        for j in range(4):
+            value = exp2(y[i, j], exponent(y[i, j]) - level[j])
+            y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
+    if kind != POSITIVE:
+        for i in range(4):
+            for j in range(4):
+                y[i, j] *= factor(kind, epsilon, signed(raw, i, j))
+
+
+@device
 def lane():
     """(tid, ty, tx) of this thread."""
     tid = cuda.threadIdx.x & 255
     return tid, tid >> 4, tid & 15
+
+
+@device
+def take(table, job):
+    """Copy the block's row of a table to shared memory.
+
+    From there it is read when it is needed: in registers its numbers, and the addresses that follow from
+    them, would live through the whole kernel.
+    """
+    tid, _, _ = lane()
+    if tid < table.shape[1]:
+        job[tid] = table[cuda.blockIdx.x, tid]
+    cuda.syncthreads()
 
 
 @device
@@ -171,11 +204,11 @@ def multiply_rows(a, a_at, a_stride, b, b_at, b_stride, depth, total):
     for n in range(depth >> 2):
         x = (n & 15) << 2
         for i in range(4):
-            at = a_at + (ty + 16 * i) * a_stride + x
+            at = ((a_at + (ty + 16 * i) * a_stride) & EVEN) + x
             for u in range(4):
                 left[i, u] = a[at + u]
         for j in range(total.shape[1]):
-            at = b_at + (tx + 16 * j) * b_stride + x
+            at = ((b_at + (tx + 16 * j) * b_stride) & EVEN) + x
             for u in range(4):
                 right[j, u] = b[at + u]
         for u in range(4):
@@ -193,7 +226,7 @@ def multiply(a, a_column, b, depth, total):
     for n in range(depth >> 2):
         r = (n & 15) << 2
         for i in range(4):
-            at = (ty + 16 * i) * STRIDE + a_column + r
+            at = (((ty + 16 * i) * STRIDE + a_column) & EVEN) + r
             for u in range(4):
                 left[i, u] = a[at + u]
         for u in range(4):
