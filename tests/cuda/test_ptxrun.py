@@ -5,6 +5,7 @@ import ptxrun
 ptxrun.require()
 
 import math
+import re
 import types
 
 import demo
@@ -216,6 +217,17 @@ def test_neighbours_in_one_word_do_not_race():
     report = ptxrun.run(kernel, 1, 64, (out,), outputs=[0])
     assert report.ok, report
     assert np.array_equal(out, np.arange(64)[::-1])
+
+
+@pytest.mark.parametrize("cc", [(7, 5), (9, 0), (12, 0)])
+def test_the_ptx_is_that_of_numba(cc):
+    signature = (f4[:, ::1], f4[:, ::1], numba.int32)
+    right, _ = cuda.compile_ptx(demo.softmax_rows, signature, cc=cc, lineinfo=True)
+
+    def text(ptx):
+        return re.sub(r"_ZN\w+|smem_\d+", "", ptx)  # they count what was compiled
+
+    assert text(ptxrun.compile_ptx(demo.softmax_rows, signature, cc)) == text(right)
 
 
 def test_a_device_function_is_compiled_without_a_device():
