@@ -30,6 +30,10 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
+#: What the driver calls has to live as long as the process.
+_KEPT: list[Any] = []
+
+
 @dataclass
 class Launch:
     """One that was made: the kernel's name, dimensions, the stream, what was found."""
@@ -74,6 +78,6 @@ def install(*, devices: int = 1, version: int = 13000, memory: int = 1 << 32) ->
         subprocess.run([*command, "-ldl"], check=True)
         driver = Driver(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
     callback = _LAUNCH(driver.launch)
-    driver.library.callback = callback  # kept as long as the library
+    _KEPT.extend((driver, callback))
     driver.library.stub_configure(devices, version, ctypes.c_uint64(memory), callback)
     return driver
