@@ -15,11 +15,16 @@ from favor_np.cuda.device import clear_errors
 BOUNDS = THREADS, RESIDENT = 256, 2
 
 
+def bounds(kernel: Callable[..., Any]) -> tuple[int, int]:
+    """Return the bounds of a kernel, of which fewer may be resident."""
+    return THREADS, getattr(kernel, "resident", RESIDENT)
+
+
 @functools.cache
 def _compiled(kernel: Callable[..., Any]) -> Any:
     from numba import cuda
 
-    return cuda.jit(kernel, launch_bounds=BOUNDS)
+    return cuda.jit(kernel, launch_bounds=bounds(kernel))
 
 
 def launch(

@@ -28,7 +28,7 @@ import sass
 from ptxdevice import PtxDevice
 
 import favor_np
-from favor_np.cuda.runtime import BOUNDS
+from favor_np.cuda import runtime
 
 TABLE = Path(__file__).with_suffix(".json")
 #: Where nothing may spill; the other architectures have only to compile.
@@ -197,9 +197,9 @@ def _short(kind: Any) -> str:
     return re.sub(r"^(u?)(int|float)(\d+)$", lambda m: f"{m[1] or m[2][0]}{int(m[3]) // 8}", text)
 
 
-def compiled(kernel: Kernel, cc: tuple[int, int], bounds: Any = BOUNDS) -> str:
+def compiled(kernel: Kernel, cc: tuple[int, int], bounds: Any = None) -> str:
     """The PTX, as a launch compiles it."""
-    return ptxrun.compile_ptx(*kernel, cc, launch_bounds=bounds)
+    return ptxrun.compile_ptx(*kernel, cc, launch_bounds=bounds or runtime.bounds(kernel[0]))
 
 
 def table(kernels: dict[str, Kernel]) -> dict[str, dict[str, Any]]:

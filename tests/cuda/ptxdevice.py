@@ -24,11 +24,13 @@ class PtxDevice:
         self, kernel: Callable[..., Any], grid: tuple[int, ...], args: Sequence[Any], stream: Any
     ) -> None:
         """Execute a kernel; whatever is found is an error."""
-        from favor_np.cuda.runtime import BOUNDS, THREADS
+        from favor_np.cuda.runtime import THREADS, bounds
 
         self.launches.append((kernel, grid, args))
-        bounds = {"launch_bounds": BOUNDS}
-        report = ptxrun.run(kernel, grid, THREADS, args, cc=self.cc, seed=self.seed, options=bounds)
+        options = {"launch_bounds": bounds(kernel)}
+        report = ptxrun.run(
+            kernel, grid, THREADS, args, cc=self.cc, seed=self.seed, options=options
+        )
         assert report.ok, f"{kernel.__qualname__}: {report}"
 
     def to_device(self, array: Any, stream: Any = None) -> Any:

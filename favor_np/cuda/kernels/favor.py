@@ -30,7 +30,6 @@ from favor_np.cuda.kernels.tiles import (
     exp2,
     exponent,
     factor,
-    feature,
     features,
     highest_across,
     lane,
@@ -177,19 +176,22 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
                 for i in range(4):
                     new[j] = max(new[j], exponent(y[i, j]))
             highest_of_rows(new, tops, level)
+            features(kind, epsilon, raw, y, new)
             for j in range(4):
                 f, by = tx + 16 * j, power(level[j] - new[j])
-                level[j] = new[j]
                 folded[j] *= by
                 if ty == 0:
                     scale[f], levels[f] = by, new[j]
-                for i in range(4):
-                    p = ty + 16 * i
-                    value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
-                    keys[p * STRIDE + f] = value
-                    if share.size > 0 and p < size:
-                        value *= share[job[ROW] + job[STEP] * (start + p)]
-                    folded[j] += value
+            for i in range(4):
+                p, weight_of = ty + 16 * i, float32(1)
+                if share.size > 0:
+                    weight_of = float32(0)
+                    if p < size:
+                        weight_of = share[job[ROW] + job[STEP] * (start + p)]
+                for j in range(4):
+                    keys[p * STRIDE + tx + 16 * j] = y[i, j]
+                    folded[j] += y[i, j] * weight_of
+                cuda.syncwarp()
             at = job[STEP] * start
             put_values(v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, 0, TILE, column,
                        plain)  # fmt: skip
@@ -296,7 +298,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         if causal:
             put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
         cuda.syncthreads()
-        for part in range(slices):
+        part = int32(0)
+        while part < slices:
             for j in range(4):
                 before[j] = c[job[SLOT], part * TILE + tx + 16 * j]
             start = int32(0)
@@ -380,6 +383,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     before[j] = int32(NOTHING)
                 start = cut[0] if causal else job[COUNT]
                 cuda.syncthreads()
+            part = int32(part + 1)
         if causal:
             for i in range(4):
                 p, part_of_row = ty + 16 * i, float32(0)
@@ -422,4 +426,6 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
             if column + x < out.shape[1]:
                 out[job[OUT_ROW] + job[STEP] * i, column + x] = queries[i * STRIDE + x]
 
+    if causal and kind != POSITIVE:  # with the factors of their features they need more registers
+        read.resident = 1  # type: ignore[attr-defined]
     return read

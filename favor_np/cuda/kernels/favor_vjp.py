@@ -52,7 +52,7 @@ from favor_np.cuda.kernels.tiles import (
     take,
     total_across,
 )
-from favor_np.kernels.activate import RELU
+from favor_np.kernels.activate import POSITIVE, RELU
 
 
 def cotangents(grad, out, dens, tops, vectors, shares, heights):
@@ -119,6 +119,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         high = cuda.shared.array(ROWS, float32)
         high_q = cuda.shared.array(ROWS, float32)
         extra = cuda.shared.array(ROWS, float32)
+        total = cuda.shared.array(ROWS, float32)
         take(table, job)
         column = int32(cuda.blockIdx.y * TILE)
         slices = int32(c.shape[1] >> 6)
@@ -126,12 +127,11 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         back = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
         y = cuda.local.array((4, 4), float32)
-        total = cuda.local.array(4, float32)
         level = cuda.local.array(4, int32)
         before = cuda.local.array(4, int32)
         clear(num)
-        for i in range(4):
-            total[i] = float32(0)
+        if tid < TILE:
+            total[tid] = float32(0)
         put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
         if tid < TILE:
             extra[tid] = share_of(q_share, job[Q_VECTOR] + job[STEP] * tid, tid < job[COUNT])
@@ -192,18 +192,22 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                     multiply_rows(pairs, 0, STRIDE, keys, 0, STRIDE, TILE, back)
                 cuda.syncthreads()
                 for i in range(4):
-                    p = ty + 16 * i
+                    p, part_of_row = ty + 16 * i, float32(0)
+                    cuda.syncwarp()  # rows in turn need fewer registers
                     for j in range(4):
                         if p >= start:
                             back[i, j] *= slope(kind, signed(raw, i, j), y[i, j], -level[j])
                         else:
                             back[i, j] = float32(0)
-                        total[i] += back[i, j]
+                        part_of_row += back[i, j]
                     for j in range(per_sign):
                         value = back[i, j]
                         if signs == 2:
                             value -= back[i, j + per_sign]
                         keys[p * STRIDE + tx + 16 * j] = value
+                    part_of_row = total_across(part_of_row)
+                    if tx == 0:
+                        total[p] += part_of_row
                 for half in range(0, rows_of_w, 32):
                     cuda.syncthreads()
                     x = column + (tid & 63)
@@ -220,7 +224,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                 start = stop
         for i in range(4):
             p = ty + 16 * i
-            sums, own = total_across(total[i]), high_q[p]
+            sums, own = total[p], high_q[p]
             for j in range(4):
                 x = column + 4 * tx + j
                 value = float32(0)
@@ -238,4 +242,6 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
             if column + x < out.shape[1]:
                 out[job[OUT_ROW] + job[STEP] * i, column + x] = keys[i * STRIDE + x]
 
+    if causal and kind != POSITIVE:
+        pull.resident = 1  # type: ignore[attr-defined]
     return pull

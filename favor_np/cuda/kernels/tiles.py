@@ -95,6 +95,7 @@ def log_features(kind, raw, bias, head, column, high, y):
     """
     _, ty, tx = lane()
     for j in range(4):
+        cuda.syncwarp()
         beta = bias[head, column + tx + 16 * j]
         for i in range(4):
             y[i, j] = log_feature(kind, signed(raw, i, j)) + beta - high[ty + 16 * i]
@@ -121,6 +122,7 @@ def features(kind, epsilon, raw, y, level):
         for j in range(4):
             value = exp2(y[i, j], exponent(y[i, j]) - level[j])
             y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
+        cuda.syncwarp()
     if kind != POSITIVE:
         for i in range(4):
             for j in range(4):
@@ -203,6 +205,7 @@ def multiply_rows(a, a_at, a_stride, b, b_at, b_stride, depth, total):
     right = cuda.local.array((4, 4), float32)
     for n in range(depth >> 2):
         x = (n & 15) << 2
+        cuda.syncwarp()
         for i in range(4):
             at = ((a_at + (ty + 16 * i) * a_stride) & EVEN) + x
             for u in range(4):
@@ -225,6 +228,7 @@ def multiply(a, a_column, b, depth, total):
     right = cuda.local.array((4, 4), float32)
     for n in range(depth >> 2):
         r = (n & 15) << 2
+        cuda.syncwarp()
         for i in range(4):
             at = (((ty + 16 * i) * STRIDE + a_column) & EVEN) + r
             for u in range(4):
