@@ -1,10 +1,14 @@
 """What is said where no GPU can be used: one line each, and no cost for who does not ask."""
 
+import os
 import site
+import subprocess
+import sys
 from pathlib import Path
 
 import child
 import ptxrun
+import pytest
 
 HERE = Path(__file__).parent
 SAID = """
@@ -147,3 +151,27 @@ except OSError as error:
     print(error)
 """
     assert said(STUB + code) == "something else"
+
+
+@pytest.mark.parametrize(
+    ("environ", "status", "text"),
+    [
+        ({}, 0, "NOT run on a GPU"),
+        ({"FAVOR_NP_REQUIRE_GPU": "1"}, 4, "a GPU is required: no NVIDIA driver"),
+        ({"FAVOR_NP_REQUIRE_GPU": "1", "NUMBA_ENABLE_CUDASIM": "1"}, 4, "its simulator"),
+        ({"FAVOR_NP_REQUIRE_GPU": "1", "FAVOR_NP_STUB_GPU": "1"}, 4, "asks for a real one"),
+    ],
+)
+def test_the_tests_of_a_gpu_are_skipped_or_fail(environ, status, text):
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "tests/gpu", "-k", "mixed"]
+    done = subprocess.run(
+        command,
+        cwd=HERE.parents[1],
+        env=os.environ | {"NUMBA_DISABLE_CUDA": "1"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == status
+    assert text in done.stdout + done.stderr
