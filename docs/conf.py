@@ -66,10 +66,11 @@ def run_examples(app):
 
 def write_tables(app):
     """Compute the tables that pages include."""
+    import roofline
     import variance_tables
 
     (HERE / "generated").mkdir(exist_ok=True)
-    for name, table in variance_tables.TABLES.items():
+    for name, table in (variance_tables.TABLES | roofline.TABLES).items():
         (HERE / "generated" / f"{name}.md").write_text(table(), encoding="utf-8")
 
 

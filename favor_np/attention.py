@@ -11,6 +11,7 @@ from favor_np import validation
 from favor_np.features import FeatureMap
 
 if TYPE_CHECKING:
+    from favor_np.cuda.arrays import Place
     from favor_np.state import AttentionState
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -25,6 +26,7 @@ def favor_attention(
     state: AttentionState | None = ..., return_state: Literal[False] = ...,
     out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
+    device: Literal["cpu", "cuda"] | None = ...,
 ) -> Array: ...  # fmt: skip
 @overload
 def favor_attention(
@@ -35,6 +37,7 @@ def favor_attention(
     state: AttentionState | None = ..., return_state: Literal[True],
     out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
+    device: Literal["cpu", "cuda"] | None = ...,
 ) -> tuple[Array, AttentionState]: ...  # fmt: skip
 def favor_attention(
     q: npt.ArrayLike,
@@ -54,6 +57,7 @@ def favor_attention(
     precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> Array | tuple[Array, AttentionState]:
     """Attend in linear time: an estimate of softmax attention by random features.
 
@@ -105,6 +109,11 @@ def favor_attention(
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
         Refuse NaN and infinity instead of passing them on to the rows that may see them.
+    device : {"cpu", "cuda"}, optional
+        "cuda": copy NumPy arrays to a GPU and the result back.  Arrays that lie on a GPU (CuPy,
+        Numba, PyTorch, JAX) are computed there anyway, on the caller's stream, in float32: the
+        result is an array of their kind.  `decay`, `window`, `out` and `check_finite` are for the
+        CPU only.
 
     Returns
     -------
@@ -152,12 +161,11 @@ def favor_attention(
     call = prepare(
         q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa, decay=decay, window=window, state=state, return_state=return_state,
-        precision=precision, num_threads=num_threads, check_finite=check_finite,
+        precision=precision, num_threads=num_threads, check_finite=check_finite, device=device,
     )  # fmt: skip
-    result, target = call.arrays.targets(out)
+    room, target = call.targets(out)
     following = call.run(target)
-    if target is not result:
-        result[...] = target
+    result: Array = call.finished(room, target)
     if return_state:
         assert following is not None
         return result, following
@@ -175,6 +183,24 @@ class Prepared(NamedTuple):
     state: AttentionState | None
     keeps: bool
     words: bool
+    place: Place | None
+
+    def targets(self, out: object = None) -> tuple[Any, Any]:
+        """Return the array of the result, and the one that kernels write to."""
+        if self.place is None:
+            return self.arrays.targets(out)
+        if out is not None:
+            raise ValueError("out cannot be used on a CUDA device: it returns a new array")
+        target = self.place.launch.empty(self.arrays.out_shape)
+        return target, target
+
+    def finished(self, result: Any, target: Any) -> Any:
+        """Return the result as the caller gets it."""
+        if self.place is not None:
+            return self.place.give(target, self.arrays.result)
+        if target is not result:
+            result[...] = target
+        return result
 
     def run(
         self, target: Array, weights: tuple[Array, Array] | None = None
@@ -187,26 +213,33 @@ class Prepared(NamedTuple):
         following = self._following() if self.keeps else None
         if target.size == 0 and (following is None or call.keys == 0):
             pass
-        elif call.keys == 0 and self.state is None:
+        elif call.keys == 0 and self.state is None and self.place is None:
             target[...] = 0
         elif self.window is not None and self.window < call.keys:
             from favor_np import window as windows
 
             windows.attend(self.feature_map, call, target, self.window, self.offsets, self.rates)
         else:
-            from favor_np import launch
-
-            launch.attend(
+            self.launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, target,
                 dtype=call.compute, causal=call.causal, grouped=call.grouped,
                 state=None if following is None else following.arrays,
                 state_shape=None if following is None else following.batch_shape,
                 threads=call.threads, offsets=self.offsets, clock=self.clock, weights=weights,
-                words=self.words,
+                **({"words": True} if self.words else {}),
             )  # fmt: skip
         if following is not None:
             following._count(call.keys, self.offsets)
         return following
+
+    @property
+    def launch(self) -> Any:
+        """The module that launches kernels where the arrays are."""
+        if self.place is not None:
+            return self.place.launch
+        from favor_np import launch
+
+        return launch
 
     @property
     def clock(self) -> Any:
@@ -226,10 +259,16 @@ class Prepared(NamedTuple):
         if self.state is not None:
             return self.state.copy()
         call = self.arrays
-        following = AttentionState.zeros(
-            self.feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute,
-            sequences=None if self.offsets is None else len(self.offsets) - 1,
-        )  # fmt: skip
+        sequences = None if self.offsets is None else len(self.offsets) - 1
+        following = AttentionState._zeros(
+            self.feature_map,
+            call.v.shape[-1],
+            call.state_shape,
+            sequences,
+            None,
+            call.compute,
+            self.place,
+        )
         if self.rates is not None:
             following.rates = np.repeat(self.rates, following.sequences or 1)
         return following
@@ -252,8 +291,17 @@ def prepare(
     precision: object = "full",
     num_threads: object = None,
     check_finite: object = False,
+    device: object = None,
 ) -> Prepared:
     """Check the arguments of `favor_attention`."""
+    where = None
+    if device is not None or not (type(q) is type(k) is type(v) is np.ndarray):
+        where = _place(device, q=q, k=k, v=v, key_mask=key_mask)
+    if where is not None:
+        half = precision != "full"
+        where.refuse(decay=decay, window=window, check_finite=check_finite, precision=half)
+        q, k, v, key_mask = where.views(q=q, k=k, v=v, key_mask=key_mask)
+        cu_seqlens = where.host(cu_seqlens)
     if not isinstance(feature_map, FeatureMap):
         raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
     if feature_map.kind == "trig":
@@ -261,8 +309,9 @@ def prepare(
             "feature_map must not be of kind 'trig': its estimates can be negative, so a "
             "denominator can vanish; it serves studies of the kernel only"
         )
-    before = None if state is None else _state(state, feature_map)
-    call = validation.attention_call(
+    before = None if state is None else _state(state, feature_map, where)
+    check = validation.attention_call if where is None else where.attention_call
+    call = check(
         q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
         num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
         state_shape=None if before is None else before.batch_shape,
@@ -294,13 +343,24 @@ def prepare(
     words = validation.in_words(precision, call.compute)
     if words and window is not None:
         raise ValueError("precision='bfloat16' cannot be used with window")
-    return Prepared(feature_map, call, offsets, rates, window, before, keeps, words)
+    return Prepared(feature_map, call, offsets, rates, window, before, keeps, words, where)
 
 
-def _state(state: object, feature_map: FeatureMap) -> AttentionState:
+def _place(where: object, **arrays: Any) -> Place | None:
+    """Return the device where a call is computed, or None: see `favor_np.cuda.arrays`."""
+    from favor_np.cuda.arrays import place
+
+    return place(where, **arrays)
+
+
+def _state(state: object, feature_map: FeatureMap, where: Place | None) -> AttentionState:
     from favor_np.state import AttentionState
 
     if not isinstance(state, AttentionState):
         raise TypeError(f"state must be an AttentionState, got {validation.got(state)}")
     state.same_map(feature_map)
+    if (state.place is None) != (where is None):
+        raise TypeError(
+            f"state lies {'in main memory' if state.place is None else 'on a CUDA device'}, the arrays do not"
+        )
     return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -68,14 +68,16 @@ def favor_attention_vjp(
     return_state: bool = False,
     num_threads: int | None = None,
     check_finite: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> tuple[Any, Callable[..., Gradients]]:
     """Attend as `favor_attention`, and return the function that pulls a cotangent back.
 
     Parameters
     ----------
     q, k, v, feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, state, return_state, \
-num_threads, check_finite
-        As for `favor_attention`.
+num_threads, check_finite, device
+        As for `favor_attention`.  On a CUDA device there is no state, and no gradient of the
+        projection.
 
     Returns
     -------
@@ -112,15 +114,17 @@ num_threads, check_finite
     call = prepare(
         q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa, decay=decay, state=state, return_state=return_state,
-        num_threads=num_threads, check_finite=check_finite,
+        num_threads=num_threads, check_finite=check_finite, device=device,
     )  # fmt: skip
-    result, target = call.arrays.targets(None)
-    from favor_np import launch
-
+    if call.place is not None:
+        call.place.refuse(state=state, return_state=return_state)
+    result, target = call.targets()
+    launch = call.launch
     weights = launch.new_weights(target)
     following = call.run(target, weights)
-    if target is not result:
-        result[...] = target
+    result = call.finished(result, target)
+    if call.place is not None:
+        return result, _pullback_on_device(call, target, weights)
 
     def pullback(grad_out: npt.ArrayLike, grad_state: Any = None) -> Gradients:
         grad = validation.tensor("grad_out", grad_out)
@@ -155,6 +159,34 @@ num_threads, check_finite
         )
 
     return ((result, following) if return_state else result), pullback
+
+
+def _pullback_on_device(
+    call: Prepared, target: Any, weights: tuple[Any, Any]
+) -> Callable[..., Gradients]:
+    """Return the pullback where the arrays lie on a CUDA device."""
+    arrays, place, launch = call.arrays, call.place, call.launch
+    assert place is not None
+
+    def projection() -> Array:
+        raise ValueError("the gradient of the projection is not computed on a CUDA device")
+
+    def pullback(grad_out: Any) -> Gradients:
+        grad = place.taken("grad_out", grad_out)
+        if grad.shape != target.shape:
+            raise ValueError(f"grad_out must have shape {target.shape}, got {grad.shape}")
+        found = launch.attend_vjp(
+            call.feature_map, arrays.q, arrays.k, arrays.v, arrays.mask, target, weights, grad,
+            dtype=arrays.compute, causal=arrays.causal, grouped=arrays.grouped,
+            threads=arrays.threads, offsets=call.offsets,
+        )  # fmt: skip
+        q, k, v = (
+            place.give(x, like.dtype)
+            for x, like in zip(found, (arrays.q, arrays.k, arrays.v), strict=True)
+        )
+        return Gradients(q, k, v, None, projection)
+
+    return pullback
 
 
 def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None) -> Array:

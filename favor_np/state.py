@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
+
+if TYPE_CHECKING:
+    from favor_np.cuda.arrays import Place
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -66,6 +70,7 @@ class AttentionState:
         sequences: int | None = None,
         rates: Array | None = None,
         lengths: Array | None = None,
+        place: Place | None = None,
     ) -> None:
         self.feature_map = feature_map
         self.value_dim = value_dim
@@ -77,6 +82,8 @@ class AttentionState:
         #: -log2 of the decay and the tokens seen, a row each; None where nothing decays.
         self.rates = rates
         self.lengths = np.zeros(len(arrays[0]), np.int64) if lengths is None else lengths.copy()
+        #: The CUDA device that the arrays lie on; None: in main memory.
+        self.place = place
 
     @classmethod
     def zeros(
@@ -88,6 +95,7 @@ class AttentionState:
         sequences: int | None = None,
         decay: npt.ArrayLike | None = None,
         dtype: npt.DTypeLike | None = None,
+        device: Literal["cpu", "cuda"] | None = None,
     ) -> AttentionState:
         """Make the state of no keys at all.
 
@@ -106,7 +114,10 @@ class AttentionState:
             In (0, 1], broadcast to `batch_shape`: at every token the weight of all earlier keys
             is multiplied with it.
         dtype : {float32, float64}, optional
-            Default: that of the map's projection.
+            Default: that of the map's projection; on a CUDA device float32.
+        device : {"cpu", "cuda"}, optional
+            "cuda": the state lies on a GPU.  It takes arrays that lie there, or NumPy's, and gives
+            back arrays of the same kind; its c, S and z are copied to main memory.  No decay.
 
         Returns
         -------
@@ -119,21 +130,38 @@ class AttentionState:
             If an argument is of the wrong type, a count is negative, or the map is "trig" or has
             heads that `batch_shape` does not.
         """
+        place = None
+        if device is not None:
+            from favor_np.cuda import arrays
+
+            place = arrays.place(device)
+        return cls._zeros(feature_map, value_dim, batch_shape, sequences, decay, dtype, place)
+
+    @classmethod
+    def _zeros(
+        cls, feature_map: FeatureMap, value_dim: int, batch_shape: int | tuple[int, ...],
+        sequences: int | None, decay: npt.ArrayLike | None, dtype: npt.DTypeLike | None,
+        place: Place | None,
+    ) -> AttentionState:  # fmt: skip
         if not isinstance(feature_map, FeatureMap):
             raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+        if dtype is None:
+            dtype = feature_map.projection.dtype if place is None else np.float32
         value_dim, shape, kind = validation.state_arguments(
-            value_dim, batch_shape, feature_map.projection.dtype if dtype is None else dtype,
-            kind=feature_map.kind, heads=feature_map.num_heads,
-        )  # fmt: skip
+            value_dim, batch_shape, dtype, kind=feature_map.kind, heads=feature_map.num_heads
+        )
+        if place is not None:
+            place.refuse(decay=decay)
+            if kind != np.float32:
+                raise TypeError(f"dtype must be float32 on a CUDA device, got {kind}")
         if sequences is not None:
             sequences = validation.integer("sequences", sequences)
         rates = validation.decay_rates(decay, shape)
         if rates is not None and sequences is not None:
             rates = np.repeat(rates, sequences)
-        from favor_np import launch
-
+        launch = _launch(place)
         arrays = launch.new_state(feature_map, kind, math.prod(shape) * (sequences or 1), value_dim)
-        return cls(feature_map, value_dim, shape, kind, arrays, sequences, rates)
+        return cls(feature_map, value_dim, shape, kind, arrays, sequences, rates, place=place)
 
     @property
     def decay(self) -> Array | None:
@@ -177,12 +205,14 @@ class AttentionState:
             rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
         c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
 
-    def _real(self, array: Array) -> Array:
-        """Return a copy without the kernels' padding, with the batch axes."""
-        from favor_np import plan
-
-        rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
-        return array[:, rows].reshape(*self._slots, len(rows), *array.shape[2:])
+    def _real(self) -> tuple[Array, Array, Array]:
+        """Return copies of c, S and z without the kernels' padding, with the batch axes."""
+        c, s, z = _launch(self.place).without_padding(
+            self.feature_map, self.dtype, self.value_dim, self.arrays
+        )
+        lead = self._slots
+        c, s, z = (x.reshape(*lead, *x.shape[1:]) for x in (c, s, z))
+        return c, s, z
 
     @property
     def _slots(self) -> tuple[int, ...]:
@@ -190,26 +220,27 @@ class AttentionState:
         return (*self.batch_shape, *(() if self.sequences is None else (self.sequences,)))
 
     def _now(self, array: Array) -> Array:
-        """Return the same without the fraction by which the last token was raised."""
+        """Return an array of the state without the fraction by which the last token was raised."""
         if self.rates is not None:
             fraction = np.exp2(-self._raised()[1]).astype(array.dtype)
-            array = array * fraction.reshape(-1, *[1] * (array.ndim - 1))
-        return self._real(array)
+            lead = self._slots
+            array = array * fraction.reshape(*lead, *[1] * (array.ndim - len(lead)))
+        return array
 
     @property
     def c(self) -> Array:
         """Exponents of two, integers of shape (..., M); a copy."""
-        return self._real(self.arrays[0])
+        return self._real()[0]
 
     @property
     def S(self) -> Array:
         """Values weighted by features over 2**c, shape (..., M, dv); a copy."""
-        return self._now(self.arrays[1])[..., : self.value_dim].copy()
+        return self._now(self._real()[1])
 
     @property
     def z(self) -> Array:
         """Sums of features over 2**c, shape (..., M); a copy."""
-        return self._now(self.arrays[2])
+        return self._now(self._real()[2])
 
     def same_map(self, feature_map: FeatureMap) -> None:
         """Refuse another feature map than the state's own."""
@@ -253,9 +284,7 @@ class AttentionState:
         TypeError, ValueError
             As `favor_attention`.
         """
-        k = validation.tensor("k", k)
-        empty = np.empty((*self.batch_shape, 0, self.feature_map.dim), self.dtype)
-        self._run(empty, k, v, key_mask, cu_seqlens, causal=False, threads=num_threads)
+        self._run(None, k, v, key_mask, cu_seqlens, causal=False, threads=num_threads)
         return self
 
     def attend(
@@ -286,10 +315,7 @@ class AttentionState:
         TypeError, ValueError
             As `favor_attention`.
         """
-        q = validation.tensor("q", q)
-        k = np.empty((*self.batch_shape, 0, self.feature_map.dim), self.dtype)
-        v = np.empty((*self.batch_shape, 0, self.value_dim), self.dtype)
-        return self._run(q, k, v, None, cu_seqlens, causal=False, threads=num_threads)
+        return self._run(q, None, None, None, cu_seqlens, causal=False, threads=num_threads)
 
     def step(
         self,
@@ -323,6 +349,8 @@ class AttentionState:
         TypeError, ValueError
             As `favor_attention`.
         """
+        if self.place is not None:
+            return self._step_there(q, k, v)
         if self.sequences is None:
             rows, row = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
             out: Array = self._run(*rows, None, None, causal=True, threads=num_threads)[row]
@@ -334,6 +362,18 @@ class AttentionState:
             )
         ends = np.arange(self.sequences + 1)
         return self._run(q, k, v, None, ends, causal=True, threads=num_threads)
+
+    def _step_there(self, *token: Any) -> Array:
+        """Append one token on a device."""
+        where, arrays = self._taken(**dict(zip("qkv", token, strict=True)))
+        lead, ends = arrays[0].shape[:-1], None
+        if self.sequences is not None:
+            ends = np.arange(self.sequences + 1)
+        elif len(lead) == len(self.batch_shape):
+            arrays = [x.reshape(*x.shape[:-1], 1, x.shape[-1]) for x in arrays]
+        q, k, v = arrays
+        out: Array = self._run(q, k, v, None, ends, causal=True, threads=None, where=where)
+        return out.reshape(*lead, self.value_dim)
 
     def _fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
         """Refuse rows that are packed otherwise than this state, or decay otherwise."""
@@ -354,9 +394,20 @@ class AttentionState:
 
     def _run(
         self, q: Any, k: Any, v: Any, mask: Any, cu_seqlens: Any, *, causal: bool,
-        threads: int | None,
+        threads: int | None, where: Place | None = None,
     ) -> Array:  # fmt: skip
-        call = validation.attention_call(
+        """Fold keys and read with queries, None being none of them."""
+        if self.place is not None and where is None:
+            where, (q, k, v, mask) = self._taken(q=q, k=k, v=v, key_mask=mask)
+        if q is None or k is None:
+            empty = np.empty if where is None or where.kind == "numpy" else where.launch.empty
+            none = functools.partial(empty, dtype=self.dtype)
+            shape, dim = (*self.batch_shape, 0), self.feature_map.dim
+            q = none((*shape, dim)) if q is None else q
+            if k is None:
+                k, v = none((*shape, dim)), none((*shape, self.value_dim))
+        check = validation.attention_call if where is None else where.attention_call
+        call = check(
             q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
             state_shape=self.batch_shape,
@@ -370,10 +421,11 @@ class AttentionState:
             self._fits(offsets)
         if self.rates is not None:
             validation.decay_span(self.rates, call.keys)
-        out = np.zeros(call.out_shape, self.dtype)
+        launch = _launch(where)
+        out = (
+            np.zeros(call.out_shape, self.dtype) if where is None else launch.empty(call.out_shape)
+        )
         if math.prod(call.state_shape) and (out.size or call.keys):
-            from favor_np import launch
-
             launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, out,
                 dtype=self.dtype, causal=causal, grouped=False, state=self.arrays,
@@ -381,7 +433,19 @@ class AttentionState:
                 clock=self._clock,
             )  # fmt: skip
         self._count(call.keys, offsets)
-        return out
+        return out if where is None else where.give(out, call.result)
+
+    def _taken(self, **arrays: Any) -> tuple[Place, list[Any]]:
+        """Return where arrays for this state, which lies on a device, are; and them, as views."""
+        from favor_np.cuda.arrays import place
+
+        where = place("cuda", **arrays)
+        assert where is not None
+        views = where.views(**arrays)
+        if where.kind == "numpy":
+            views = [None if x is None else validation.tensor(n, x, 1) if n != "key_mask" else x
+                     for n, x in zip(arrays, views, strict=True)]  # fmt: skip
+        return where, views
 
     def _count(self, keys: int, offsets: Array | None) -> None:
         """Note that so many keys were folded, or those of packed sequences."""
@@ -425,8 +489,9 @@ class AttentionState:
             )
         if not _same(self.rates, other.rates):
             raise ValueError(f"other must have decay {self.decay}, got {other.decay}")
-        from favor_np import launch
-
+        if (self.place is None) != (other.place is None):
+            raise TypeError("other must lie where the state does: in main memory, or on the device")
+        launch = _launch(self.place)
         arrays = other.arrays
         if self.rates is not None:
             before, fraction = self._raised()
@@ -442,17 +507,16 @@ class AttentionState:
 
     def copy(self) -> AttentionState:
         """Return an independent copy: to continue one prefix in two ways."""
-        from favor_np import launch
-
         return AttentionState(
             self.feature_map,
             self.value_dim,
             self.batch_shape,
             self.dtype,
-            launch.copied(self.arrays),
+            _launch(self.place).copied(self.arrays),
             self.sequences,
             self.rates,
             self.lengths,
+            self.place,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -534,9 +598,7 @@ class AttentionState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what any machine can lay out anew."""
         args = (self.feature_map, self.value_dim, self.batch_shape, self.dtype.str)
-        c, s, z = (self._real(array) for array in self.arrays)
-        raw = c, s[..., : self.value_dim], z
-        return _restore, (*args, *raw, self.sequences, self.rates, self.lengths)
+        return _restore, (*args, *self._real(), self.sequences, self.rates, self.lengths)
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -544,6 +606,15 @@ class AttentionState:
             f"<AttentionState batch_shape={self.batch_shape}, value_dim={self.value_dim}, "
             f"{self.dtype}, of {self.feature_map!r}>"
         )
+
+
+def _launch(place: Place | None) -> Any:
+    """What launches kernels: `favor_np.launch`, or its twin on a device."""
+    if place is not None:
+        return place.launch
+    from favor_np import launch
+
+    return launch
 
 
 def _restore(

@@ -20,7 +20,7 @@ from ._options import CommandError
 COMMANDS = {
     "forecast": "forecast a price series from its own past, and judge it honestly",
     "compare": "FAVOR+ against exact attention: error, time and memory",
-    "info": "versions, processor, threads and cache of this installation",
+    "info": "versions, processor, threads, cache and GPU of this installation",
     "warmup": "compile the kernels now, so that the first call is quick",
 }
 

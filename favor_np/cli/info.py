@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import favor_np
+from favor_np.cuda import device
 
 PACKAGES = ("numpy", "numba", "llvmlite", "scipy", "matplotlib", "tqdm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options: none."""
-    parser.description = "Print versions, processor, threads and cache of this installation."
+    """Declare the options."""
+    parser.description = "Print versions, processor, threads, cache and GPU of this installation."
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
-def run(args: argparse.Namespace) -> int:  # noqa: ARG001
+def run(args: argparse.Namespace) -> int:
     """Print; return the exit status."""
-    for name, value in describe().items():
+    facts = describe()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, value in facts.items():
         print(f"{name:<12}{value}")
     return 0
 
@@ -34,6 +42,7 @@ def describe() -> dict[str, str]:
         f"{platform.system()} {platform.machine()})",
         **{name: _version(name) for name in PACKAGES},
         **_kernels(),
+        **_gpu(),
     }
 
 
@@ -62,3 +71,27 @@ def _kernels() -> dict[str, str]:
 def _cache_path(kernel: Any) -> str | None:
     """Directory in which a kernel's machine code is kept; None without a cache."""
     return getattr(getattr(kernel, "_cache", None), "cache_path", None)
+
+
+def _gpu() -> dict[str, str]:
+    """The GPU, and what is missing to use one; nothing of CUDA is loaded without numba-cuda."""
+    problem = device.problem()
+    gpu = f"none: {problem}" if problem else str(device.current())
+    facts = {"gpu": gpu, "numba-cuda": _version("numba-cuda")}
+    try:
+        implementation = device.numba_cuda().implementation
+    except ImportError:
+        return facts
+    return facts | {
+        "numba-cuda": f"{facts['numba-cuda']}, implementation {implementation}",
+        "driver": _cuda(device.driver_version),
+        "toolkit": _cuda(device.toolkit_version),
+        "targets": " ".join(f"sm_{major}{minor}" for major, minor in device.ARCHITECTURES),
+    }
+
+
+def _cuda(version: Callable[[], tuple[int, int]]) -> str:
+    try:
+        return "CUDA {}.{}".format(*version())
+    except (ImportError, RuntimeError):
+        return "none"

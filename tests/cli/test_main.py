@@ -1,5 +1,6 @@
 """The program as a whole: start, help, info, warm-up, and how errors look."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import favor_np
 from favor_np.cli import COMMANDS, main
 from favor_np.cli import _options as options
+from favor_np.cli.info import describe
+from favor_np.cuda import device
 from favor_np.kernels.bfloat16 import AMX
 
 
@@ -79,6 +82,15 @@ def test_info(capsys):
     assert lines["favor_np"].startswith(favor_np.__version__)
     assert {"python", "numpy", "numba", "processor", "vectors", "threads", "cache"} <= set(lines)
     assert int(lines["threads"]) >= 1
+    assert {"gpu", "numba-cuda"} <= set(lines)
+    assert lines["gpu"].startswith("none: ") == (device.problem() is not None)
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == describe()
+    assert facts["gpu"].removeprefix("none: ") == (device.problem() or str(device.current()))
 
 
 def test_warmup(capsys):

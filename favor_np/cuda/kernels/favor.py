@@ -1,0 +1,431 @@
+"""The FAVOR+ kernels: fold keys and values into states, scan the states, read them with queries.
+
+A state is ``(c, S, z)`` as on the CPU, features in slices of 64; with antithetic pairs a slice is 32 rows of
+W and the same with their signs turned, so that one product serves both.  A causal sequence is folded
+chunk by chunk into states of their own, and these are scanned: so a chunk of queries depends on nobody but
+its own keys and one state, and every chunk of every head is a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda, float32, int32
+
+from favor_np.cuda.kernels.tiles import (
+    JOB,
+    LOWEST,
+    MASKED,
+    NOTHING,
+    PADDED,
+    PLAIN,
+    ROWS,
+    STAGED,
+    STRIDE,
+    TILE,
+    WARPS,
+    clear,
+    device,
+    exp2,
+    exponent,
+    factor,
+    features,
+    highest_across,
+    lane,
+    log_features,
+    multiply,
+    multiply_rows,
+    multiply_seen,
+    multiply_turned,
+    power,
+    product,
+    signed,
+    take,
+    total_across,
+)
+from favor_np.kernels.activate import POSITIVE
+
+#: log2-features of the keys of one chunk may pass its first key by this much, as on the CPU.
+SPAN = 40
+#: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which is
+#: folded; a row of -1 steps goes backwards.
+Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
+#: Columns of that of the scan.
+SCAN = ("slot", "first", "count", "fresh")
+
+
+@device
+def height_of(height, row, mask, mask_row, p, count):
+    """The height of key p of a tile: MASKED if it takes no part, NaN if it is not finite."""
+    if p >= count or (mask.size > 0 and mask[mask_row] == 0):
+        return float32(MASKED)
+    return height[row]
+
+
+@device
+def put_heights(height, row, mask, mask_row, step, count, high):
+    """The heights of a tile."""
+    tid, _, _ = lane()
+    if tid < TILE:
+        high[tid] = height_of(height, row + step * tid, mask, mask_row + step * tid, tid, count)
+
+
+@device
+def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
+    """Values start, start + 1, ... of a tile to the plain tile, masked ones as zeros; whether all are finite."""
+    tid, _, _ = lane()
+    x = tid & 63
+    clean = True
+    for i in range(tid >> 6, rows, 4):
+        p = start + i
+        value = float32(0)
+        if p < count and column + x < v.shape[1]:
+            if mask.size == 0 or mask[mask_row + step * p] != 0:
+                value = float32(v[row + step * p, column + x])
+        clean = clean and value * float32(0) == float32(0)
+        plain[i * TILE + x] = value
+    return clean
+
+
+@device
+def highest_of_rows(top, tops, base):
+    """The maximum over all rows of a tile of what each thread has of its four columns, and base."""
+    tid, ty, tx = lane()
+    for j in range(4):
+        high = max(top[j], cuda.shfl_xor_sync(0xFFFFFFFF, top[j], 16))
+        if ty & 1 == 0:
+            tops[(tid >> 5) * TILE + tx + 16 * j] = high
+    cuda.syncthreads()
+    for j in range(4):
+        high = base[j]
+        for w in range(8):
+            high = max(high, tops[w * TILE + tx + 16 * j])
+        top[j] = high
+
+
+@device
+def part_of_keys(y, start, count, before, level, base, cut, tops):
+    """Where the keys from start on pass the first of them, and before, by more than SPAN; else count.
+
+    Raises level from before to the largest of these keys.  Rows before a tall key would lose theirs to underflow.  Which key is tall depends on those before it
+    alone, so cutting there keeps causality exact.
+    """
+    tid, ty, tx = lane()
+    for i in range(4):
+        if ty + 16 * i == start:
+            for j in range(4):
+                base[tx + 16 * j] = max(exponent(y[i, j]), before[j])
+    if tid == 0:
+        cut[0] = count
+    cuda.syncthreads()
+    for j in range(4):
+        limit = base[tx + 16 * j] + SPAN
+        for i in range(4):
+            if ty + 16 * i > start and exponent(y[i, j]) > limit:
+                cuda.atomic.min(cut, 0, ty + 16 * i)
+    cuda.syncthreads()
+    stop = cut[0]
+    for j in range(4):
+        level[j] = int32(LOWEST)
+        for i in range(4):
+            if start <= ty + 16 * i < stop:
+                level[j] = max(level[j], exponent(y[i, j]))
+    highest_of_rows(level, tops, before)
+    return stop
+
+
+def make_fold(kind: int, signs: int) -> Callable[..., Any]:
+    """Return the kernel that folds stretches of keys, each into a state of its own."""
+    rows_of_w, per_sign = TILE // signs, 4 // signs
+
+    def fold(k, height, share, v, mask, weight, bias, epsilon, table, c, s, z):
+        keys = cuda.shared.array(PADDED, float32, alignment=16)
+        plain = cuda.shared.array(PLAIN, float32, alignment=16)
+        tops = cuda.shared.array(WARPS, int32)
+        sums = cuda.shared.array(WARPS, float32)
+        scale = cuda.shared.array(ROWS, float32, alignment=16)
+        levels = cuda.shared.array(ROWS, int32)
+        tid, ty, tx = lane()
+        job = cuda.shared.array(JOB, int32)
+        high = cuda.shared.array(ROWS, float32)
+        take(table, job)
+        part, column = cuda.blockIdx.y, int32(cuda.blockIdx.z * TILE)
+        slices = c.shape[1] >> 6
+        total = cuda.local.array((4, 4), float32)
+        raw = cuda.local.array((4, per_sign), float32)
+        y = cuda.local.array((4, 4), float32)
+        level = cuda.local.array(4, int32)
+        new = cuda.local.array(4, int32)
+        folded = cuda.local.array(4, float32)
+        clear(total)
+        for j in range(4):
+            folded[j] = float32(0)
+            if ty == 0:
+                levels[tx + 16 * j] = int32(NOTHING)
+        for start in range(0, job[COUNT], TILE):
+            first, step = job[ROW] + job[STEP] * start, job[STEP]
+            size = min(TILE, job[COUNT] - start)
+            put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
+            clear(raw)
+            product(k, first, step, size, weight, (job[HEAD] * slices + part) * rows_of_w, 1,
+                    rows_of_w, k.shape[1], plain, raw)  # fmt: skip
+            log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+            for j in range(4):
+                level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
+                for i in range(4):
+                    new[j] = max(new[j], exponent(y[i, j]))
+            highest_of_rows(new, tops, level)
+            features(kind, epsilon, raw, y, new)
+            for j in range(4):
+                f, by = tx + 16 * j, power(level[j] - new[j])
+                folded[j] *= by
+                if ty == 0:
+                    scale[f], levels[f] = by, new[j]
+            for i in range(4):
+                p, weight_of = ty + 16 * i, float32(1)
+                if share.size > 0:
+                    weight_of = float32(0)
+                    if p < size:
+                        weight_of = share[job[ROW] + job[STEP] * (start + p)]
+                for j in range(4):
+                    keys[p * STRIDE + tx + 16 * j] = y[i, j]
+                    folded[j] += y[i, j] * weight_of
+                cuda.syncwarp()
+            at = job[STEP] * start
+            put_values(v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, 0, TILE, column,
+                       plain)  # fmt: skip
+            cuda.syncthreads()
+            for i in range(4):
+                for j in range(4):
+                    total[i, j] *= scale[4 * ty + i]
+            multiply_turned(keys, plain, TILE, total)
+            cuda.syncthreads()
+        for j in range(4):
+            value = folded[j] + cuda.shfl_xor_sync(0xFFFFFFFF, folded[j], 16)
+            if ty & 1 == 0:
+                sums[(tid >> 5) * TILE + tx + 16 * j] = value
+        cuda.syncthreads()
+        if ty == 0 and column == 0:
+            for j in range(4):
+                f = tx + 16 * j
+                value = float32(0)
+                for w in range(8):
+                    value += sums[w * TILE + f]
+                c[job[SLOT], part * TILE + f] = levels[f]
+                z[job[SLOT], part * TILE + f] = value
+        for i in range(4):
+            for j in range(4):
+                s[job[SLOT], part * TILE + 4 * ty + i, column + 4 * tx + j] = total[i, j]
+
+    return fold
+
+
+def scan(table, own_c, c, s, z, total_c, total_s, total_z):
+    """Replace states by the sum of all before them; the sum of all to the totals, which came first.
+
+    ``own_c`` are the exponents of the states s, z, and c receives those of the sums.
+    """
+    tid = cuda.threadIdx.x & 255
+    job, f, x = cuda.blockIdx.x, cuda.blockIdx.y * 4 + (tid >> 6), tid & 63
+    slot, first, count, fresh = table[job, 0], table[job, 1], table[job, 2], table[job, 3]
+    before = int32(NOTHING) if fresh else total_c[slot, f]
+    after = before
+    for column in range(x, s.shape[2], TILE):
+        level, total, weight = before, float32(0), float32(0)
+        if not fresh:
+            total = total_s[slot, f, column]
+            if column == 0:
+                weight = total_z[slot, f]
+        for n in range(first, first + count):
+            own = own_c[n, f]
+            high = max(level, own)
+            keep, add = power(level - high), power(own - high)
+            value = s[n, f, column]
+            s[n, f, column] = total
+            total = total * keep + value * add
+            if column == 0:
+                value = z[n, f]
+                c[n, f], z[n, f] = level, weight
+                weight = weight * keep + value * add
+            level = high
+        total_s[slot, f, column] = total
+        if column == 0:
+            total_z[slot, f] = weight
+        after = level
+    cuda.syncthreads()
+    if x == 0:
+        total_c[slot, f] = after
+
+
+def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
+    """Return the kernel that reads states, and the keys of the same chunk where it is causal.
+
+    It divides by the denominator; or else, for the gradient of values, takes the heights of the rows.
+    """
+    rows_of_w, per_sign = TILE // signs, 4 // signs
+
+    def read(q, q_height, q_mask, k, height, v, mask, weight, q_bias, bias, epsilon, table, c, s, z, out, dens, tops_out):  # fmt: skip
+        queries = cuda.shared.array(PADDED, float32, alignment=16)
+        keys = cuda.shared.array(PADDED, float32, alignment=16)
+        plain = cuda.shared.array(STAGED, float32, alignment=16)
+        tops = cuda.shared.array(WARPS, int32)
+        base = cuda.shared.array(ROWS, int32)
+        scale = cuda.shared.array(ROWS, float32)
+        cut = cuda.shared.array(1, int32)
+        tid, ty, tx = lane()
+        job = cuda.shared.array(JOB, int32)
+        high = cuda.shared.array(ROWS, float32)
+        high_q = cuda.shared.array(ROWS, float32)
+        top = cuda.shared.array(ROWS, int32)
+        den = cuda.shared.array(ROWS, float32)
+        take(table, job)
+        column = int32(cuda.blockIdx.y * TILE)
+        slices = c.shape[1] >> 6
+        num = cuda.local.array((4, 4), float32)
+        scores = cuda.local.array((4, 4), float32)
+        raw = cuda.local.array((4, per_sign), float32)
+        y = cuda.local.array((4, 4), float32)
+        level = cuda.local.array(4, int32)
+        before = cuda.local.array(4, int32)
+        clear(num)
+        clear(scores)
+        for i in range(4):
+            if tx == 0:
+                den[ty + 16 * i] = float32(0)
+                top[ty + 16 * i] = int32(-(2**30))
+        put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        if causal:
+            put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+        cuda.syncthreads()
+        part = int32(0)
+        while part < slices:
+            for j in range(4):
+                before[j] = c[job[SLOT], part * TILE + tx + 16 * j]
+            start = int32(0)
+            while start < job[COUNT]:  # once, but for keys that pass what came before too far
+                for j in range(4):
+                    level[j] = before[j]
+                if causal:
+                    clear(raw)
+                    w = (job[HEAD] * slices + part) * rows_of_w
+                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
+                            plain, raw)  # fmt: skip
+                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
+                    features(kind, epsilon, raw, y, level)
+                    for i in range(4):
+                        p = ty + 16 * i
+                        for j in range(4):
+                            keys[p * STRIDE + tx + 16 * j] = (
+                                y[i, j] if start <= p < stop else float32(0)
+                            )
+                if ty == 0:
+                    for j in range(4):
+                        f = tx + 16 * j
+                        base[f], scale[f] = level[j], power(before[j] - level[j])
+                clear(raw)
+                w = (job[HEAD] * slices + part) * rows_of_w
+                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
+                        plain, raw)  # fmt: skip
+                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
+                for j in range(4):
+                    level[j] = base[tx + 16 * j]
+                for i in range(4):
+                    p = ty + 16 * i
+                    peak, by = int32(0), float32(1)
+                    if divide:
+                        for j in range(4):
+                            own = int32(exponent(y[i, j]) + level[j])
+                            peak = own if j == 0 else max(peak, own)
+                        peak = max(top[p], highest_across(peak))
+                        if causal and p < start:  # it sees none of these keys
+                            peak = top[p]
+                        by = power(top[p] - peak)
+                    for j in range(4):
+                        num[i, j] *= by
+                        scores[i, j] *= by
+                        value = exp2(y[i, j], exponent(y[i, j]) + level[j] - peak)
+                        y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
+                    cuda.syncwarp()  # all have read top; and rows in turn need fewer registers
+                    if divide and tx == 0:
+                        top[p], den[p] = peak, den[p] * by
+                if kind != POSITIVE:
+                    for i in range(4):
+                        for j in range(4):
+                            y[i, j] *= factor(kind, epsilon, signed(raw, i, j))
+                for i in range(4):
+                    p, part_of_row = ty + 16 * i, float32(0)
+                    for j in range(4):
+                        f = tx + 16 * j
+                        if causal and p < start:
+                            y[i, j] = float32(0)
+                        queries[p * STRIDE + f] = y[i, j]
+                        if divide and start == 0:
+                            part_of_row += y[i, j] * z[job[SLOT], part * TILE + f] * scale[f]
+                    if divide:
+                        part_of_row = total_across(part_of_row)
+                        if tx == 0:
+                            den[p] += part_of_row
+                cuda.syncthreads()
+                if causal:
+                    multiply_rows(queries, 0, STRIDE, keys, 0, STRIDE, TILE, scores)
+                for half in range(0, TILE if start == 0 else 0, 32):
+                    for r in range(tid >> 6, 32, 4):
+                        plain[r * TILE + (tid & 63)] = (
+                            s[job[SLOT], part * TILE + half + r, column + (tid & 63)]
+                            * scale[half + r]
+                        )
+                    cuda.syncthreads()
+                    multiply(queries, half, plain, 32, num)
+                    cuda.syncthreads()
+                for j in range(4):
+                    before[j] = int32(NOTHING)
+                start = cut[0] if causal else job[COUNT]
+                cuda.syncthreads()
+            part = int32(part + 1)
+        if causal:
+            for i in range(4):
+                p, part_of_row = ty + 16 * i, float32(0)
+                for j in range(4):
+                    value = scores[i, j] if tx + 16 * j <= p else float32(0)
+                    part_of_row += value
+                    queries[p * STRIDE + tx + 16 * j] = value
+                if divide:
+                    part_of_row = total_across(part_of_row)
+                    if tx == 0:
+                        den[p] += part_of_row
+            for half in range(0, TILE, 32):
+                if not put_values(v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], half, 32,
+                                  column, plain):  # fmt: skip
+                    cuda.atomic.min(cut, 0, -1)
+                cuda.syncthreads()
+                if cut[0] >= 0:
+                    multiply(queries, half, plain, 32, num)
+                else:  # zero times infinity must not reach the rows before it
+                    multiply_seen(queries, half, plain, 32, num)
+                cuda.syncthreads()
+        for i in range(4):
+            p = ty + 16 * i
+            by = float32(1)
+            if divide:
+                by = den[p]
+                if dens.size > 0 and tx == 0 and column == 0 and p < job[COUNT]:
+                    row = job[OUT_ROW] + job[STEP] * p
+                    dens[row], tops_out[row] = by, top[p]
+                if by != float32(0):  # it vanishes only where there is no key at all
+                    by = float32(1) / by
+            for j in range(4):
+                value = num[i, j] * by
+                queries[p * STRIDE + 4 * tx + j] = (
+                    value if high_q[p] != float32(MASKED) else float32(0)
+                )
+        cuda.syncthreads()
+        x = tid & 63
+        for i in range(tid >> 6, job[COUNT], 4):
+            if column + x < out.shape[1]:
+                out[job[OUT_ROW] + job[STEP] * i, column + x] = queries[i * STRIDE + x]
+
+    if causal and kind != POSITIVE:  # with the factors of their features they need more registers
+        read.resident = 1  # type: ignore[attr-defined]
+    return read

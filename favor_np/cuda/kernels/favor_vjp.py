@@ -1,0 +1,247 @@
+"""Gradients: the same fold, read by the other side, as `favor_np.kernels.favor_vjp` explains.
+
+Here the heights of queries are the exponents of their denominators, and what these leave divides their
+vectors: so both sides have heights, and no row needs a maximum of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import cuda, float32, int32
+
+from favor_np.cuda.kernels.favor import (
+    COUNT,
+    HEAD,
+    MASK,
+    OUT_ROW,
+    Q_MASK,
+    Q_ROW,
+    Q_VECTOR,
+    ROW,
+    SLOT,
+    STEP,
+    V_ROW,
+    part_of_keys,
+    put_heights,
+)
+from favor_np.cuda.kernels.pack import total_of_warp
+from favor_np.cuda.kernels.tiles import (
+    JOB,
+    MASKED,
+    NOTHING,
+    PADDED,
+    ROWS,
+    STAGED,
+    STRIDE,
+    TILE,
+    WARPS,
+    clear,
+    device,
+    exp2,
+    exponent,
+    feature,
+    lane,
+    log_features,
+    multiply,
+    multiply_rows,
+    power,
+    product,
+    signed,
+    take,
+    total_across,
+)
+from favor_np.kernels.activate import POSITIVE, RELU
+
+
+def cotangents(grad, out, dens, tops, vectors, shares, heights):
+    """Divide the rows of grad by the denominators; their shares -grad . out / den, and their heights."""
+    thread = cuda.threadIdx.x & 31
+    row = cuda.blockIdx.x * 8 + ((cuda.threadIdx.x & 255) >> 5)
+    if row < grad.shape[0]:
+        den, total = dens[row], float32(0)
+        inverse = float32(1) / den if den != float32(0) else float32(0)
+        for x in range(thread, grad.shape[1], 32):
+            value = grad[row, x] * inverse if den != float32(0) else float32(0)
+            vectors[row, x] = value
+            total -= value * out[row, x]
+        total = total_of_warp(total)
+        if thread == 0:
+            shares[row] = total if den != float32(0) else float32(0)
+            # A row that is not finite has a denominator that is not.
+            heights[row] = (
+                float32(tops[row]) + den * float32(0) if den != float32(0) else float32(MASKED)
+            )
+
+
+def gather(source, first, parts, target):
+    """target[i] = the sum of the blocks ``parts[first[i]:first[i + 1]]`` of source."""
+    block, x = cuda.blockIdx.x, cuda.blockIdx.y * 256 + (cuda.threadIdx.x & 255)
+    if x < target.shape[1]:
+        total = float32(0)
+        for n in range(first[block], first[block + 1]):
+            total += source[parts[n], x]
+        target[block, x] = total
+
+
+@device
+def share_of(share, row, there):
+    """The share of a row, if it is there: 1 where there are none."""
+    if there:
+        return share[row] if share.size > 0 else float32(1)
+    return float32(0)
+
+
+@device
+def slope(kind, x, y, level):
+    """What the derivative of a feature has instead of it, over 2**level."""
+    value = exp2(y, exponent(y) - level)
+    if kind == RELU and x <= float32(0):
+        value = float32(0)
+    return value if y == y else y
+
+
+def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
+    """Return the kernel of the gradient of one side, q, whose vectors are g, folded with the other."""
+    rows_of_w, per_sign = TILE // signs, 4 // signs
+
+    def pull(q, q_height, g, q_share, q_mask, k, height, v, share, mask, weight, q_bias, bias, epsilon,
+             table, c, s, z, unit, key_norm, linear, out):  # fmt: skip
+        keys = cuda.shared.array(PADDED, float32, alignment=16)
+        pairs = cuda.shared.array(PADDED, float32, alignment=16)
+        plain = cuda.shared.array(STAGED, float32, alignment=16)
+        tops = cuda.shared.array(WARPS, int32)
+        base = cuda.shared.array(ROWS, int32)
+        cut = cuda.shared.array(1, int32)
+        tid, ty, tx = lane()
+        job = cuda.shared.array(JOB, int32)
+        high = cuda.shared.array(ROWS, float32)
+        high_q = cuda.shared.array(ROWS, float32)
+        extra = cuda.shared.array(ROWS, float32)
+        total = cuda.shared.array(ROWS, float32)
+        take(table, job)
+        column = int32(cuda.blockIdx.y * TILE)
+        slices = int32(c.shape[1] >> 6)
+        num = cuda.local.array((4, 4), float32)
+        back = cuda.local.array((4, 4), float32)
+        raw = cuda.local.array((4, per_sign), float32)
+        y = cuda.local.array((4, 4), float32)
+        level = cuda.local.array(4, int32)
+        before = cuda.local.array(4, int32)
+        clear(num)
+        if tid < TILE:
+            total[tid] = float32(0)
+        put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        if tid < TILE:
+            extra[tid] = share_of(q_share, job[Q_VECTOR] + job[STEP] * tid, tid < job[COUNT])
+        if causal:
+            put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+        cuda.syncthreads()
+        if causal:
+            clear(back)
+            product(g, job[Q_VECTOR], job[STEP], job[COUNT], v, job[V_ROW], job[STEP], job[COUNT],
+                    g.shape[1], plain, back)  # fmt: skip
+            for j in range(4):
+                n = tx + 16 * j
+                own = high[n]
+                by = share_of(share, job[V_ROW] + job[STEP] * n, n < job[COUNT])
+                for i in range(4):
+                    p, value = ty + 16 * i, float32(0)
+                    if n <= p and own != float32(MASKED):
+                        value = back[i, j] + extra[p] * by
+                        if own != own:
+                            value = own
+                    pairs[p * STRIDE + n] = value
+        for part in range(slices):
+            for j in range(4):
+                before[j] = c[job[SLOT], part * TILE + tx + 16 * j]
+            start, stop = int32(0), job[COUNT]
+            while start < job[COUNT]:
+                for j in range(4):
+                    level[j] = before[j]
+                if causal:
+                    clear(raw)
+                    w = (job[HEAD] * slices + part) * rows_of_w
+                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
+                            plain, raw)  # fmt: skip
+                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
+                    for i in range(4):
+                        p = ty + 16 * i
+                        for j in range(4):
+                            value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
+                            if p < start or p >= stop or value != value:
+                                value = float32(0)
+                            keys[(tx + 16 * j) * STRIDE + p] = value
+                clear(back)
+                if start == 0:
+                    product(g, job[Q_VECTOR], job[STEP], job[COUNT], s[job[SLOT]], part * TILE, 1,
+                            TILE, g.shape[1], plain, back)  # fmt: skip
+                    for j in range(4):
+                        by = power(before[j] - level[j])
+                        weight_of = z[job[SLOT], part * TILE + tx + 16 * j]
+                        for i in range(4):
+                            back[i, j] = (back[i, j] + weight_of * extra[ty + 16 * i]) * by
+                clear(raw)
+                w = (job[HEAD] * slices + part) * rows_of_w
+                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
+                        plain, raw)  # fmt: skip
+                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
+                if causal:
+                    multiply_rows(pairs, 0, STRIDE, keys, 0, STRIDE, TILE, back)
+                cuda.syncthreads()
+                for i in range(4):
+                    p, part_of_row = ty + 16 * i, float32(0)
+                    cuda.syncwarp()  # rows in turn need fewer registers
+                    for j in range(4):
+                        if p >= start:
+                            back[i, j] *= slope(kind, signed(raw, i, j), y[i, j], -level[j])
+                        else:
+                            back[i, j] = float32(0)
+                        part_of_row += back[i, j]
+                    for j in range(per_sign):
+                        value = back[i, j]
+                        if signs == 2:
+                            value -= back[i, j + per_sign]
+                        keys[p * STRIDE + tx + 16 * j] = value
+                    part_of_row = total_across(part_of_row)
+                    if tx == 0:
+                        total[p] += part_of_row
+                for half in range(0, rows_of_w, 32):
+                    cuda.syncthreads()
+                    x = column + (tid & 63)
+                    for r in range(tid >> 6, 32, 4):
+                        value = float32(0)
+                        if x < weight.shape[1]:
+                            value = weight[(job[HEAD] * slices + part) * rows_of_w + half + r, x]
+                        plain[r * TILE + (tid & 63)] = value
+                    cuda.syncthreads()
+                    multiply(keys, half, plain, 32, num)
+                cuda.syncthreads()
+                for j in range(4):
+                    before[j] = int32(NOTHING)
+                start = stop
+        for i in range(4):
+            p = ty + 16 * i
+            sums, own = total[p], high_q[p]
+            for j in range(4):
+                x = column + 4 * tx + j
+                value = float32(0)
+                if p < job[COUNT] and x < out.shape[1] and own != float32(MASKED):
+                    row = job[Q_ROW] + job[STEP] * p
+                    value = num[i, j] * unit - sums * key_norm * q[row, x]
+                    if linear.size > 0:
+                        value += sums * linear[job[HEAD], x]
+                    if own != own:
+                        value = own
+                keys[p * STRIDE + 4 * tx + j] = value
+        cuda.syncthreads()
+        x = tid & 63
+        for i in range(tid >> 6, job[COUNT], 4):
+            if column + x < out.shape[1]:
+                out[job[OUT_ROW] + job[STEP] * i, column + x] = keys[i * STRIDE + x]
+
+    if causal and kind != POSITIVE:
+        pull.resident = 1  # type: ignore[attr-defined]
+    return pull

@@ -1,0 +1,118 @@
+"""Between the caller's arrays and the rows that kernels work on."""
+
+from __future__ import annotations
+
+import math
+
+from numba import cuda, float32
+
+from favor_np.cuda.kernels.tiles import (
+    FAR,
+    STAGED,
+    TILE,
+    clear,
+    device,
+    lane,
+    product,
+    total_across,
+)
+
+#: Columns of the table: 64 rows or fewer, where they go, and their head.
+PACK = ("row", "count", "target_row", "head")
+
+
+@device
+def total_of_warp(x):
+    """The sum of x over the warp."""
+    for step in (1, 2, 4, 8, 16):
+        x += cuda.shfl_xor_sync(0xFFFFFFFF, x, step)
+    return x
+
+
+@device
+def highest_of_warp(x):
+    """The maximum of x over the warp."""
+    for step in (1, 2, 4, 8, 16):
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, step))
+    return x
+
+
+def pack(source, limit, key_norm, center, linear, table, target, height):
+    """Copy rows to zero-padded ones, centred if the map is, and set the heights of keys.
+
+    A row longer than limit is shortened to it; one that is not finite becomes zeros, its height NaN.
+    """
+    warp, thread = (cuda.threadIdx.x & 255) >> 5, cuda.threadIdx.x & 31
+    tile, width = cuda.blockIdx.x, source.shape[1]
+    row, count, target_row, head = table[tile, 0], table[tile, 1], table[tile, 2], table[tile, 3]
+    for i in range(warp, count, 8):
+        largest, spoiled = float32(0), float32(0)
+        for x in range(thread, width, 32):
+            value = float32(source[row + i, x])
+            largest = max(largest, abs(value))
+            spoiled += value * float32(0)
+        largest, spoiled = highest_of_warp(largest), total_of_warp(spoiled)
+        unit = float32(1) / largest if largest > float32(1e-30) else float32(1)
+        square = float32(0)
+        for x in range(thread, width, 32):
+            value = float32(source[row + i, x]) * unit
+            square += value * value
+        norm = math.sqrt(total_of_warp(square))
+        gain = float32(1)
+        if norm > limit * unit:
+            gain = limit * unit / norm
+        total = float32(0)
+        for x in range(thread, target.shape[1], 32):
+            value = float32(0)
+            if x < width and spoiled == float32(0):
+                value = float32(source[row + i, x]) * gain
+                if center.size > 0:
+                    value -= center[head, x]
+                if linear.size > 0:
+                    total -= linear[head, x] * value
+                total += key_norm * value * value
+            target[target_row + i, x] = value
+        total = max(min(total_of_warp(total), float32(FAR)), float32(-FAR))
+        if thread == 0:
+            height[target_row + i] = total + spoiled
+
+
+def change(rows, matrix, key_norm, table, target, height):
+    """Multiply packed rows by the matrix of their head; their squares, times key_norm, to the heights."""
+    stage = cuda.shared.array(STAGED, float32, alignment=16)
+    _, ty, tx = lane()
+    tile, width = cuda.blockIdx.x, target.shape[1]
+    count, row, head = table[tile, 1], table[tile, 2], table[tile, 3]
+    part = cuda.local.array((4, 4), float32)
+    square = cuda.local.array(4, float32)
+    for i in range(4):
+        square[i] = float32(0)
+    for column in range(0, width, TILE):
+        clear(part)
+        size = min(TILE, width - column)
+        product(
+            rows,
+            row,
+            1,
+            count,
+            matrix,
+            head * rows.shape[1] + column,
+            1,
+            size,
+            rows.shape[1],
+            stage,
+            part,
+        )
+        for i in range(4):
+            for j in range(4):
+                x = column + tx + 16 * j
+                square[i] += part[i, j] * part[i, j]
+                if ty + 16 * i < count and x < width:
+                    target[row + ty + 16 * i, x] = part[i, j]
+    for i in range(4):
+        total = key_norm * total_across(square[i])
+        if tx == 0 and ty + 16 * i < count:
+            total += height[row + ty + 16 * i]
+            if total == total:
+                total = max(min(total, float32(FAR)), float32(-FAR))
+            height[row + ty + 16 * i] = total

@@ -1,0 +1,272 @@
+"""What the kernels share: a block of 256 threads on tiles of 64 x 64.
+
+Thread (ty, tx) = (tid >> 4, tid & 15) owns 16 entries of a tile: rows ``ty + 16 i``, and columns
+``tx + 16 j`` where the product runs along the rows of both factors, else ``4 tx + j``.  In shared memory rows
+are padded to STRIDE so that either way 128 bits are loaded at a time, without bank conflicts.
+Indices are non-negative to the compiler's knowledge (`&`, `>>`): only then it joins the loads.
+"""
+
+from __future__ import annotations
+
+from numba import cuda, float32, int32
+from numba.cuda.libdevice import float_as_int, int_as_float
+
+from favor_np.kernels.activate import ELU, LOG2E, POSITIVE
+
+#: Positions, features and values of a tile; threads of a block.
+TILE, THREADS = 64, 256
+#: Length of a padded row of features; columns of a factor that are staged at a time, padded to.
+STRIDE, DEPTH, STAGE = 68, 16, 20
+#: Sizes of shared arrays: a padded tile, a plain one, the stage of a product or half a tile, a row for each
+#: warp, a number for each row.  None is a power of two: for these the compiler writes the check for negative
+#: indices in a way that it cannot see through later.
+PADDED, PLAIN, STAGED, WARPS, ROWS = 4352, 4100, 2560, 516, 68
+#: The longest row of a table.
+JOB = 16
+#: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
+EVEN = 8188
+#: Largest |log2-feature|, as on the CPU; below -3 FAR there is none.  The height of a masked key, its
+#: exponent, and that of a feature which no key has reached.
+FAR, MASKED, LOWEST, NOTHING = 2.0**20, 2.0**23, -(2**25), -(2**22)
+#: Adding it rounds to an integer: 1.5 * 2**23, and its bits.
+_MAGIC, _MAGIC_BITS = 12582912.0, 0x4B400000
+
+device = cuda.jit(device=True, forceinline=True)
+
+
+@device
+def nearest(y):
+    """The integer nearest to y, for |y| < 2**22."""
+    return int32(float_as_int(float32(y + float32(_MAGIC))) - int32(_MAGIC_BITS))
+
+
+@device
+def exponent(y):
+    """nearest(y), or LOWEST where there is no feature: masked, padded or NaN."""
+    return nearest(y) if y > float32(-3 * FAR) else int32(LOWEST)
+
+
+@device
+def power(n):
+    """2**n for n <= 127, and zero below the normal numbers."""
+    return int_as_float(int32((n + int32(127)) << int32(23))) if n > -127 else float32(0)
+
+
+@device
+def exp2(y, n):
+    """``2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds."""
+    f = y - (float32(y + float32(_MAGIC)) - float32(_MAGIC))
+    p = float32(0.00015238006017170846)
+    p = p * f + float32(0.0013391136890277267)
+    p = p * f + float32(0.009618841111660004)
+    p = p * f + float32(0.055503591895103455)
+    p = p * f + float32(0.24022644758224487)
+    p = p * f + float32(0.6931471824645996)
+    p = p * f + float32(1)
+    moved = int_as_float(int32(float_as_int(p) + int32(n << int32(23))))
+    return moved if n >= -125 else float32(0)
+
+
+@device
+def log_feature(kind, y):
+    """log2 of the exponential part of a feature map at the projection y."""
+    if kind == POSITIVE:
+        return y
+    if kind == ELU:
+        return max(min(y, float32(0)) * float32(LOG2E), float32(-FAR))
+    return float32(0)
+
+
+@device
+def factor(kind, epsilon, y):
+    """What a feature map multiplies its exponential part with."""
+    if kind == POSITIVE:
+        return float32(1)
+    if kind == ELU:
+        return float32(1) + max(y, float32(0))
+    return epsilon + max(y, float32(0))
+
+
+@device
+def log_features(kind, raw, bias, head, column, high, y):
+    """y = the log2-features of a tile, less the heights of its rows, from the projections raw.
+
+    Its columns begin at `column`; where raw has fewer, the others are the same with their sign turned.
+    """
+    _, ty, tx = lane()
+    for j in range(4):
+        cuda.syncwarp()
+        beta = bias[head, column + tx + 16 * j]
+        for i in range(4):
+            y[i, j] = log_feature(kind, signed(raw, i, j)) + beta - high[ty + 16 * i]
+
+
+@device
+def signed(raw, i, j):
+    """The projection of column j."""
+    own = raw.shape[1]
+    return raw[i, j] if j < own else -raw[i, j - own]
+
+
+@device
+def feature(kind, epsilon, x, y, level):
+    """The feature with the projection x and the log2 y, over 2**level; NaN if y is."""
+    value = exp2(y, exponent(y) - level) * factor(kind, epsilon, x)
+    return value if y == y else y
+
+
+@device
+def features(kind, epsilon, raw, y, level):
+    """y = the features with the log2 y, over 2**level of their columns: in two loops, which unroll."""
+    for i in range(4):
+        for j in range(4):
+            value = exp2(y[i, j], exponent(y[i, j]) - level[j])
+            y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
+        cuda.syncwarp()
+    if kind != POSITIVE:
+        for i in range(4):
+            for j in range(4):
+                y[i, j] *= factor(kind, epsilon, signed(raw, i, j))
+
+
+@device
+def lane():
+    """(tid, ty, tx) of this thread."""
+    tid = cuda.threadIdx.x & 255
+    return tid, tid >> 4, tid & 15
+
+
+@device
+def take(table, job):
+    """Copy the block's row of a table to shared memory.
+
+    From there it is read when it is needed: in registers its numbers, and the addresses that follow from
+    them, would live through the whole kernel.
+    """
+    tid, _, _ = lane()
+    if tid < table.shape[1]:
+        job[tid] = table[cuda.blockIdx.x, tid]
+    cuda.syncthreads()
+
+
+@device
+def clear(tile):
+    """Zero the entries of a thread."""
+    for i in range(4):
+        for j in range(tile.shape[1]):
+            tile[i, j] = float32(0)
+
+
+@device
+def highest_across(x):
+    """The maximum of x over the 16 threads with the same rows."""
+    for step in (1, 2, 4, 8):
+        x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, step))
+    return x
+
+
+@device
+def total_across(x):
+    """The sum of x over the 16 threads with the same rows."""
+    for step in (1, 2, 4, 8):
+        x += cuda.shfl_xor_sync(0xFFFFFFFF, x, step)
+    return x
+
+
+@device
+def stage_rows(source, row, step, count, column, stage, at):
+    """Copy 64 rows of DEPTH columns to the stage, zeros where there are none."""
+    tid, _, _ = lane()
+    x = tid & 15
+    inside = column + x < source.shape[1]
+    for n in range(4):
+        i = (tid >> 4) + 16 * n
+        stage[(at + i) * STAGE + x] = (
+            source[row + step * i, column + x] if i < count and inside else float32(0)
+        )
+
+
+@device
+def product(a, a_row, a_step, a_count, b, b_row, b_step, b_count, depth, stage, total):
+    """``total[i, j] += a[a_row + a_step i] . b[b_row + b_step j]``."""
+    for column in range(0, depth, DEPTH):
+        stage_rows(a, a_row, a_step, a_count, column, stage, 0)
+        stage_rows(b, b_row, b_step, b_count, column, stage, TILE)
+        cuda.syncthreads()
+        multiply_rows(stage, 0, STAGE, stage, TILE * STAGE, STAGE, DEPTH, total)
+        cuda.syncthreads()
+
+
+@device
+def multiply_rows(a, a_at, a_stride, b, b_at, b_stride, depth, total):
+    """``total[i, j] += a[i] . b[j]``: rows times rows."""
+    _, ty, tx = lane()
+    left = cuda.local.array((4, 4), float32)
+    right = cuda.local.array((4, 4), float32)
+    for n in range(depth >> 2):
+        x = (n & 15) << 2
+        cuda.syncwarp()
+        for i in range(4):
+            at = ((a_at + (ty + 16 * i) * a_stride) & EVEN) + x
+            for u in range(4):
+                left[i, u] = a[at + u]
+        for j in range(total.shape[1]):
+            at = ((b_at + (tx + 16 * j) * b_stride) & EVEN) + x
+            for u in range(4):
+                right[j, u] = b[at + u]
+        for u in range(4):
+            for i in range(4):
+                for j in range(total.shape[1]):
+                    total[i, j] += left[i, u] * right[j, u]
+
+
+@device
+def multiply(a, a_column, b, depth, total):
+    """``total[i, 4 tx + j] += sum_r a[i, a_column + r] b[r, 4 tx + j]``: a padded tile times a plain one."""
+    _, ty, tx = lane()
+    left = cuda.local.array((4, 4), float32)
+    right = cuda.local.array((4, 4), float32)
+    for n in range(depth >> 2):
+        r = (n & 15) << 2
+        cuda.syncwarp()
+        for i in range(4):
+            at = (((ty + 16 * i) * STRIDE + a_column) & EVEN) + r
+            for u in range(4):
+                left[i, u] = a[at + u]
+        for u in range(4):
+            at = (r + u) * TILE + 4 * tx
+            for j in range(4):
+                right[u, j] = b[at + j]
+        for u in range(4):
+            for i in range(4):
+                for j in range(4):
+                    total[i, j] += left[i, u] * right[u, j]
+
+
+@device
+def multiply_turned(a, b, depth, total):
+    """``total[i, j] += sum_p a[p, 4 ty + i] b[p, 4 tx + j]``: a padded tile, turned, times a plain one."""
+    _, ty, tx = lane()
+    left = cuda.local.array(4, float32)
+    right = cuda.local.array(4, float32)
+    for n in range(depth):
+        p = n & 63
+        for i in range(4):
+            left[i] = a[p * STRIDE + 4 * ty + i]
+        for j in range(4):
+            right[j] = b[p * TILE + 4 * tx + j]
+        for i in range(4):
+            for j in range(4):
+                total[i, j] += left[i] * right[j]
+
+
+@device
+def multiply_seen(a, a_column, b, depth, total):
+    """As `multiply`, but row i leaves out the rows of b after ``i - a_column``, whatever they hold."""
+    _, ty, tx = lane()
+    for r in range(depth):
+        for i in range(4):
+            p = ty + 16 * i
+            if a_column + r <= p:
+                for j in range(4):
+                    total[i, j] += a[p * STRIDE + a_column + r] * b[r * TILE + 4 * tx + j]

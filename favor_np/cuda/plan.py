@@ -1,0 +1,289 @@
+"""What a device is asked to do, before it does it: tables of tiles, as pure functions of shapes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import plan as host
+from favor_np.cuda.device import Device
+from favor_np.cuda.kernels.tiles import MASKED, TILE
+from favor_np.cuda.runtime import RESIDENT
+from favor_np.features import FeatureMap
+from favor_np.kernels.activate import ELU, LOG2E, POSITIVE, RELU
+
+Array: TypeAlias = npt.NDArray[Any]
+
+#: Bytes that the states of causal chunks may take at a time.
+ROOM = 2**29
+#: A fold of fewer tiles than this costs more to write and scan than it brings.
+SHORTEST = 4
+
+
+class Lengths(NamedTuple):
+    """Positions that a block folds into one state, and those of a sequence under way at a time."""
+
+    stretch: int
+    span: int
+
+
+def lengths(
+    device: Device, problems: int, keys: int, slices: int, columns: int, *, causal: bool
+) -> Lengths:
+    """Return how sequences are cut: bidirectional ones so that the blocks fill the device.
+
+    A causal one is folded chunk by chunk, whatever the device: bits of its results do not depend on
+    it.  Its states are kept for as many chunks as fit into ROOM.
+    """
+    if causal:
+        state = slices * TILE * (4 * TILE * columns + 8)
+        chunks = ROOM // max(problems * state, 1)
+        return Lengths(TILE, TILE * max(1, chunks))
+    blocks = max(problems * slices * columns, 1)
+    wanted = -(-RESIDENT * device.multiprocessors // blocks)
+    tiles = max(-(-keys // TILE) // wanted, SHORTEST)
+    return Lengths(TILE * tiles, max(keys, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How the features of a map lie on a device, in slices of 64: see `kernels.favor`."""
+
+    kind: int
+    signs: int
+    features: int
+    columns: int
+    real: Array
+    weight: Array
+    bias: Array
+    query_bias: Array
+    centers: tuple[Array, Array]
+    linear: Array
+    #: What centred queries and keys are multiplied with, transposed never; of size 0 if with nothing.
+    factors: tuple[Array, Array]
+    #: The gradient of what is linear in the height of a key, by the multiplied key.
+    slope: Array
+    unit: float
+    limit: float
+    key_norm: float
+    epsilon: float
+
+
+@functools.lru_cache(maxsize=64)
+def layout(feature_map: FeatureMap) -> Layout:
+    """Return the layout of a map, with its weights in log2 units and padded."""
+    heads, rows, dim = feature_map.weight.shape
+    signs = 2 if feature_map.antithetic else 1
+    per_slice, columns = TILE // signs, -(-dim // 16) * 16
+    slices = -(-rows // per_slice)
+    kind = {"positive": POSITIVE, "relu": RELU, "elu": ELU}[feature_map.kind]
+    unit = LOG2E if kind == POSITIVE else 1.0
+    weight = np.zeros((heads, slices * per_slice, columns), np.float32)
+    affine = feature_map.calibration is not None
+    factored, key_norm = feature_map.key_factor is not None, feature_map.key_norm
+    factors = np.zeros((2, heads if factored else 0, columns, columns), np.float32)
+    of_map: Array = feature_map.key_weight
+    slope = np.zeros((heads if affine else 0, columns), np.float32)
+    if affine:
+        slope[:, :dim] = feature_map.key_linear
+    if feature_map.key_factor is not None and feature_map.calibration is not None:
+        turned = np.swapaxes(feature_map.key_factor, 1, 2)
+        slope[:, :dim] = np.linalg.solve(turned, feature_map.key_linear[..., None])[..., 0]
+        factors[0, :, :dim, :dim] = feature_map.query_factor
+        factors[1, :, :dim, :dim] = feature_map.key_factor
+        quadratic = feature_map.calibration.quadratic.reshape(-1, 1, dim)
+        of_map = feature_map.projection.reshape(-1, rows, dim) * np.sqrt(1 - 4 * quadratic)
+        key_norm = 0.5
+    weight[:, :rows, :dim] = of_map * unit
+    part, at = np.divmod(np.arange(rows), per_slice)
+    real = np.concatenate([part * TILE + side * per_slice + at for side in range(signs)])
+    bias = np.full((heads, slices * TILE), -MASKED, np.float32)
+    bias[:, real] = np.tile(feature_map.bias * unit, signs)
+    query_bias = np.full_like(bias, -MASKED)
+    query_bias[:, real] = 0
+    query_center, key_center, linear = (
+        np.ascontiguousarray(np.broadcast_to(x, (heads, dim))[: None if affine else 0], np.float32)
+        for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
+    )
+    limit = float(host.layout(feature_map, np.dtype(np.float32), 1).causal["limit"][0])
+    return Layout(
+        kind=kind,
+        signs=signs,
+        features=slices * TILE,
+        columns=columns,
+        real=real,
+        weight=weight.reshape(-1, columns),
+        bias=bias,
+        query_bias=query_bias,
+        centers=(query_center, key_center),
+        linear=linear,
+        factors=(factors[0].reshape(-1, columns), factors[1].reshape(-1, columns)),
+        slope=slope,
+        unit=unit,
+        limit=limit,
+        key_norm=key_norm * LOG2E,
+        epsilon=feature_map.kernel_epsilon,
+    )
+
+
+class Stretches(NamedTuple):
+    """Parts of problems: whose each is, from which position, and how many positions."""
+
+    owner: Array
+    start: Array
+    lengths: Array
+
+
+def stretches(counts: Array, length: int, span: tuple[int, int]) -> Stretches:
+    """Cut so many positions of each problem, those in the span only."""
+    counts = np.clip(counts - span[0], 0, span[1] - span[0])
+    parts = -(-counts // length)
+    owner = np.repeat(np.arange(len(counts)), parts)
+    start = length * (np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts))
+    return Stretches(owner, start + span[0], np.minimum(length, counts[owner] - start))
+
+
+class Owners(NamedTuple):
+    """Which rows each head of the map packs, for as many positions each."""
+
+    rows: Array
+    heads: Array
+    length: int
+
+
+def row_heads(
+    jobs: host.Jobs, q: tuple[int, ...], k: tuple[int, ...], of: Layout
+) -> tuple[Owners | None, Owners | None]:
+    """Return who packs queries and keys where every head has centres of its own; else None."""
+    if of.linear.shape[0] <= 1:
+        return None, None
+    head = jobs.table[:, 4]
+    group = jobs.q_rows.shape[1]
+    return (
+        Owners(jobs.q_rows.ravel(), np.repeat(head, group), q[-2]),
+        Owners(jobs.table[:, 0], head, k[-2]),
+    )
+
+
+def with_own_rows(jobs: host.Jobs, q_length: int, k_length: int) -> host.Jobs:
+    """Number the rows of queries and keys as `pack_table` packs them, job by job."""
+    table = jobs.table.copy()
+    table[:, 0] = np.arange(len(table)) * k_length
+    q_rows = np.arange(jobs.q_rows.size).reshape(jobs.q_rows.shape) * q_length
+    return host.Jobs(table, q_rows, jobs.out_rows, jobs.clocks)
+
+
+def pack_table(rows: int, owners: Owners | None) -> tuple[Array, int]:
+    """Return the table of `pack`, and how many rows it packs: all, or those of each owner."""
+    if owners is None:
+        owners = Owners(np.zeros(1, np.int64), np.zeros(1, np.int64), rows)
+    first = np.arange(0, owners.length, TILE)
+    count = len(owners.rows)
+    table = _table(
+        owners.rows[:, None] + first, np.minimum(TILE, owners.length - first),
+        np.arange(count)[:, None] * owners.length + first, owners.heads[:, None],
+    )  # fmt: skip
+    return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, 4)), count * owners.length
+
+
+def _table(*columns: Any) -> Array:
+    return np.ascontiguousarray(np.stack(np.broadcast_arrays(*columns), axis=1), np.int32)
+
+
+class Sides(NamedTuple):
+    """Who is folded, the keys of the jobs, and who reads; readers have rows of vectors, and of a mask."""
+
+    jobs: host.Jobs
+    vectors: Array
+    masks: Array
+
+    @property
+    def slots(self) -> Array:
+        """The slot of every job: its own number if there is none."""
+        slot: Array = self.jobs.table[:, 5]
+        return np.where(slot < 0, np.arange(len(slot)), slot)
+
+
+def keys_and_queries(jobs: host.Jobs) -> Sides:
+    """Let queries read what keys are folded to."""
+    return Sides(jobs, jobs.out_rows, np.zeros_like(jobs.out_rows))
+
+
+def queries_and_keys(jobs: host.Jobs, q_length: int, k_length: int) -> Sides:
+    """Let keys read what queries, packed as the rows of the result, are folded to: each head for itself."""
+    group = jobs.out_rows.shape[1]
+    table = np.repeat(jobs.table, group, axis=0)
+    k_row, v_row, mask_row = (x[:, None].copy() for x in table[:, :3].T)
+    out_row = jobs.out_rows.ravel()
+    head, start = np.divmod(out_row, max(q_length, 1))
+    table[:, 0] = table[:, 1] = out_row
+    table[:, 2], table[:, 5] = 0, -1
+    table[:, [3, 6]] = table[:, [6, 3]]
+    k_rows = (head * k_length + start)[:, None]
+    return Sides(host.Jobs(table, k_row, k_rows, jobs.clocks), v_row, mask_row)
+
+
+def with_rows_of_result(jobs: host.Jobs, q_length: int) -> tuple[host.Jobs, Owners]:
+    """Number the rows of queries as those of the result; who packs them so."""
+    heads = np.repeat(jobs.table[:, 4], jobs.q_rows.shape[1])
+    order = np.argsort(jobs.out_rows.ravel())
+    owners = Owners(jobs.q_rows.ravel()[order], heads[order], q_length)
+    return host.Jobs(jobs.table, jobs.out_rows, jobs.out_rows, jobs.clocks), owners
+
+
+def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array] | None:
+    """Return which results belong to each of `count` heads, as offsets and numbers; None: each its own."""
+    order = np.lexsort((results, of))
+    first = np.searchsorted(of[order], np.arange(count + 1))
+    parts = results[order]
+    if len(parts) == count and (parts == np.arange(count)).all():
+        return None
+    return first.astype(np.int32), parts.astype(np.int32)
+
+
+def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
+    """Where stretches begin, counted from the first row of their problem; the step of their rows."""
+    if not backwards:
+        return parts.start, 1
+    return sides.jobs.table[parts.owner, 3] - 1 - parts.start, -1
+
+
+def fold_table(sides: Sides, parts: Stretches, backwards: bool = False) -> Array:
+    """Return the table of the fold of stretches: the state of each has its number."""
+    k_row, v_row, mask_row, _, head = sides.jobs.table[parts.owner, :5].T
+    at, step = _ways(sides, parts, backwards)
+    slots = np.arange(len(parts.owner))
+    return _table(
+        0, step, parts.lengths, 0, 0, k_row + at, v_row + at, mask_row + at, head, slots, 0
+    )
+
+
+def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
+    """Return the table of the scan: the stretches of every job, in order."""
+    counts = np.bincount(parts.owner, minlength=len(sides.jobs.table))
+    return _table(sides.slots, np.cumsum(counts) - counts, counts, int(fresh))
+
+
+def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = False) -> Array:
+    """Return the table of the reads of stretches, each by the group of queries of its job."""
+    owner, jobs = parts.owner, sides.jobs
+    k_row, v_row, mask_row, _, head = (x[:, None] for x in jobs.table[owner, :5].T)
+    way, step = _ways(sides, parts, backwards)
+    at = way[:, None]
+    table = _table(
+        jobs.q_rows[owner] + at, step, parts.lengths[:, None], sides.masks[owner] + at,
+        jobs.out_rows[owner] + at, k_row + at, v_row + at, mask_row + at, head, slots[:, None],
+        sides.vectors[owner] + at,
+    )  # fmt: skip
+    return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, table.shape[1]))
+
+
+def change_table(table: Array) -> Array:
+    """Return the table by which `change` goes over the rows that a table of reads writes."""
+    _, step, count, _, out_row, *_, head, _, _ = table.T
+    first = np.where(step > 0, out_row, out_row - count + 1)
+    return _table(first, count, first, head)

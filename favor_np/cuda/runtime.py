@@ -1,0 +1,102 @@
+"""The seam to the device: all that happens on it goes through these functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np.cuda.device import clear_errors
+
+#: Threads of a block, and how many blocks a multiprocessor holds at least: it bounds the registers.
+BOUNDS = THREADS, RESIDENT = 256, 2
+
+
+def bounds(kernel: Callable[..., Any]) -> tuple[int, int]:
+    """Return the bounds of a kernel, of which fewer may be resident."""
+    return THREADS, getattr(kernel, "resident", RESIDENT)
+
+
+@functools.cache
+def _compiled(kernel: Callable[..., Any]) -> Any:
+    from numba import cuda
+
+    return cuda.jit(kernel, launch_bounds=bounds(kernel))
+
+
+def launch(
+    kernel: Callable[..., Any], grid: tuple[int, ...], args: Sequence[Any], stream: Any
+) -> None:
+    """Run a kernel, a plain function, on a grid of blocks of THREADS threads."""
+    with clear_errors():
+        _configured(kernel, (*grid, 1, 1)[:3], stream)(*args)
+
+
+def _configured(kernel: Callable[..., Any], grid: tuple[int, ...], stream: Any) -> Any:
+    """Return a kernel with its grid, without Numba's advice against less than 128 blocks.
+
+    A decoder's step has fewer, and filters of warnings belong to the user.
+    """
+    enough = _compiled(kernel)[(128, 1, 1), THREADS, stream]
+    configured = object.__new__(type(enough))
+    configured.__dict__.update(vars(enough), griddim=grid)
+    return configured
+
+
+def to_device(array: npt.NDArray[Any], stream: Any) -> Any:
+    """Copy a NumPy array to the device."""
+    from numba import cuda
+
+    with clear_errors():
+        return cuda.to_device(np.ascontiguousarray(array), stream)
+
+
+def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike, stream: Any) -> Any:
+    """Return an array on the device, of whatever was there."""
+    from numba import cuda
+
+    with clear_errors():
+        return cuda.device_array(shape, dtype, stream=stream)
+
+
+def to_host(array: Any, stream: Any) -> npt.NDArray[Any]:
+    """Copy an array to a new NumPy array, when all before it is done."""
+    host: npt.NDArray[Any] = array.copy_to_host(stream=stream)
+    if stream:
+        stream.synchronize()
+    return host
+
+
+def copy(array: Any, stream: Any) -> Any:
+    """Return a copy, on the device as well."""
+    from numba import cuda
+
+    with clear_errors():
+        new = cuda.device_array_like(array, stream=stream)
+        new.copy_to_device(array, stream=stream)
+    return new
+
+
+def view(array: Any) -> Any:
+    """Return an array of any library on the device as one of Numba's, of the same memory."""
+    from numba import cuda
+
+    return cuda.as_cuda_array(array)
+
+
+def stream_of(kind: str, array: Any) -> Any:
+    """Return the stream on which the caller works with this array."""
+    from numba import cuda
+
+    if kind == "cupy":
+        import cupy
+
+        return cuda.external_stream(cupy.cuda.get_current_stream().ptr)
+    if kind == "torch":
+        import torch
+
+        return cuda.external_stream(torch.cuda.current_stream().cuda_stream)
+    return getattr(array, "stream", 0) or 0

@@ -1,0 +1,114 @@
+"""The calls that every check of the kernels makes: shapes at and around the tiles, one option at a time.
+
+Nothing here needs a device or numba-cuda: tests/gpu makes the same calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import naive
+import numpy as np
+
+from favor_np import FeatureMap
+from favor_np.cuda.plan import TILE
+
+LENGTHS = (1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE + 3)
+MAPS = {
+    "antithetic": {"kind": "positive", "antithetic": True},
+    "positive": {"kind": "positive"},
+    "relu": {"kind": "relu"},
+    "elu": {"kind": "elu"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: its arrays, its map, and the options of `favor_attention`."""
+
+    length: int = 2 * TILE + 3
+    keys: int | None = None
+    dim: int = 24
+    value_dim: int = 70
+    rows: int = 70
+    lead: tuple[int, ...] = (2,)
+    kv_lead: tuple[int, ...] | None = None
+    kind: str = "antithetic"
+    heads: int | None = None
+    std: float = 1.0
+    masked: bool = False
+    causal: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def map_options(self) -> dict[str, Any]:
+        return MAPS[self.kind]
+
+    def feature_map(self) -> FeatureMap:
+        rng = np.random.default_rng(self.seed + 1)
+        shape = (self.rows, self.dim) if self.heads is None else (self.heads, self.rows, self.dim)
+        return FeatureMap.from_projection(rng.standard_normal(shape), **self.map_options)
+
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """q, k and v in float32."""
+        rng = np.random.default_rng(self.seed)
+        kv = self.lead if self.kv_lead is None else self.kv_lead
+        keys = self.length if self.keys is None else self.keys
+        shapes = (
+            (*self.lead, self.length, self.dim),
+            (*kv, keys, self.dim),
+            (*kv, keys, self.value_dim),
+        )
+        q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+        return np.float32(self.std) * q, np.float32(self.std) * k, v
+
+    def keywords(self) -> dict[str, Any]:
+        """The options, with the mask."""
+        options = {"causal": self.causal, **self.options}
+        if self.masked:
+            keys = self.length if self.keys is None else self.keys
+            options["key_mask"] = np.random.default_rng(self.seed + 2).random(keys) < 0.7
+        return options
+
+    def expected(self) -> Any:
+        """The dense oracle's result."""
+        return naive.favor_attention(
+            *self.arrays(), self.feature_map().projection, **self.keywords(), **self.map_options
+        )
+
+    def tolerance(self) -> float:
+        """What rounding the log-features costs: eps times the largest, and a little more."""
+        q, k, _ = self.arrays()
+        fm = self.feature_map()
+        longest = max(np.linalg.norm(x.astype(float), axis=-1).max() for x in (q, k))
+        widest = np.linalg.norm(fm.weight, axis=-1).max()
+        return np.finfo(np.float32).eps * (8 + 4 * widest * longest + 2 * fm.key_norm * longest**2)
+
+
+CASES = {
+    **{
+        f"{name}-{length}": Case(length, causal=causal)
+        for name, causal in (("causal", True), ("full", False))
+        for length in LENGTHS
+    },
+    **{
+        f"{kind}-{'causal' if causal else 'full'}": Case(kind=kind, causal=causal, seed=1)
+        for kind in MAPS
+        for causal in (True, False)
+        if kind != "antithetic"
+    },
+    "other-length": Case(70, keys=200),
+    "narrow": Case(dim=1, value_dim=1, rows=1, causal=True),
+    "wide": Case(TILE + 1, dim=130, value_dim=129, rows=33, lead=(), causal=True),
+    "masked-full": Case(masked=True),
+    "masked-causal": Case(masked=True, causal=True, seed=2),
+    "grouped": Case(
+        lead=(1, 4), kv_lead=(1, 2), causal=True, options={"enable_gqa": True}, length=TILE + 6
+    ),
+    "heads": Case(lead=(2, 2), heads=2, causal=True, length=TILE + 6),
+    "shared-keys": Case(lead=(2,), kv_lead=(), length=40),
+    "far": Case(std=6.0, causal=True, seed=3),
+    "huge": Case(std=100.0, causal=True, seed=3),
+}

@@ -1,0 +1,78 @@
+"""Arrays that lie on a device, under numba-cuda's own runtime: they stay there, and so does the result."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ptxrun
+
+ptxrun.require()
+
+CODE = """
+import stub_driver
+stub_driver.install(devices=2)
+import numpy as np
+import pytest
+from numba import cuda
+from favor_np import AttentionState, favor_attention, favor_attention_vjp, feature_map
+
+rng = np.random.default_rng(0)
+here = [rng.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(3)]
+stream = cuda.stream()
+q, k, v = (cuda.to_device(x, stream) for x in here)
+fm = feature_map("positive", 8, 64)
+mask = np.array([True, True, False, True, True])
+
+
+def same(x, y):
+    assert cuda.is_cuda_array(x)
+    assert np.abs(x.copy_to_host() - y).max() < 1e-5
+
+
+wanted, pull = favor_attention_vjp(*here, fm, causal=True, key_mask=mask)
+out, pullback = favor_attention_vjp(q, k, v, fm, causal=True, key_mask=cuda.to_device(mask))
+same(out, wanted)
+for name in "qkv":
+    same(getattr(pullback(out), name), getattr(pull(wanted), name))
+offsets = cuda.to_device(np.array([0, 2, 5]))
+same(
+    favor_attention(q, k, v, fm, cu_seqlens=offsets),
+    favor_attention(*here, fm, cu_seqlens=[0, 2, 5]),
+)
+state = AttentionState.zeros(fm, 8, 2, device="cuda")
+mine = AttentionState.zeros(fm, 8, 2, dtype=np.float32)
+same(state.update(k, v).merge(state.copy()).attend(q), mine.update(*here[1:]).attend(here[0]))
+token = [cuda.to_device(np.ascontiguousarray(x[:, 0])) for x in here]
+mine.merge(mine.copy())
+same(state.step(*token), mine.step(*(x[:, 0] for x in here)))
+assert isinstance(favor_attention(*here, fm, device="cuda"), np.ndarray)
+
+
+class Foreign:  # as any library shows its arrays
+    def __init__(self, array):
+        self.dtype, self.shape = array.dtype, array.shape
+        self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+
+same(favor_attention(*map(Foreign, (q, k, v)), fm), favor_attention(*here, fm))
+with pytest.raises(TypeError, match="lies in host memory"):
+    favor_attention(q, here[1], v, fm)
+with pytest.raises(TypeError, match="^device='cpu' needs"):
+    favor_attention(q, k, v, fm, device="cpu")
+with pytest.raises(ValueError, match="^k must be C-contiguous"):
+    favor_attention(q, cuda.to_device(np.asfortranarray(here[1])), v, fm)
+with pytest.raises(TypeError, match="must be float32"):
+    favor_attention(*(cuda.to_device(x.astype(float)) for x in here), fm)
+with pytest.raises(TypeError, match="^grad_out lies in main memory"):
+    pullback(wanted)
+print("done")
+"""
+
+
+def test_arrays_of_numba_and_of_others():
+    here = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n{CODE}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout == "done\n", done.stderr[-3000:]

@@ -1,0 +1,170 @@
+"""favor_attention by the CUDA kernels, executed from PTX under the real code of the host."""
+
+import naive
+import numpy as np
+import ptxrun
+import pytest
+
+ptxrun.require()
+
+from cases import CASES, Case
+
+from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
+from favor_np.cuda import plan
+from favor_np.cuda.kernels.tiles import TILE
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_against_the_oracle(case, gpu):
+    q, k, v = case.arrays()
+    fm, keywords = case.feature_map(), case.keywords()
+    out = favor_attention(q, k, v, fm, device="cuda", **keywords)
+    assert out.dtype == np.float32
+    assert naive.relative_error(out, case.expected()) < case.tolerance()
+    here = favor_attention(q, k, v, fm, **keywords)
+    assert naive.relative_error(out, here) < max(1e-6, case.tolerance())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("cc", [(8, 0), (9, 0), (12, 0)])
+def test_any_order_of_threads_gives_the_same_bits(cc, seed, gpu):
+    case = Case(causal=True)
+    fm = case.feature_map()
+    gpu.cc = cc
+    results = []
+    for gpu.seed in (0, seed + 1):
+        results.append(favor_attention(*case.arrays(), fm, causal=True, device="cuda"))
+    assert np.array_equal(*results)
+    assert naive.relative_error(results[0], case.expected()) < case.tolerance()
+
+
+@pytest.mark.parametrize("std", [1.0, 8.0])
+@pytest.mark.parametrize("changed", [5, TILE - 1, TILE, TILE + 7])
+def test_later_keys_change_no_bit(std, changed, gpu):
+    case = Case(length=TILE + 9, std=std, causal=True)
+    q, k, v = case.arrays()
+    fm = case.feature_map()
+    out = favor_attention(q, k, v, fm, causal=True, device="cuda")
+    for by in (30, np.nan, 1e30, 1e-3):
+        later = [x.copy() for x in (q, k, v)]
+        for x in later:
+            x[:, changed:] *= np.float32(by)
+        found = favor_attention(*later, fm, causal=True, device="cuda")
+        assert np.array_equal(found[:, :changed], out[:, :changed])
+    assert not np.array_equal(found[:, changed:], out[:, changed:])
+
+
+def test_tall_keys_late_in_a_chunk(gpu):
+    """Rows before a key that passes them by more than float32's range keep their values."""
+    case = Case(length=TILE, dim=4, value_dim=3, rows=20, lead=(), causal=True)
+    q, k, v = case.arrays()
+    k[::7] *= 20
+    q[::3] *= 20
+    fm = case.feature_map()
+    expected = naive.favor_attention(q, k, v, fm.projection, True, **case.map_options)
+    out = favor_attention(q, k, v, fm, causal=True, device="cuda")
+    assert naive.relative_error(out, expected) < 1e-3
+    here = favor_attention(q, k, v, fm, causal=True)
+    assert naive.relative_error(out, here) < 1e-3
+
+
+def test_what_is_not_finite_reaches_whom_it_may(gpu):
+    case = Case(length=TILE + 5, lead=(), causal=True)
+    q, k, v = case.arrays()
+    fm = case.feature_map()
+    for name, at in (("q", 3), ("k", 40), ("v", 66), ("v", 2)):
+        arrays = {"q": q.copy(), "k": k.copy(), "v": v.copy()}
+        arrays[name][at, 1] = np.inf
+        out = favor_attention(*arrays.values(), fm, causal=True, device="cuda")
+        here = favor_attention(*arrays.values(), fm, causal=True)
+        assert np.array_equal(np.isfinite(out), np.isfinite(here)), name
+        mask = np.arange(len(q)) != at
+        if name != "q":
+            out = favor_attention(*arrays.values(), fm, causal=True, key_mask=mask, device="cuda")
+            assert np.isfinite(out).all()
+
+
+def test_rows_without_keys_are_zero(gpu):
+    q, k, v = Case(length=5, lead=()).arrays()
+    fm = Case().feature_map()
+    mask = np.array([False, False, True, True, False])
+    out = favor_attention(q, k, v, fm, causal=True, key_mask=mask, device="cuda")
+    assert not out[:2].any()
+    assert np.isfinite(out).all()
+    assert not favor_attention(q, k[:0], v[:0], fm, device="cuda").any()
+    assert favor_attention(q[:0], k, v, fm, device="cuda").shape == (0, 70)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences(causal, gpu):
+    case = Case(length=150, causal=causal)
+    q, k, v = case.arrays()
+    fm, offsets = case.feature_map(), np.array([0, 3, 3, 70, 71, 150])
+    out = favor_attention(q, k, v, fm, causal=causal, cu_seqlens=offsets, device="cuda")
+    expected = naive.favor_attention(
+        q, k, v, fm.projection, causal, cu_seqlens=offsets, **case.map_options
+    )
+    assert naive.relative_error(out, expected) < case.tolerance()
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("method", ["oprf", "sderf", "aderf+sderf"])
+def test_calibrated_maps(method, heads, gpu):
+    rng = np.random.default_rng(0)
+    lead = () if heads is None else (heads,)
+    q, k, v = (rng.standard_normal((*lead, 70, 8)).astype(np.float32) + 0.5 for _ in range(3))
+    fm = feature_map("positive", 8, 64).calibrate(q, k, method)
+    here = favor_attention(q, k, v, fm, causal=True)
+    out = favor_attention(q, k, v, fm, causal=True, device="cuda")
+    assert naive.relative_error(out, here) < 3e-6
+
+
+def test_spans_and_stretches(gpu, monkeypatch):
+    """Sequences that are cut into spans and stretches give what uncut ones do."""
+    case = Case(length=5 * TILE + 7, lead=(), value_dim=5, rows=32, causal=True)
+    q, k, v = case.arrays()
+    fm = case.feature_map()
+    whole = favor_attention(q, k, v, fm, causal=True, device="cuda")
+    monkeypatch.setattr(plan, "ROOM", 40_000)
+    assert np.array_equal(favor_attention(q, k, v, fm, causal=True, device="cuda"), whole)
+    monkeypatch.setattr(plan, "SHORTEST", 1)
+    out = favor_attention(q, k, v, fm, device="cuda")
+    expected = naive.favor_attention(q, k, v, fm.projection, **case.map_options)
+    assert naive.relative_error(out, expected) < case.tolerance()
+
+
+def test_half_precision_arrays_of_numpy(gpu):
+    case = Case(length=20, causal=True)
+    q, k, v = (x.astype(np.float16) for x in case.arrays())
+    fm = case.feature_map()
+    out = favor_attention(q, k, v, fm, causal=True, device="cuda")
+    assert out.dtype == np.float16
+    here = favor_attention(q, k, v, fm, causal=True)
+    assert naive.relative_error(out, here) < 1e-3
+
+
+def test_bad_arguments_are_named(gpu):
+    q, k, v = Case(length=4, lead=()).arrays()
+    fm = Case().feature_map()
+    with pytest.raises(TypeError, match="float32"):
+        favor_attention(q.astype(float), k, v, fm, device="cuda")
+    with pytest.raises(ValueError, match=r"^device must be one of"):
+        favor_attention(q, k, v, fm, device="gpu")
+    with pytest.raises(ValueError, match=r"^out cannot"):
+        favor_attention(q, k, v, fm, device="cuda", out=v)
+    for option in ({"decay": 0.9}, {"window": 3}, {"check_finite": True}):
+        with pytest.raises(ValueError, match=f"^{next(iter(option))} cannot"):
+            favor_attention(q, k, v, fm, causal=True, device="cuda", **option)
+    state = AttentionState.zeros(fm, 70)
+    with pytest.raises(TypeError, match="state lies in main memory"):
+        favor_attention(q, k, v, fm, device="cuda", state=state)
+    with pytest.raises(ValueError, match="must have shape"):
+        favor_attention(q[:, :3], k, v, fm, device="cuda")
+
+
+def test_a_map_with_features_that_only_pad(gpu):
+    q, k, v = Case(length=9, lead=()).arrays()
+    for rows in (1, 31, 32, 33):
+        fm = FeatureMap.from_projection(np.random.default_rng(0).standard_normal((rows, 24)))
+        out = favor_attention(q, k, v, fm, device="cuda")
+        assert naive.relative_error(out, naive.favor_attention(q, k, v, fm.projection)) < 1e-5

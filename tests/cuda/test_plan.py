@@ -1,0 +1,77 @@
+"""How calls are cut for a device, and that what launches them there is the twin of what the CPU has."""
+
+import inspect
+
+import numpy as np
+import ptxrun
+import pytest
+
+ptxrun.require()
+
+from favor_np import launch as cpu
+from favor_np import plan as cpu_plan
+from favor_np.cuda import plan
+from favor_np.cuda.device import KNOWN
+from favor_np.cuda.kernels.tiles import TILE
+from favor_np.cuda.launch import Launch
+from favor_np.cuda.runtime import RESIDENT
+
+each_device = pytest.mark.parametrize("device", KNOWN.values(), ids=KNOWN)
+
+
+@each_device
+def test_one_long_sequence_fills_the_device(device):
+    cut = plan.lengths(device, 1, 2**17, 4, 1, causal=False)
+    blocks = 4 * -(-(2**17) // cut.stretch)
+    assert device.multiprocessors <= blocks <= 2 * RESIDENT * device.multiprocessors
+    assert cut.stretch % TILE == 0
+
+
+@each_device
+def test_many_sequences_are_not_cut_further_than_needed(device):
+    cut = plan.lengths(device, 4096, 2**12, 4, 1, causal=False)
+    assert cut.stretch >= 2**12
+    assert plan.lengths(device, 1, 10, 4, 1, causal=False).stretch == TILE * plan.SHORTEST
+
+
+@each_device
+@pytest.mark.parametrize("problems", [1, 16, 4096])
+def test_causal_sequences_are_cut_the_same_for_all_devices(device, problems):
+    cut = plan.lengths(device, problems, 2**20, 4, 1, causal=True)
+    assert cut == plan.lengths(KNOWN["T4"], problems, 2**20, 4, 1, causal=True)
+    assert cut.stretch == TILE
+    state = 4 * TILE * (4 * TILE + 8)
+    assert cut.span == TILE or problems * cut.span // TILE * state <= plan.ROOM
+
+
+@pytest.mark.parametrize("length", [1, TILE, 100])
+def test_stretches_cover_every_position_once(length):
+    counts = np.array([0, 1, 63, 64, 65, 300])
+    seen = [np.zeros(n, int) for n in counts]
+    for start in range(0, 300, 150):
+        parts = plan.stretches(counts, length, (start, start + 150))
+        for owner, first, n in zip(parts.owner, parts.start, parts.lengths, strict=True):
+            assert n > 0
+            seen[owner][first : first + n] += 1
+    assert all((x == 1).all() for x in seen)
+
+
+def test_tables_go_backwards_from_the_last_row():
+    jobs = cpu_plan.jobs((), (), (), None, None, None, False, 70, 70, 1, 0, False)
+    sides = plan.keys_and_queries(jobs)
+    parts = plan.stretches(jobs.table[:, 3], TILE, (0, 70))
+    table = plan.fold_table(sides, parts, backwards=True)
+    rows = [row + step * i for _, step, n, _, _, row, *_ in table for i in range(n)]
+    assert rows == list(range(69, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["attend", "merge", "copied", "new_state", "without_padding"])
+def test_the_launchers_take_the_same_arguments(name):
+    mine = list(inspect.signature(getattr(Launch, name)).parameters)[1:]
+    assert mine == list(inspect.signature(getattr(cpu, name)).parameters)
+
+
+def test_the_gradient_takes_arguments_in_the_same_order():
+    mine = list(inspect.signature(Launch.attend_vjp).parameters)[1:]
+    theirs = list(inspect.signature(cpu.attend_vjp).parameters)
+    assert mine == [name for name in theirs if name in mine]

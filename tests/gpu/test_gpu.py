@@ -1,0 +1,153 @@
+"""The case table of tests/cuda on a device: every call is held against the dense oracle in float64."""
+
+from pathlib import Path
+
+import cases
+import naive
+import numpy as np
+import pytest
+
+import favor_np
+
+each_case = pytest.mark.parametrize("case", cases.CASES.values(), ids=cases.CASES)
+
+
+@pytest.fixture
+def cuda():
+    from favor_np.cuda import device
+
+    return device.numba_cuda()
+
+
+def assert_right(case, out):
+    assert naive.relative_error(out, case.expected()) < case.tolerance()
+
+
+def on_device(cuda, case, stream=0):
+    """The arrays of a case, and its options, on the device."""
+    options = case.keywords()
+    if "key_mask" in options:
+        options["key_mask"] = cuda.to_device(options["key_mask"], stream)
+    return [cuda.to_device(x, stream) for x in case.arrays()], options
+
+
+def test_what_runs_here_is_what_was_asked_for(cuda):
+    from favor_np.cuda import device
+
+    assert cuda.implementation == "NVIDIA"
+    assert device.problem() is None
+    print(device.current())
+
+
+@pytest.mark.parametrize("name", ["causal-131", "full-65", "masked-full"])
+def test_host_arrays(name):
+    case = cases.CASES[name]
+    out = favor_np.favor_attention(
+        *case.arrays(), case.feature_map(), device="cuda", **case.keywords()
+    )
+    assert type(out) is np.ndarray
+    assert_right(case, out)
+
+
+@each_case
+def test_device_arrays(case, cuda):
+    arrays, options = on_device(cuda, case)
+    out = favor_np.favor_attention(*arrays, case.feature_map(), **options)
+    assert cuda.is_cuda_array(out)
+    assert_right(case, out.copy_to_host())
+
+
+def test_the_callers_stream(cuda):
+    case, stream = cases.CASES["causal-131"], cuda.stream()
+    arrays, options = on_device(cuda, case, stream)
+    out = favor_np.favor_attention(*arrays, case.feature_map(), **options)
+    host = out.copy_to_host(stream=stream)
+    stream.synchronize()
+    assert_right(case, host)
+
+
+def test_the_same_bits_again(cuda):
+    case = cases.CASES["causal-131"]
+    arrays, options = on_device(cuda, case)
+    first, second = (
+        favor_np.favor_attention(*arrays, case.feature_map(), **options).copy_to_host()
+        for _ in range(2)
+    )
+    assert np.array_equal(first, second)
+    for array, host in zip(arrays, case.arrays(), strict=True):
+        assert np.array_equal(array.copy_to_host(), host)
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch", "jax.numpy"])
+def test_arrays_of_other_libraries(library, cuda):
+    module = pytest.importorskip(library)
+    case = cases.CASES["causal-131"]
+    if library == "torch":
+        if not module.cuda.is_available():
+            pytest.skip("a PyTorch without CUDA")
+        arrays = [module.from_numpy(x).to("cuda") for x in case.arrays()]
+    else:
+        arrays = [module.asarray(x) for x in case.arrays()]
+    if library == "jax.numpy" and arrays[0].device.platform != "gpu":
+        pytest.skip("a JAX without CUDA")
+    out = favor_np.favor_attention(*arrays, case.feature_map(), **case.keywords())
+    assert type(out) is type(arrays[0])
+    host = out.get() if library == "cupy" else np.asarray(out.cpu() if library == "torch" else out)
+    assert_right(case, host)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients(causal, cuda):
+    case = cases.Case(cases.TILE + 2, value_dim=5, rows=20, causal=causal)
+    fm, arrays = case.feature_map(), case.arrays()
+    grad = np.random.default_rng(9).standard_normal(arrays[2].shape).astype(np.float32)
+    there = [cuda.to_device(x) for x in arrays]
+    out, pullback = favor_np.favor_attention_vjp(*there, fm, causal=causal)
+    found = pullback(cuda.to_device(grad))
+    *expected, _ = naive.favor_attention_vjp(
+        *arrays, fm.projection, grad, causal=causal, **case.map_options
+    )
+    assert_right(case, out.copy_to_host())
+    for name, wanted in zip("qkv", expected, strict=True):
+        error = np.abs(getattr(found, name).copy_to_host() - wanted).max()
+        assert error < 10 * case.tolerance() * max(np.abs(wanted).max(), 1)
+
+
+def test_a_state(cuda):
+    case = cases.Case(70, value_dim=5, rows=20, causal=True)
+    fm, expected = case.feature_map(), case.expected()
+    first = [cuda.to_device(np.ascontiguousarray(x[:, :66])) for x in case.arrays()]
+    out, state = favor_np.favor_attention(*first, fm, causal=True, return_state=True)
+    assert naive.relative_error(out.copy_to_host(), expected[:, :66]) < case.tolerance()
+    for i in range(66, 70):
+        token = [cuda.to_device(np.ascontiguousarray(x[:, i])) for x in case.arrays()]
+        row = state.step(*token).copy_to_host()
+        assert naive.relative_error(row, expected[:, i]) < case.tolerance()
+
+
+def test_the_benchmarks_run(cuda, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "asv_benchmarks")
+    from benchmarks import bench_cuda
+
+    for kind in (bench_cuda.Forward, bench_cuda.Gradient, bench_cuda.RoundTrip, bench_cuda.Decode):
+        benchmark = kind()
+        values = (2,) if kind is bench_cuda.Decode else ("causal", "L=70 d=16 m=32 H=2")
+        benchmark.setup(*values)
+        (name,) = (name for name in dir(kind) if name.startswith("time_"))
+        getattr(benchmark, name)(*values)
+
+
+def test_host_and_device_arrays_are_not_mixed(cuda):
+    case = cases.CASES["causal-2"]
+    q, k, v = case.arrays()
+    with pytest.raises(TypeError, match="lies in host memory"):
+        favor_np.favor_attention(cuda.to_device(q), k, v, case.feature_map(), causal=True)
+
+
+def test_out_of_memory_is_one_line(cuda):
+    free = cuda.current_context().get_memory_info().free
+    kept = cuda.device_array(free - (96 << 20), np.uint8)
+    x = np.zeros((1 << 20, 32), np.float32)
+    with pytest.raises(MemoryError, match=r"^out of memory on .* GiB .* are free$"):
+        favor_np.favor_attention(x, x, x, cases.Case(dim=32).feature_map(), device="cuda")
+    del kept
