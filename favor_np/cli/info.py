@@ -54,15 +54,16 @@ def _version(package: str) -> str:
 
 
 def _kernels() -> dict[str, str]:
-    """What the compiled side is set to: vectors, threads, cache."""
+    """What the compiled side is set to: vectors, matrix unit, threads, cache."""
     import llvmlite.binding
 
-    from favor_np.kernels import favor, simd
+    from favor_np.kernels import bfloat16, favor, simd
     from favor_np.threads import default_threads
 
     return {
         "processor": f"{llvmlite.binding.get_host_cpu_name()}, {os.cpu_count()} CPUs",
         "vectors": f"{simd.ISA}, {simd.VECTOR_BYTES} bytes",
+        "bfloat16": "on a matrix unit (AMX)" if bfloat16.AMX else "slow: no matrix unit",
         "threads": str(default_threads()),
         "cache": _cache_path(favor.attend) or "none: every process compiles its kernels anew",
     }
