@@ -57,8 +57,8 @@ def planted(module: str, start: int, old: str, new: str) -> Iterator[None]:
     if not text.startswith(old, start) or old.count("\n") != new.count("\n"):
         raise ValueError(f"{old!r} is not there, or has other lines than {new!r}")
     text = text[:start] + new + text[start + len(old) :]
-    after = MODULES[MODULES.index(module) + 1 :]
-    loaded = sys.modules[module]
+    loaded = importlib.import_module(module)
+    after = [importlib.import_module(x).__name__ for x in MODULES[MODULES.index(module) + 1 :]]
     try:
         exec(compile(text, str(loaded.__file__), "exec"), vars(loaded))
         for name in after:
