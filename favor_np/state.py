@@ -441,6 +441,12 @@ class AttentionState:
 
         where = place("cuda", **arrays)
         assert where is not None
+        assert self.place is not None
+        if where.device != self.place.device:
+            raise ValueError(
+                f"the state lies on CUDA device {self.place.device.number}, but the current device is "
+                f"{where.device.number}"
+            )
         views = where.views(**arrays)
         if where.kind == "numpy":
             views = [None if x is None else validation.tensor(n, x, 1) if n != "key_mask" else x

@@ -36,6 +36,8 @@ class Device:
     registers: int = 65536
     #: Bytes of shared memory that a block may ask for in its source.
     static_shared_memory: int = 49152
+    #: Its number among those of this process.
+    number: int = 0
 
     def __str__(self) -> str:
         """Name, size and architecture."""
@@ -105,6 +107,7 @@ def _described(number: int) -> Device:
             threads=found.MAX_THREADS_PER_MULTIPROCESSOR,
             registers=found.MAX_REGISTERS_PER_MULTIPROCESSOR,
             static_shared_memory=found.MAX_SHARED_MEMORY_PER_BLOCK,
+            number=number,
         )
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from favor_np import plan as host
 from favor_np.cuda import plan, runtime
 from favor_np.cuda.arrays import Place
+from favor_np.cuda.device import Device
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
 from favor_np.cuda.kernels.pack import change, pack
@@ -86,7 +87,7 @@ class Problem(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _map(feature_map: FeatureMap) -> Map:
+def _map(feature_map: FeatureMap, on: Device) -> Map:  # noqa: ARG001  # a copy for each device
     """Copy a map to the device, once."""
     layout = plan.layout(feature_map)
     put = functools.partial(runtime.to_device, stream=0)
@@ -197,7 +198,7 @@ class Launch:
         weights: tuple[Any, Any] | None = None,
     ) -> None:
         """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`."""
-        of = _map(feature_map)
+        of = _map(feature_map, self.place.device)
         jobs = self._jobs(feature_map, q, k, v, mask, grouped, state_shape)
         q_owners, k_owners = plan.row_heads(jobs, q.shape, k.shape, of.layout)
         if q_owners is not None:  # each job has packed rows of its own
@@ -237,7 +238,7 @@ class Launch:
         offsets: Array | None = None,
     ) -> list[Any]:
         """Pull `grad` back through `attend`, which wrote `out` and `weights`: gradients of q, k and v."""
-        of, dim = _map(feature_map), v.shape[-1]
+        of, dim = _map(feature_map, self.place.device), v.shape[-1]
         whole = self._jobs(feature_map, q, k, v, mask, grouped, None)
         _, k_owners = plan.row_heads(whole, q.shape, k.shape, of.layout)
         jobs, q_owners = plan.with_rows_of_result(whole, q.shape[-2])

@@ -65,6 +65,11 @@ with pytest.raises(TypeError, match="must be float32"):
     favor_attention(*(cuda.to_device(x.astype(float)) for x in here), fm)
 with pytest.raises(TypeError, match="^grad_out lies in main memory"):
     pullback(wanted)
+with cuda.gpus[1]:  # a map is copied to each device, and a state stays where it is
+    there = [cuda.to_device(x) for x in here]
+    same(favor_attention(*there, fm, causal=True, key_mask=cuda.to_device(mask)), wanted)
+    with pytest.raises(ValueError, match="^the state lies on CUDA device 0, but the current"):
+        state.update(*there[1:])
 print("done")
 """
 
