@@ -112,6 +112,13 @@ def others(results):
         unit="×",
         key=(size,),
     )
+    for signs in ("plain", "antithetic"):
+        add(f"bfloat16 over float32, {signs} features", f"{figures}Bfloat16.track_speedup",
+            unit="×", key=(signs,))  # fmt: skip
+    add("bfloat16 over float32, exact, L = 8,192", f"{figures}ExactBfloat16.track_speedup",
+        unit="×", key=(8192,))  # fmt: skip
+    add("error bars and output over output alone", f"{figures}ErrorBars.track_ratio",
+        unit="×", key=(size,))  # fmt: skip
     for size in ("H=4 L=8192 d=64 m=256", "H=1 L=65536 d=64 m=256"):
         add(
             f"two threads over one, {size}",
