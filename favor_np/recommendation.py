@@ -189,7 +189,7 @@ def _first(fm: FeatureMap) -> FeatureMap:
         return fm
     assert fm.calibration is not None
     parts = [None if x is None else x[:HEADS] for x in fm.calibration]
-    return dataclasses.replace(fm, calibration=type(fm.calibration)(*parts))  # type: ignore[arg-type]
+    return dataclasses.replace(fm, calibration=type(fm.calibration)(*parts))  # type: ignore[arg-type]  # the change may be None
 
 
 def _softmax(q: Array, k: Array, scale: float, positions: Array | None) -> F64:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import favor_np
-from favor_np import AttentionState, FeatureMap, exact_attention, favor_attention, feature_map
+from favor_np import (
+    AttentionState,
+    FeatureMap,
+    exact_attention,
+    favor_attention,
+    feature_map,
+    plan,
+)
 
 #: Of the root mean square: 2**-9 a number, over some hundred of them.
 TOLERANCE = 6e-3
@@ -32,6 +39,14 @@ def both(q, k, v, fm, **options):
     return full, favor_attention(q, k, v, fm, precision="bfloat16", **options)
 
 
+def poison_workspaces():
+    """Fill what this thread keeps for its next calls with NaN."""
+    for kept in plan._spare.kept.values():
+        for array in kept:
+            if array.dtype.kind == "f":
+                array.fill(np.nan)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200, 2100])
@@ -41,9 +56,13 @@ def both(q, k, v, fm, **options):
 def test_any_size(causal, antithetic, length, dim, width, rows):
     """Odd sizes cost padding only, whatever was in the workspace before."""
     fm = feature_map("positive", dim, rows * (2 if antithetic else 1), antithetic=antithetic, rng=0)
-    favor_attention(*(1e30 * np.ones((3, 80, dim), np.float32)), fm, precision="bfloat16")
+    for before in (1e30, np.nan):
+        q = np.full((80, dim), before, np.float32)
+        favor_attention(q, q, q[:, :1].repeat(width, 1), fm, precision="bfloat16", causal=causal)
     q, k, v = arrays((2, length), dim, width)
-    full, half = both(q, k, v, fm, causal=causal)
+    full = favor_attention(q, k, v, fm, causal=causal)
+    poison_workspaces()
+    half = favor_attention(q, k, v, fm, causal=causal, precision="bfloat16")
     assert half.dtype == np.float32
     assert apart(half, full) < TOLERANCE
 
@@ -115,6 +134,21 @@ def test_a_state_goes_on_in_either_precision():
         assert isinstance(state, AttentionState)
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_it_is_attention_of_the_rounded_queries_and_keys(antithetic):
+    """The height of a key too: to the bit, however long the key is."""
+    q, k, v = arrays((200,), 32, 16, std=3.0)
+    fm = feature_map("positive", 32, 128, antithetic=antithetic, rng=0)
+    short = [
+        ((x.view(np.uint32) + 0x8000) & np.uint32(0xFFFF0000)).view(np.float32) for x in (q, k)
+    ]
+    assert not np.array_equal(short[1], k)
+    for causal in (False, True):
+        options = {"causal": causal, "precision": "bfloat16"}
+        half = favor_attention(q, k, v, fm, **options)
+        assert np.array_equal(half, favor_attention(*short, v, fm, **options))
+
+
 @pytest.mark.parametrize("length", [300, 5000])
 def test_no_bit_depends_on_later_tokens_or_on_threads(length):
     q, k, v = arrays((length,), 32, 32, std=1.0)
@@ -160,6 +194,7 @@ def test_exact_attention(causal, length, dim, width):
     exact_attention(*(1e30 * np.ones((3, 80, dim), np.float32)), precision="bfloat16")
     q, k, v = arrays((2, length), dim, width, std=1.0)
     full = exact_attention(q, k, v, causal=causal)
+    poison_workspaces()
     half = exact_attention(q, k, v, causal=causal, precision="bfloat16")
     assert half.dtype == np.float32
     # One dimension: all logits of a row err alike.

@@ -86,7 +86,7 @@ def test_output_and_sample_size_are_those_of_the_definition(causal, antithetic):
 
 
 def _by_groups(q, k, v, fm, group, causal):
-    """Standard errors and outputs from the definition, for groups of so many rows of W."""
+    """Outputs, their errors, degrees of freedom and sample sizes by definition, for groups of rows."""
     phi_q, phi_k = fm.query_features(q), fm.key_features(k)
     rows = fm.projection.shape[-2]
     owner = np.arange(fm.num_features) % rows // group
@@ -99,7 +99,9 @@ def _by_groups(q, k, v, fm, group, causal):
         den.append(weights.sum(1, keepdims=True))
     out = sum(num) / sum(den)
     parts = [(n - d * out) / sum(den) for n, d in zip(num, den, strict=True)]
-    return out, np.sqrt(count / (count - 1) * sum(p**2 for p in parts)), count - 1
+    error = np.sqrt(count / (count - 1) * sum(p**2 for p in parts))
+    shares = phi_q * (sees @ phi_k)
+    return out, error, count - 1, shares.sum(-1) ** 2 / (shares**2).sum(-1)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -112,12 +114,13 @@ def test_blocks_of_any_size_are_the_groups(dim, rows, causal):
     fm = feature_map("positive", dim, 2 * rows, rng=0)
     found = diagnose(q, k, v, fm, causal=causal)
     group = dim if dim > 16 else 3 * dim
-    out, error, freedom = _by_groups(q, k, v, fm, group, causal)
+    out, error, freedom, sizes = _by_groups(q, k, v, fm, group, causal)
     variances = v.var(0)
     common = variances * np.mean(error**2 / variances, axis=-1, keepdims=True)
     mixed = (freedom * error**2 + 8 * common) / (freedom + 8)
     wider = stdtrit(3 * freedom, 0.975) / stdtrit(np.inf, 0.975)
     assert naive.relative_error(found.output, out) < 1e-12
+    assert naive.relative_error(found.effective_sample_size, sizes) < 1e-9
     assert np.allclose(found.standard_error, wider * np.sqrt(mixed), rtol=1e-9, atol=1e-14)
     single = diagnose(*(x.astype(np.float32) for x in (q, k, v)), fm, causal=causal)
     assert naive.relative_error(single.standard_error, found.standard_error) < 1e-4

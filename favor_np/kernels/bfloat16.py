@@ -282,6 +282,21 @@ def gemm_words(a, b, c, rows, cols, words, add):
         _plain(a, b, c, rows, cols, words, add)
 
 
+@jit()
+def turn_rows(rows, left, right):
+    """The words of packed rows as left factor and, turned, as right factor."""
+    words_along(rows, rows.shape[0], rows.shape[1], left)
+    turn_words(left, left.shape[0], left.shape[1], right)
+
+
+@jit()
+def gemm_words_t(a, b, c, right, left, add):
+    """``c (+)= a.T @ b`` for a tile a of float32: its words are right and, turned, left factor."""
+    words_down(a, a.shape[0], a.shape[1], right)
+    turn_words(right, right.shape[0], right.shape[1], left)
+    gemm_words(left, b, c, left.shape[0], c.shape[1], left.shape[1], add)
+
+
 def words_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the words along the last axis, whose length is even: outside kernels."""
     bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)

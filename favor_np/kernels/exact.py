@@ -13,7 +13,7 @@ from collections import namedtuple
 import numpy as np
 
 from favor_np.kernels.activate import RAISE_QUERIES, activate_queries, lift_queries, measure_queries
-from favor_np.kernels.bfloat16 import STEP, gemm_words, turn_words, words_along, words_down
+from favor_np.kernels.bfloat16 import STEP, gemm_words, gemm_words_t, turn_rows, words_along
 from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
@@ -90,8 +90,7 @@ def load_queries(words, t, g):
         across(t.rows, t.across[g])
     else:
         depth = words.rows.shape[1]
-        words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
-        turn_words(words.rows, CHUNK, depth, words.columns[g * depth : (g + 1) * depth])
+        turn_rows(t.rows, words.rows, words.columns[g * depth : (g + 1) * depth])
 
 
 @jit()
@@ -128,9 +127,7 @@ def add_values(words, t, num, rows):
     if words is None:
         gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], 0, CHUNK, True)
     else:
-        words_down(t.phi, CHUNK, CHUNK, words.phi)
-        turn_words(words.phi, CHUNK // 2, CHUNK, words.phi_t)
-        gemm_words(words.phi_t, words.values, num, CHUNK, num.shape[1], CHUNK // 2, True)
+        gemm_words_t(t.phi, words.values, num, words.phi, words.phi_t, True)
 
 
 @jit()

@@ -14,8 +14,9 @@ from favor_np.kernels.bfloat16 import (
     STEP,
     configure,
     gemm_words,
+    gemm_words_t,
     release,
-    turn_words,
+    turn_rows,
     words_along,
     words_down,
 )
@@ -99,8 +100,7 @@ def load_queries(words, t):
     if words is None:
         across(t.rows, t.columns)
     else:
-        words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
-        turn_words(words.rows, CHUNK, words.rows.shape[1], words.columns)
+        turn_rows(t.rows, words.rows, words.columns)
 
 
 @jit()
@@ -133,10 +133,8 @@ def read_state(words, t, s, rows, add):
     if words is None:
         gemm_t(t.phi, s, t.num, 0, rows, 0, vcols, 0, width, add)
     else:
-        words_down(t.phi, width, CHUNK, words.phi)
-        turn_words(words.phi, words.phi.shape[0], CHUNK, words.phi_t)
         words_down(s, width, vcols, words.state)
-        gemm_words(words.phi_t, words.state, t.num, CHUNK, vcols, words.state.shape[0], add)
+        gemm_words_t(t.phi, words.state, t.num, words.phi, words.phi_t, add)
 
 
 @jit()
@@ -161,6 +159,4 @@ def fold_keys(words, keys, values, count, s):
     if words is None:
         gemm_t(keys, values, s, 0, width, 0, vcols, 0, count, True)
     else:
-        words_down(keys, CHUNK, width, words.folded)
-        turn_words(words.folded, CHUNK // 2, width, words.folded_t)
-        gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, True)
+        gemm_words_t(keys, words.values, s, words.folded, words.folded_t, True)

@@ -427,5 +427,5 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 out[job[OUT_ROW] + job[STEP] * i, column + x] = queries[i * STRIDE + x]
 
     if causal and kind != POSITIVE:  # with the factors of their features they need more registers
-        read.resident = 1  # type: ignore[attr-defined]
+        read.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds
     return read

@@ -243,5 +243,5 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                 out[job[OUT_ROW] + job[STEP] * i, column + x] = keys[i * STRIDE + x]
 
     if causal and kind != POSITIVE:
-        pull.resident = 1  # type: ignore[attr-defined]
+        pull.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds
     return pull
