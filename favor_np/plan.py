@@ -206,7 +206,7 @@ def layout(
         for weight in (feature_map.query_weight, feature_map.key_weight)
     )
     value_columns = padded(value_dim, size)
-    record = CHUNK * (CHUNK + value_columns + 2)  # scores, num, den, top
+    record = CHUNK * (value_columns + 2)  # num, den, top
 
     # Features that only pad: no key may reach their exponents and so move those of others.
     idle = 1 if positive else -1

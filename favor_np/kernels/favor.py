@@ -125,7 +125,7 @@ def carve(par, unit, floats, ints, d, vcols, width, blocks):
     spare, at = cut(floats, at, CHUNK, vcols)
     scores, at = cut(floats, at, CHUNK, CHUNK)
     flat, at = cut(floats, at, tiles * CHUNK, width)
-    record, at = cut(floats, at, 1, CHUNK * (CHUNK + vcols + 2))
+    record, at = cut(floats, at, 1, CHUNK * (vcols + 2))
     height, at = cut(floats, at, 1, CHUNK)
     share, at = cut(floats, at, 1, CHUNK)
     den, at = cut(floats, at, 1, CHUNK)
@@ -231,32 +231,31 @@ def read_chunk(
             keep_group(t, groups, b)
             first = True
         elif sets > 1 and b + 1 == blocks // sets:
+            if par.causal:
+                own_keys(count, cols, rows, values, clean, t)
             save(t, t.record, 0)
             first = True
     if spread is not None:
         join_groups(t, groups, count, out, out_row, spread, batch)
         return
+    if par.causal:
+        own_keys(count, cols, rows, values, clean, t)
     if sets > 1:
         add_record(t, t.record, 0)
     elif par.partial and not meet(t, records, met, slot, met_at):
         return  # who comes second does the rest
-    if par.causal:
-        own_keys(count, cols, rows, values, clean, t)
     write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
 
 
 @jit()
 def save(t, records, row):
-    """Write the sums of a chunk, before its own keys are added, to a row of records."""
+    """Write the sums of a chunk to a row of records."""
     vcols, record = t.num.shape[1], records[row]
     for i in range(CHUNK):
         record[i] = t.den[0, i]
         record[CHUNK + i] = t.top[0, i]
     for i in range(CHUNK):
-        at = (2 + i) * CHUNK
-        for j in range(CHUNK):
-            record[at + j] = t.scores[i, j]
-        at = (2 + CHUNK) * CHUNK + i * vcols
+        at = 2 * CHUNK + i * vcols
         for x in range(vcols):
             record[at + x] = t.num[i, x]
 
@@ -275,10 +274,7 @@ def add_record(t, records, row):
     for i in range(CHUNK):
         t.den[0, i] = t.den[0, i] * mine[i] + record[i] * theirs[i]
     for i in range(CHUNK):
-        at = (2 + i) * CHUNK
-        for j in range(CHUNK):
-            t.scores[i, j] = t.scores[i, j] * mine[j] + record[at + j] * theirs[j]
-        at = (2 + CHUNK) * CHUNK + i * vcols
+        at = 2 * CHUNK + i * vcols
         for x in range(vcols):
             t.num[i, x] = t.num[i, x] * mine[i] + record[at + x] * theirs[i]
 
