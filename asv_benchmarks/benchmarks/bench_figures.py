@@ -160,6 +160,9 @@ class ExactRate:
     params = ([1024, 8192], KINDS)
     param_names = ("L", "kind")
 
+    def setup(self, length, kind):
+        full_only(length > 1024)
+
     def track_of_gemm(self, length, kind):
         arrays = inputs(length)
         causal = kind == "causal"

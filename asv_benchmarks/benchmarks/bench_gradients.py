@@ -84,7 +84,7 @@ class Exact:
     param_names = ("L", "dtype", "kind")
 
     def setup(self, length, dtype, kind):
-        full_only(length > 1024 and dtype == "float64")
+        full_only(length > 1024)
         q, k, v = inputs(length, dtype=dtype)
         self.call = lambda: exact_attention_vjp(q, k, v, causal=kind == "causal")[1](v)
         warm(("exact gradient", length, dtype, kind), self.call)
