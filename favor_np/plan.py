@@ -39,6 +39,8 @@ SEGMENT = 8192
 LONG, SPLIT = 2048, 8192
 #: Jobs that the gradient of few heads is cut into.  Each takes the memory of its own dq.
 PARTS = 8
+#: Exact attention has at least so many jobs, if these need not be less than 256 queries for that.
+FEW = 4
 #: States that are under way at a time.
 WAVE = 32
 #: relu and elu features are not exponentials of the projection: it only has to stay finite.
@@ -310,11 +312,16 @@ def exact_workspace(
         + (2 + group) * CHUNK * value_columns  # values, spare, num
         + 2 * CHUNK * CHUNK  # raw, phi
         + (group + 2) * CHUNK  # den, part, ones
-        + (group + group * CHUNK + CHUNK) * 8 // size  # longest, square, key_square
+        + (2 + group) * CHUNK * 8 // size  # longest, square, key_square
     )
     if words:
         depth = -(-dim // (2 * bfloat16.STEP)) * bfloat16.STEP
-        floats += CHUNK * ((1 + group) * depth + CHUNK + value_columns // 2)
+        strip, lanes = exact_kernels.STRIP, VECTOR_BYTES // size
+        floats += (
+            CHUNK * ((2 + group) * depth + value_columns // 2)  # queries, rows, keys, values
+            + strip * CHUNK // 2  # phi
+            + (group * CHUNK + strip) * lanes  # sums, part
+        )
     return workspace(dtype, floats, (group + 2) * CHUNK)
 
 
@@ -596,6 +603,8 @@ def exact_jobs(
     """Return the jobs of exact attention, a block of queries each."""
     of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
     block = CHUNK * exact_kernels.GROUP
+    while len(of.q_rows) * of.q_rows.shape[1] * -(-q_length // block) < FEW and block > 4 * CHUNK:
+        block //= 2
     # The last blocks of a causal problem have the most keys: they go first.
     starts = np.arange(0, q_length, block, dtype=np.int64)[::-1]
     heads = of.q_rows.shape[1]

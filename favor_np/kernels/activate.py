@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 
+from favor_np.kernels.bfloat16 import pair_along
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
     exp2,
+    exp2_short,
     fma,
     highest,
     load,
@@ -198,3 +200,50 @@ def lift_queries(new, top, cols, rows, den, num, scores):
                 num[i, x] *= by
             for j in range(rows):
                 scores[j, i] *= by
+
+
+@jit(fastmath=EXACT)
+def activate_words(raw, cols, c, top, target, part):
+    """Projections raw (C, F) of queries to words of exp2(raw + c - top), and their sums by lanes.
+
+    Returns how far the largest log2-feature passes top.  In bfloat16 queries lie like keys: so their
+    features are left factors as they come, which a transposition would take as long as they do.
+    """
+    lanes = VECTOR_BYTES // raw.itemsize
+    worst = splat(c, 0)
+    for i in range(raw.shape[0]):
+        level, total = splat(c, top[i]), splat(raw, 0)
+        for f in range(0, cols, 2 * lanes):
+            y, y2 = load(raw, i, f), load(raw, i, f + lanes)
+            n = nearest(y) + (load(c, 0, f) - level)
+            n2 = nearest(y2) + (load(c, 0, f + lanes) - level)
+            worst = maximum(worst, maximum(n, n2))
+            value, value2 = exp2_short(y, n), exp2_short(y2, n2)
+            total = total + (value + value2)
+            store(target, i, f // 2, pair_along(value, value2))
+        store(part, i, 0, total)
+    return highest(worst)
+
+
+@jit(fastmath=EXACT)
+def measure_words(par, raw, cols, c, top):
+    """top = the largest log2-feature of each query in this tile, above those of masked keys."""
+    lanes = VECTOR_BYTES // raw.itemsize
+    for i in range(raw.shape[0]):
+        level = splat(c, -2 * int(par.far))
+        for f in range(0, cols, lanes):
+            level = maximum(level, nearest(load(raw, i, f)) + load(c, 0, f))
+        top[i] = highest(level)
+
+
+@jit()
+def lift_words(new, top, sums, num):
+    """Raise top to new where that is higher, rescaling what was summed under the old one."""
+    for i in range(top.size):
+        if new[i] > top[i]:
+            by = 2.0 ** max(float(top[i] - new[i]), -1000.0)
+            top[i] = new[i]
+            for x in range(sums.shape[1]):
+                sums[i, x] *= by
+            for x in range(num.shape[1]):
+                num[i, x] *= by

@@ -220,6 +220,47 @@ def _every_other(start: int) -> Callable[..., Any]:
 _even, _odd = _every_other(0), _every_other(1)
 
 
+class _Bfloat16(ir.Type):  # type: ignore[misc]  # llvmlite has no types, and not this one
+    """LLVM's bfloat."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+@intrinsic
+def _convert(typingctx, a, b):
+    """One instruction of processors with AMX: see `pair_along`."""
+
+    def codegen(context, builder, signature, args):
+        half = ir.VectorType(_Bfloat16(), 2 * a.lanes)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(half, [a.ir, a.ir]),
+            "llvm.x86.avx512bf16.cvtne2ps2bf16.512",
+        )
+        return builder.bitcast(builder.call(function, args[::-1]), a.ir)
+
+    return a(a, b), codegen
+
+
+@jit()
+def pair_along(a, b):
+    """The words of the numbers of a, and then of b, in their order."""
+    if AMX:
+        return _convert(a, b)
+    return pair(_even(a, b), _odd(a, b))
+
+
+@jit()
+def numbers_of(words, cols, target):
+    """target = the first numbers of the words of a left factor, and behind them the second ones."""
+    lanes = VECTOR_BYTES // words.itemsize
+    for i in range(words.shape[0]):
+        for x in range(0, cols, lanes):
+            store(target, i, x, first_of(load(words, i, x)))
+            store(target, i, cols + x, second_of(load(words, i, x)))
+
+
 @jit()
 def words_down(source, rows, cols, target):
     """target[k, x] = the word of source[2 k, x] and source[2 k + 1, x]."""
@@ -238,7 +279,7 @@ def words_along(source, rows, cols, target):
             a, b = load(source, i, x), splat(source, 0)
             if x + lanes < cols:
                 b = load(source, i, x + lanes)
-            store(target, i, x // 2, pair(_even(a, b), _odd(a, b)))
+            store(target, i, x // 2, pair_along(a, b))
 
 
 @jit()

@@ -12,18 +12,36 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.activate import RAISE_QUERIES, activate_queries, lift_queries, measure_queries
-from favor_np.kernels.bfloat16 import STEP, gemm_words, gemm_words_t, turn_rows, words_along
+from favor_np.kernels.activate import (
+    RAISE_QUERIES,
+    activate_queries,
+    activate_words,
+    lift_queries,
+    lift_words,
+    measure_queries,
+    measure_words,
+)
+from favor_np.kernels.bfloat16 import (
+    STEP,
+    gemm_words,
+    numbers_of,
+    turn_rows,
+    words_along,
+    words_down,
+)
 from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
-from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
-from favor_np.kernels.products import begin_unit, end_unit, words_of_values
-from favor_np.kernels.simd import VECTOR_BYTES
+from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, soon, write_rows
+from favor_np.kernels.products import begin_unit, end_unit
+from favor_np.kernels.simd import VECTOR_BYTES, load, sum_lanes
 
 #: Query tiles that share one packed tile of keys.
-GROUP = 8
+GROUP = 16
+#: Queries that the matrix unit reads a tile of keys with at a time: what is between stays in the first
+#: level of the cache.
+STRIP = 16
 
 #: ``kind`` and ``kernel_epsilon`` are what the activation of a positive map expects.
 ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit far masked causal")
@@ -32,8 +50,9 @@ ExactTiles = namedtuple(
     "rows keys values raw phi across num spare den part ones longest square key_square "
     "c top higher words",
 )
-#: In bfloat16: packed rows as left factors, those of queries as right ones; features, and values.
-ExactWords = namedtuple("ExactWords", "rows columns phi phi_t values")
+#: In bfloat16, query by query: packed queries and features as left factors, keys (first as `rows`) and
+#: values as right ones; the sums of features by lanes, of all tiles of queries and of a strip.
+ExactWords = namedtuple("ExactWords", "queries rows keys values phi sums part")
 
 
 @jit()
@@ -41,14 +60,17 @@ def carve_exact_words(unit, floats, at, d, vcols):
     """Cut the tiles for words, or none."""
     if unit is None:
         return None
+    lanes = VECTOR_BYTES // floats.itemsize
     depth = -(-d // (2 * STEP)) * STEP
+    queries, at = cut(floats, at, GROUP * CHUNK, depth)
     rows, at = cut(floats, at, CHUNK, depth)
-    columns, at = cut(floats, at, GROUP * depth, CHUNK)
-    phi, at = cut(floats, at, CHUNK // 2, CHUNK)
-    phi_t, at = cut(floats, at, CHUNK, CHUNK // 2)
+    keys, at = cut(floats, at, depth, CHUNK)
     values, at = cut(floats, at, CHUNK // 2, vcols)
-    rows[:] = 0
-    return ExactWords(rows, columns, phi, phi_t, values)
+    phi, at = cut(floats, at, STRIP, CHUNK // 2)
+    sums, at = cut(floats, at, GROUP * CHUNK, lanes)
+    part, at = cut(floats, at, STRIP, lanes)
+    queries[:], rows[:] = 0, 0  # what is not written to, and another call may have
+    return ExactWords(queries, rows, keys, values, phi, sums, part)
 
 
 @jit()
@@ -68,7 +90,7 @@ def carve_exact(unit, floats, ints, d, vcols):
     den, at = cut(floats, at, GROUP, CHUNK)
     part, at = cut(floats, at, 1, CHUNK)
     ones, at = cut(floats, at, 1, CHUNK)
-    longest, at = cut(floats, at, 1, GROUP * doubles)
+    longest, at = cut(floats, at, 1, CHUNK * doubles)  # in whole cache lines, as all the rest
     square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
     key_square, at = cut(floats, at, 1, CHUNK * doubles)
     words = carve_exact_words(unit, floats, at, d, vcols)
@@ -85,12 +107,15 @@ def carve_exact(unit, floats, ints, d, vcols):
 
 @jit()
 def load_queries(words, t, g):
-    """Turn the packed queries of tile g for `logits`."""
+    """Turn the packed queries of tile g for `read_tile` or `read_words`; their sums start at zero."""
+    t.den[g] = 0
+    t.num[g] = 0
     if words is None:
         across(t.rows, t.across[g])
     else:
-        depth = words.rows.shape[1]
-        turn_rows(t.rows, words.rows, words.columns[g * depth : (g + 1) * depth])
+        rows = slice(g * CHUNK, (g + 1) * CHUNK)
+        words_along(t.rows, CHUNK, t.rows.shape[1], words.queries[rows])
+        words.sums[rows] = 0
 
 
 @jit()
@@ -99,35 +124,32 @@ def load_keys(words, t):
     if words is None:
         across(t.rows, t.keys)
     else:
-        words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+        turn_rows(t.rows, words.rows, words.keys)
 
 
 @jit()
 def load_values(words, t, clean):
-    """Prepare a tile of values for `add_values`."""
+    """Prepare a tile of values: those that are finite, for zero times infinity is not zero."""
     if words is None:
         return
-    words_of_values(t.values, clean, words.values)
+    if clean:
+        words_down(t.values, CHUNK, t.values.shape[1], words.values)
+        return
+    for j in range(CHUNK):
+        for x in range(t.values.shape[1]):
+            t.spare[j, x] = t.values[j, x] if math.isfinite(t.values[j, x]) else 0
+    words_down(t.spare, CHUNK, t.values.shape[1], words.values)
 
 
 @jit()
-def logits(words, t, g, cols, d):
-    """raw[j, i] = k_j . q_i, of query tile g."""
-    if words is None:
-        project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
-    else:
-        depth = words.rows.shape[1]
-        queries = words.columns[g * depth : (g + 1) * depth]
-        gemm_words(words.rows, queries, t.raw, CHUNK, CHUNK, depth, False)
-
-
-@jit()
-def add_values(words, t, num, rows):
-    """num += phi.T V."""
-    if words is None:
-        gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], 0, CHUNK, True)
-    else:
-        gemm_words_t(t.phi, words.values, num, words.phi, words.phi_t, True)
+def add_spoiled(words, i, num, diagonal, raw, t):
+    """Add what is not finite of a tile of values to the rows of a strip that see it."""
+    numbers_of(words.phi, CHUNK // 2, raw)
+    for j in range(CHUNK):
+        for x in range(num.shape[1]):
+            if not math.isfinite(t.values[j, x]):
+                for r in range(max(j - i, 0) if diagonal else 0, STRIP):
+                    num[i + r, x] += raw[r, j // 2 + j % 2 * CHUNK // 2] * t.values[j, x]
 
 
 @jit()
@@ -152,8 +174,6 @@ def pack_queries(par, q, row, count, t):
             for x in range(t.rows.shape[1]):
                 t.rows[i, x] *= factor
         load_queries(t.words, t, g)
-        t.den[g] = 0
-        t.num[g] = 0
 
 
 @jit()
@@ -178,7 +198,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
-    logits(t.words, t, g, cols, d)
+    project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
     if diagonal:
         for j in range(CHUNK):
             t.raw[j, : min(j, cols)] = -par.masked
@@ -194,7 +214,55 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     if diagonal:
         own_values(t.phi, t.values, clean, count, num, t.spare)
     else:
-        add_values(t.words, t, num, rows)
+        gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], 0, CHUNK, True)
+
+
+@jit()
+def read_words(words, par, g, count, first, diagonal, clean, t):
+    """The same in bfloat16, strip by strip."""
+    top, num = t.top[g], t.num[g]
+    depth = words.queries.shape[1]
+    for i in range(0, count, STRIP):
+        # on the diagonal, the keys that this strip sees, in the steps of the matrix unit
+        seen = min(CHUNK, -(-(i + STRIP) // (2 * STEP)) * 2 * STEP) if diagonal else CHUNK
+        raw, rows = t.raw[:STRIP], slice(g * CHUNK + i, g * CHUNK + i + STRIP)
+        gemm_words(words.queries[rows], words.keys, raw, STRIP, seen, depth, False)
+        if diagonal:
+            for r in range(STRIP):
+                raw[r, i + r + 1 : seen] = -par.masked
+        own, sums = top[i : i + STRIP], words.sums[rows]
+        if first:
+            measure_words(par, raw, seen, t.c, own)
+        if activate_words(raw, seen, t.c, own, words.phi, words.part) > RAISE_QUERIES:
+            measure_words(par, raw, seen, t.c, t.higher[0])
+            lift_words(t.higher[0], own, sums, num[i : i + STRIP])
+            activate_words(raw, seen, t.c, own, words.phi, words.part)
+        for r in range(STRIP):
+            for x in range(sums.shape[1]):
+                sums[r, x] += words.part[r, x]
+        gemm_words(
+            words.phi, words.values, num[i : i + STRIP], STRIP, num.shape[1], seen // 2, True
+        )
+        if not clean:
+            add_spoiled(words, i, num, diagonal, raw, t)
+
+
+@jit()
+def read(words, par, g, count, d, first, diagonal, clean, t):
+    """Whether `words` is None is known to the compiler."""
+    if words is None:
+        read_tile(par, g, count, d, first, diagonal, clean, t)
+    else:
+        read_words(words, par, g, count, first, diagonal, clean, t)
+
+
+@jit()
+def add_lanes(words, count, g, t):
+    """The denominators of a tile of queries, where they were summed by lanes."""
+    if words is None:
+        return
+    for i in range(count):
+        t.den[g, i] = sum_lanes(load(words.sums, g * CHUNK + i, 0))
 
 
 @jit()
@@ -214,6 +282,9 @@ def exact_block(par, q, k, v, mask, job, out, t):
         m_row = mask_row + start if mask_row >= 0 else -1
         longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
+        following = min(CHUNK, keys_count - start - here)
+        soon(k, k_row + start + here, following)
+        soon(v, v_row + start + here, following)
         load_values(t.words, t, clean)
         if first_bad < CHUNK:
             bad = min(bad, start + first_bad)
@@ -222,10 +293,11 @@ def exact_block(par, q, k, v, mask, job, out, t):
             if par.causal and position < start:
                 continue
             fits = fits and t.longest[g] * longest <= par.far * par.far
-            read_tile(par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
-                      par.causal and position == start, clean, t)  # fmt: skip
+            read(t.words, par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
+                 par.causal and position == start, clean, t)  # fmt: skip
     for g in range(-(-count // CHUNK)):
         here = min(CHUNK, count - g * CHUNK)
+        add_lanes(t.words, here, g, t)
         for i in range(here):
             if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
                 t.square[g, i] = math.inf

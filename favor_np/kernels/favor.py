@@ -57,6 +57,7 @@ from favor_np.kernels.products import (
     project_queries,
     read_keys,
     read_state,
+    turn_keys,
 )
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
@@ -345,9 +346,12 @@ def map_keys(par, count, d, lift, weight, bias, w, c, s, z, slot, t):
     half = blocks * width
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
+    turn_keys(t.words, t)
     for attempt in range(2):
-        project_keys(t.words, t, weight, w, blocks, par.signs, rows, d)
-        if attempt == 1 or fresh:
+        known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
+        if known:
+            for b in range(blocks):
+                project_keys(t.words, t, weight[w + b], t.keys[b * par.signs], rows, d)
             accepted = raise_keys(
                 par, rows, count, t.keys, t.height, lift, bias, w, c, s, z, slot, t.excess, t.scale
             )
@@ -355,8 +359,11 @@ def map_keys(par, count, d, lift, weight, bias, w, c, s, z, slot, t):
                 t.height[i] = par.masked
         over = 0
         for b in range(blocks):
+            tile = b * par.signs
+            if not known:
+                project_keys(t.words, t, weight[w + b], t.keys[tile], rows, d)
             for side in range(par.signs - 1, -1, -1):
-                r0, tile = side * half + b * width, b * par.signs
+                r0 = side * half + b * width
                 reach = activate_keys(
                     par, 1 - 2 * side, rows, t.keys[tile], t.height, lift, bias, w + b, c, slot, r0,
                     t.keys[tile + side], t.share, t.sums,

@@ -80,18 +80,21 @@ def words_of_values(values, clean, target):
 
 
 @jit()
-def project_keys(words, t, weight, w, blocks, signs, rows, d):
-    """The projections (C, F) of the packed keys, block by block."""
-    width = t.keys.shape[2]
+def turn_keys(words, t):
+    """Turn the packed keys for `project_keys`."""
     if words is None:
         across(t.rows, t.columns)
-        for b in range(blocks):
-            project_t(t.columns, weight[w + b], t.keys[b * signs], rows, width, d)
     else:
         words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
-        for b in range(blocks):
-            gemm_words(words.rows, weight[w + b], t.keys[b * signs], CHUNK, width,
-                       words.rows.shape[1], False)  # fmt: skip
+
+
+@jit()
+def project_keys(words, t, weight, target, rows, d):
+    """The projections (C, F) of the packed keys, of one block of the map."""
+    if words is None:
+        project_t(t.columns, weight, target, rows, target.shape[1], d)
+    else:
+        gemm_words(words.rows, weight, target, CHUNK, target.shape[1], words.rows.shape[1], False)
 
 
 @jit()
