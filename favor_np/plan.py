@@ -53,6 +53,12 @@ def padded(count: int, itemsize: int) -> int:
     return -(-count // lanes) * lanes
 
 
+def _aligned_copy(array: Array) -> Array:
+    new = aligned(array.shape, array.dtype)
+    new[:] = array
+    return new
+
+
 def integer_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the integer dtype of the same width: that of the exponents c."""
     return np.dtype(np.int32 if dtype.itemsize == 4 else np.int64)
@@ -172,14 +178,12 @@ def layout(
     query, natural_query = key, natural_key
     if affine:
         query, natural_query = packed_weight(feature_map.query_weight)
-    if words:  # a left factor for queries, a right one for keys
-        step = 2 * bfloat16.STEP
-        depth = ((0, 0), (0, 0), (0, -columns % step))
+    if words:  # right factors
+        depth = ((0, 0), (0, 0), (0, -columns % (2 * bfloat16.STEP)))
         query, key = (
-            bfloat16.words_of(np.pad(natural * np.float32(unit), depth))
-            for natural in (natural_query, natural_key)
+            _aligned_copy(bfloat16.words_of(np.pad(x * np.float32(unit), depth)).swapaxes(1, 2))
+            for x in (natural_query, natural_key)
         )
-        key = np.ascontiguousarray(key.swapaxes(1, 2))
     bias = aligned((heads, half), dtype)
     bias[:, places] = feature_map.bias * unit
     factored = factor is not None
@@ -251,7 +255,7 @@ def layout(
     )
     if words:
         floats += _words_workspace(columns, value_columns, width, signs * blocks)
-    ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size)
+    ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size) + (2 * CHUNK if words else 0)
     return Layout(
         dtype=dtype,
         weights=weights,
@@ -278,12 +282,14 @@ def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -
     """Return how many floats the tiles for words take."""
     step = bfloat16.STEP
     depth, features = -(-columns // (2 * step)) * step, -(-width // (2 * step)) * step
+    lanes = VECTOR_BYTES // 4
     return (
-        2 * CHUNK * depth  # rows, columns
-        + 2 * CHUNK * features  # phi, phi_t
-        + tiles * CHUNK * features  # keys
-        + (CHUNK // 2 + features) * value_columns  # values, state
+        CHUNK * (depth + features)  # rows, turned
+        + tiles * features * (CHUNK + value_columns)  # keys, state
+        + CHUNK * value_columns  # values, finite
         + CHUNK * width  # folded, folded_t
+        + bfloat16.STRIP * (CHUNK + CHUNK // 2 + lanes + 2 * bfloat16.STRIP)  # raw, phi, part, seen
+        + CHUNK * (lanes + 2)  # sums, z
     )
 
 
@@ -316,7 +322,7 @@ def exact_workspace(
     )
     if words:
         depth = -(-dim // (2 * bfloat16.STEP)) * bfloat16.STEP
-        strip, lanes = exact_kernels.STRIP, VECTOR_BYTES // size
+        strip, lanes = bfloat16.STRIP, VECTOR_BYTES // size
         floats += (
             CHUNK * ((2 + group) * depth + value_columns // 2)  # queries, rows, keys, values
             + strip * CHUNK // 2  # phi

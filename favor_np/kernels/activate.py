@@ -203,47 +203,72 @@ def lift_queries(new, top, cols, rows, den, num, scores):
 
 
 @jit(fastmath=EXACT)
-def activate_words(raw, cols, c, top, target, part):
-    """Projections raw (C, F) of queries to words of exp2(raw + c - top), and their sums by lanes.
+def turned(sign, raw, i, f):
+    """A vector of projections, or with a negative sign of their opposites."""
+    if sign > 0:  # the compiler makes a loop of its own for each
+        return load(raw, i, f)
+    return splat(raw, 0) - load(raw, i, f)
 
-    Returns how far the largest log2-feature passes top.  In bfloat16 queries lie like keys: so their
-    features are left factors as they come, which a transposition would take as long as they do.
+
+@jit(fastmath=EXACT)
+def activate_words(par, sign, raw, cols, c, z, top, target, part):
+    """Projections raw (C, F) of queries to words of their features, and z . phi_q by lanes.
+
+    As `activate_queries`, but in bfloat16 queries lie like keys: so their features are left factors as
+    they come, where a transposition would take as long as they do.
     """
     lanes = VECTOR_BYTES // raw.itemsize
     worst = splat(c, 0)
     for i in range(raw.shape[0]):
         level, total = splat(c, top[i]), splat(raw, 0)
         for f in range(0, cols, 2 * lanes):
-            y, y2 = load(raw, i, f), load(raw, i, f + lanes)
+            x, x2 = turned(sign, raw, i, f), turned(sign, raw, i, f + lanes)
+            y, y2 = log_feature(par, x), log_feature(par, x2)
             n = nearest(y) + (load(c, 0, f) - level)
             n2 = nearest(y2) + (load(c, 0, f + lanes) - level)
             worst = maximum(worst, maximum(n, n2))
-            value, value2 = exp2_short(y, n), exp2_short(y2, n2)
-            total = total + (value + value2)
+            value = exp2_short(y, n) * factor(par, x)
+            value2 = exp2_short(y2, n2) * factor(par, x2)
+            total = fma(value, load(z, 0, f), fma(value2, load(z, 0, f + lanes), total))
             store(target, i, f // 2, pair_along(value, value2))
         store(part, i, 0, total)
     return highest(worst)
 
 
 @jit(fastmath=EXACT)
-def measure_words(par, raw, cols, c, top):
-    """top = the largest log2-feature of each query in this tile, above those of masked keys."""
+def measure_words(par, sign, raw, cols, c, top):
+    """top = the largest log2-feature of each query in this tile."""
     lanes = VECTOR_BYTES // raw.itemsize
     for i in range(raw.shape[0]):
-        level = splat(c, -2 * int(par.far))
+        level = splat(c, -(2**30))
         for f in range(0, cols, lanes):
-            level = maximum(level, nearest(load(raw, i, f)) + load(c, 0, f))
+            y = log_feature(par, turned(sign, raw, i, f))
+            level = maximum(level, nearest(y) + load(c, 0, f))
         top[i] = highest(level)
 
 
 @jit()
-def lift_words(new, top, sums, num):
-    """Raise top to new where that is higher, rescaling what was summed under the old one."""
+def lift_rows(new, top, rows):
+    """Rescale what was summed under top where new is higher."""
     for i in range(top.size):
         if new[i] > top[i]:
             by = 2.0 ** max(float(top[i] - new[i]), -1000.0)
-            top[i] = new[i]
-            for x in range(sums.shape[1]):
-                sums[i, x] *= by
-            for x in range(num.shape[1]):
-                num[i, x] *= by
+            for x in range(rows.shape[1]):
+                rows[i, x] *= by
+
+
+@jit()
+def strip_features(par, sign, raw, cols, c, z, first, top, higher, sums, num, scores, target, part):
+    """Words of the features of a strip of queries; raises top, and what was summed under it, as needed."""
+    if first:
+        measure_words(par, sign, raw, cols, c, top)
+    if activate_words(par, sign, raw, cols, c, z, top, target, part) > RAISE_QUERIES:
+        measure_words(par, sign, raw, cols, c, higher)
+        lift_rows(higher, top, sums)
+        lift_rows(higher, top, num)
+        lift_rows(higher, top, scores)
+        for i in range(top.size):
+            top[i] = max(top[i], higher[i])
+        activate_words(par, sign, raw, cols, c, z, top, target, part)
+    for i in range(top.size):
+        store(sums, i, 0, load(sums, i, 0) + load(part, i, 0))

@@ -65,6 +65,8 @@ def allow() -> None:
 
 #: Words that the matrix unit sums over at a time; the buffers of words are padded to it with zeros.
 STEP = 16
+#: Queries that are read at a time: what is between the products stays in the nearest cache.
+STRIP = 16
 #: What a kernel is handed to know that it computes in bfloat16: the shapes of the tiles, 16 rows of 64
 #: bytes each.  The type differs where there is no matrix unit, and so does the name of cached code.
 UNIT = np.zeros(64, np.uint8 if AMX else np.int8)
@@ -190,6 +192,12 @@ def pair(typingctx, a, b):
         return builder.or_(low, _upper(builder, integer, _nearest(builder, integer, second)))
 
     return a(a, a), _bits(operation)
+
+
+@intrinsic
+def both(typingctx, a, b):
+    """The bits that a and b have in common."""
+    return a(a, b), _bits(lambda builder, _, x, y: builder.and_(x, y))
 
 
 @intrinsic
@@ -321,6 +329,33 @@ def gemm_words(a, b, c, rows, cols, words, add):
                 _one(a, rows - 16, b, cols - 16, c, words, add)
     else:
         _plain(a, b, c, rows, cols, words, add)
+
+
+@jit()
+def finite_words(values, clean, spare, target):
+    """A tile of values as right factor, without what is not finite: zero times infinity is not zero."""
+    if clean:
+        words_down(values, values.shape[0], values.shape[1], target)
+        return
+    for j in range(values.shape[0]):
+        for x in range(values.shape[1]):
+            spare[j, x] = values[j, x] if math.isfinite(values[j, x]) else 0
+    words_down(spare, values.shape[0], values.shape[1], target)
+
+
+@jit()
+def add_spoiled(left, start, num, diagonal, numbers, values):
+    """Add what `finite_words` left out to the rows of a strip, if diagonal only to those that see it.
+
+    The strip begins at position `start` of the tile; `left` are the words of its weights.
+    """
+    rows, half = left.shape
+    numbers_of(left, half, numbers)
+    for j in range(2 * half):
+        for x in range(num.shape[1]):
+            if not math.isfinite(values[j, x]):
+                for i in range(max(j - start, 0) if diagonal else 0, rows):
+                    num[i, x] += numbers[i, j // 2 + j % 2 * half] * values[j, x]
 
 
 @jit()

@@ -15,33 +15,29 @@ import numpy as np
 from favor_np.kernels.activate import (
     RAISE_QUERIES,
     activate_queries,
-    activate_words,
     lift_queries,
-    lift_words,
     measure_queries,
-    measure_words,
+    strip_features,
 )
 from favor_np.kernels.bfloat16 import (
     STEP,
+    STRIP,
+    add_spoiled,
+    finite_words,
     gemm_words,
-    numbers_of,
     turn_rows,
     words_along,
-    words_down,
 )
 from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
 from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, soon, write_rows
-from favor_np.kernels.products import begin_unit, end_unit
+from favor_np.kernels.products import begin_unit, end_unit, seen_by
 from favor_np.kernels.simd import VECTOR_BYTES, load, sum_lanes
 
 #: Query tiles that share one packed tile of keys.
 GROUP = 16
-#: Queries that the matrix unit reads a tile of keys with at a time: what is between stays in the first
-#: level of the cache.
-STRIP = 16
 
 #: ``kind`` and ``kernel_epsilon`` are what the activation of a positive map expects.
 ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit far masked causal")
@@ -129,27 +125,10 @@ def load_keys(words, t):
 
 @jit()
 def load_values(words, t, clean):
-    """Prepare a tile of values: those that are finite, for zero times infinity is not zero."""
+    """Prepare a tile of values."""
     if words is None:
         return
-    if clean:
-        words_down(t.values, CHUNK, t.values.shape[1], words.values)
-        return
-    for j in range(CHUNK):
-        for x in range(t.values.shape[1]):
-            t.spare[j, x] = t.values[j, x] if math.isfinite(t.values[j, x]) else 0
-    words_down(t.spare, CHUNK, t.values.shape[1], words.values)
-
-
-@jit()
-def add_spoiled(words, i, num, diagonal, raw, t):
-    """Add what is not finite of a tile of values to the rows of a strip that see it."""
-    numbers_of(words.phi, CHUNK // 2, raw)
-    for j in range(CHUNK):
-        for x in range(num.shape[1]):
-            if not math.isfinite(t.values[j, x]):
-                for r in range(max(j - i, 0) if diagonal else 0, STRIP):
-                    num[i + r, x] += raw[r, j // 2 + j % 2 * CHUNK // 2] * t.values[j, x]
+    finite_words(t.values, clean, t.spare, words.values)
 
 
 @jit()
@@ -223,28 +202,18 @@ def read_words(words, par, g, count, first, diagonal, clean, t):
     top, num = t.top[g], t.num[g]
     depth = words.queries.shape[1]
     for i in range(0, count, STRIP):
-        # on the diagonal, the keys that this strip sees, in the steps of the matrix unit
-        seen = min(CHUNK, -(-(i + STRIP) // (2 * STEP)) * 2 * STEP) if diagonal else CHUNK
+        seen = seen_by(i) if diagonal else CHUNK
         raw, rows = t.raw[:STRIP], slice(g * CHUNK + i, g * CHUNK + i + STRIP)
         gemm_words(words.queries[rows], words.keys, raw, STRIP, seen, depth, False)
         if diagonal:
             for r in range(STRIP):
                 raw[r, i + r + 1 : seen] = -par.masked
-        own, sums = top[i : i + STRIP], words.sums[rows]
-        if first:
-            measure_words(par, raw, seen, t.c, own)
-        if activate_words(raw, seen, t.c, own, words.phi, words.part) > RAISE_QUERIES:
-            measure_words(par, raw, seen, t.c, t.higher[0])
-            lift_words(t.higher[0], own, sums, num[i : i + STRIP])
-            activate_words(raw, seen, t.c, own, words.phi, words.part)
-        for r in range(STRIP):
-            for x in range(sums.shape[1]):
-                sums[r, x] += words.part[r, x]
-        gemm_words(
-            words.phi, words.values, num[i : i + STRIP], STRIP, num.shape[1], seen // 2, True
-        )
+        sums, out = words.sums[rows], num[i : i + STRIP]
+        strip_features(par, 1, raw, seen, t.c, t.ones, first, top[i : i + STRIP], t.higher[0, :STRIP],
+                       sums, out, t.spare[:STRIP], words.phi, words.part)  # fmt: skip
+        gemm_words(words.phi, words.values, out, STRIP, out.shape[1], seen // 2, True)
         if not clean:
-            add_spoiled(words, i, num, diagonal, raw, t)
+            add_spoiled(words.phi, i, out, diagonal, raw, t.values)
 
 
 @jit()

@@ -32,13 +32,15 @@ from favor_np.kernels.activate import (
     measure_queries,
     raise_keys,
 )
-from favor_np.kernels.gemm import gemm_t
+from favor_np.kernels.bfloat16 import words_along
+from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
 from favor_np.kernels.pack import (
     CHUNK,
     Map,
     Result,
+    across,
     cut,
     pack_keys,
     pack_queries,
@@ -52,11 +54,9 @@ from favor_np.kernels.products import (
     end_unit,
     fold_keys,
     load_keys,
-    load_queries,
+    load_state,
     project_keys,
-    project_queries,
-    read_keys,
-    read_state,
+    read_blocks,
     turn_keys,
 )
 from favor_np.kernels.simd import (
@@ -137,10 +137,10 @@ def carve(par, unit, floats, ints, d, vcols, width, blocks):
     token, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
     stretched, at = cut(floats, at, CHUNK, dcols)
-    words = carve_words(unit, floats, at, d, vcols, width, tiles)
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
+    words = carve_words(unit, floats, at, ints, mark, d, vcols, width, tiles)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, record, height[0], share[0], den, part, others,
                  sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, words)  # fmt: skip
@@ -196,11 +196,11 @@ def read_chunk(
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
     pack_queries(par, q, row, 1, count, fm, w, t)
-    load_queries(t.words, t)
+    across(t.rows, t.columns)
     first = True
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
-        project_queries(t.words, t, fm.query[w + b], cols, d)
+        project_t(fm.query[w + b], t.columns, t.raw, width, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -218,9 +218,14 @@ def read_chunk(
                 )
             for i in range(cols):
                 t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
-            read_state(t.words, t, s[slot, r0 : r0 + width], rows, not first)
+            state = s[slot, r0 : r0 + width]
+            gemm_t(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width, not first)
             if par.causal:
-                read_keys(t.words, t, b * par.signs + side, rows, cols, not first)
+                for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
+                    end = min(i + 2 * lanes, cols)
+                    last = min(-(-end // 8) * 8, rows)
+                    gemm(keys[b * par.signs + side], t.phi, t.scores, 0, last, i, end, 0, width,
+                         not first)  # fmt: skip
             if spread is not None:
                 count_shares(
                     par, count, first, keys[b * par.signs + side], t.phi, z, slot, r0, groups
@@ -246,6 +251,41 @@ def read_chunk(
     elif par.partial and not meet(t, records, met, slot, met_at):
         return  # who comes second does the rest
     write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+
+
+@jit()
+def read_words(words, par, q, row, count, fm, w, features, sets, c, z, slot, values, clean, out, out_row,
+               records, met, met_at, t):  # fmt: skip
+    """The same in bfloat16, without error bars."""
+    pack_queries(par, q, row, 1, count, fm, w, t)
+    words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+    start, blocks = 0, t.keys.shape[0] // par.signs
+    if sets > 1:
+        start = blocks // sets
+        read_blocks(
+            words, par, count, fm.query, w, features, 0, start, c, z, slot, values, clean, t
+        )
+        save(t, t.record, 0)
+    read_blocks(
+        words, par, count, fm.query, w, features, start, blocks, c, z, slot, values, clean, t
+    )
+    if sets > 1:
+        add_record(t, t.record, 0)
+    elif par.partial and not meet(t, records, met, slot, met_at):
+        return
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+
+
+@jit()
+def read(words, par, q, row, count, fm, w, features, sets, c, s, z, slot, clean, out, out_row,
+         records, met, met_at, spread, batch, groups, t):  # fmt: skip
+    """Whether `words` is None is known to the compiler."""
+    if words is None:
+        read_chunk(par, q, row, count, fm, w, features, sets, c, s, z, slot, t.keys, t.values,
+                   clean, out, out_row, records, met, met_at, spread, batch, groups, t)  # fmt: skip
+    else:
+        read_words(words, par, q, row, count, fm, w, features, sets, c, z, slot, t.values, clean,
+                   out, out_row, records, met, met_at, t)  # fmt: skip
 
 
 @jit()
@@ -427,22 +467,23 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
         clean = pack_values(v, v_row + start, 1, taken, t.values, mask, m_row)
         load_keys(t.words, par, t, -(-count // 8) * 8, clean)
         if par.causal:
+            load_state(t.words, par, s[slot], t.keys.shape[2])
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)
-                read_chunk(par, q, q_rows[g] + start, taken, fm, w, features, sets, c, s, z,
-                           slot, t.keys, t.values, clean, out, out_rows[g] + start,
-                           records, met, start // CHUNK, spread, batch, groups, t)  # fmt: skip
+                read(t.words, par, q, q_rows[g] + start, taken, fm, w, features, sets, c, s, z,
+                     slot, clean, out, out_rows[g] + start, records, met, start // CHUNK, spread,
+                     batch, groups, t)  # fmt: skip
         fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
+        load_state(t.words, par, s[slot], t.keys.shape[2])
         for g in range(q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 following = min(CHUNK, queries_count - start - CHUNK)
                 soon(q, q_rows[g] + start + CHUNK, following)
-                read_chunk(par, q, q_rows[g] + start, min(CHUNK, queries_count - start), fm, w,
-                           features, 1, c, s, z, slot, t.keys, t.values, True, out,
-                           out_rows[g] + start, records, met, 0, spread, batch, groups,
-                           t)  # fmt: skip
+                read(t.words, par, q, q_rows[g] + start, min(CHUNK, queries_count - start), fm, w,
+                     features, 1, c, s, z, slot, True, out, out_rows[g] + start, records, met, 0,
+                     spread, batch, groups, t)  # fmt: skip
     return True
 
 

@@ -1,7 +1,8 @@
 """The matrix products of a chunk: in the arrays' precision or, with tiles for words, in bfloat16.
 
 Whether `words` is None the compiler knows.  If it is not, the map's weights are words, and what else a
-product needs in words is made of the tiles of float32 as it is due; all else in a kernel is the same.
+product needs in words is made of the tiles of float32 as it is due.  Queries are then read strip by strip,
+query by query, for what lies between the products to stay in the nearest cache.
 """
 
 from __future__ import annotations
@@ -9,45 +10,68 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
+import numpy as np
+
+from favor_np.kernels.activate import strip_features
 from favor_np.kernels.bfloat16 import (
     AMX,
     STEP,
+    STRIP,
+    add_spoiled,
+    both,
     configure,
+    finite_words,
     gemm_words,
     gemm_words_t,
     release,
-    turn_rows,
+    turn_words,
     words_along,
     words_down,
 )
-from favor_np.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.kernels.gemm import gemm_t, project_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import CHUNK, across, cut
-from favor_np.kernels.simd import VECTOR_BYTES
+from favor_np.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
 
-#: Tiles of words: packed rows and features, each as left and as right factor, and the right factors
-#: values and state; key features as they are summed over features (`keys`) and positions (`folded`).
-Words = namedtuple("Words", "rows columns phi phi_t keys values state folded folded_t")
+#: Tiles of words: packed rows as left factor; key features as right factor for scores (after `turned`),
+#: and as `folded` for the state; values and state as right factors.  Of a strip: projections, features,
+#: and their sums by lanes; c and z of the features that queries read; and the bits that a strip keeps of
+#: the scores with its own keys and those after.
+Words = namedtuple(
+    "Words", "rows turned keys values finite state folded folded_t raw phi sums part z seen c"
+)
 
 
 @jit()
-def carve_words(unit, floats, at, d, vcols, width, tiles):
-    """Cut the tiles for words; ``plan.words_workspace`` says how much they need."""
+def carve_words(unit, floats, at, ints, mark, d, vcols, width, tiles):
+    """Cut the tiles for words; ``plan.layout`` says how much they need."""
     if unit is None:
         return None
+    lanes = VECTOR_BYTES // floats.itemsize
     depth, features = -(-d // (2 * STEP)) * STEP, -(-width // (2 * STEP)) * STEP
     rows, at = cut(floats, at, CHUNK, depth)
-    columns, at = cut(floats, at, depth, CHUNK)
-    phi, at = cut(floats, at, features, CHUNK)
-    phi_t, at = cut(floats, at, CHUNK, features)
-    keys, at = cut(floats, at, tiles * CHUNK, features)
+    turned, at = cut(floats, at, CHUNK, features)
+    keys, at = cut(floats, at, tiles * features, CHUNK)
     values, at = cut(floats, at, CHUNK // 2, vcols)
-    state, at = cut(floats, at, features, vcols)
+    finite, at = cut(floats, at, CHUNK // 2, vcols)
+    state, at = cut(floats, at, tiles * features, vcols)
     folded, at = cut(floats, at, CHUNK // 2, width)
     folded_t, at = cut(floats, at, width, CHUNK // 2)
-    for padded in (rows, phi, keys, state):  # what is not written to, and another call may have
+    raw, at = cut(floats, at, STRIP, CHUNK)
+    phi, at = cut(floats, at, STRIP, CHUNK // 2)
+    sums, at = cut(floats, at, CHUNK, lanes)
+    part, at = cut(floats, at, STRIP, lanes)
+    z, at = cut(floats, at, 2, CHUNK)
+    seen, at = cut(floats, at, STRIP, 2 * STRIP)
+    c, mark = cut(ints, mark, 2, CHUNK)
+    for padded in (rows, turned, state, raw):  # what is not written to, and another call may have
         padded[:] = 0
-    return Words(rows, columns, phi, phi_t, keys, values, state, folded, folded_t)
+    bits = seen.view(np.int32)
+    for i in range(STRIP):
+        for j in range(2 * STRIP):
+            bits[i, j] = -1 if j <= i else 0
+    return Words(rows, turned, keys, values, finite, state, folded, folded_t, raw, phi, sums, part, z, seen,
+                 c)  # fmt: skip
 
 
 @jit()
@@ -98,61 +122,17 @@ def project_keys(words, t, weight, target, rows, d):
 
 
 @jit()
-def load_queries(words, t):
-    """Turn the packed queries for `project_queries`."""
-    if words is None:
-        across(t.rows, t.columns)
-    else:
-        turn_rows(t.rows, words.rows, words.columns)
-
-
-@jit()
-def project_queries(words, t, weight, cols, d):
-    """The projections (F, C) of the packed queries, of one block of the map."""
-    width = t.raw.shape[0]
-    if words is None:
-        project_t(weight, t.columns, t.raw, width, cols, d)
-    else:
-        gemm_words(weight, words.columns, t.raw, width, CHUNK, words.columns.shape[0], False)
-
-
-@jit()
 def load_keys(words, par, t, rows, clean):
     """Prepare values and features of a chunk of keys for the products below."""
     if words is None:
         return
     words_of_values(t.values, clean, words.values)
+    features = words.turned.shape[1]
     for tile in range(t.keys.shape[0]):
         t.keys[tile, rows:] = 0  # of other chunks: with values of zero not even NaN may count
         if par.causal:
-            at = tile * CHUNK
-            words_along(t.keys[tile], CHUNK, t.keys.shape[2], words.keys[at : at + CHUNK])
-
-
-@jit()
-def read_state(words, t, s, rows, add):
-    """num (C, dv) (+)= phi_q.T S for one tile of features, s being its rows."""
-    width, vcols = s.shape
-    if words is None:
-        gemm_t(t.phi, s, t.num, 0, rows, 0, vcols, 0, width, add)
-    else:
-        words_down(s, width, vcols, words.state)
-        gemm_words_t(t.phi, words.state, t.num, words.phi, words.phi_t, add)
-
-
-@jit()
-def read_keys(words, t, tile, rows, cols, add):
-    """scores[j, i] (+)= phi_k[j] . phi_q[i], j <= i at least; after `read_state`."""
-    width = t.phi.shape[0]
-    if words is None:
-        lanes = VECTOR_BYTES // t.phi.itemsize
-        for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
-            end = min(i + 2 * lanes, cols)
-            last = min(-(-end // 8) * 8, rows)
-            gemm(t.keys[tile], t.phi, t.scores, 0, last, i, end, 0, width, add)
-    else:
-        keys = words.keys[tile * CHUNK : (tile + 1) * CHUNK]
-        gemm_words(keys, words.phi, t.scores, CHUNK, CHUNK, words.phi.shape[0], add)
+            words_along(t.keys[tile], CHUNK, t.keys.shape[2], words.turned)
+            turn_words(words.turned, CHUNK, features, words.keys[tile * features :])
 
 
 @jit()
@@ -163,3 +143,93 @@ def fold_keys(words, keys, values, count, s):
         gemm_t(keys, values, s, 0, width, 0, vcols, 0, count, True)
     else:
         gemm_words_t(keys, words.values, s, words.folded, words.folded_t, True)
+
+
+@jit()
+def load_state(words, par, s, width):
+    """Prepare a state for `read_blocks`."""
+    if words is None:
+        return
+    features = words.turned.shape[1]
+    half = s.shape[0] // par.signs
+    for tile in range(s.shape[0] // width):
+        r0 = tile % par.signs * half + tile // par.signs * width
+        words_down(s[r0:], width, s.shape[1], words.state[tile * features :])
+
+
+@jit()
+def load_features(words, side, par, filled, c, z, slot, r0):
+    """Copy c and z of a tile, with c of no key where no query reads."""
+    for f in range(CHUNK):
+        words.c[side, f], words.z[side, f] = -4 * int(par.far), 0
+    for f in range(filled):
+        words.c[side, f], words.z[side, f] = c[slot, r0 + f], z[slot, r0 + f]
+
+
+@jit()
+def read_strip(words, par, i, query, b, new, t):
+    """Add what a strip of queries reads with one block of the map; to nothing if it is new."""
+    features, width = words.turned.shape[1], t.keys.shape[2]
+    rows, raw = words.rows[i : i + STRIP], words.raw
+    sums, num, scores = words.sums[i : i + STRIP], t.num[i : i + STRIP], t.scores[i : i + STRIP]
+    gemm_words(rows, query, raw, STRIP, width, rows.shape[1], False)
+    for side in range(par.signs):
+        tile, first = (b * par.signs + side) * features, new and side == 0
+        strip_features(par, 1 - 2 * side, raw, 2 * features, words.c[side:], words.z[side:], first,
+                       t.top[0, i : i + STRIP], t.higher[0, :STRIP], sums, num, scores, words.phi,
+                       words.part)  # fmt: skip
+        gemm_words(words.phi, words.state[tile:], num, STRIP, num.shape[1], features, not first)
+        if par.causal:
+            seen = seen_by(i)
+            gemm_words(words.phi, words.keys[tile:], scores, STRIP, seen, features, not first)
+
+
+@jit()
+def seen_by(i):
+    """How many of the keys of its chunk the strip that begins there sees, in steps of the unit."""
+    return min(CHUNK, -(-(i + STRIP) // (2 * STEP)) * 2 * STEP)
+
+
+@jit()
+def read_blocks(
+    words, par, count, query, w, features_count, first, last, c, z, slot, values, clean, t
+):
+    """num, den and top of a chunk of packed queries, of the blocks first:last of the map.
+
+    `load_state` and, where par.causal, `load_keys` have gone before.
+    """
+    width = t.keys.shape[2]
+    half = t.keys.shape[0] // par.signs * width
+    words.sums[:] = 0
+    for b in range(first, last):
+        filled = min(par.filled, features_count - b * par.filled)
+        for side in range(par.signs):
+            load_features(words, side, par, filled, c, z, slot, side * half + b * width)
+        for i in range(0, count, STRIP):
+            read_strip(words, par, i, query[w + b], b, b == first, t)
+    if par.causal:
+        finite_words(values, clean, t.spare, words.finite)
+        for i in range(0, count, STRIP):
+            own_words(words, i, t.scores[i : i + STRIP], t.num[i : i + STRIP], values, clean)
+    for i in range(count):
+        t.den[0, i] = sum_lanes(load(words.sums, i, 0))
+
+
+@jit()
+def own_words(words, start, scores, num, values, clean):
+    """Add the chunk's own keys, scores[i, j] = phi_q[i] . phi_k[j], j <= i, to a strip."""
+    lanes = VECTOR_BYTES // scores.itemsize
+    seen = seen_by(start)
+    for i in range(STRIP):
+        total = load(words.sums, start + i, 0)
+        for j in range(0, start, lanes):
+            total = total + load(scores, i, j)
+        for j in range(start, seen, lanes):
+            score = both(load(scores, i, j), load(words.seen, i, j - start))
+            store(scores, i, j, score)
+            total = total + score
+        store(words.sums, start + i, 0, total)
+    words_along(scores, STRIP, seen, words.phi)
+    gemm_words(words.phi, words.finite, num, STRIP, num.shape[1], seen // 2, True)
+    if not clean:
+        add_spoiled(words.phi, start, num, True, words.raw, values)
