@@ -90,10 +90,10 @@ class Case:
 
         return run
 
-    def exact(self):
+    def exact(self, precision="full"):
         q, k, v = self.arrays
         return lambda: favor_np.exact_attention(
-            q, k, v, causal=self.causal, num_threads=self.threads
+            q, k, v, causal=self.causal, precision=precision, num_threads=self.threads
         )
 
 
@@ -372,6 +372,20 @@ def sdpa_peer(case):
     return {"PyTorch SDPA": run}
 
 
+def sdpa_bfloat16_peer(case):
+    import torch
+
+    torch.set_num_threads(case.threads)
+    q, k, v = (torch.from_numpy(x).bfloat16() for x in case.arrays)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def run():
+        with torch.inference_mode():
+            return attend(q, k, v, is_causal=case.causal).float()
+
+    return {"PyTorch SDPA of bfloat16": run}
+
+
 PEERS = {  # name: (what makes its calls, what to install, for which tasks)
     "JAX": (jax_peer, "jax jaxlib", "favor"),
     "PyTorch": (torch_peer, "torch", "favor"),
@@ -380,4 +394,5 @@ PEERS = {  # name: (what makes its calls, what to install, for which tasks)
     "JAX gradient": (jax_gradient_peer, "jax jaxlib", "gradient"),
     "PyTorch gradient": (torch_gradient_peer, "torch", "gradient"),
     "SDPA": (sdpa_peer, "torch", "exact"),
+    "SDPA, bfloat16": (sdpa_bfloat16_peer, "torch", "exact"),
 }

@@ -103,6 +103,20 @@ def test_with_everything_else(options, kind):
     assert apart(half, full) < TOLERANCE
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_a_later_block_of_the_map_may_hold_far_larger_features(causal, antithetic):
+    """What was summed of earlier ones is then rescaled, for each query that needs it."""
+    W = np.random.default_rng(0).standard_normal((128, 16))
+    W[:64] *= 0.01
+    fm = FeatureMap.from_projection(W, antithetic=antithetic)
+    q, k, v = arrays((2, 200), 16, 24)
+    q[:, ::2] *= 20  # log2-features of 50 and more in the second block, of 1 in the first
+    full, half = both(q, k, v, fm, causal=causal)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        assert apart(half[:, rows], full[:, rows]) < 0.03
+
+
 def test_heads_that_share_keys():
     q, k, v = arrays((8, 150), 32, 32)
     fm = feature_map("positive", 32, 128, rng=0)
