@@ -185,21 +185,25 @@ class Prepared(NamedTuple):
     words: bool
     place: Place | None
 
-    def targets(self, out: object = None) -> tuple[Any, Any]:
-        """Return the array of the result, and the one that kernels write to."""
+    def targets(self, out: object = None, *, whole: bool = False) -> tuple[Any, Any]:
+        """Return the array of the result, and the one that kernels write to: `whole`, in 32 bits."""
         if self.place is None:
             return self.arrays.targets(out)
         if out is not None:
             raise ValueError("out cannot be used on a CUDA device: it returns a new array")
-        target = self.place.launch.empty(self.arrays.out_shape)
-        return target, target
+        result = self.place.room(self.arrays)
+        if whole and result.dtype != np.float32:
+            return result, self.place.launch.empty(self.arrays.out_shape)
+        return result, result
 
     def finished(self, result: Any, target: Any) -> Any:
         """Return the result as the caller gets it."""
-        if self.place is not None:
-            return self.place.give(target, self.arrays.result)
-        if target is not result:
+        if target is not result and self.place is not None:
+            self.launch.convert(target, result)
+        elif target is not result:
             result[...] = target
+        if self.place is not None:
+            return self.place.give(result, self.arrays.result)
         return result
 
     def run(

@@ -11,6 +11,7 @@ ptxrun.require()
 CODE = """
 import stub_driver
 stub_driver.install(devices=2)
+import ml_dtypes
 import numpy as np
 import pytest
 from numba import cuda
@@ -61,8 +62,16 @@ with pytest.raises(TypeError, match="^device='cpu' needs"):
     favor_attention(q, k, v, fm, device="cpu")
 with pytest.raises(ValueError, match="^k must be C-contiguous"):
     favor_attention(q, cuda.to_device(np.asfortranarray(here[1])), v, fm)
-with pytest.raises(TypeError, match="must be float32"):
-    favor_attention(*(cuda.to_device(x.astype(float)) for x in here), fm)
+words = [x.astype(ml_dtypes.bfloat16) for x in here]
+short = [cuda.to_device(x.view(np.int16)).view(ml_dtypes.bfloat16) for x in words]
+out = favor_attention(*short, fm, causal=True)
+assert out.dtype == state.attend(short[0]).dtype == ml_dtypes.bfloat16
+numbers = favor_attention(*(x.astype(np.float32) for x in words), fm, causal=True, device="cuda")
+rounded = numbers.astype(ml_dtypes.bfloat16)
+assert out.view(np.int16).copy_to_host().tobytes() == rounded.tobytes()
+for wrong in (float, np.int16):  # whose words are no bfloat16
+    with pytest.raises(TypeError, match=f"^k must be float32 or .* got {np.dtype(wrong)}"):
+        favor_attention(q, cuda.to_device(here[1].astype(wrong)), v, fm)
 with pytest.raises(TypeError, match="^grad_out lies in main memory"):
     pullback(wanted)
 with cuda.gpus[1]:  # a map is copied to each device, and a state stays where it is

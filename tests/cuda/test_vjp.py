@@ -1,5 +1,6 @@
 """Gradients by the CUDA kernels, executed from PTX under the real code of the host."""
 
+import ml_dtypes
 import naive
 import numpy as np
 import ptxrun
@@ -7,7 +8,7 @@ import pytest
 
 ptxrun.require()
 
-from cases import MAPS, Case
+from cases import MAPS, Case, in_16_bits, same_rounded
 
 from favor_np import favor_attention_vjp, feature_map
 from favor_np.cuda.kernels.tiles import TILE
@@ -99,6 +100,33 @@ def test_calibrated_maps(method, heads, gpu):
 
 def test_large_queries_and_keys(gpu):
     check(Case(TILE + 2, value_dim=5, rows=20, causal=True, std=5.0), gpu)
+
+
+def test_in_bfloat16(gpu):
+    """What float32 finds, rounded: the pullback goes on from the result before it was."""
+    case = Case(70, value_dim=5, rows=20)
+    short, long = in_16_bits(case, ml_dtypes.bfloat16)
+    fm = case.feature_map()
+    whole, wanted = favor_attention_vjp(*long, fm, device="cuda")
+    out, pullback = favor_attention_vjp(*short, fm, device="cuda")
+    assert same_rounded(out, whole, ml_dtypes.bfloat16)
+    grad = np.random.default_rng(9).standard_normal(out.shape).astype(ml_dtypes.bfloat16)
+    found, expected = pullback(grad), wanted(grad.astype(np.float32))
+    for name in "qkv":
+        assert same_rounded(getattr(found, name), getattr(expected, name), ml_dtypes.bfloat16), name
+
+
+def test_each_gradient_has_the_type_of_its_array(gpu):
+    """Those of keys and values are added for three heads in float32 before they are rounded."""
+    case = Case(20, lead=(3,), kv_lead=(), value_dim=5, rows=20)
+    (_, k, v), (q, *long) = in_16_bits(case, np.float16)
+    fm = case.feature_map()
+    whole, wanted = favor_attention_vjp(q, *long, fm, device="cuda")
+    out, pullback = favor_attention_vjp(q, k, v, fm, device="cuda")
+    assert same_rounded(out, whole, np.float32)
+    found, expected = pullback(out), wanted(whole)
+    for name, dtype in (("q", np.float32), ("k", np.float16), ("v", np.float16)):
+        assert same_rounded(getattr(found, name), getattr(expected, name), dtype), name
 
 
 def test_bad_arguments_are_named(gpu):
