@@ -20,7 +20,8 @@ HELD: dict[str, np.dtype[Any]] = {
 class Place(NamedTuple):
     """Where a call is computed: on which stream, and for what kind of arrays.
 
-    `kind` is the library of the caller's arrays, one of numpy, numba, cupy, torch and jax.
+    `kind` is the library of the caller's arrays: numpy, numba, cupy, torch, jax, or one of which
+    nothing is known but the memory that it shows, and which gets Numba's arrays.
     """
 
     device: device.Device
@@ -47,6 +48,8 @@ class Place(NamedTuple):
     def _view(self, name: str, array: Any) -> Any:
         if self.kind == "numpy" or array is None:
             return array
+        if self.kind not in ("numba", "torch", "cupy", "jax"):
+            array = _shown(name, array)
         found = _name(array.dtype)
         if found not in HELD and name != "key_mask":
             raise TypeError(f"{name} must be {' or '.join(HELD)} on a CUDA device, got {found}")
@@ -56,12 +59,9 @@ class Place(NamedTuple):
             import cupy
 
             array = cupy.ascontiguousarray(array)
-        words = found == "bfloat16"  # which the interface between libraries has no name for
-        if words and self.kind in ("torch", "cupy", "jax"):
+        if found == "bfloat16":  # which the interface between libraries has no name for
             array = array.view(self._dtype("int16"))
-        array = runtime.view(array)
-        if words:
-            array = array.view(HELD[found])
+        array = _shown(name, array)
         if not array.flags["C_CONTIGUOUS"]:
             raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}")
         return array
@@ -98,7 +98,7 @@ class Place(NamedTuple):
     def host(self, array: Any) -> Any:
         """Return an array in main memory."""
         if device.on_device(array):
-            array = runtime.to_host(runtime.view(array), self.stream)
+            array = runtime.to_host(_shown("cu_seqlens", array), self.stream)
         return array
 
     def room(self, call: validation.AttentionCall) -> Any:
@@ -165,6 +165,14 @@ def _stand_in(array: Any) -> Any:
         return array
     dtype = np.float32 if array.dtype in HELD.values() else array.dtype
     return np.broadcast_to(np.zeros((), dtype), array.shape)
+
+
+def _shown(name: str, array: Any) -> Any:
+    """Return an array as one of Numba's, of the same memory."""
+    try:
+        return runtime.view(array)
+    except (BufferError, NotImplementedError, TypeError) as error:
+        raise TypeError(f"{name} cannot be read where it lies: {error}") from None
 
 
 def _name(dtype: Any) -> str:

@@ -81,10 +81,26 @@ def copy(array: Any, stream: Any) -> Any:
 
 
 def view(array: Any) -> Any:
-    """Return an array of any library on the device as one of Numba's, of the same memory."""
+    """Return an array of any library on the device as one of Numba's, of the same memory.
+
+    BufferError, NotImplementedError or TypeError if the library does not show it as it should.
+    """
     from numba import cuda
 
-    return cuda.as_cuda_array(array)
+    if hasattr(array, "__cuda_array_interface__"):
+        return cuda.as_cuda_array(array)
+    from cuda.core.utils import StridedMemoryView  # numba-cuda needs it as well
+
+    shown = StridedMemoryView.from_dlpack(array, stream_ptr=0)
+    size = shown.dtype.itemsize
+    interface = {
+        "version": 3,
+        "shape": shown.shape,
+        "typestr": shown.dtype.str,
+        "data": (shown.ptr, shown.readonly),
+        "strides": None if shown.strides is None else tuple(size * n for n in shown.strides),
+    }
+    return cuda.from_cuda_array_interface(interface, owner=shown).view(shown.dtype)
 
 
 def stream_of(kind: str, array: Any) -> Any:

@@ -11,11 +11,14 @@ ptxrun.require()
 CODE = """
 import stub_driver
 stub_driver.install(devices=2)
+import ctypes
 import ml_dtypes
 import numpy as np
 import pytest
 from numba import cuda
+from cuda.core.utils import StridedMemoryView
 from favor_np import AttentionState, favor_attention, favor_attention_vjp, feature_map
+from favor_np.cuda import runtime
 
 rng = np.random.default_rng(0)
 here = [rng.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(3)]
@@ -69,6 +72,38 @@ assert out.dtype == state.attend(short[0]).dtype == ml_dtypes.bfloat16
 numbers = favor_attention(*(x.astype(np.float32) for x in words), fm, causal=True, device="cuda")
 rounded = numbers.astype(ml_dtypes.bfloat16)
 assert out.view(np.int16).copy_to_host().tobytes() == rounded.tobytes()
+class Exchanged:  # as a library that knows DLPack only: no dtype, no shape
+    def __init__(self, array, code=None):
+        self.view, self.code = StridedMemoryView.from_any_interface(array, stream_ptr=-1), code
+
+    def __dlpack_device__(self):
+        return self.view.__dlpack_device__()
+
+    def __dlpack__(self, *, stream=None, max_version=None):
+        capsule = self.view.__dlpack__()
+        if self.code is not None:  # in its struct after data, device and ndim
+            pointer = ctypes.pythonapi.PyCapsule_GetPointer
+            pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+            ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + 20).value = self.code
+        return capsule
+
+
+mine = [cuda.to_device(x) for x in here]
+found = favor_attention(*map(Exchanged, mine), fm, causal=True, key_mask=cuda.to_device(mask))
+same(found, wanted)
+found = favor_attention(q, k, v, fm, cu_seqlens=Exchanged(offsets))
+same(found, favor_attention(*here, fm, cu_seqlens=[0, 2, 5]))
+found = favor_attention(*(Exchanged(x.view(np.int16), 4) for x in short), fm, causal=True)
+assert found.view(np.int16).copy_to_host().tobytes() == rounded.tobytes()
+before, taken = sys.getrefcount(mine[0]), runtime.view(Exchanged(mine[0]))
+assert taken.gpu_data.owner is not None and sys.getrefcount(mine[0]) > before
+del taken
+assert sys.getrefcount(mine[0]) == before  # the producer was told
+with pytest.raises(ValueError, match="^q must be C-contiguous"):
+    fortran = cuda.to_device(np.asfortranarray(here[0]))
+    favor_attention(Exchanged(fortran), *map(Exchanged, mine[1:]), fm)
+with pytest.raises(TypeError, match="^v cannot be read where it lies: .*dtype"):
+    favor_attention(*map(Exchanged, mine[:2]), Exchanged(mine[2], 77), fm)
 for wrong in (float, np.int16):  # whose words are no bfloat16
     with pytest.raises(TypeError, match=f"^k must be float32 or .* got {np.dtype(wrong)}"):
         favor_attention(q, cuda.to_device(here[1].astype(wrong)), v, fm)

@@ -108,6 +108,16 @@ def test_16_bits_are_read_and_the_result_rounded(cuda):
     assert cases.same_rounded(found, whole, np.float16)
 
 
+def test_arrays_of_a_library_that_knows_dlpack_only(cuda):
+    from cuda.core.utils import StridedMemoryView
+
+    case = cases.CASES["causal-131"]
+    arrays, options = on_device(cuda, case)
+    shown = [StridedMemoryView.from_any_interface(x, stream_ptr=-1) for x in arrays]
+    out = favor_np.favor_attention(*shown, case.feature_map(), **options)
+    assert_right(case, out.copy_to_host())
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bits_of_torch(dtype, cuda):
     torch = pytest.importorskip("torch")
