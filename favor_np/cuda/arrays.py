@@ -45,7 +45,8 @@ class Place(NamedTuple):
         """Return device arrays as Numba's of what kernels read; NumPy's and None as they are."""
         return [self._view(name, array) for name, array in arrays.items()]
 
-    def _view(self, name: str, array: Any) -> Any:
+    def _view(self, name: str, array: Any, *, ordered: bool = True) -> Any:
+        """Return an array as kernels see it; `ordered`, its library may copy it to C order before."""
         if self.kind == "numpy" or array is None:
             return array
         if self.kind not in ("numba", "torch", "cupy", "jax"):
@@ -54,8 +55,8 @@ class Place(NamedTuple):
         if found not in HELD and name != "key_mask":
             raise TypeError(f"{name} must be {' or '.join(HELD)} on a CUDA device, got {found}")
         if self.kind == "torch":
-            array = array.detach().contiguous()
-        elif self.kind == "cupy":
+            array = array.detach().contiguous() if ordered else array.detach()
+        elif self.kind == "cupy" and ordered:
             import cupy
 
             array = cupy.ascontiguousarray(array)
@@ -101,9 +102,28 @@ class Place(NamedTuple):
             array = runtime.to_host(_shown("cu_seqlens", array), self.stream)
         return array
 
-    def room(self, call: validation.AttentionCall) -> Any:
-        """Return an array that kernels write the result of a call to."""
-        return self.launch.empty(call.out_shape, self.held(call.result))
+    def room(self, call: validation.AttentionCall, out: Any = None) -> Any:
+        """Return an array that kernels write the result of a call to: `out`, checked, or a new one."""
+        dtype = self.held(call.result)
+        if out is None:
+            return self.launch.empty(call.out_shape, dtype)
+        if self.kind not in ("numba", "torch", "cupy"):  # others copy, or know arrays to read only
+            raise ValueError(f"out cannot be used with arrays of {self.kind} on a CUDA device")
+        if not device.on_device(out) or _library(out) != self.kind:
+            raise TypeError(
+                f"out must be an array of {self.kind} on the CUDA device, got {type(out)}"
+            )
+        device.check_placement({"out": out})
+        target = self._view("out", out, ordered=False)
+        if target.dtype != dtype:
+            names = {held: name for name, held in HELD.items()}
+            raise TypeError(f"out must have dtype {names[dtype]}, got {names[target.dtype]}")
+        if target.shape != call.out_shape:
+            raise ValueError(f"out must have shape {call.out_shape}, got {target.shape}")
+        for name, array in {"q": call.q, "k": call.k, "v": call.v, "key_mask": call.mask}.items():
+            if array is not None and _overlap(target, array):
+                raise ValueError(f"out must not overlap {name} on a CUDA device")
+        return target
 
     def put(self, array: Any) -> Any:
         """Return an array that was checked as one that kernels read: NumPy's is copied there."""
@@ -154,9 +174,20 @@ def place(where: object, **arrays: Any) -> Place | None:
         raise TypeError("device='cpu' needs arrays in main memory, got one on a CUDA device")
     found = device.current()
     device.check_placement(arrays)
-    kind = type(there[0]).__module__.partition(".")[0]
-    kind = {"jaxlib": "jax"}.get(kind, kind)
+    kind = _library(there[0])
     return Place(found, runtime.stream_of(kind, there[0]), kind)
+
+
+def _library(array: Any) -> str:
+    """The name of the library that an array is of."""
+    name = type(array).__module__.partition(".")[0]
+    return {"jaxlib": "jax"}.get(name, name)
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether two arrays of Numba, in C order, share memory."""
+    (first, size), (start, length) = ((runtime.address(x), int(x.nbytes)) for x in (one, other))
+    return first < start + length and start < first + size
 
 
 def _stand_in(array: Any) -> Any:

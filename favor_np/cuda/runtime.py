@@ -103,6 +103,11 @@ def view(array: Any) -> Any:
     return cuda.from_cuda_array_interface(interface, owner=shown).view(shown.dtype)
 
 
+def address(array: Any) -> int:
+    """Return where an array of Numba begins."""
+    return int(array.__cuda_array_interface__["data"][0])
+
+
 def stream_of(kind: str, array: Any) -> Any:
     """Return the stream on which the caller works with this array."""
     from numba import cuda

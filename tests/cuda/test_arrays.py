@@ -8,7 +8,7 @@ import ptxrun
 
 ptxrun.require()
 
-CODE = """
+CODE = r"""
 import stub_driver
 stub_driver.install(devices=2)
 import ctypes
@@ -104,6 +104,30 @@ with pytest.raises(ValueError, match="^q must be C-contiguous"):
     favor_attention(Exchanged(fortran), *map(Exchanged, mine[1:]), fm)
 with pytest.raises(TypeError, match="^v cannot be read where it lies: .*dtype"):
     favor_attention(*map(Exchanged, mine[:2]), Exchanged(mine[2], 77), fm)
+room = cuda.device_array((3, 2, 5, 8), np.float32)
+out = room[1]
+assert favor_attention(*mine, fm, causal=True, key_mask=cuda.to_device(mask), out=out) is out
+same(room[1], wanted)
+target = cuda.device_array((2, 5, 8), np.int16).view(ml_dtypes.bfloat16)
+assert favor_attention(*short, fm, causal=True, out=target) is target
+assert target.view(np.int16).copy_to_host().tobytes() == rounded.tobytes()
+kept = [x.copy_to_host() for x in mine]
+for out, error, text in (
+    (np.empty((2, 5, 8), np.float32), TypeError, "^out must be an array of numba on the CUDA"),
+    (Exchanged(room[0]), TypeError, "^out must be an array of numba on the CUDA device"),
+    (target, TypeError, "^out must have dtype float32, got bfloat16"),
+    (room, ValueError, r"^out must have shape \(2, 5, 8\), got \(3, 2, 5, 8\)"),
+    (room[:, 0, :2], ValueError, "^out must be C-contiguous"),
+    (mine[1], ValueError, "^out must not overlap k"),
+):
+    with pytest.raises(error, match=text):
+        favor_attention(*mine, fm, out=out)
+both = cuda.to_device(np.concatenate([here[2], here[2][:1]]))
+with pytest.raises(ValueError, match="^out must not overlap v"):  # by half
+    favor_attention(*mine[:2], both[:2], fm, out=both[1:])
+assert all(np.array_equal(x.copy_to_host(), y) for x, y in zip(mine, kept))
+with pytest.raises(ValueError, match="^out cannot be used with arrays of __main__"):
+    favor_attention(*map(Exchanged, mine), fm, out=Exchanged(room[0]))
 for wrong in (float, np.int16):  # whose words are no bfloat16
     with pytest.raises(TypeError, match=f"^k must be float32 or .* got {np.dtype(wrong)}"):
         favor_attention(q, cuda.to_device(here[1].astype(wrong)), v, fm)
