@@ -1,5 +1,8 @@
 """Gradients by the CUDA kernels, executed from PTX under the real code of the host."""
 
+import inspect
+import re
+
 import ml_dtypes
 import naive
 import numpy as np
@@ -9,9 +12,11 @@ import pytest
 ptxrun.require()
 
 from cases import MAPS, Case, in_16_bits, same_rounded
+from mutants import mutate
 
 from favor_np import favor_attention_vjp, feature_map
 from favor_np.cuda.kernels.tiles import TILE
+from favor_np.cuda.runtime import THREADS, bounds
 
 
 def check(case, gpu, factor=10, **more):
@@ -127,6 +132,40 @@ def test_each_gradient_has_the_type_of_its_array(gpu):
     found, expected = pullback(out), wanted(whole)
     for name, dtype in (("q", np.float32), ("k", np.float16), ("v", np.float16)):
         assert same_rounded(getattr(found, name), getattr(expected, name), dtype), name
+
+
+#: Bugs in the kernel of the gradient: what is planted where, and the line at which it is found.
+BARRIERS = [
+    ("            cuda.syncthreads()\n            for i", "            for i", "keys[p * STRIDE + tx"),
+    ("                cuda.syncthreads()\n                multiply(", "                multiply(",
+     "plain[r * TILE"),
+    ("    cuda.syncthreads()\n    x = tid", "    x = tid", "rounded(keys"),
+]  # fmt: skip
+GUARDS = [
+    ("if x < weight.shape[1]:", "if True:", "value = weight["),
+    ("and x < out.shape[1] and own", "and own", "* q[row, x]"),
+    ("range(tid >> 6, job[COUNT], 4)", "range(tid >> 6, TILE, 4)", "rounded(keys"),
+]
+
+
+@pytest.mark.parametrize(
+    ("planted", "kinds"), [(BARRIERS, {"race", "uninitialised"}), (GUARDS, {"out of bounds"})],
+    ids=["barriers", "guards"],
+)  # fmt: skip
+def test_planted_bugs_are_found(planted, kinds, gpu):
+    """Three in one kernel, for it takes seconds to compile: each is found at its own line."""
+    check(Case(TILE + 2, value_dim=5, rows=33, lead=(), causal=True), gpu)
+    pull, grid, args = next(x for x in gpu.launches if x[0].__name__ == "pull")
+    mutant = pull
+    for old, new, _ in planted:
+        mutant = mutate(mutant, old, new)
+    options = {"launch_bounds": bounds(pull)}
+    report = ptxrun.run(mutant, grid, THREADS, args, options=options)
+    assert {finding.split(":")[0] for finding in report.findings} == kinds
+    lines, _ = inspect.getsourcelines(mutant)
+    for *_, text in planted:
+        (line,) = (n for n, code in enumerate(lines, 1) if text in code)
+        assert any(re.search(rf"<source \d+>:{line}\b", x) for x in report.findings), (text, report)
 
 
 def test_bad_arguments_are_named(gpu):
