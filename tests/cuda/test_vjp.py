@@ -124,13 +124,13 @@ def test_in_bfloat16(gpu):
 def test_each_gradient_has_the_type_of_its_array(gpu):
     """Those of keys and values are added for three heads in float32 before they are rounded."""
     case = Case(20, lead=(3,), kv_lead=(), value_dim=5, rows=20)
-    (_, k, v), (q, *long) = in_16_bits(case, np.float16)
+    (_, k, v), (q, *long) = in_16_bits(case, ml_dtypes.bfloat16)
     fm = case.feature_map()
     whole, wanted = favor_attention_vjp(q, *long, fm, device="cuda")
     out, pullback = favor_attention_vjp(q, k, v, fm, device="cuda")
     assert same_rounded(out, whole, np.float32)
     found, expected = pullback(out), wanted(whole)
-    for name, dtype in (("q", np.float32), ("k", np.float16), ("v", np.float16)):
+    for name, dtype in (("q", np.float32), ("k", k.dtype), ("v", v.dtype)):
         assert same_rounded(getattr(found, name), getattr(expected, name), dtype), name
 
 
