@@ -99,7 +99,8 @@ def favor_attention(
     return_state : bool, default False
         Return the state after these keys as well.
     out : ndarray, optional
-        Where to write the result; it may overlap an input.
+        Where to write the result; it may overlap an input.  On a CUDA device: an array of CuPy,
+        Numba or PyTorch, as the others are, in C order, which overlaps none.
     precision : {"full", "bfloat16"}, default "full"
         "bfloat16": matrix products of numbers rounded to 8 bits, summed in float32; not for
         float64.  About twice as fast on processors with a matrix unit (AMX), slower on others; it
@@ -112,8 +113,8 @@ def favor_attention(
     device : {"cpu", "cuda"}, optional
         "cuda": copy NumPy arrays to a GPU and the result back.  Arrays that lie on a GPU (CuPy,
         Numba, PyTorch, JAX) are computed there anyway, on the caller's stream, in float32: the
-        result is an array of their kind.  `decay`, `window`, `out` and `check_finite` are for the
-        CPU only.
+        result is an array of their kind.  `decay`, `window` and `check_finite` are for the CPU
+        only.
 
     Returns
     -------
@@ -165,7 +166,7 @@ def favor_attention(
     )  # fmt: skip
     room, target = call.targets(out)
     following = call.run(target)
-    result: Array = call.finished(room, target)
+    result: Array = call.finished(room, target, out)
     if return_state:
         assert following is not None
         return result, following
@@ -185,22 +186,24 @@ class Prepared(NamedTuple):
     words: bool
     place: Place | None
 
-    def targets(self, out: object = None) -> tuple[Any, Any]:
-        """Return the array of the result, and the one that kernels write to."""
+    def targets(self, out: object = None, *, whole: bool = False) -> tuple[Any, Any]:
+        """Return the array of the result, and the one that kernels write to: `whole`, in 32 bits."""
         if self.place is None:
             return self.arrays.targets(out)
-        if out is not None:
-            raise ValueError("out cannot be used on a CUDA device: it returns a new array")
-        target = self.place.launch.empty(self.arrays.out_shape)
-        return target, target
+        result = self.place.room(self.arrays, out)
+        if whole and result.dtype != np.float32:
+            return result, self.place.launch.empty(self.arrays.out_shape)
+        return result, result
 
-    def finished(self, result: Any, target: Any) -> Any:
-        """Return the result as the caller gets it."""
-        if self.place is not None:
-            return self.place.give(target, self.arrays.result)
-        if target is not result:
+    def finished(self, result: Any, target: Any, out: Any = None) -> Any:
+        """Return the result as the caller gets it: `out` if it was given."""
+        if target is not result and self.place is not None:
+            self.launch.convert(target, result)
+        elif target is not result:
             result[...] = target
-        return result
+        if self.place is not None and out is None:
+            return self.place.give(result, self.arrays.result)
+        return result if out is None else out
 
     def run(
         self, target: Array, weights: tuple[Array, Array] | None = None

@@ -118,7 +118,7 @@ num_threads, check_finite, device
     )  # fmt: skip
     if call.place is not None:
         call.place.refuse(state=state, return_state=return_state)
-    result, target = call.targets()
+    result, target = call.targets(whole=True)  # what is rounded would round the gradient, too
     launch = call.launch
     weights = launch.new_weights(target)
     following = call.run(target, weights)

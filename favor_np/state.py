@@ -400,8 +400,9 @@ class AttentionState:
         if self.place is not None and where is None:
             where, (q, k, v, mask) = self._taken(q=q, k=k, v=v, key_mask=mask)
         if q is None or k is None:
-            empty = np.empty if where is None or where.kind == "numpy" else where.launch.empty
-            none = functools.partial(empty, dtype=self.dtype)
+            none = functools.partial(np.empty, dtype=self.dtype)
+            if where is not None and where.kind != "numpy":
+                none = functools.partial(where.launch.empty, dtype=(k if q is None else q).dtype)
             shape, dim = (*self.batch_shape, 0), self.feature_map.dim
             q = none((*shape, dim)) if q is None else q
             if k is None:
@@ -422,9 +423,7 @@ class AttentionState:
         if self.rates is not None:
             validation.decay_span(self.rates, call.keys)
         launch = _launch(where)
-        out = (
-            np.zeros(call.out_shape, self.dtype) if where is None else launch.empty(call.out_shape)
-        )
+        out = np.zeros(call.out_shape, self.dtype) if where is None else where.room(call)
         if math.prod(call.state_shape) and (out.size or call.keys):
             launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, out,

@@ -9,18 +9,24 @@ import numpy as np
 from favor_np import validation
 from favor_np.cuda import device, runtime
 
+#: Numbers that kernels read and write, and as what: words of bfloat16, see `kernels.storage`.
+HELD: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("f4"),
+    "float16": np.dtype("f2"),
+    "bfloat16": np.dtype("i2"),
+}
+
 
 class Place(NamedTuple):
     """Where a call is computed: on which stream, and for what kind of arrays.
 
-    `kind` is the library of the caller's arrays, one of numpy, numba, cupy, torch and jax, and
-    `half` the 16-bit dtype, of that library, that the result is cast to.
+    `kind` is the library of the caller's arrays: numpy, numba, cupy, torch, jax, or one of which
+    nothing is known but the memory that it shows, and which gets Numba's arrays.
     """
 
     device: device.Device
     stream: Any
     kind: str
-    half: Any = None
 
     @property
     def launch(self) -> Any:
@@ -36,22 +42,27 @@ class Place(NamedTuple):
                 raise ValueError(f"{name} cannot be used on a CUDA device")
 
     def views(self, **arrays: Any) -> list[Any]:
-        """Return device arrays as Numba's in float32, or bool; NumPy's and None as they are."""
+        """Return device arrays as Numba's of what kernels read; NumPy's and None as they are."""
         return [self._view(name, array) for name, array in arrays.items()]
 
-    def _view(self, name: str, array: Any) -> Any:
+    def _view(self, name: str, array: Any, *, ordered: bool = True) -> Any:
+        """Return an array as kernels see it; `ordered`, its library may copy it to C order before."""
         if self.kind == "numpy" or array is None:
             return array
-        short = array.dtype.itemsize == 2
+        if self.kind not in ("numba", "torch", "cupy", "jax"):
+            array = _shown(name, array)
+        found = _name(array.dtype)
+        if found not in HELD and name != "key_mask":
+            raise TypeError(f"{name} must be {' or '.join(HELD)} on a CUDA device, got {found}")
         if self.kind == "torch":
-            array = (array.float() if short else array).detach().contiguous()
-        elif self.kind == "cupy":
+            array = array.detach().contiguous() if ordered else array.detach()
+        elif self.kind == "cupy" and ordered:
             import cupy
 
-            array = cupy.ascontiguousarray(array, "float32" if short else None)
-        elif self.kind == "jax" and short:
-            array = array.astype("float32")
-        array = runtime.view(array)
+            array = cupy.ascontiguousarray(array)
+        if found == "bfloat16":  # which the interface between libraries has no name for
+            array = array.view(self._dtype("int16"))
+        array = _shown(name, array)
         if not array.flags["C_CONTIGUOUS"]:
             raise ValueError(f"{name} must be C-contiguous, got strides {array.strides}")
         return array
@@ -76,30 +87,64 @@ class Place(NamedTuple):
                 "q, k and v must be float32 or 16-bit floats on a CUDA device, which computes in"
                 f" float32: got {call.compute}"
             )
-        return call if self.kind == "numpy" else call._replace(q=q, k=k, v=v, mask=key_mask)
+        if self.kind == "numpy":
+            return call
+        result: np.dtype[Any] = q.dtype if q.dtype == k.dtype == v.dtype else call.compute
+        return call._replace(q=q, k=k, v=v, mask=key_mask, result=result)
+
+    def held(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return what kernels have for the dtype of an array that was checked."""
+        return HELD.get(_name(dtype), HELD["float32"]) if self.kind == "numpy" else dtype
 
     def host(self, array: Any) -> Any:
         """Return an array in main memory."""
         if device.on_device(array):
-            array = runtime.to_host(runtime.view(array), self.stream)
+            array = runtime.to_host(_shown("cu_seqlens", array), self.stream)
         return array
 
-    def put(self, array: Any, dtype: Any = np.float32) -> Any:
+    def room(self, call: validation.AttentionCall, out: Any = None) -> Any:
+        """Return an array that kernels write the result of a call to: `out`, checked, or a new one."""
+        dtype = self.held(call.result)
+        if out is None:
+            return self.launch.empty(call.out_shape, dtype)
+        if self.kind not in ("numba", "torch", "cupy"):  # others copy, or know arrays to read only
+            raise ValueError(f"out cannot be used with arrays of {self.kind} on a CUDA device")
+        if not device.on_device(out) or _library(out) != self.kind:
+            raise TypeError(
+                f"out must be an array of {self.kind} on the CUDA device, got {type(out)}"
+            )
+        device.check_placement({"out": out})
+        target = self._view("out", out, ordered=False)
+        if target.dtype != dtype:
+            names = {held: name for name, held in HELD.items()}
+            raise TypeError(f"out must have dtype {names[dtype]}, got {names[target.dtype]}")
+        if target.shape != call.out_shape:
+            raise ValueError(f"out must have shape {call.out_shape}, got {target.shape}")
+        for name, array in {"q": call.q, "k": call.k, "v": call.v, "key_mask": call.mask}.items():
+            if array is not None and _overlap(target, array):
+                raise ValueError(f"out must not overlap {name} on a CUDA device")
+        return target
+
+    def put(self, array: Any) -> Any:
         """Return an array that was checked as one that kernels read: NumPy's is copied there."""
         if self.kind != "numpy":
             return array
-        return runtime.to_device(np.ascontiguousarray(array, dtype), self.stream)
+        held = array.dtype if array.dtype == bool else self.held(array.dtype)
+        if held.itemsize == 4:
+            array = array.astype(held, copy=False)
+        return runtime.to_device(np.ascontiguousarray(array).view(held), self.stream)
 
-    def give(self, array: Any, dtype: Any) -> Any:
-        """Return a result, in float32, as an array of the caller's kind and dtype."""
+    def give(self, array: Any, dtype: np.dtype[Any]) -> Any:
+        """Return a result as an array of the caller's kind, with NumPy of this dtype."""
+        words = array.dtype == HELD["bfloat16"]
         if self.kind == "numpy":
-            return runtime.to_host(array, self.stream).astype(dtype, copy=False)
+            array = runtime.to_host(array, self.stream)
+            return array.view(dtype) if words else array.astype(dtype, copy=False)
         if self.kind == "torch":
             import torch
 
             array = torch.as_tensor(array, device="cuda")
-            return array if self.half is None else array.to(self.half)
-        if self.kind == "cupy":
+        elif self.kind == "cupy":
             import cupy
 
             array = cupy.asarray(array)
@@ -107,7 +152,15 @@ class Place(NamedTuple):
             import jax.numpy
 
             array = jax.numpy.asarray(array)
-        return array if self.half is None else array.astype(self.half)
+        return array.view(self._dtype("bfloat16")) if words else array
+
+    def _dtype(self, name: str) -> Any:
+        """A dtype of the caller's library; NumPy knows bfloat16 as soon as there is an array of it."""
+        if self.kind == "torch":
+            import torch
+
+            return getattr(torch, name)
+        return np.dtype(name)
 
 
 def place(where: object, **arrays: Any) -> Place | None:
@@ -121,18 +174,38 @@ def place(where: object, **arrays: Any) -> Place | None:
         raise TypeError("device='cpu' needs arrays in main memory, got one on a CUDA device")
     found = device.current()
     device.check_placement(arrays)
-    kind = type(there[0]).__module__.partition(".")[0]
-    kind = {"jaxlib": "jax"}.get(kind, kind)
-    halves = {array.dtype for array in there if array.dtype.itemsize <= 2} - {np.dtype(bool)}
-    dtypes = {array.dtype for array in there if array.dtype.itemsize > 1}
-    half = halves.pop() if halves and len(dtypes) == 1 else None
-    if half is not None and kind == "numba":
-        raise TypeError(f"arrays of Numba must be float32 on a CUDA device, got {half}")
-    return Place(found, runtime.stream_of(kind, there[0]), kind, half)
+    kind = _library(there[0])
+    return Place(found, runtime.stream_of(kind, there[0]), kind)
+
+
+def _library(array: Any) -> str:
+    """The name of the library that an array is of."""
+    name = type(array).__module__.partition(".")[0]
+    return {"jaxlib": "jax"}.get(name, name)
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether two arrays of Numba, in C order, share memory."""
+    (first, size), (start, length) = ((runtime.address(x), int(x.nbytes)) for x in (one, other))
+    return first < start + length and start < first + size
 
 
 def _stand_in(array: Any) -> Any:
-    """Return what validation may ask of a device array, its shape and dtype, as a NumPy array."""
+    """Return what validation may ask of a device array as a NumPy array: floats for the words of some."""
     if isinstance(array, np.ndarray) or not device.on_device(array):
         return array
-    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+    dtype = np.float32 if array.dtype in HELD.values() else array.dtype
+    return np.broadcast_to(np.zeros((), dtype), array.shape)
+
+
+def _shown(name: str, array: Any) -> Any:
+    """Return an array as one of Numba's, of the same memory."""
+    try:
+        return runtime.view(array)
+    except (BufferError, NotImplementedError, TypeError) as error:
+        raise TypeError(f"{name} cannot be read where it lies: {error}") from None
+
+
+def _name(dtype: Any) -> str:
+    """The name of a dtype of any library."""
+    return str(dtype).rpartition(".")[2]

@@ -15,7 +15,7 @@ from favor_np.cuda.arrays import Place
 from favor_np.cuda.device import Device
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
-from favor_np.cuda.kernels.pack import change, pack
+from favor_np.cuda.kernels.pack import change, convert, pack
 from favor_np.cuda.kernels.tiles import NOTHING, TILE
 from favor_np.features import FeatureMap
 
@@ -178,6 +178,10 @@ class Launch:
 
     # Attention
 
+    def convert(self, source: Any, target: Any) -> None:
+        """Copy float32 numbers to an array of another type, in its order."""
+        self._launch(convert, (-(-target.size // 256),), source.reshape(-1), target.reshape(-1))
+
     def attend(
         self,
         feature_map: FeatureMap,
@@ -251,14 +255,31 @@ class Launch:
         count = rows.shape[0]
         vectors, shares, heights = self.empty((count, dim)), self.empty(count), self.empty(count)
         self._launch(
-            vjp.cotangents, (-(-count // 8),), _rows(self.place.put(grad)), _rows(out),
+            vjp.cotangents, (-(-count // 8),), _rows(grad), _rows(out),
             *(x.reshape(-1) for x in weights), vectors, shares, heights,
         )  # fmt: skip
         keys = self._keys(of, k, v, mask, k_owners)
         queries = Side(rows, heights, vectors, shares, of.unmasked, of.query_bias)
         results = count // max(q.shape[-2], 1)
-        # every head of the result has gradients for itself, which are then added
-        found = [self.empty((results * x.shape[-2], x.shape[-1])) for x in (q, k, v)]
+        # every head of the result has gradients for itself; where heads share, they are then added
+        group = whole.q_rows.shape[1]
+        heads = [
+            whole.q_rows.ravel() // max(q.shape[-2], 1),
+            np.repeat(whole.table[:, 0], group) // max(k.shape[-2], 1),
+            np.repeat(whole.table[:, 1], group) // max(k.shape[-2], 1),
+        ]
+        numbers = whole.out_rows.ravel() // max(q.shape[-2], 1)
+        sums = [
+            plan.sums_over_heads(of_head, numbers, math.prod(x.shape[:-2]))
+            for of_head, x in zip(heads, (q, k, v), strict=True)
+        ]
+        found = [
+            self.empty(
+                (results * x.shape[-2], x.shape[-1]),
+                np.float32 if added else self.place.held(x.dtype),
+            )
+            for x, added in zip((q, k, v), sums, strict=True)
+        ]
         problem = Problem(
             map=of,
             sides=plan.keys_and_queries(jobs),
@@ -282,29 +303,21 @@ class Launch:
             self._pull(*args, side=1, out=found[1])
 
         self._run(problem, read_and_pull)
-        group = whole.q_rows.shape[1]
-        heads = [
-            whole.q_rows.ravel() // max(q.shape[-2], 1),
-            np.repeat(whole.table[:, 0], group) // max(k.shape[-2], 1),
-            np.repeat(whole.table[:, 1], group) // max(k.shape[-2], 1),
-        ]
-        numbers = whole.out_rows.ravel() // max(q.shape[-2], 1)
         return [
-            self._summed(x, like.shape, of_head, numbers)
-            for x, like, of_head in zip(found, (q, k, v), heads, strict=True)
+            self._summed(x, like, added)
+            for x, like, added in zip(found, (q, k, v), sums, strict=True)
         ]
 
-    def _summed(self, found: Any, shape: tuple[int, ...], heads: Array, numbers: Array) -> Any:
+    def _summed(self, found: Any, like: Any, sums: tuple[Array, Array] | None) -> Any:
         """Add the gradients of all results to those of the heads that they belong to."""
-        count = math.prod(shape[:-2])
-        sums = plan.sums_over_heads(heads, numbers, count)
         if sums is not None:
-            source, width = found.reshape(len(numbers), -1), math.prod(shape[-2:])
-            found = self.empty((count, width))
+            count, width = math.prod(like.shape[:-2]), math.prod(like.shape[-2:])
+            source = found.reshape(-1, width)
+            found = self.empty((count, width), self.place.held(like.dtype))
             self._launch(
                 vjp.gather, (count, -(-width // 256)), source, *(self._put(x) for x in sums), found
             )
-        return found.reshape(shape)
+        return found.reshape(like.shape)
 
     def _jobs(
         self, feature_map: FeatureMap, q: Any, k: Any, v: Any, mask: Any, grouped: bool,
@@ -322,7 +335,7 @@ class Launch:
 
     def _keys(self, of: Map, k: Any, v: Any, mask: Any, owners: plan.Owners | None) -> Side:
         rows, heights = self._pack(of, k, 1, owners)
-        seen = of.unmasked if mask is None else self.place.put(mask, np.bool_).reshape(-1)
+        seen = of.unmasked if mask is None else self.place.put(mask).reshape(-1)
         return Side(rows, heights, _rows(self.place.put(v)), of.nothing, seen, of.bias)
 
     def _pack(self, of: Map, source: Any, side: int, owners: plan.Owners | None) -> tuple[Any, Any]:

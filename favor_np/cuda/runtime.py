@@ -81,10 +81,31 @@ def copy(array: Any, stream: Any) -> Any:
 
 
 def view(array: Any) -> Any:
-    """Return an array of any library on the device as one of Numba's, of the same memory."""
+    """Return an array of any library on the device as one of Numba's, of the same memory.
+
+    BufferError, NotImplementedError or TypeError if the library does not show it as it should.
+    """
     from numba import cuda
 
-    return cuda.as_cuda_array(array)
+    if hasattr(array, "__cuda_array_interface__"):
+        return cuda.as_cuda_array(array)
+    from cuda.core.utils import StridedMemoryView  # numba-cuda needs it as well
+
+    shown = StridedMemoryView.from_dlpack(array, stream_ptr=0)
+    size = shown.dtype.itemsize
+    interface = {
+        "version": 3,
+        "shape": shown.shape,
+        "typestr": shown.dtype.str,
+        "data": (shown.ptr, shown.readonly),
+        "strides": None if shown.strides is None else tuple(size * n for n in shown.strides),
+    }
+    return cuda.from_cuda_array_interface(interface, owner=shown).view(shown.dtype)
+
+
+def address(array: Any) -> int:
+    """Return where an array of Numba begins."""
+    return int(array.__cuda_array_interface__["data"][0])
 
 
 def stream_of(kind: str, array: Any) -> Any:
@@ -99,4 +120,6 @@ def stream_of(kind: str, array: Any) -> Any:
         import torch
 
         return cuda.external_stream(torch.cuda.current_stream().cuda_stream)
-    return getattr(array, "stream", 0) or 0
+    return (
+        (array.stream or 0) if kind == "numba" else 0
+    )  # the default one, with which others are in order

@@ -87,6 +87,19 @@ class Case:
         return np.finfo(np.float32).eps * (8 + 4 * widest * longest + 2 * fm.key_norm * longest**2)
 
 
+def in_16_bits(case: Case, dtype: Any) -> tuple[list[Any], list[Any]]:
+    """The arrays of a case in a type of 16 bits, and the same numbers in float32."""
+    short = [x.astype(dtype) for x in case.arrays()]
+    return short, [x.astype(np.float32) for x in short]
+
+
+def same_rounded(found: Any, whole: Any, dtype: Any) -> bool:
+    """Whether an array is another one, rounded to a type."""
+    with np.errstate(over="ignore"):
+        expected = whole.astype(dtype)
+    return found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
+
+
 CASES = {
     **{
         f"{name}-{length}": Case(length, causal=causal)

@@ -8,13 +8,17 @@ import ptxrun
 
 ptxrun.require()
 
-CODE = """
+CODE = r"""
 import stub_driver
 stub_driver.install(devices=2)
+import ctypes
+import ml_dtypes
 import numpy as np
 import pytest
 from numba import cuda
+from cuda.core.utils import StridedMemoryView
 from favor_np import AttentionState, favor_attention, favor_attention_vjp, feature_map
+from favor_np.cuda import runtime
 
 rng = np.random.default_rng(0)
 here = [rng.standard_normal((2, 5, 8)).astype(np.float32) for _ in range(3)]
@@ -61,8 +65,72 @@ with pytest.raises(TypeError, match="^device='cpu' needs"):
     favor_attention(q, k, v, fm, device="cpu")
 with pytest.raises(ValueError, match="^k must be C-contiguous"):
     favor_attention(q, cuda.to_device(np.asfortranarray(here[1])), v, fm)
-with pytest.raises(TypeError, match="must be float32"):
-    favor_attention(*(cuda.to_device(x.astype(float)) for x in here), fm)
+words = [x.astype(ml_dtypes.bfloat16) for x in here]
+short = [cuda.to_device(x.view(np.int16)).view(ml_dtypes.bfloat16) for x in words]
+out = favor_attention(*short, fm, causal=True)
+assert out.dtype == state.attend(short[0]).dtype == ml_dtypes.bfloat16
+numbers = favor_attention(*(x.astype(np.float32) for x in words), fm, causal=True, device="cuda")
+rounded = numbers.astype(ml_dtypes.bfloat16)
+assert out.view(np.int16).copy_to_host().tobytes() == rounded.tobytes()
+class Exchanged:  # as a library that knows DLPack only: no dtype, no shape
+    def __init__(self, array, code=None):
+        self.view, self.code = StridedMemoryView.from_any_interface(array, stream_ptr=-1), code
+
+    def __dlpack_device__(self):
+        return self.view.__dlpack_device__()
+
+    def __dlpack__(self, *, stream=None, max_version=None):
+        capsule = self.view.__dlpack__()
+        if self.code is not None:  # in its struct after data, device and ndim
+            pointer = ctypes.pythonapi.PyCapsule_GetPointer
+            pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+            ctypes.c_uint8.from_address(pointer(capsule, b"dltensor") + 20).value = self.code
+        return capsule
+
+
+mine = [cuda.to_device(x) for x in here]
+found = favor_attention(*map(Exchanged, mine), fm, causal=True, key_mask=cuda.to_device(mask))
+same(found, wanted)
+found = favor_attention(q, k, v, fm, cu_seqlens=Exchanged(offsets))
+same(found, favor_attention(*here, fm, cu_seqlens=[0, 2, 5]))
+found = favor_attention(*(Exchanged(x.view(np.int16), 4) for x in short), fm, causal=True)
+assert found.view(np.int16).copy_to_host().tobytes() == rounded.tobytes()
+before, taken = sys.getrefcount(mine[0]), runtime.view(Exchanged(mine[0]))
+assert taken.gpu_data.owner is not None and sys.getrefcount(mine[0]) > before
+del taken
+assert sys.getrefcount(mine[0]) == before  # the producer was told
+with pytest.raises(ValueError, match="^q must be C-contiguous"):
+    fortran = cuda.to_device(np.asfortranarray(here[0]))
+    favor_attention(Exchanged(fortran), *map(Exchanged, mine[1:]), fm)
+with pytest.raises(TypeError, match="^v cannot be read where it lies: .*dtype"):
+    favor_attention(*map(Exchanged, mine[:2]), Exchanged(mine[2], 77), fm)
+room = cuda.device_array((3, 2, 5, 8), np.float32)
+out = room[1]
+assert favor_attention(*mine, fm, causal=True, key_mask=cuda.to_device(mask), out=out) is out
+same(room[1], wanted)
+target = cuda.device_array((2, 5, 8), np.int16).view(ml_dtypes.bfloat16)
+assert favor_attention(*short, fm, causal=True, out=target) is target
+assert target.view(np.int16).copy_to_host().tobytes() == rounded.tobytes()
+kept = [x.copy_to_host() for x in mine]
+for out, error, text in (
+    (np.empty((2, 5, 8), np.float32), TypeError, "^out must be an array of numba on the CUDA"),
+    (Exchanged(room[0]), TypeError, "^out must be an array of numba on the CUDA device"),
+    (target, TypeError, "^out must have dtype float32, got bfloat16"),
+    (room, ValueError, r"^out must have shape \(2, 5, 8\), got \(3, 2, 5, 8\)"),
+    (room[:, 0, :2], ValueError, "^out must be C-contiguous"),
+    (mine[1], ValueError, "^out must not overlap k"),
+):
+    with pytest.raises(error, match=text):
+        favor_attention(*mine, fm, out=out)
+both = cuda.to_device(np.concatenate([here[2], here[2][:1]]))
+with pytest.raises(ValueError, match="^out must not overlap v"):  # by half
+    favor_attention(*mine[:2], both[:2], fm, out=both[1:])
+assert all(np.array_equal(x.copy_to_host(), y) for x, y in zip(mine, kept))
+with pytest.raises(ValueError, match="^out cannot be used with arrays of __main__"):
+    favor_attention(*map(Exchanged, mine), fm, out=Exchanged(room[0]))
+for wrong in (float, np.int16):  # whose words are no bfloat16
+    with pytest.raises(TypeError, match=f"^k must be float32 or .* got {np.dtype(wrong)}"):
+        favor_attention(q, cuda.to_device(here[1].astype(wrong)), v, fm)
 with pytest.raises(TypeError, match="^grad_out lies in main memory"):
     pullback(wanted)
 with cuda.gpus[1]:  # a map is copied to each device, and a state stays where it is

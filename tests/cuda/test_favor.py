@@ -1,5 +1,8 @@
 """favor_attention by the CUDA kernels, executed from PTX under the real code of the host."""
 
+import inspect
+
+import ml_dtypes
 import naive
 import numpy as np
 import ptxrun
@@ -7,7 +10,7 @@ import pytest
 
 ptxrun.require()
 
-from cases import CASES, Case
+from cases import CASES, Case, in_16_bits, same_rounded
 
 from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
 from favor_np.cuda import plan
@@ -133,14 +136,51 @@ def test_spans_and_stretches(gpu, monkeypatch):
     assert naive.relative_error(out, expected) < case.tolerance()
 
 
-def test_half_precision_arrays_of_numpy(gpu):
-    case = Case(length=20, causal=True)
-    q, k, v = (x.astype(np.float16) for x in case.arrays())
-    fm = case.feature_map()
-    out = favor_attention(q, k, v, fm, causal=True, device="cuda")
-    assert out.dtype == np.float16
-    here = favor_attention(q, k, v, fm, causal=True)
-    assert naive.relative_error(out, here) < 1e-3
+@pytest.mark.parametrize(("dtype", "causal"), [(np.float16, False), (ml_dtypes.bfloat16, True)])
+def test_16_bits_are_read_and_the_result_rounded(dtype, causal, gpu):
+    case = Case(masked=True, causal=causal, seed=2)
+    fm, keywords = case.feature_map(), case.keywords()
+    short, long = in_16_bits(case, dtype)
+    whole = favor_attention(*long, fm, device="cuda", **keywords)
+    gpu.launches.clear()
+    out = favor_attention(*short, fm, device="cuda", **keywords)
+    assert same_rounded(out, whole, dtype)
+    expected = naive.favor_attention(*long, fm.projection, **keywords, **case.map_options)
+    half_a_step = float(ml_dtypes.finfo(dtype).eps) / 2
+    assert naive.relative_error(out.astype(float), expected) < case.tolerance() + half_a_step
+    kinds = {
+        (kernel.__name__, name): x.dtype.itemsize
+        for kernel, _, args in gpu.launches
+        for name, x in zip(inspect.signature(kernel).parameters, args, strict=True)
+        if isinstance(x, np.ndarray)
+    }
+    ways = ("pack", "source"), ("fold", "v"), ("read", "v"), ("read", "out")
+    assert [kinds[way] for way in ways] == [2, 2, 2, 2]  # nobody copies them to float32
+
+
+def test_later_keys_in_bfloat16_change_no_bit(gpu):
+    case = Case(length=TILE + 9, causal=True)
+    arrays, _ = in_16_bits(case, ml_dtypes.bfloat16)
+    fm, changed = case.feature_map(), TILE - 1
+    out = favor_attention(*arrays, fm, causal=True, device="cuda")
+    for by in (30, np.inf, np.nan):
+        later = [x.copy() for x in arrays]
+        for x in later:
+            x[:, changed:] = x[:, changed:].astype(np.float32) * np.float32(by)
+        found = favor_attention(*later, fm, causal=True, device="cuda")
+        assert found[:, :changed].tobytes() == out[:, :changed].tobytes()
+    assert np.isnan(found[:, changed:].astype(float)).all()
+
+
+def test_a_state_in_bfloat16(gpu):
+    case = Case(length=9, value_dim=5, rows=20, causal=True)
+    (q, k, v), long = in_16_bits(case, ml_dtypes.bfloat16)
+    mine, theirs = (AttentionState.zeros(case.feature_map(), 5, 2, device="cuda") for _ in range(2))
+    mine.update(k[:, :8], v[:, :8])
+    theirs.update(*(x[:, :8] for x in long[1:]))
+    assert np.array_equal(mine.S, theirs.S)
+    row = mine.step(q[:, 8], k[:, 8], v[:, 8])
+    assert same_rounded(row, theirs.step(*(x[:, 8] for x in long)), v.dtype)
 
 
 def test_bad_arguments_are_named(gpu):

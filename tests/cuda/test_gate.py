@@ -122,12 +122,15 @@ def test_loops_of_products_are_found():
 
 def test_a_launch_is_noted_with_the_types_that_numba_sees():
     recorder = gate.Recorder()
-    x = np.zeros((2, 3), np.float32)
+    x, out = np.zeros((2, 2, 3), np.float32)
     x.flags.writeable = False
-    half = np.zeros((2, 3), np.float16)
-    for args in ((x, half, np.int32(3)), (x, half, np.int32(4)), (x, half, 3)):
+    half = out.astype(np.float16)
+    for args in ((out, out, np.int32(3)), (out, out, np.int32(4)), (x, half, 3)):
         recorder.launch(demo.softmax_rows, (1,), args)
-    assert list(recorder.kernels) == ["softmax_rows", "softmax_rows(2d f4 const, 2d f2, i8)"]
+    assert list(recorder.kernels) == [
+        "softmax_rows",
+        "softmax_rows(x 2d f4 const, out 2d f2, columns i8)",
+    ]
 
 
 # ---- the kernels of the package
@@ -162,7 +165,7 @@ def test_products_load_128_bits_at_a_time(name):
 @pytest.mark.parametrize("cc", [cc for cc in ARCHITECTURES if cc not in gate.STRICT],
                          ids=gate.architecture)  # fmt: skip
 def test_other_architectures_compile(cc, kernels):
-    """The kernels of antithetic maps stand for the others: those differ in the features only."""
+    """The kernels of antithetic maps in float32 stand for the others: those differ in little."""
     for name, kernel in kernels.items():
-        if "kind" not in name or "kind=0, per_sign=2" in name:
+        if "kind" not in name or ("kind=0, per_sign=2" in name and "(" not in name):
             assert gate.figures(gate.compiled(kernel, cc), cc).float64 == 0

@@ -1,5 +1,9 @@
 """Gradients by the CUDA kernels, executed from PTX under the real code of the host."""
 
+import inspect
+import re
+
+import ml_dtypes
 import naive
 import numpy as np
 import ptxrun
@@ -7,10 +11,12 @@ import pytest
 
 ptxrun.require()
 
-from cases import MAPS, Case
+from cases import MAPS, Case, in_16_bits, same_rounded
+from mutants import mutate
 
 from favor_np import favor_attention_vjp, feature_map
 from favor_np.cuda.kernels.tiles import TILE
+from favor_np.cuda.runtime import THREADS, bounds
 
 
 def check(case, gpu, factor=10, **more):
@@ -99,6 +105,67 @@ def test_calibrated_maps(method, heads, gpu):
 
 def test_large_queries_and_keys(gpu):
     check(Case(TILE + 2, value_dim=5, rows=20, causal=True, std=5.0), gpu)
+
+
+def test_in_bfloat16(gpu):
+    """What float32 finds, rounded: the pullback goes on from the result before it was."""
+    case = Case(70, value_dim=5, rows=20)
+    short, long = in_16_bits(case, ml_dtypes.bfloat16)
+    fm = case.feature_map()
+    whole, wanted = favor_attention_vjp(*long, fm, device="cuda")
+    out, pullback = favor_attention_vjp(*short, fm, device="cuda")
+    assert same_rounded(out, whole, ml_dtypes.bfloat16)
+    grad = np.random.default_rng(9).standard_normal(out.shape).astype(ml_dtypes.bfloat16)
+    found, expected = pullback(grad), wanted(grad.astype(np.float32))
+    for name in "qkv":
+        assert same_rounded(getattr(found, name), getattr(expected, name), ml_dtypes.bfloat16), name
+
+
+def test_each_gradient_has_the_type_of_its_array(gpu):
+    """Those of keys and values are added for three heads in float32 before they are rounded."""
+    case = Case(20, lead=(3,), kv_lead=(), value_dim=5, rows=20)
+    (_, k, v), (q, *long) = in_16_bits(case, ml_dtypes.bfloat16)
+    fm = case.feature_map()
+    whole, wanted = favor_attention_vjp(q, *long, fm, device="cuda")
+    out, pullback = favor_attention_vjp(q, k, v, fm, device="cuda")
+    assert same_rounded(out, whole, np.float32)
+    found, expected = pullback(out), wanted(whole)
+    for name, dtype in (("q", np.float32), ("k", k.dtype), ("v", v.dtype)):
+        assert same_rounded(getattr(found, name), getattr(expected, name), dtype), name
+
+
+#: Bugs in the kernel of the gradient: what is planted where, and the line at which it is found.
+BARRIERS = [
+    ("            cuda.syncthreads()\n            for i", "            for i", "keys[p * STRIDE + tx"),
+    ("                cuda.syncthreads()\n                multiply(", "                multiply(",
+     "plain[r * TILE"),
+    ("    cuda.syncthreads()\n    x = tid", "    x = tid", "rounded(keys"),
+]  # fmt: skip
+GUARDS = [
+    ("if x < weight.shape[1]:", "if True:", "value = weight["),
+    ("and x < out.shape[1] and own", "and own", "* q[row, x]"),
+    ("range(tid >> 6, job[COUNT], 4)", "range(tid >> 6, TILE, 4)", "rounded(keys"),
+]
+
+
+@pytest.mark.parametrize(
+    ("planted", "kinds"), [(BARRIERS, {"race", "uninitialised"}), (GUARDS, {"out of bounds"})],
+    ids=["barriers", "guards"],
+)  # fmt: skip
+def test_planted_bugs_are_found(planted, kinds, gpu):
+    """Three in one kernel, for it takes seconds to compile: each is found at its own line."""
+    check(Case(TILE + 2, value_dim=5, rows=33, lead=(), causal=True), gpu)
+    pull, grid, args = next(x for x in gpu.launches if x[0].__name__ == "pull")
+    mutant = pull
+    for old, new, _ in planted:
+        mutant = mutate(mutant, old, new)
+    options = {"launch_bounds": bounds(pull)}
+    report = ptxrun.run(mutant, grid, THREADS, args, options=options)
+    assert {finding.split(":")[0] for finding in report.findings} == kinds
+    lines, _ = inspect.getsourcelines(mutant)
+    for *_, text in planted:
+        (line,) = (n for n, code in enumerate(lines, 1) if text in code)
+        assert any(re.search(rf"<source \d+>:{line}\b", x) for x in report.findings), (text, report)
 
 
 def test_bad_arguments_are_named(gpu):

@@ -96,6 +96,43 @@ def test_arrays_of_other_libraries(library, cuda):
     assert_right(case, host)
 
 
+def test_16_bits_are_read_and_the_result_rounded(cuda):
+    case = cases.CASES["causal-131"]
+    short, long = cases.in_16_bits(case, np.float16)
+    found, whole = (
+        favor_np.favor_attention(
+            *map(cuda.to_device, arrays), case.feature_map(), **case.keywords()
+        ).copy_to_host()
+        for arrays in (short, long)
+    )
+    assert cases.same_rounded(found, whole, np.float16)
+
+
+def test_arrays_of_a_library_that_knows_dlpack_only(cuda):
+    from cuda.core.utils import StridedMemoryView
+
+    case = cases.CASES["causal-131"]
+    arrays, options = on_device(cuda, case)
+    shown = [StridedMemoryView.from_any_interface(x, stream_ptr=-1) for x in arrays]
+    out = favor_np.favor_attention(*shown, case.feature_map(), **options)
+    assert_right(case, out.copy_to_host())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_of_torch(dtype, cuda):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("a PyTorch without CUDA")
+    case = cases.CASES["causal-131"]
+    short = [torch.from_numpy(x).to("cuda", getattr(torch, dtype)) for x in case.arrays()]
+    found, whole = (
+        favor_np.favor_attention(*arrays, case.feature_map(), **case.keywords())
+        for arrays in (short, [x.float() for x in short])
+    )
+    assert found.dtype == short[0].dtype
+    assert torch.equal(found, whole.to(found.dtype))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradients(causal, cuda):
     case = cases.Case(cases.TILE + 2, value_dim=5, rows=20, causal=causal)

@@ -13,6 +13,7 @@ from typing import Any
 
 from numba import cuda, float32, int32
 
+from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
     JOB,
     LOWEST,
@@ -82,7 +83,7 @@ def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
         value = float32(0)
         if p < count and column + x < v.shape[1]:
             if mask.size == 0 or mask[mask_row + step * p] != 0:
-                value = float32(v[row + step * p, column + x])
+                value = number(v[row + step * p, column + x])
         clean = clean and value * float32(0) == float32(0)
         plain[i * TILE + x] = value
     return clean
@@ -424,7 +425,9 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         x = tid & 63
         for i in range(tid >> 6, job[COUNT], 4):
             if column + x < out.shape[1]:
-                out[job[OUT_ROW] + job[STEP] * i, column + x] = queries[i * STRIDE + x]
+                out[job[OUT_ROW] + job[STEP] * i, column + x] = rounded(
+                    queries[i * STRIDE + x], out
+                )
 
     if causal and kind != POSITIVE:  # with the factors of their features they need more registers
         read.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds

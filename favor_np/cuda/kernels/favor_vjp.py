@@ -27,6 +27,7 @@ from favor_np.cuda.kernels.favor import (
     put_heights,
 )
 from favor_np.cuda.kernels.pack import total_of_warp
+from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
     JOB,
     MASKED,
@@ -63,7 +64,7 @@ def cotangents(grad, out, dens, tops, vectors, shares, heights):
         den, total = dens[row], float32(0)
         inverse = float32(1) / den if den != float32(0) else float32(0)
         for x in range(thread, grad.shape[1], 32):
-            value = grad[row, x] * inverse if den != float32(0) else float32(0)
+            value = number(grad[row, x]) * inverse if den != float32(0) else float32(0)
             vectors[row, x] = value
             total -= value * out[row, x]
         total = total_of_warp(total)
@@ -82,7 +83,7 @@ def gather(source, first, parts, target):
         total = float32(0)
         for n in range(first[block], first[block + 1]):
             total += source[parts[n], x]
-        target[block, x] = total
+        target[block, x] = rounded(total, target)
 
 
 @device
@@ -240,7 +241,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         x = tid & 63
         for i in range(tid >> 6, job[COUNT], 4):
             if column + x < out.shape[1]:
-                out[job[OUT_ROW] + job[STEP] * i, column + x] = keys[i * STRIDE + x]
+                out[job[OUT_ROW] + job[STEP] * i, column + x] = rounded(keys[i * STRIDE + x], out)
 
     if causal and kind != POSITIVE:
         pull.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds

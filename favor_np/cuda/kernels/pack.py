@@ -6,6 +6,7 @@ import math
 
 from numba import cuda, float32
 
+from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
     FAR,
     STAGED,
@@ -48,14 +49,14 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
     for i in range(warp, count, 8):
         largest, spoiled = float32(0), float32(0)
         for x in range(thread, width, 32):
-            value = float32(source[row + i, x])
+            value = number(source[row + i, x])
             largest = max(largest, abs(value))
             spoiled += value * float32(0)
         largest, spoiled = highest_of_warp(largest), total_of_warp(spoiled)
         unit = float32(1) / largest if largest > float32(1e-30) else float32(1)
         square = float32(0)
         for x in range(thread, width, 32):
-            value = float32(source[row + i, x]) * unit
+            value = number(source[row + i, x]) * unit
             square += value * value
         norm = math.sqrt(total_of_warp(square))
         gain = float32(1)
@@ -65,7 +66,7 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
         for x in range(thread, target.shape[1], 32):
             value = float32(0)
             if x < width and spoiled == float32(0):
-                value = float32(source[row + i, x]) * gain
+                value = number(source[row + i, x]) * gain
                 if center.size > 0:
                     value -= center[head, x]
                 if linear.size > 0:
@@ -75,6 +76,13 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
         total = max(min(total_of_warp(total), float32(FAR)), float32(-FAR))
         if thread == 0:
             height[target_row + i] = total + spoiled
+
+
+def convert(source, target):
+    """Copy float32 numbers to an array of another type."""
+    i = cuda.blockIdx.x * 256 + (cuda.threadIdx.x & 255)
+    if i < target.shape[0]:
+        target[i] = rounded(source[i], target)
 
 
 def change(rows, matrix, key_norm, table, target, height):
@@ -108,7 +116,7 @@ def change(rows, matrix, key_norm, table, target, height):
                 x = column + tx + 16 * j
                 square[i] += part[i, j] * part[i, j]
                 if ty + 16 * i < count and x < width:
-                    target[row + ty + 16 * i, x] = part[i, j]
+                    target[row + ty + 16 * i, x] = rounded(part[i, j], target)
     for i in range(4):
         total = key_norm * total_across(square[i])
         if tx == 0 and ty + 16 * i < count:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from numba import cuda, float32, int32
 from numba.cuda.libdevice import float_as_int, int_as_float
 
+from favor_np.cuda.kernels.storage import number
 from favor_np.kernels.activate import ELU, LOG2E, POSITIVE
 
 #: Positions, features and values of a tile; threads of a block.
@@ -182,7 +183,7 @@ def stage_rows(source, row, step, count, column, stage, at):
     for n in range(4):
         i = (tid >> 4) + 16 * n
         stage[(at + i) * STAGE + x] = (
-            source[row + step * i, column + x] if i < count and inside else float32(0)
+            number(source[row + step * i, column + x]) if i < count and inside else float32(0)
         )
 
 
