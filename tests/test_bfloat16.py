@@ -301,3 +301,20 @@ def test_errors(change, error, message):
     if "window" not in change:
         with pytest.raises(error, match=message):
             exact_attention(**(good | change))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_values_that_are_not_finite_spoil_the_rows_that_see_them(causal):
+    q, k, v = arrays((300,), 16, 20)
+    v[5, 3], v[150, 7], v[299, 0] = np.nan, np.inf, -np.inf
+    for attention in (exact_attention, favor_attention):
+        fm = [feature_map("positive", 16, 64, rng=0)] if attention is favor_attention else []
+        full = attention(q, k, v, *fm, causal=causal)
+        half = attention(q, k, v, *fm, causal=causal, precision="bfloat16")
+        spoiled = np.isnan(v) | np.isinf(v)
+        if causal:
+            spoiled = np.logical_or.accumulate(spoiled)
+        else:
+            spoiled = np.broadcast_to(spoiled.any(0), full.shape)
+        for out in (full, half):
+            assert np.array_equal(~np.isfinite(out), spoiled)
