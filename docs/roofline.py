@@ -80,10 +80,10 @@ def operations(kernel, grid, args):
     square = TILE**3
     if kernel.__name__ == "fold":
         tiles = np.sum(-(-given["table"][:, 2] // TILE))
-        projection = TILE * made_for["rows_of_w"] * given["k"].shape[1]
+        projection = TILE * 16 * made_for["per_sign"] * given["k"].shape[1]
         return 2 * int(tiles) * grid[1] * grid[2] * (projection + square)
     if kernel.__name__ == "read":
-        projection = TILE * made_for["rows_of_w"] * given["q"].shape[1]
+        projection = TILE * 16 * made_for["per_sign"] * given["q"].shape[1]
         slices = given["c"].shape[1] // TILE
         sides = 2 if made_for["causal"] else 1
         each = slices * sides * (projection + square) + (sides - 1) * square

@@ -33,13 +33,12 @@ from favor_np.cuda.kernels.tiles import (
     features,
     highest_across,
     lane,
-    log_features,
     multiply,
     multiply_rows,
     multiply_seen,
     multiply_turned,
     power,
-    product,
+    project,
     signed,
     take,
     total_across,
@@ -137,7 +136,7 @@ def part_of_keys(y, start, count, before, level, base, cut, tops):
 
 def make_fold(kind: int, signs: int) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own."""
-    rows_of_w, per_sign = TILE // signs, 4 // signs
+    per_sign = 4 // signs
 
     def fold(k, height, share, v, mask, weight, bias, epsilon, table, c, s, z):
         keys = cuda.shared.array(PADDED, float32, alignment=16)
@@ -151,7 +150,6 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
         high = cuda.shared.array(ROWS, float32)
         take(table, job)
         part, column = cuda.blockIdx.y, int32(cuda.blockIdx.z * TILE)
-        slices = c.shape[1] >> 6
         total = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
         y = cuda.local.array((4, 4), float32)
@@ -167,10 +165,7 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
             first, step = job[ROW] + job[STEP] * start, job[STEP]
             size = min(TILE, job[COUNT] - start)
             put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
-            clear(raw)
-            product(k, first, step, size, weight, (job[HEAD] * slices + part) * rows_of_w, 1,
-                    rows_of_w, k.shape[1], plain, raw)  # fmt: skip
-            log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+            project(kind, k, first, step, size, weight, bias, job[HEAD], part, high, plain, raw, y)
             for j in range(4):
                 level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
                 for i in range(4):
@@ -263,7 +258,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
 
     It divides by the denominator; or else, for the gradient of values, takes the heights of the rows.
     """
-    rows_of_w, per_sign = TILE // signs, 4 // signs
+    per_sign = 4 // signs
 
     def read(q, q_height, q_mask, k, height, v, mask, weight, q_bias, bias, epsilon, table, c, s, z, out, dens, tops_out):  # fmt: skip
         queries = cuda.shared.array(PADDED, float32, alignment=16)
@@ -307,11 +302,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    clear(raw)
-                    w = (job[HEAD] * slices + part) * rows_of_w
-                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
-                            plain, raw)  # fmt: skip
-                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    project(kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                            high, plain, raw, y)  # fmt: skip
                     stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     features(kind, epsilon, raw, y, level)
                     for i in range(4):
@@ -324,11 +316,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     for j in range(4):
                         f = tx + 16 * j
                         base[f], scale[f] = level[j], power(before[j] - level[j])
-                clear(raw)
-                w = (job[HEAD] * slices + part) * rows_of_w
-                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
-                        plain, raw)  # fmt: skip
-                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
+                project(kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                        high_q, plain, raw, y)  # fmt: skip
                 for j in range(4):
                     level[j] = base[tx + 16 * j]
                 for i in range(4):

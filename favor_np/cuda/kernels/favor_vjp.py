@@ -43,11 +43,11 @@ from favor_np.cuda.kernels.tiles import (
     exponent,
     feature,
     lane,
-    log_features,
     multiply,
     multiply_rows,
     power,
     product,
+    project,
     signed,
     take,
     total_across,
@@ -161,11 +161,8 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    clear(raw)
-                    w = (job[HEAD] * slices + part) * rows_of_w
-                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
-                            plain, raw)  # fmt: skip
-                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    project(kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                            high, plain, raw, y)  # fmt: skip
                     stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     for i in range(4):
                         p = ty + 16 * i
@@ -183,11 +180,8 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                         weight_of = z[job[SLOT], part * TILE + tx + 16 * j]
                         for i in range(4):
                             back[i, j] = (back[i, j] + weight_of * extra[ty + 16 * i]) * by
-                clear(raw)
-                w = (job[HEAD] * slices + part) * rows_of_w
-                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
-                        plain, raw)  # fmt: skip
-                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
+                project(kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                        high_q, plain, raw, y)  # fmt: skip
                 if causal:
                     multiply_rows(pairs, 0, STRIDE, keys, 0, STRIDE, TILE, back)
                 cuda.syncthreads()

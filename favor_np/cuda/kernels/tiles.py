@@ -198,6 +198,16 @@ def product(a, a_row, a_step, a_count, b, b_row, b_step, b_count, depth, stage, 
 
 
 @device
+def project(kind, rows, row, step, count, weight, bias, head, part, high, stage, raw, y):
+    """raw = the projections of a tile of rows on a slice of the weights, y = their log2-features."""
+    slices, width = bias.shape[1] >> 6, 16 * raw.shape[1]
+    clear(raw)
+    product(rows, row, step, count, weight, (head * slices + part) * width, 1, width, rows.shape[1],
+            stage, raw)  # fmt: skip
+    log_features(kind, raw, bias, head, part * TILE, high, y)
+
+
+@device
 def multiply_rows(a, a_at, a_stride, b, b_at, b_stride, depth, total):
     """``total[i, j] += a[i] . b[j]``: rows times rows."""
     _, ty, tx = lane()
