@@ -19,6 +19,7 @@ from favor_np.cuda.kernels.tiles import (
     MASKED,
     NOTHING,
     PADDED,
+    PITCH,
     PLAIN,
     ROWS,
     STAGED,
@@ -26,6 +27,7 @@ from favor_np.cuda.kernels.tiles import (
     TILE,
     WARPS,
     clear,
+    column_of,
     device,
     exp2,
     exponent,
@@ -39,6 +41,7 @@ from favor_np.cuda.kernels.tiles import (
     multiply_turned,
     power,
     project,
+    row_of,
     signed,
     take,
     total_across,
@@ -83,7 +86,7 @@ def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
             if mask.size == 0 or mask[mask_row + step * p] != 0:
                 value = float32(v[row + step * p, column + x])
         clean = clean and value * float32(0) == float32(0)
-        plain[i * TILE + x] = value
+        plain[i * PITCH + x] = value
     return clean
 
 
@@ -134,7 +137,7 @@ def part_of_keys(y, start, count, before, level, base, cut, tops):
     return stop
 
 
-def make_fold(kind: int, signs: int) -> Callable[..., Any]:
+def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own."""
     per_sign = 4 // signs
 
@@ -165,7 +168,8 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
             first, step = job[ROW] + job[STEP] * start, job[STEP]
             size = min(TILE, job[COUNT] - start)
             put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
-            project(kind, k, first, step, size, weight, bias, job[HEAD], part, high, plain, raw, y)
+            project(precision, kind, k, first, step, size, weight, bias, job[HEAD], part, high,
+                    plain, raw, y)  # fmt: skip
             for j in range(4):
                 level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
                 for i in range(4):
@@ -193,8 +197,8 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
             cuda.syncthreads()
             for i in range(4):
                 for j in range(4):
-                    total[i, j] *= scale[4 * ty + i]
-            multiply_turned(keys, plain, TILE, total)
+                    total[i, j] *= scale[row_of(precision, ty, i)]
+            multiply_turned(precision, keys, plain, TILE, total)
             cuda.syncthreads()
         for j in range(4):
             value = folded[j] + cuda.shfl_xor_sync(0xFFFFFFFF, folded[j], 16)
@@ -211,7 +215,11 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
                 z[job[SLOT], part * TILE + f] = value
         for i in range(4):
             for j in range(4):
-                s[job[SLOT], part * TILE + 4 * ty + i, column + 4 * tx + j] = total[i, j]
+                s[
+                    job[SLOT],
+                    part * TILE + row_of(precision, ty, i),
+                    column + column_of(precision, tx, j),
+                ] = total[i, j]
 
     return fold
 
@@ -253,7 +261,9 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
         total_c[slot, f] = after
 
 
-def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
+def make_read(
+    kind: int, signs: int, causal: bool, divide: bool, precision: int
+) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
     It divides by the denominator; or else, for the gradient of values, takes the heights of the rows.
@@ -302,7 +312,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    project(kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                    project(precision, kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
                             high, plain, raw, y)  # fmt: skip
                     stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     features(kind, epsilon, raw, y, level)
@@ -316,7 +326,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     for j in range(4):
                         f = tx + 16 * j
                         base[f], scale[f] = level[j], power(before[j] - level[j])
-                project(kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                project(precision, kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
                         high_q, plain, raw, y)  # fmt: skip
                 for j in range(4):
                     level[j] = base[tx + 16 * j]
@@ -345,6 +355,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                             y[i, j] *= factor(kind, epsilon, signed(raw, i, j))
                 for i in range(4):
                     p, part_of_row = ty + 16 * i, float32(0)
+                    if kind != POSITIVE:
+                        cuda.syncwarp()  # and here, where factors need some
                     for j in range(4):
                         f = tx + 16 * j
                         if causal and p < start:
@@ -358,15 +370,16 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                             den[p] += part_of_row
                 cuda.syncthreads()
                 if causal:
-                    multiply_rows(queries, 0, STRIDE, keys, 0, STRIDE, TILE, scores)
-                for half in range(0, TILE if start == 0 else 0, 32):
-                    for r in range(tid >> 6, 32, 4):
-                        plain[r * TILE + (tid & 63)] = (
+                    multiply_rows(precision, queries, keys, scores)
+                # counters of 64 bits would take two registers each
+                for half in range(int32(0), int32(TILE if start == 0 else 0), int32(32)):
+                    for r in range(int32(tid >> 6), int32(32), int32(4)):
+                        plain[r * PITCH + (tid & 63)] = (
                             s[job[SLOT], part * TILE + half + r, column + (tid & 63)]
                             * scale[half + r]
                         )
                     cuda.syncthreads()
-                    multiply(queries, half, plain, 32, num)
+                    multiply(precision, queries, half, plain, 32, num)
                     cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
@@ -390,9 +403,9 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     cuda.atomic.min(cut, 0, -1)
                 cuda.syncthreads()
                 if cut[0] >= 0:
-                    multiply(queries, half, plain, 32, num)
+                    multiply(precision, queries, half, plain, 32, num)
                 else:  # zero times infinity must not reach the rows before it
-                    multiply_seen(queries, half, plain, 32, num)
+                    multiply_seen(precision, queries, half, plain, 32, num)
                 cuda.syncthreads()
         for i in range(4):
             p = ty + 16 * i
@@ -406,7 +419,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     by = float32(1) / by
             for j in range(4):
                 value = num[i, j] * by
-                queries[p * STRIDE + 4 * tx + j] = (
+                queries[p * STRIDE + column_of(precision, tx, j)] = (
                     value if high_q[p] != float32(MASKED) else float32(0)
                 )
         cuda.syncthreads()
