@@ -24,7 +24,7 @@ def favor_attention(
     cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[False] = ...,
-    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
+    out: Array | None = ..., precision: Literal["full", "bfloat16", "tf32x3"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
 ) -> Array: ...  # fmt: skip
@@ -35,7 +35,7 @@ def favor_attention(
     cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[True],
-    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
+    out: Array | None = ..., precision: Literal["full", "bfloat16", "tf32x3"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
 ) -> tuple[Array, AttentionState]: ...  # fmt: skip
@@ -54,7 +54,7 @@ def favor_attention(
     state: AttentionState | None = None,
     return_state: bool = False,
     out: Array | None = None,
-    precision: Literal["full", "bfloat16"] = "full",
+    precision: Literal["full", "bfloat16", "tf32x3"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
@@ -101,11 +101,13 @@ def favor_attention(
     out : ndarray, optional
         Where to write the result; it may overlap an input.  On a CUDA device: an array of CuPy,
         Numba or PyTorch, as the others are, in C order, which overlaps none.
-    precision : {"full", "bfloat16"}, default "full"
-        "bfloat16": matrix products of numbers rounded to 8 bits, summed in float32; not for
-        float64.  About twice as fast on processors with a matrix unit (AMX), slower on others; it
+    precision : {"full", "bfloat16", "tf32x3"}, default "full"
+        "bfloat16", on the CPU only: matrix products of numbers rounded to 8 bits, summed in
+        float32; not for float64.  About twice as fast on processors with a matrix unit (AMX), slower on others; it
         adds an error of about 0.003 of the result.  Values count as they are: take off a mean that
         is much larger than their spread, and add it to the result.
+        "tf32x3", on a CUDA device of compute capability 8.0 or newer only: matrix products on
+        tensor cores, every factor in two parts, with an error as that of float32.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
@@ -133,7 +135,7 @@ def favor_attention(
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
         without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `decay` is
         not in (0, 1] or not that of `state`, `precision` is "bfloat16" with float64 (integers
-        included) or `window`, the map is "trig" or of another dimension, `state`
+        included) or `window`, `precision` is not for the device, the map is "trig" or of another dimension, `state`
         belongs to another map or packing, `out` is read-only, or `check_finite` is set and an
         array is not finite.
 
@@ -183,7 +185,8 @@ class Prepared(NamedTuple):
     window: int | None
     state: AttentionState | None
     keeps: bool
-    words: bool
+    #: What tells the launcher how to multiply, if not in full precision.
+    products: dict[str, bool]
     place: Place | None
 
     def targets(self, out: object = None, *, whole: bool = False) -> tuple[Any, Any]:
@@ -229,7 +232,7 @@ class Prepared(NamedTuple):
                 state=None if following is None else following.arrays,
                 state_shape=None if following is None else following.batch_shape,
                 threads=call.threads, offsets=self.offsets, clock=self.clock, weights=weights,
-                **({"words": True} if self.words else {}),
+                **self.products,
             )  # fmt: skip
         if following is not None:
             following._count(call.keys, self.offsets)
@@ -301,8 +304,7 @@ def prepare(
     if device is not None or not (type(q) is type(k) is type(v) is np.ndarray):
         where = _place(device, q=q, k=k, v=v, key_mask=key_mask)
     if where is not None:
-        half = precision != "full"
-        where.refuse(decay=decay, window=window, check_finite=check_finite, precision=half)
+        where.refuse(decay=decay, window=window, check_finite=check_finite)
         q, k, v, key_mask = where.views(q=q, k=k, v=v, key_mask=key_mask)
         cu_seqlens = where.host(cu_seqlens)
     if not isinstance(feature_map, FeatureMap):
@@ -343,10 +345,18 @@ def prepare(
             raise ValueError("window needs causal=True")
         if keeps:
             raise ValueError("window cannot be used with state or return_state: see WindowState")
-    words = validation.in_words(precision, call.compute)
-    if words and window is not None:
+    products = {}
+    if where is not None:
+        products = {"tensor": True} if where.on_tensor_cores(precision) else {}
+    elif precision == "tf32x3":
+        raise ValueError(
+            "precision='tf32x3' needs a CUDA device: arrays that lie there, or device='cuda'"
+        )
+    elif validation.in_words(precision, call.compute):
+        products = {"words": True}
+    if products and window is not None:
         raise ValueError("precision='bfloat16' cannot be used with window")
-    return Prepared(feature_map, call, offsets, rates, window, before, keeps, words, where)
+    return Prepared(feature_map, call, offsets, rates, window, before, keeps, products, where)
 
 
 def _place(where: object, **arrays: Any) -> Place | None:

@@ -16,7 +16,7 @@ from favor_np.cuda.device import Device
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
 from favor_np.cuda.kernels.pack import change, convert, pack
-from favor_np.cuda.kernels.tiles import NOTHING, TILE
+from favor_np.cuda.kernels.tiles import FULL, NOTHING, TF32X3, TILE
 from favor_np.features import FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -74,6 +74,7 @@ class Problem(NamedTuple):
     backwards: bool
     states: States
     fresh: bool
+    precision: int = FULL
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -200,8 +201,12 @@ class Launch:
         offsets: Array | None = None,
         clock: None = None,
         weights: tuple[Any, Any] | None = None,
+        tensor: bool = False,
     ) -> None:
-        """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`."""
+        """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`.
+
+        With `tensor` the products of both are computed by tensor cores.
+        """
         of = _map(feature_map, self.place.device)
         jobs = self._jobs(feature_map, q, k, v, mask, grouped, state_shape)
         q_owners, k_owners = plan.row_heads(jobs, q.shape, k.shape, of.layout)
@@ -218,6 +223,7 @@ class Launch:
             backwards=False,
             states=state or self._room(of, len(jobs.table), v.shape[-1]),
             fresh=state is None,
+            precision=TF32X3 if tensor else FULL,
         )  # fmt: skip
         flat = (of.nothing, self.empty(0, np.int32))
         if weights is not None:
@@ -376,7 +382,7 @@ class Launch:
         layout, (slices, columns), count, a = p.map.layout, p.shape, len(parts.owner), p.a
         own = self._room(p.map, count, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs), (count, slices, columns), a.rows, a.heights,
+            make_fold(layout.kind, layout.signs, p.precision), (count, slices, columns), a.rows, a.heights,
             a.shares, a.vectors, a.mask, p.map.weight, a.bias, p.epsilon,
             self._put(plan.fold_table(p.sides, parts, p.backwards)), *own,
         )  # fmt: skip
@@ -395,8 +401,8 @@ class Launch:
         layout, a, b = p.map.layout, p.a, p.b
         table = plan.read_table(p.sides, parts, slots, p.backwards)
         self._launch(
-            make_read(layout.kind, layout.signs, p.causal, divide), (len(table), p.shape[1]), b.rows,
-            b.heights, b.mask, a.rows, a.heights, a.vectors, a.mask, p.map.weight, b.bias, a.bias,
+            make_read(layout.kind, layout.signs, p.causal, divide, p.precision),
+            (len(table), p.shape[1]), b.rows, b.heights, b.mask, a.rows, a.heights, a.vectors, a.mask, p.map.weight, b.bias, a.bias,
             p.epsilon, self._put(table), *states, out, *weights,
         )  # fmt: skip
 

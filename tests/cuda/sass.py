@@ -33,8 +33,8 @@ def disassemble(nvdisasm: str, cubin: Path) -> str:
 
 
 def product_loops(text: str) -> list[Loop]:
-    """The innermost loops with at least 16 multiply-adds, those with the most first."""
-    loops = [loop for loop in _innermost(text) if loop.products >= 16]
+    """The innermost loops with at least 16 multiply-adds, or 6 of tiles: those with the most first."""
+    loops = [loop for loop in _innermost(text) if loop.ffma >= 16 or loop.hmma >= 6]
     return sorted(loops, key=lambda loop: (-loop.products, loop.instructions, loop.wide_loads))
 
 

@@ -16,6 +16,7 @@ from mutants import function_of, mutate
 from numba import cuda
 
 from favor_np.cuda.device import ARCHITECTURES
+from favor_np.cuda.kernels.tiles import FULL, TF32X3
 from favor_np.cuda.runtime import THREADS
 
 f4 = numba.float32
@@ -115,7 +116,8 @@ def test_loops_of_products_are_found():
             total += f4(k)
         out[0, 0] = total
 
-    ((products, instructions, _),) = figures(kernel).loops
+    ((products, tiles, instructions, _),) = figures(kernel).loops
+    assert tiles == 0
     assert 24 <= products < instructions < 400
     assert figures(mutate(kernel, "x[i, j] * x[k, j]", "x[i, j] + x[k, j]")).loops == []
 
@@ -158,8 +160,14 @@ def test_figures(name, cc, kernels):
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name.startswith(("fold", "read"))])
-def test_products_load_128_bits_at_a_time(name):
-    assert all(found["wide_shared_loads"] > 0 for found in TABLE[name].values())
+def test_products_are_what_was_asked_for(name):
+    """Multiply-adds that load 128 bits at a time, or tensor cores: three of their products at least."""
+    for found in TABLE[name].values():
+        if f"precision={FULL}" in name:
+            assert found["wide_shared_loads"] > 0
+            assert not any(hmma for _, hmma, *_ in found["loops"])
+        else:
+            assert sum(hmma for _, hmma, *_ in found["loops"]) >= 12
 
 
 @pytest.mark.parametrize("cc", [cc for cc in ARCHITECTURES if cc not in gate.STRICT],
@@ -167,5 +175,8 @@ def test_products_load_128_bits_at_a_time(name):
 def test_other_architectures_compile(cc, kernels):
     """The kernels of antithetic maps in float32 stand for the others: those differ in little."""
     for name, kernel in kernels.items():
-        if "kind" not in name or ("kind=0, per_sign=2" in name and "(" not in name):
+        if f"precision={TF32X3}" in name and cc < (8, 0):
+            with pytest.raises(RuntimeError, match="ptxas refuses"):
+                gate.figures(gate.compiled(kernel, cc), cc)
+        elif "kind" not in name or ("kind=0, per_sign=2" in name and "(" not in name):
             assert gate.figures(gate.compiled(kernel, cc), cc).float64 == 0

@@ -20,6 +20,7 @@ from favor_np.cuda.kernels.tiles import (
     MASKED,
     NOTHING,
     PADDED,
+    PITCH,
     PLAIN,
     ROWS,
     STAGED,
@@ -27,6 +28,7 @@ from favor_np.cuda.kernels.tiles import (
     TILE,
     WARPS,
     clear,
+    column_of,
     device,
     exp2,
     exponent,
@@ -34,13 +36,13 @@ from favor_np.cuda.kernels.tiles import (
     features,
     highest_across,
     lane,
-    log_features,
     multiply,
     multiply_rows,
     multiply_seen,
     multiply_turned,
     power,
-    product,
+    project,
+    row_of,
     signed,
     take,
     total_across,
@@ -85,7 +87,7 @@ def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
             if mask.size == 0 or mask[mask_row + step * p] != 0:
                 value = number(v[row + step * p, column + x])
         clean = clean and value * float32(0) == float32(0)
-        plain[i * TILE + x] = value
+        plain[i * PITCH + x] = value
     return clean
 
 
@@ -136,9 +138,9 @@ def part_of_keys(y, start, count, before, level, base, cut, tops):
     return stop
 
 
-def make_fold(kind: int, signs: int) -> Callable[..., Any]:
+def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own."""
-    rows_of_w, per_sign = TILE // signs, 4 // signs
+    per_sign = 4 // signs
 
     def fold(k, height, share, v, mask, weight, bias, epsilon, table, c, s, z):
         keys = cuda.shared.array(PADDED, float32, alignment=16)
@@ -152,7 +154,6 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
         high = cuda.shared.array(ROWS, float32)
         take(table, job)
         part, column = cuda.blockIdx.y, int32(cuda.blockIdx.z * TILE)
-        slices = c.shape[1] >> 6
         total = cuda.local.array((4, 4), float32)
         raw = cuda.local.array((4, per_sign), float32)
         y = cuda.local.array((4, 4), float32)
@@ -168,10 +169,8 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
             first, step = job[ROW] + job[STEP] * start, job[STEP]
             size = min(TILE, job[COUNT] - start)
             put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
-            clear(raw)
-            product(k, first, step, size, weight, (job[HEAD] * slices + part) * rows_of_w, 1,
-                    rows_of_w, k.shape[1], plain, raw)  # fmt: skip
-            log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+            project(precision, kind, k, first, step, size, weight, bias, job[HEAD], part, high,
+                    plain, raw, y)  # fmt: skip
             for j in range(4):
                 level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
                 for i in range(4):
@@ -199,8 +198,8 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
             cuda.syncthreads()
             for i in range(4):
                 for j in range(4):
-                    total[i, j] *= scale[4 * ty + i]
-            multiply_turned(keys, plain, TILE, total)
+                    total[i, j] *= scale[row_of(precision, ty, i)]
+            multiply_turned(precision, keys, plain, TILE, total)
             cuda.syncthreads()
         for j in range(4):
             value = folded[j] + cuda.shfl_xor_sync(0xFFFFFFFF, folded[j], 16)
@@ -217,7 +216,11 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
                 z[job[SLOT], part * TILE + f] = value
         for i in range(4):
             for j in range(4):
-                s[job[SLOT], part * TILE + 4 * ty + i, column + 4 * tx + j] = total[i, j]
+                s[
+                    job[SLOT],
+                    part * TILE + row_of(precision, ty, i),
+                    column + column_of(precision, tx, j),
+                ] = total[i, j]
 
     return fold
 
@@ -259,12 +262,14 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
         total_c[slot, f] = after
 
 
-def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
+def make_read(
+    kind: int, signs: int, causal: bool, divide: bool, precision: int
+) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
     It divides by the denominator; or else, for the gradient of values, takes the heights of the rows.
     """
-    rows_of_w, per_sign = TILE // signs, 4 // signs
+    per_sign = 4 // signs
 
     def read(q, q_height, q_mask, k, height, v, mask, weight, q_bias, bias, epsilon, table, c, s, z, out, dens, tops_out):  # fmt: skip
         queries = cuda.shared.array(PADDED, float32, alignment=16)
@@ -308,11 +313,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    clear(raw)
-                    w = (job[HEAD] * slices + part) * rows_of_w
-                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
-                            plain, raw)  # fmt: skip
-                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    project(precision, kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                            high, plain, raw, y)  # fmt: skip
                     stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     features(kind, epsilon, raw, y, level)
                     for i in range(4):
@@ -325,11 +327,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     for j in range(4):
                         f = tx + 16 * j
                         base[f], scale[f] = level[j], power(before[j] - level[j])
-                clear(raw)
-                w = (job[HEAD] * slices + part) * rows_of_w
-                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
-                        plain, raw)  # fmt: skip
-                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
+                project(precision, kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                        high_q, plain, raw, y)  # fmt: skip
                 for j in range(4):
                     level[j] = base[tx + 16 * j]
                 for i in range(4):
@@ -357,6 +356,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                             y[i, j] *= factor(kind, epsilon, signed(raw, i, j))
                 for i in range(4):
                     p, part_of_row = ty + 16 * i, float32(0)
+                    if kind != POSITIVE:
+                        cuda.syncwarp()  # and here, where factors need some
                     for j in range(4):
                         f = tx + 16 * j
                         if causal and p < start:
@@ -370,15 +371,16 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                             den[p] += part_of_row
                 cuda.syncthreads()
                 if causal:
-                    multiply_rows(queries, 0, STRIDE, keys, 0, STRIDE, TILE, scores)
-                for half in range(0, TILE if start == 0 else 0, 32):
-                    for r in range(tid >> 6, 32, 4):
-                        plain[r * TILE + (tid & 63)] = (
+                    multiply_rows(precision, queries, keys, scores)
+                # counters of 64 bits would take two registers each
+                for half in range(int32(0), int32(TILE if start == 0 else 0), int32(32)):
+                    for r in range(int32(tid >> 6), int32(32), int32(4)):
+                        plain[r * PITCH + (tid & 63)] = (
                             s[job[SLOT], part * TILE + half + r, column + (tid & 63)]
                             * scale[half + r]
                         )
                     cuda.syncthreads()
-                    multiply(queries, half, plain, 32, num)
+                    multiply(precision, queries, half, plain, 32, num)
                     cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
@@ -402,9 +404,9 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     cuda.atomic.min(cut, 0, -1)
                 cuda.syncthreads()
                 if cut[0] >= 0:
-                    multiply(queries, half, plain, 32, num)
+                    multiply(precision, queries, half, plain, 32, num)
                 else:  # zero times infinity must not reach the rows before it
-                    multiply_seen(queries, half, plain, 32, num)
+                    multiply_seen(precision, queries, half, plain, 32, num)
                 cuda.syncthreads()
         for i in range(4):
             p = ty + 16 * i
@@ -418,7 +420,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     by = float32(1) / by
             for j in range(4):
                 value = num[i, j] * by
-                queries[p * STRIDE + 4 * tx + j] = (
+                queries[p * STRIDE + column_of(precision, tx, j)] = (
                     value if high_q[p] != float32(MASKED) else float32(0)
                 )
         cuda.syncthreads()

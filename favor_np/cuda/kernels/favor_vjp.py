@@ -29,10 +29,12 @@ from favor_np.cuda.kernels.favor import (
 from favor_np.cuda.kernels.pack import total_of_warp
 from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
+    FULL,
     JOB,
     MASKED,
     NOTHING,
     PADDED,
+    PITCH,
     ROWS,
     STAGED,
     STRIDE,
@@ -44,11 +46,11 @@ from favor_np.cuda.kernels.tiles import (
     exponent,
     feature,
     lane,
-    log_features,
     multiply,
     multiply_rows,
     power,
     product,
+    project,
     signed,
     take,
     total_across,
@@ -140,8 +142,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
             put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
         cuda.syncthreads()
         if causal:
-            clear(back)
-            product(g, job[Q_VECTOR], job[STEP], job[COUNT], v, job[V_ROW], job[STEP], job[COUNT],
+            product(FULL, g, job[Q_VECTOR], job[STEP], job[COUNT], v, job[V_ROW], job[STEP], job[COUNT],
                     g.shape[1], plain, back)  # fmt: skip
             for j in range(4):
                 n = tx + 16 * j
@@ -162,11 +163,8 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    clear(raw)
-                    w = (job[HEAD] * slices + part) * rows_of_w
-                    product(k, job[ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, k.shape[1],
-                            plain, raw)  # fmt: skip
-                    log_features(kind, raw, bias, job[HEAD], part * TILE, high, y)
+                    project(FULL, kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                            high, plain, raw, y)  # fmt: skip
                     stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     for i in range(4):
                         p = ty + 16 * i
@@ -177,20 +175,17 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                             keys[(tx + 16 * j) * STRIDE + p] = value
                 clear(back)
                 if start == 0:
-                    product(g, job[Q_VECTOR], job[STEP], job[COUNT], s[job[SLOT]], part * TILE, 1,
+                    product(FULL, g, job[Q_VECTOR], job[STEP], job[COUNT], s[job[SLOT]], part * TILE, 1,
                             TILE, g.shape[1], plain, back)  # fmt: skip
                     for j in range(4):
                         by = power(before[j] - level[j])
                         weight_of = z[job[SLOT], part * TILE + tx + 16 * j]
                         for i in range(4):
                             back[i, j] = (back[i, j] + weight_of * extra[ty + 16 * i]) * by
-                clear(raw)
-                w = (job[HEAD] * slices + part) * rows_of_w
-                product(q, job[Q_ROW], job[STEP], job[COUNT], weight, w, 1, rows_of_w, q.shape[1],
-                        plain, raw)  # fmt: skip
-                log_features(kind, raw, q_bias, job[HEAD], part * TILE, high_q, y)
+                project(FULL, kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                        high_q, plain, raw, y)  # fmt: skip
                 if causal:
-                    multiply_rows(pairs, 0, STRIDE, keys, 0, STRIDE, TILE, back)
+                    multiply_rows(FULL, pairs, keys, back)
                 cuda.syncthreads()
                 for i in range(4):
                     p, part_of_row = ty + 16 * i, float32(0)
@@ -216,9 +211,9 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                         value = float32(0)
                         if x < weight.shape[1]:
                             value = weight[(job[HEAD] * slices + part) * rows_of_w + half + r, x]
-                        plain[r * TILE + (tid & 63)] = value
+                        plain[r * PITCH + (tid & 63)] = value
                     cuda.syncthreads()
-                    multiply(keys, half, plain, 32, num)
+                    multiply(FULL, keys, half, plain, 32, num)
                 cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)

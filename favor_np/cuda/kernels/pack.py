@@ -9,9 +9,9 @@ from numba import cuda, float32
 from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
     FAR,
+    FULL,
     STAGED,
     TILE,
-    clear,
     device,
     lane,
     product,
@@ -96,9 +96,9 @@ def change(rows, matrix, key_norm, table, target, height):
     for i in range(4):
         square[i] = float32(0)
     for column in range(0, width, TILE):
-        clear(part)
         size = min(TILE, width - column)
         product(
+            FULL,
             rows,
             row,
             1,

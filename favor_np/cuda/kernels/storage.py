@@ -7,9 +7,15 @@ an int16 array holds its words, here and nowhere else.
 from __future__ import annotations
 
 from numba import float32, int16, int32
-from numba.cuda.extending import overload
 from numba.cuda.libdevice import float_as_int, int_as_float
-from numba.cuda.types import float16
+from numba.types import float16
+
+try:
+    from numba.cuda.extending import overload
+except (
+    ImportError
+):  # Numba's own target: modules load, for their tables; `device` refuses to launch
+    from numba.extending import overload
 
 #: What bfloat16 has for every NaN.
 _NAN = 0x7FC0
