@@ -156,7 +156,11 @@ def test_figures(name, cc, kernels):
     """Nothing spills, nothing is float64, nothing is too large; and the table is what is found."""
     found = gate.figures(gate.compiled(kernels[name], cc), cc)
     assert found.faults(THREADS) == []
-    assert dataclasses.asdict(found) == TABLE[name][gate.architecture(cc)]
+    found, expected = dataclasses.asdict(found), dict(TABLE[name][gate.architecture(cc)])
+    # NVVM joins a load of an epilogue more or less, depending on what it compiled before
+    wide = "wide_shared_loads"
+    assert abs(found.pop(wide) - expected.pop(wide)) <= 1
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name.startswith(("fold", "read"))])
@@ -175,8 +179,10 @@ def test_products_are_what_was_asked_for(name):
 def test_other_architectures_compile(cc, kernels):
     """The kernels of antithetic maps in float32 stand for the others: those differ in little."""
     for name, kernel in kernels.items():
+        if "kind" in name and ("kind=0, per_sign=2" not in name or "(" in name):
+            continue
         if f"precision={TF32X3}" in name and cc < (8, 0):
             with pytest.raises(RuntimeError, match="ptxas refuses"):
                 gate.figures(gate.compiled(kernel, cc), cc)
-        elif "kind" not in name or ("kind=0, per_sign=2" in name and "(" not in name):
+        else:
             assert gate.figures(gate.compiled(kernel, cc), cc).float64 == 0

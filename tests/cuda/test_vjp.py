@@ -138,7 +138,7 @@ def test_each_gradient_has_the_type_of_its_array(gpu):
 BARRIERS = [
     ("            cuda.syncthreads()\n            for i", "            for i", "keys[p * STRIDE + tx"),
     ("                cuda.syncthreads()\n                multiply(", "                multiply(",
-     "plain[r * TILE"),
+     "plain[r * PITCH"),
     ("    cuda.syncthreads()\n    x = tid", "    x = tid", "rounded(keys"),
 ]  # fmt: skip
 GUARDS = [
