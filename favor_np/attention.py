@@ -103,9 +103,9 @@ def favor_attention(
         Numba or PyTorch, as the others are, in C order, which overlaps none.
     precision : {"full", "bfloat16", "tf32x3"}, default "full"
         "bfloat16", on the CPU only: matrix products of numbers rounded to 8 bits, summed in
-        float32; not for float64.  About twice as fast on processors with a matrix unit (AMX), slower on others; it
-        adds an error of about 0.003 of the result.  Values count as they are: take off a mean that
-        is much larger than their spread, and add it to the result.
+        float32; not for float64.  About twice as fast on processors with a matrix unit (AMX),
+        slower on others; it adds an error of about 0.003 of the result.  Values count as they are:
+        take off a mean that is much larger than their spread, and add it to the result.
         "tf32x3", on a CUDA device of compute capability 8.0 or newer only: matrix products on
         tensor cores, every factor in two parts, with an error as that of float32.
     num_threads : int, optional
@@ -135,9 +135,9 @@ def favor_attention(
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
         without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `decay` is
         not in (0, 1] or not that of `state`, `precision` is "bfloat16" with float64 (integers
-        included) or `window`, `precision` is not for the device, the map is "trig" or of another dimension, `state`
-        belongs to another map or packing, `out` is read-only, or `check_finite` is set and an
-        array is not finite.
+        included) or `window`, `precision` is not for the device, the map is "trig" or of another
+        dimension, `state` belongs to another map or packing, `out` is read-only, or `check_finite`
+        is set and an array is not finite.
 
     See Also
     --------
