@@ -274,6 +274,12 @@ def test_nothing_warns():
 # Signals
 # ----------------------------------------------------------------------------------------
 
+#: Python ignores interrupts where whoever started it does, as shells do for what runs behind them.
+LISTEN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
 #: A call of half a second, and a thread that waits until the main one is inside it.
 LONG = """
 out = np.empty((2, 16384, 32), np.float32)
@@ -304,6 +310,7 @@ def interrupt(sent):
 def test_keyboard_interrupt_comes_when_the_call_is_finished(number):
     python(
         BEGIN
+        + LISTEN
         + LONG
         + f"""
 number = {number}
@@ -330,8 +337,9 @@ assert (out == expected).all()
 @posix
 def test_keyboard_interrupt_while_compiling():
     python(
-        """
-import os, signal, threading, time
+        LISTEN
+        + """
+import os, threading, time
 import numpy as np
 import favor_np
 from favor_np import launch
