@@ -75,14 +75,14 @@ def warm(key, call):
         _warm.add(key)
 
 
-def interleave(*calls, seconds=0.0, least=0.02, clock=time.process_time):
+def interleave(*calls, seconds=0.0, clock=time.process_time):
     """Seconds of each call, in turns: what disturbs the machine meets them all.
 
-    Returns an array (turns, calls). Short calls are repeated within a turn for `least` seconds:
+    Returns an array (turns, calls). In the full profile short calls are repeated for 20 ms a turn:
     alone after a matrix product, one finds the caches and the TLB full of that one's data.
     Processor time is the same as wall time for one thread, but for what other programs took.
     """
-    seconds = seconds or (2.0 if FULL else 0.5)
+    seconds, least = seconds or (2.0 if FULL else 0.3), 0.02 if FULL else 0.004
     counts = []
     for call in calls:
         call()

@@ -150,8 +150,14 @@ def test_the_table_has_every_kernel_that_is_launched(kernels):
     assert sorted(kernels) == sorted(TABLE), "PYTHONPATH=tests python tests/cuda/gate.py"
 
 
-@pytest.mark.parametrize("cc", gate.STRICT, ids=gate.architecture)
-@pytest.mark.parametrize("name", TABLE)
+def of_the_table():
+    """Kernels and architectures; relu and elu, which differ in a few instructions, for the last one."""
+    for name in TABLE:
+        for cc in gate.STRICT[-1:] if "kind=1" in name or "kind=2" in name else gate.STRICT:
+            yield pytest.param(name, cc, id=f"{name}-{gate.architecture(cc)}")
+
+
+@pytest.mark.parametrize(("name", "cc"), [*of_the_table()])
 def test_figures(name, cc, kernels):
     """Nothing spills, nothing is float64, nothing is too large; and the table is what is found."""
     found = gate.figures(gate.compiled(kernels[name], cc), cc)
@@ -174,8 +180,7 @@ def test_products_are_what_was_asked_for(name):
             assert sum(hmma for _, hmma, *_ in found["loops"]) >= 12
 
 
-@pytest.mark.parametrize("cc", [cc for cc in ARCHITECTURES if cc not in gate.STRICT],
-                         ids=gate.architecture)  # fmt: skip
+@pytest.mark.parametrize("cc", [ARCHITECTURES[0], ARCHITECTURES[-1]], ids=gate.architecture)
 def test_other_architectures_compile(cc, kernels):
     """The kernels of antithetic maps in float32 stand for the others: those differ in little."""
     for name, kernel in kernels.items():

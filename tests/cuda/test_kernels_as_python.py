@@ -29,8 +29,8 @@ class PythonDevice(PtxDevice):
 
 @pytest.fixture(scope="module")
 def reports():
-    """Of a causal call of two chunks, slices and stages."""
-    case = Case(66, dim=20, value_dim=3, rows=33, lead=(), causal=True)
+    """Of a causal call of two chunks and stages."""
+    case = Case(66, dim=20, value_dim=3, rows=32, lead=(), causal=True)
     with PythonDevice(stats=True).installed() as device:
         out = favor_np.favor_attention(
             *case.arrays(), case.feature_map(), causal=True, device="cuda"

@@ -71,7 +71,7 @@ BARRIERS = (
 )
 
 
-@pytest.mark.parametrize(("module", "start", "text"), [*places(BARRIERS)][::2])  # 9 s each
+@pytest.mark.parametrize(("module", "start", "text"), [*places(BARRIERS)][::3])  # 9 s each
 def test_a_barrier_less(module, start, text):
     with planted(module, start, text, "pass"), pytest.raises(AssertionError, match=r"race|uninit"):
         forward()
