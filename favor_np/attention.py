@@ -200,13 +200,14 @@ class Prepared(NamedTuple):
 
     def finished(self, result: Any, target: Any, out: Any = None) -> Any:
         """Return the result as the caller gets it: `out` if it was given."""
-        if target is not result and self.place is not None:
-            self.launch.convert(target, result)
-        elif target is not result:
-            result[...] = target
-        if self.place is not None and out is None:
-            return self.place.give(result, self.arrays.result)
-        return result if out is None else out
+        if target is not result:
+            if self.place is None:
+                result[...] = target
+            else:
+                self.launch.convert(target, result)
+        if out is not None:
+            return out
+        return result if self.place is None else self.place.give(result, self.arrays.result)
 
     def run(
         self, target: Array, weights: tuple[Array, Array] | None = None
@@ -353,9 +354,9 @@ def prepare(
             "precision='tf32x3' needs a CUDA device: arrays that lie there, or device='cuda'"
         )
     elif validation.in_words(precision, call.compute):
+        if window is not None:
+            raise ValueError("precision='bfloat16' cannot be used with window")
         products = {"words": True}
-    if products and window is not None:
-        raise ValueError("precision='bfloat16' cannot be used with window")
     return Prepared(feature_map, call, offsets, rates, window, before, keeps, products, where)
 
 

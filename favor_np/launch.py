@@ -53,10 +53,7 @@ def _empty(layout: plan.Layout, count: int) -> Any:
 
 def copied(arrays: Any) -> Any:
     """Return a copy of states."""
-    new = tuple(plan.aligned(array.shape, array.dtype) for array in arrays)
-    for array, old in zip(new, arrays, strict=True):
-        array[...] = old
-    return new
+    return tuple(plan.aligned_copy(array) for array in arrays)
 
 
 def without_padding(

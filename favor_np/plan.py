@@ -53,12 +53,6 @@ def padded(count: int, itemsize: int) -> int:
     return -(-count // lanes) * lanes
 
 
-def _aligned_copy(array: Array) -> Array:
-    new = aligned(array.shape, array.dtype)
-    new[:] = array
-    return new
-
-
 def integer_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the integer dtype of the same width: that of the exponents c."""
     return np.dtype(np.int32 if dtype.itemsize == 4 else np.int64)
@@ -71,6 +65,13 @@ def aligned(shape: Shape, dtype: npt.DTypeLike) -> Array:
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def aligned_copy(array: Array) -> Array:
+    """Return a copy in C order that begins on a cache line."""
+    new = aligned(array.shape, array.dtype)
+    new[...] = array
+    return new
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +182,7 @@ def layout(
     if words:  # right factors
         depth = ((0, 0), (0, 0), (0, -columns % (2 * bfloat16.STEP)))
         query, key = (
-            _aligned_copy(bfloat16.words_of(np.pad(x * np.float32(unit), depth)).swapaxes(1, 2))
+            aligned_copy(bfloat16.words_of(np.pad(x * np.float32(unit), depth)).swapaxes(1, 2))
             for x in (natural_query, natural_key)
         )
     bias = aligned((heads, half), dtype)
@@ -255,7 +256,7 @@ def layout(
     )
     if words:
         floats += _words_workspace(columns, value_columns, width, signs * blocks)
-    ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size) + (2 * CHUNK if words else 0)
+    ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size) + (signs * blocks * CHUNK if words else 0)
     return Layout(
         dtype=dtype,
         weights=weights,
@@ -289,7 +290,7 @@ def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -
         + CHUNK * value_columns  # values, finite
         + CHUNK * width  # folded, folded_t
         + bfloat16.STRIP * (CHUNK + CHUNK // 2 + lanes + 2 * bfloat16.STRIP)  # raw, phi, part, seen
-        + CHUNK * (lanes + 2)  # sums, z
+        + CHUNK * (lanes + tiles)  # sums, z
     )
 
 

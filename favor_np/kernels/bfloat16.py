@@ -332,11 +332,8 @@ def gemm_words(a, b, c, rows, cols, words, add):
 
 
 @jit()
-def finite_words(values, clean, spare, target):
+def finite_words(values, spare, target):
     """A tile of values as right factor, without what is not finite: zero times infinity is not zero."""
-    if clean:
-        words_down(values, values.shape[0], values.shape[1], target)
-        return
     for j in range(values.shape[0]):
         for x in range(values.shape[1]):
             spare[j, x] = values[j, x] if math.isfinite(values[j, x]) else 0
@@ -363,14 +360,6 @@ def turn_rows(rows, left, right):
     """The words of packed rows as left factor and, turned, as right factor."""
     words_along(rows, rows.shape[0], rows.shape[1], left)
     turn_words(left, left.shape[0], left.shape[1], right)
-
-
-@jit()
-def gemm_words_t(a, b, c, right, left, add):
-    """``c (+)= a.T @ b`` for a tile a of float32: its words are right and, turned, left factor."""
-    words_down(a, a.shape[0], a.shape[1], right)
-    turn_words(right, right.shape[0], right.shape[1], left)
-    gemm_words(left, b, c, left.shape[0], c.shape[1], left.shape[1], add)
 
 
 def words_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -27,6 +27,7 @@ from favor_np.kernels.bfloat16 import (
     gemm_words,
     turn_rows,
     words_along,
+    words_down,
 )
 from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t
@@ -128,7 +129,10 @@ def load_values(words, t, clean):
     """Prepare a tile of values."""
     if words is None:
         return
-    finite_words(t.values, clean, t.spare, words.values)
+    if clean:
+        words_down(t.values, CHUNK, t.values.shape[1], words.values)
+    else:
+        finite_words(t.values, t.spare, words.values)
 
 
 @jit()

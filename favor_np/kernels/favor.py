@@ -254,21 +254,17 @@ def read_chunk(
 
 
 @jit()
-def read_words(words, par, q, row, count, fm, w, features, sets, c, z, slot, values, clean, out, out_row,
-               records, met, met_at, t):  # fmt: skip
+def read_words(words, par, q, row, count, fm, w, sets, slot, clean, out, out_row, records, met, met_at,
+               t):  # fmt: skip
     """The same in bfloat16, without error bars."""
     pack_queries(par, q, row, 1, count, fm, w, t)
     words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
     start, blocks = 0, t.keys.shape[0] // par.signs
     if sets > 1:
         start = blocks // sets
-        read_blocks(
-            words, par, count, fm.query, w, features, 0, start, c, z, slot, values, clean, t
-        )
+        read_blocks(words, par, count, fm.query, w, 0, start, clean, t)
         save(t, t.record, 0)
-    read_blocks(
-        words, par, count, fm.query, w, features, start, blocks, c, z, slot, values, clean, t
-    )
+    read_blocks(words, par, count, fm.query, w, start, blocks, clean, t)
     if sets > 1:
         add_record(t, t.record, 0)
     elif par.partial and not meet(t, records, met, slot, met_at):
@@ -284,8 +280,8 @@ def read(words, par, q, row, count, fm, w, features, sets, c, s, z, slot, clean,
         read_chunk(par, q, row, count, fm, w, features, sets, c, s, z, slot, t.keys, t.values,
                    clean, out, out_row, records, met, met_at, spread, batch, groups, t)  # fmt: skip
     else:
-        read_words(words, par, q, row, count, fm, w, features, sets, c, z, slot, t.values, clean,
-                   out, out_row, records, met, met_at, t)  # fmt: skip
+        read_words(words, par, q, row, count, fm, w, sets, slot, clean, out, out_row, records, met,
+                   met_at, t)  # fmt: skip
 
 
 @jit()
@@ -467,7 +463,7 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
         clean = pack_values(v, v_row + start, 1, taken, t.values, mask, m_row)
         load_keys(t.words, par, t, -(-count // 8) * 8, clean)
         if par.causal:
-            load_state(t.words, par, s[slot], t.keys.shape[2])
+            load_state(t.words, par, features, c, s, z, slot, t.keys.shape[2])
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)
                 read(t.words, par, q, q_rows[g] + start, taken, fm, w, features, sets, c, s, z,
@@ -476,7 +472,7 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
         fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
-        load_state(t.words, par, s[slot], t.keys.shape[2])
+        load_state(t.words, par, features, c, s, z, slot, t.keys.shape[2])
         for g in range(q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 following = min(CHUNK, queries_count - start - CHUNK)

@@ -22,8 +22,8 @@ from favor_np.kernels.bfloat16 import (
     configure,
     finite_words,
     gemm_words,
-    gemm_words_t,
     release,
+    turn_rows,
     turn_words,
     words_along,
     words_down,
@@ -34,9 +34,9 @@ from favor_np.kernels.pack import CHUNK, across, cut
 from favor_np.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
 
 #: Tiles of words: packed rows as left factor; key features as right factor for scores (after `turned`),
-#: and as `folded` for the state; values and state as right factors.  Of a strip: projections, features,
-#: and their sums by lanes; c and z of the features that queries read; and the bits that a strip keeps of
-#: the scores with its own keys and those after.
+#: and as `folded` for the state; values, of which `finite` are those that are if not all, and state as
+#: right factors, with c and z of the features that queries read.  Of a strip: projections, features, and
+#: their sums by lanes; and the bits that it keeps of the scores with its own keys and those after.
 Words = namedtuple(
     "Words", "rows turned keys values finite state folded folded_t raw phi sums part z seen c"
 )
@@ -61,9 +61,9 @@ def carve_words(unit, floats, at, ints, mark, d, vcols, width, tiles):
     phi, at = cut(floats, at, STRIP, CHUNK // 2)
     sums, at = cut(floats, at, CHUNK, lanes)
     part, at = cut(floats, at, STRIP, lanes)
-    z, at = cut(floats, at, 2, CHUNK)
+    z, at = cut(floats, at, tiles, CHUNK)
     seen, at = cut(floats, at, STRIP, 2 * STRIP)
-    c, mark = cut(ints, mark, 2, CHUNK)
+    c, mark = cut(ints, mark, tiles, CHUNK)
     for padded in (rows, turned, state, raw):  # what is not written to, and another call may have
         padded[:] = 0
     bits = seen.view(np.int32)
@@ -127,12 +127,13 @@ def load_keys(words, par, t, rows, clean):
     if words is None:
         return
     words_of_values(t.values, clean, words.values)
+    if par.causal and not clean:
+        finite_words(t.values, t.spare, words.finite)
     features = words.turned.shape[1]
     for tile in range(t.keys.shape[0]):
         t.keys[tile, rows:] = 0  # of other chunks: with values of zero not even NaN may count
         if par.causal:
-            words_along(t.keys[tile], CHUNK, t.keys.shape[2], words.turned)
-            turn_words(words.turned, CHUNK, features, words.keys[tile * features :])
+            turn_rows(t.keys[tile], words.turned, words.keys[tile * features :])
 
 
 @jit()
@@ -142,28 +143,25 @@ def fold_keys(words, keys, values, count, s):
     if words is None:
         gemm_t(keys, values, s, 0, width, 0, vcols, 0, count, True)
     else:
-        gemm_words_t(keys, words.values, s, words.folded, words.folded_t, True)
+        words_down(keys, CHUNK, width, words.folded)
+        turn_words(words.folded, CHUNK // 2, width, words.folded_t)
+        gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, True)
 
 
 @jit()
-def load_state(words, par, s, width):
-    """Prepare a state for `read_blocks`."""
+def load_state(words, par, features_count, c, s, z, slot, width):
+    """Prepare a state for `read_blocks`, with c of no key where no query reads."""
     if words is None:
         return
-    features = words.turned.shape[1]
-    half = s.shape[0] // par.signs
-    for tile in range(s.shape[0] // width):
-        r0 = tile % par.signs * half + tile // par.signs * width
-        words_down(s[r0:], width, s.shape[1], words.state[tile * features :])
-
-
-@jit()
-def load_features(words, side, par, filled, c, z, slot, r0):
-    """Copy c and z of a tile, with c of no key where no query reads."""
-    for f in range(CHUNK):
-        words.c[side, f], words.z[side, f] = -4 * int(par.far), 0
-    for f in range(filled):
-        words.c[side, f], words.z[side, f] = c[slot, r0 + f], z[slot, r0 + f]
+    features, half = words.turned.shape[1], s.shape[1] // par.signs
+    for tile in range(words.c.shape[0]):
+        b, r0 = tile // par.signs, tile % par.signs * half + tile // par.signs * width
+        filled = min(par.filled, features_count - b * par.filled)
+        for f in range(CHUNK):
+            words.c[tile, f], words.z[tile, f] = -4 * int(par.far), 0
+        for f in range(filled):
+            words.c[tile, f], words.z[tile, f] = c[slot, r0 + f], z[slot, r0 + f]
+        words_down(s[slot, r0:], width, s.shape[2], words.state[tile * features :])
 
 
 @jit()
@@ -174,14 +172,14 @@ def read_strip(words, par, i, query, b, new, t):
     sums, num, scores = words.sums[i : i + STRIP], t.num[i : i + STRIP], t.scores[i : i + STRIP]
     gemm_words(rows, query, raw, STRIP, width, rows.shape[1], False)
     for side in range(par.signs):
-        tile, first = (b * par.signs + side) * features, new and side == 0
-        strip_features(par, 1 - 2 * side, raw, 2 * features, words.c[side:], words.z[side:], first,
+        tile, first = b * par.signs + side, new and side == 0
+        at = tile * features
+        strip_features(par, 1 - 2 * side, raw, 2 * features, words.c[tile:], words.z[tile:], first,
                        t.top[0, i : i + STRIP], t.higher[0, :STRIP], sums, num, scores, words.phi,
                        words.part)  # fmt: skip
-        gemm_words(words.phi, words.state[tile:], num, STRIP, num.shape[1], features, not first)
+        gemm_words(words.phi, words.state[at:], num, STRIP, num.shape[1], features, not first)
         if par.causal:
-            seen = seen_by(i)
-            gemm_words(words.phi, words.keys[tile:], scores, STRIP, seen, features, not first)
+            gemm_words(words.phi, words.keys[at:], scores, STRIP, seen_by(i), features, not first)
 
 
 @jit()
@@ -191,26 +189,18 @@ def seen_by(i):
 
 
 @jit()
-def read_blocks(
-    words, par, count, query, w, features_count, first, last, c, z, slot, values, clean, t
-):
+def read_blocks(words, par, count, query, w, first, last, clean, t):
     """num, den and top of a chunk of packed queries, of the blocks first:last of the map.
 
     `load_state` and, where par.causal, `load_keys` have gone before.
     """
-    width = t.keys.shape[2]
-    half = t.keys.shape[0] // par.signs * width
     words.sums[:] = 0
     for b in range(first, last):
-        filled = min(par.filled, features_count - b * par.filled)
-        for side in range(par.signs):
-            load_features(words, side, par, filled, c, z, slot, side * half + b * width)
         for i in range(0, count, STRIP):
             read_strip(words, par, i, query[w + b], b, b == first, t)
     if par.causal:
-        finite_words(values, clean, t.spare, words.finite)
         for i in range(0, count, STRIP):
-            own_words(words, i, t.scores[i : i + STRIP], t.num[i : i + STRIP], values, clean)
+            own_words(words, i, t.scores[i : i + STRIP], t.num[i : i + STRIP], t.values, clean)
     for i in range(count):
         t.den[0, i] = sum_lanes(load(words.sums, i, 0))
 
@@ -230,6 +220,7 @@ def own_words(words, start, scores, num, values, clean):
             total = total + score
         store(words.sums, start + i, 0, total)
     words_along(scores, STRIP, seen, words.phi)
-    gemm_words(words.phi, words.finite, num, STRIP, num.shape[1], seen // 2, True)
+    right = words.values if clean else words.finite
+    gemm_words(words.phi, right, num, STRIP, num.shape[1], seen // 2, True)
     if not clean:
         add_spoiled(words.phi, start, num, True, words.raw, values)
