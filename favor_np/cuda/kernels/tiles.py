@@ -1,9 +1,9 @@
 """What the kernels share: a block of 256 threads on tiles of 64 x 64.
 
-Thread (ty, tx) owns 16 entries of a tile: rows ``4 ty + i``, and columns ``tx + 16 j`` where the product runs
-along the rows of both factors, else those of `column_of`.  In shared memory rows are padded to STRIDE so
-that either way 128 bits are loaded at a time, without bank conflicts.  A warp owns 8 whole rows: so tensor
-cores, whose lanes have other entries, leave them to the lanes of the same warp (`take_over`).
+Thread (ty, tx) owns 16 entries of a tile: rows ``ty + 16 i`` (`row_of` where the tile is turned), and columns
+``tx + 16 j`` where the product runs along the rows of both factors, else `column_of`.  In shared memory rows
+are padded so that either way 128 bits are loaded at a time, without bank conflicts.  A warp owns 8 whole
+rows: so tensor cores, whose lanes have other entries, leave them to the lanes of the same warp (`take_over`).
 Indices are non-negative to the compiler's knowledge (`&`, `>>`): only then it joins the loads.
 """
 
