@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 INSTALL = "pip install 'favor_np[cuda13]', or 'favor_np[cuda12]' with a driver before release 580"
 #: Device types of DLPack: CUDA's own memory and what it manages.
 _DLPACK = {2, 13}
@@ -79,7 +81,22 @@ def numba_cuda() -> Any:
         )
     if importlib.import_module("numba.cuda.core.config").ENABLE_CUDASIM:
         raise ImportError("numba.cuda is its simulator: unset NUMBA_ENABLE_CUDASIM")
+    with _row_stack():
+        importlib.import_module("numba.cuda.np.arrayobj")  # else the first compilation would
     return cuda
+
+
+@contextmanager
+def _row_stack() -> Iterator[None]:
+    """Let numba-cuda 0.30 load its array functions where NumPy, from 2.5 on, has no `row_stack`."""
+    if hasattr(np, "row_stack"):
+        yield
+        return
+    np.row_stack = np.vstack
+    try:
+        yield
+    finally:
+        del np.row_stack
 
 
 def current() -> Device:

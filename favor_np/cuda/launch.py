@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from favor_np.cuda.kernels.tiles import FULL, NOTHING, TF32X3, TILE
 from favor_np.features import FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 make_fold = functools.cache(kernels.make_fold)
 make_read = functools.cache(kernels.make_read)
@@ -41,6 +43,7 @@ class Map(NamedTuple):
     #: Arrays of size 0, which stand for no linear part, no shares of keys, and no mask.
     no_linear: Any
     nothing: Any
+    no_tops: Any
     unmasked: Any
 
 
@@ -64,16 +67,14 @@ class Side(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the kernels of one call share: side `a` is folded, `b` reads, as `sides` say."""
+    """What the kernels of one call share: side `a` is folded, `b` reads, as the spans say."""
 
     map: Map
-    sides: plan.Sides
     a: Side
     b: Side
     causal: bool
-    backwards: bool
     states: States
-    fresh: bool
+    spans: tuple[plan.Span, ...]
     precision: int = FULL
 
     @property
@@ -91,7 +92,7 @@ class Problem(NamedTuple):
 def _map(feature_map: FeatureMap, on: Device) -> Map:  # noqa: ARG001  # a copy for each device
     """Copy a map to the device, once."""
     layout = plan.layout(feature_map)
-    put = functools.partial(runtime.to_device, stream=0)
+    put = runtime.constant
     return Map(
         layout=layout,
         weight=put(layout.weight),
@@ -104,8 +105,39 @@ def _map(feature_map: FeatureMap, on: Device) -> Map:  # noqa: ARG001  # a copy 
         slope=put(layout.slope),
         no_linear=put(np.zeros((0, 1), np.float32)),
         nothing=put(np.zeros(0, np.float32)),
+        no_tops=put(np.zeros(0, np.int32)),
         unmasked=put(np.zeros(0, np.bool_)),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _attention(on: Device, *args: Any, **options: Any) -> plan.Attention:
+    """Plan attention for a device, its tables there."""
+    found: plan.Attention = _there(plan.attention(on, *args, **options))
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _gradient(on: Device, *args: Any, **options: Any) -> plan.Gradient:
+    """Plan gradients for a device, their tables there."""
+    found: plan.Gradient = _there(plan.gradient(on, *args, **options))
+    return found
+
+
+def forget() -> None:
+    """Drop the copies of maps and tables on devices."""
+    for copies in (_map, _attention, _gradient):
+        copies.cache_clear()
+
+
+def _there(item: Any) -> Any:
+    """Return a plan with its arrays on the device."""
+    if isinstance(item, np.ndarray):
+        return runtime.constant(item)
+    if isinstance(item, tuple):
+        parts = map(_there, item)
+        return item._make(parts) if hasattr(item, "_make") else tuple(parts)
+    return item
 
 
 def _turned(factors: Array) -> Array:
@@ -114,11 +146,23 @@ def _turned(factors: Array) -> Array:
     return factors.reshape(-1, width, width).swapaxes(1, 2).reshape(-1, width)
 
 
+def _a_call(method: F) -> F:
+    """Let a method use the scratch memory for itself."""
+
+    @functools.wraps(method)
+    def wrapped(self: Launch, *args: Any, **options: Any) -> Any:
+        with self.scratch.call():
+            return method(self, *args, **options)
+
+    return cast("F", wrapped)
+
+
 class Launch:
     """Launches kernels at a place: the same functions as the module `favor_np.launch`."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.scratch = runtime.scratch(place.device.number, place.stream)
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Any:
         """Return a new array on the device, of whatever was there."""
@@ -130,6 +174,10 @@ class Launch:
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any) -> None:
         if all(grid):
             runtime.launch(kernel, grid, args, self.place.stream)
+
+    def _taken(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Any:
+        """Return memory for as long as this call is under way."""
+        return self.scratch.empty(shape, dtype)
 
     # States
 
@@ -158,7 +206,12 @@ class Launch:
             np.stack([numbers, numbers, 0 * numbers + 1, 0 * numbers], 1, dtype=np.int32)
         )
         sums = self.empty(own.c.shape, np.int32)
-        self._launch(kernels.scan, (count, features // 4), table, own.c, sums, own.s, own.z, *into)
+        self._scan((count, features // 4), table, own, sums, into)
+
+    def _scan(self, grid: tuple[int, ...], table: Any, own: States, sums: Any, into: States) -> None:
+        """Add states `own` to those in `into`; own and `sums`, its exponents, become what was there."""
+        flat = map(runtime.flat, (own.c, sums, own.s, own.z))
+        self._launch(kernels.scan, grid, table, *flat, *into)
 
     def without_padding(
         self, feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: States
@@ -181,8 +234,10 @@ class Launch:
 
     def convert(self, source: Any, target: Any) -> None:
         """Copy float32 numbers to an array of another type, in its order."""
-        self._launch(convert, (-(-target.size // 256),), source.reshape(-1), target.reshape(-1))
+        source, target = (runtime.flat(x) for x in (source, target))
+        self._launch(convert, (-(-target.size // 256),), source, target)
 
+    @_a_call
     def attend(
         self,
         feature_map: FeatureMap,
@@ -208,28 +263,23 @@ class Launch:
         With `tensor` the products of both are computed by tensor cores.
         """
         of = _map(feature_map, self.place.device)
-        jobs = self._jobs(feature_map, q, k, v, mask, grouped, state_shape)
-        q_owners, k_owners = plan.row_heads(jobs, q.shape, k.shape, of.layout)
-        if q_owners is not None:  # each job has packed rows of its own
-            jobs = plan.with_own_rows(jobs, q.shape[-2], k.shape[-2])
-        if offsets is not None:
-            jobs = host.packed(jobs, offsets, False, 1)
+        how = _attention(
+            self.place.device, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
+            state=state_shape, fresh=state is None, causal=causal,
+        )  # fmt: skip
         problem = Problem(
             map=of,
-            sides=plan.keys_and_queries(jobs),
-            a=self._keys(of, k, v, mask, k_owners),
-            b=Side(*self._pack(of, q, 0, q_owners), of.nothing, of.nothing, of.unmasked, of.query_bias),
+            a=self._keys(of, k, v, mask, how.keys),
+            b=Side(*self._pack(of, q, 0, how.queries), of.nothing, of.nothing, of.unmasked, of.query_bias),
             causal=causal,
-            backwards=False,
-            states=state or self._room(of, len(jobs.table), v.shape[-1]),
-            fresh=state is None,
+            states=state or self._room(of, how.jobs, v.shape[-1]),
+            spans=how.spans,
             precision=TF32X3 if tensor else FULL,
         )  # fmt: skip
-        flat = (of.nothing, self.empty(0, np.int32))
-        if weights is not None:
-            flat = tuple(x.reshape(-1) for x in weights)
-        self._run(problem, functools.partial(self._read, out=_rows(out), weights=flat, divide=True))
+        flat = (of.nothing, of.no_tops) if weights is None else tuple(map(runtime.flat, weights))
+        self._run(problem, functools.partial(self._read, out=runtime.rows(out), weights=flat))
 
+    @_a_call
     def attend_vjp(
         self,
         feature_map: FeatureMap,
@@ -249,187 +299,135 @@ class Launch:
     ) -> list[Any]:
         """Pull `grad` back through `attend`, which wrote `out` and `weights`: gradients of q, k and v."""
         of, dim = _map(feature_map, self.place.device), v.shape[-1]
-        whole = self._jobs(feature_map, q, k, v, mask, grouped, None)
-        _, k_owners = plan.row_heads(whole, q.shape, k.shape, of.layout)
-        jobs, q_owners = plan.with_rows_of_result(whole, q.shape[-2])
-        if k_owners is not None:
-            own = plan.with_own_rows(jobs, q.shape[-2], k.shape[-2])
-            jobs = host.Jobs(own.table, jobs.q_rows, jobs.out_rows, jobs.clocks)
-        if offsets is not None:
-            jobs = host.packed(jobs, offsets, False, 1)
-        rows, _ = self._pack(of, q, 0, q_owners)
-        count = rows.shape[0]
-        vectors, shares, heights = self.empty((count, dim)), self.empty(count), self.empty(count)
-        self._launch(
-            vjp.cotangents, (-(-count // 8),), _rows(grad), _rows(out),
-            *(x.reshape(-1) for x in weights), vectors, shares, heights,
+        how = _gradient(
+            self.place.device, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
+            causal=causal,
         )  # fmt: skip
-        keys = self._keys(of, k, v, mask, k_owners)
+        rows, _ = self._pack(of, q, 0, how.queries)
+        count = rows.shape[0]
+        vectors, shares, heights = self._taken((count, dim)), self._taken(count), self._taken(count)
+        self._launch(
+            vjp.cotangents, (-(-count // 8),), runtime.rows(self.place.put(grad)), runtime.rows(out),
+            *map(runtime.flat, weights), vectors, shares, heights,
+        )  # fmt: skip
+        keys = self._keys(of, k, v, mask, how.keys)
         queries = Side(rows, heights, vectors, shares, of.unmasked, of.query_bias)
-        results = count // max(q.shape[-2], 1)
-        # every head of the result has gradients for itself; where heads share, they are then added
-        group = whole.q_rows.shape[1]
-        heads = [
-            whole.q_rows.ravel() // max(q.shape[-2], 1),
-            np.repeat(whole.table[:, 0], group) // max(k.shape[-2], 1),
-            np.repeat(whole.table[:, 1], group) // max(k.shape[-2], 1),
-        ]
-        numbers = whole.out_rows.ravel() // max(q.shape[-2], 1)
-        sums = [
-            plan.sums_over_heads(of_head, numbers, math.prod(x.shape[:-2]))
-            for of_head, x in zip(heads, (q, k, v), strict=True)
-        ]
+        of_queries, of_keys = (self._room(of, jobs, dim) for jobs in how.jobs)
         found = [
             self.empty(
-                (results * x.shape[-2], x.shape[-1]),
+                (how.results * x.shape[-2], x.shape[-1]),
                 np.float32 if added else self.place.held(x.dtype),
             )
-            for x, added in zip((q, k, v), sums, strict=True)
+            for x, added in zip((q, k, v), how.sums, strict=True)
         ]
-        problem = Problem(
-            map=of,
-            sides=plan.keys_and_queries(jobs),
-            a=keys,
-            b=queries,
-            causal=causal,
-            backwards=False,
-            states=self._room(of, len(jobs.table), dim),
-            fresh=True,
-        )
+        problem = Problem(of, keys, queries, causal, of_queries, how.of_queries)
         self._run(problem, functools.partial(self._pull, side=0, out=found[0]))
-        sides = plan.queries_and_keys(jobs, q.shape[-2], k.shape[-2])
-        problem = problem._replace(
-            sides=sides, a=queries, b=keys, backwards=causal,
-            states=self._room(of, len(sides.jobs.table), dim),
-        )  # fmt: skip
-        none = of.nothing, self.empty(0, np.int32)
+        none = of.nothing, of.no_tops
 
         def read_and_pull(*args: Any) -> None:
             self._read(*args, out=found[2], weights=none, divide=False)
             self._pull(*args, side=1, out=found[1])
 
-        self._run(problem, read_and_pull)
+        self._run(Problem(of, queries, keys, causal, of_keys, how.of_keys), read_and_pull)
         return [
             self._summed(x, like, added)
-            for x, like, added in zip(found, (q, k, v), sums, strict=True)
+            for x, like, added in zip(found, (q, k, v), how.sums, strict=True)
         ]
 
-    def _summed(self, found: Any, like: Any, sums: tuple[Array, Array] | None) -> Any:
+    def _summed(self, found: Any, like: Any, sums: tuple[Any, Any] | None) -> Any:
         """Add the gradients of all results to those of the heads that they belong to."""
         if sums is not None:
             count, width = math.prod(like.shape[:-2]), math.prod(like.shape[-2:])
             source = found.reshape(-1, width)
             found = self.empty((count, width), self.place.held(like.dtype))
-            self._launch(
-                vjp.gather, (count, -(-width // 256)), source, *(self._put(x) for x in sums), found
-            )
+            self._launch(vjp.gather, (count, -(-width // 256)), source, *sums, found)
         return found.reshape(like.shape)
-
-    def _jobs(
-        self, feature_map: FeatureMap, q: Any, k: Any, v: Any, mask: Any, grouped: bool,
-        state_shape: tuple[int, ...] | None,
-    ) -> host.Jobs:  # fmt: skip
-        return host.jobs(
-            q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-            feature_map.num_heads, state_shape, grouped, q.shape[-2], k.shape[-2], 1, 0, False,
-        )  # fmt: skip
 
     def _room(self, of: Map, count: int, value_dim: int) -> States:
         """Return states that nothing was written to."""
         shape, columns = (count, of.layout.features), -(-value_dim // TILE) * TILE
-        return States(self.empty(shape, np.int32), self.empty((*shape, columns)), self.empty(shape))
+        return States(self._taken(shape, np.int32), self._taken((*shape, columns)), self._taken(shape))
 
-    def _keys(self, of: Map, k: Any, v: Any, mask: Any, owners: plan.Owners | None) -> Side:
-        rows, heights = self._pack(of, k, 1, owners)
-        seen = of.unmasked if mask is None else self.place.put(mask).reshape(-1)
-        return Side(rows, heights, _rows(self.place.put(v)), of.nothing, seen, of.bias)
+    def _keys(self, of: Map, k: Any, v: Any, mask: Any, packs: tuple[Any, int]) -> Side:
+        rows, heights = self._pack(of, k, 1, packs)
+        seen = of.unmasked if mask is None else runtime.flat(self.place.put(mask))
+        return Side(rows, heights, runtime.rows(self.place.put(v)), of.nothing, seen, of.bias)
 
-    def _pack(self, of: Map, source: Any, side: int, owners: plan.Owners | None) -> tuple[Any, Any]:
+    def _pack(self, of: Map, source: Any, side: int, packs: tuple[Any, int]) -> tuple[Any, Any]:
         """Pack queries (side 0) or keys (side 1): rows, and their heights."""
         layout = of.layout
-        source = _rows(self.place.put(source))
-        table, count = plan.pack_table(source.shape[0], owners)
-        grid, there = (len(table),), self._put(table)
-        rows, heights = self.empty((count, layout.columns)), self.empty(count)
+        table, count = packs
+        grid = (table.shape[0],)
+        rows, heights = self._taken((count, layout.columns)), self._taken(count)
         factored = layout.factors[0].size > 0
         norm = np.float32(layout.key_norm if side else 0)
         self._launch(
-            pack, grid, source, np.float32(layout.limit), np.float32(0) if factored else norm,
-            of.centers[side], of.linear if side else of.no_linear, there, rows, heights,
+            pack, grid, runtime.rows(self.place.put(source)), np.float32(layout.limit),
+            np.float32(0) if factored else norm, of.centers[side],
+            of.linear if side else of.no_linear, table, rows, heights,
         )  # fmt: skip
         if not factored:
             return rows, heights
-        new = self.empty((count, layout.columns))
-        self._launch(change, grid, rows, of.factors[side], norm, there, new, heights)
+        new = self._taken((count, layout.columns))
+        self._launch(change, grid, rows, of.factors[side], norm, table, new, heights)
         return new, heights
 
     def _run(self, p: Problem, read: Any) -> None:
-        """Fold one side, and call `read` for the other with parts of it and the states for them."""
-        table = p.sides.jobs.table
-        longest = int(table[:, 3].max(initial=0))
-        cut = plan.lengths(self.place.device, len(table), longest, *p.shape, causal=p.causal)
-        for start in range(0, max(longest, 1), cut.span):
-            parts = plan.stretches(table[:, 3], cut.stretch, (start, start + cut.span))
-            before = self._fold(p, parts, p.fresh and start == 0)
-            if p.causal:
-                read(p, parts, np.arange(len(parts.owner)), before)
-        if not p.causal:
-            parts = plan.stretches(table[:, 6], TILE, (0, int(table[:, 6].max(initial=0))))
-            read(p, parts, p.sides.slots[parts.owner], p.states)
+        """Fold one side span by span; `read` by the other side, from the states that it needs."""
+        for span in p.spans:
+            with self.scratch.part():
+                before = self._fold(p, span)
+                read(p, span, before if p.causal else p.states)
 
-    def _fold(self, p: Problem, parts: plan.Stretches, fresh: bool) -> States:
-        """Fold parts of side a into the states; the sums before each part."""
-        layout, (slices, columns), count, a = p.map.layout, p.shape, len(parts.owner), p.a
-        own = self._room(p.map, count, columns * TILE)
+    def _fold(self, p: Problem, span: plan.Span) -> States:
+        """Fold a span of side a into the states; the sums before each of its stretches."""
+        layout, (slices, columns), a = p.map.layout, p.shape, p.a
+        own = self._room(p.map, span.count, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs, p.precision), (count, slices, columns), a.rows, a.heights,
-            a.shares, a.vectors, a.mask, p.map.weight, a.bias, p.epsilon,
-            self._put(plan.fold_table(p.sides, parts, p.backwards)), *own,
+            make_fold(layout.kind, layout.signs, p.precision), (span.count, slices, columns), a.rows,
+            a.heights, a.shares, a.vectors, a.mask, p.map.weight, a.bias, p.epsilon, span.fold, *own,
         )  # fmt: skip
-        before = States(self.empty(own.c.shape, np.int32), own.s, own.z)
-        self._launch(
-            kernels.scan, (len(p.sides.jobs.table), layout.features // 4),
-            self._put(plan.scan_table(p.sides, parts, fresh)), own.c, *before, *p.states,
-        )  # fmt: skip
+        before = States(self._taken(own.c.shape, np.int32), own.s, own.z)
+        self._scan((span.scan.shape[0], layout.features // 4), span.scan, own, before.c, p.states)
         return before
 
     def _read(
-        self, p: Problem, parts: plan.Stretches, slots: Array, states: States, *, out: Any,
-        weights: Any, divide: bool,
+        self, p: Problem, span: plan.Span, states: States, *, out: Any, weights: Any,
+        divide: bool = True,
     ) -> None:  # fmt: skip
-        """Read the states in the given slots, a part of side b each."""
+        """Read states, a part of side b each."""
         layout, a, b = p.map.layout, p.a, p.b
-        table = plan.read_table(p.sides, parts, slots, p.backwards)
         self._launch(
             make_read(layout.kind, layout.signs, p.causal, divide, p.precision),
-            (len(table), p.shape[1]), b.rows, b.heights, b.mask, a.rows, a.heights, a.vectors, a.mask, p.map.weight, b.bias, a.bias,
-            p.epsilon, self._put(table), *states, out, *weights,
+            (span.read.shape[0], p.shape[1]), b.rows, b.heights, b.mask, a.rows, a.heights,
+            a.vectors, a.mask, p.map.weight, b.bias, a.bias, p.epsilon, span.read, *states, out,
+            *weights,
         )  # fmt: skip
 
-    def _pull(
-        self, p: Problem, parts: plan.Stretches, slots: Array, states: States, *, side: int, out: Any
-    ) -> None:  # fmt: skip
-        """Write the gradients of a part of side b each, queries (side 0) or keys (side 1)."""
+    def _pull(self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any) -> None:
+        """Write the gradients of a span of side b, queries (side 0) or keys (side 1)."""
         layout, a, b = p.map.layout, p.a, p.b
-        table = plan.read_table(p.sides, parts, slots, p.backwards)
         factored = layout.factors[0].size > 0
-        target = self.empty((out.shape[0], layout.columns)) if factored else out
+        target = self._taken((out.shape[0], layout.columns)) if factored else out
         self._launch(
             make_pull(layout.kind, layout.signs, p.causal),
-            (len(table), -(-out.shape[1] // TILE)), b.rows, b.heights, b.vectors, b.shares, b.mask,
-            a.rows, a.heights, a.vectors, a.shares, a.mask, p.map.weight, b.bias, a.bias, p.epsilon,
-            self._put(table), *states, np.float32(1 / layout.unit),
+            (span.read.shape[0], -(-out.shape[1] // TILE)), b.rows, b.heights, b.vectors, b.shares,
+            b.mask, a.rows, a.heights, a.vectors, a.shares, a.mask, p.map.weight, b.bias, a.bias,
+            p.epsilon, span.read, *states, np.float32(1 / layout.unit),
             np.float32(2 * layout.key_norm / layout.unit if side else 0),
             p.map.slope if side else p.map.no_linear, target,
         )  # fmt: skip
         if factored:
-            turned = self._put(plan.change_table(table))
             self._launch(
-                change, (len(table),), target, p.map.turned[side], np.float32(0), turned, out,
-                self.empty(out.shape[0]),
+                change, (span.change.shape[0],), target, p.map.turned[side], np.float32(0),
+                span.change, out, self._taken(out.shape[0]),
             )  # fmt: skip
 
 
-def _rows(array: Any) -> Any:
-    """Return (..., L, d) as a matrix of all its rows."""
-    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+def _shapes(q: Any, k: Any, v: Any, mask: Any, offsets: Array | None) -> tuple[Any, ...]:
+    """What a plan depends on."""
+    return (
+        *(tuple(x.shape) for x in (q, k, v)),
+        None if mask is None else tuple(mask.shape),
+        None if offsets is None else offsets.tobytes(),
+    )

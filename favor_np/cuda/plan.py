@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,8 +19,8 @@ from favor_np.kernels.activate import ELU, LOG2E, POSITIVE, RELU
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: Bytes that the states of causal chunks may take at a time.
-ROOM = 2**29
+#: Bytes that the states of causal chunks may take at a time: few enough to be kept for the next call.
+ROOM = 2**27
 #: A fold of fewer tiles than this costs more to write and scan than it brings.
 SHORTEST = 4
 
@@ -44,8 +45,8 @@ def lengths(
         chunks = ROOM // max(problems * state, 1)
         return Lengths(TILE, TILE * max(1, chunks))
     blocks = max(problems * slices * columns, 1)
-    wanted = -(-RESIDENT * device.multiprocessors // blocks)
-    tiles = max(-(-keys // TILE) // wanted, SHORTEST)
+    parts = max(RESIDENT * device.multiprocessors // blocks, 1)  # more would wait for the others
+    tiles = max(-(-keys // (TILE * parts)), SHORTEST)
     return Lengths(TILE * tiles, max(keys, 1))
 
 
@@ -287,3 +288,145 @@ def change_table(table: Array) -> Array:
     _, step, count, _, out_row, *_, head, _, _ = table.T
     first = np.where(step > 0, out_row, out_row - count + 1)
     return _table(first, count, first, head)
+
+
+class Span(NamedTuple):
+    """What is under way at a time: so many stretches, and the tables of the kernels that take them.
+
+    `change` goes over the rows that are read, for maps that multiply these.
+    """
+
+    count: int
+    fold: Array
+    scan: Array
+    read: Array
+    change: Array
+
+
+def spans(
+    device: Device, of: Layout, sides: Sides, value_dim: int, *, causal: bool,
+    fresh: bool, backwards: bool = False,
+) -> tuple[Span, ...]:  # fmt: skip
+    """Cut problems: causal ones read their stretches' states, others the whole of all, at the end."""
+    table = sides.jobs.table
+    keys, queries = (int(table[:, column].max(initial=0)) for column in (3, 6))
+    columns = -(-value_dim // TILE)
+    cut = lengths(device, len(table), keys, of.features // TILE, columns, causal=causal)
+    found = []
+    for start in range(0, max(keys, 1), cut.span):
+        parts = stretches(table[:, 3], cut.stretch, (start, start + cut.span))
+        count = len(parts.owner)
+        fold = fold_table(sides, parts, backwards)
+        scan = scan_table(sides, parts, fresh and start == 0)
+        slots = np.arange(count)
+        if not causal:
+            parts = stretches(table[:, 6], TILE, (0, queries))
+            slots = sides.slots[parts.owner]
+        read = read_table(sides, parts, slots, backwards)
+        found.append(Span(count, fold, scan, read, change_table(read)))
+    return tuple(found)
+
+
+class Attention(NamedTuple):
+    """How attention is computed: who packs queries and keys, into how many rows; and what then follows."""
+
+    queries: tuple[Array, int]
+    keys: tuple[Array, int]
+    jobs: int
+    spans: tuple[Span, ...]
+
+
+def attention(
+    device: Device, feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...],
+    v: tuple[int, ...], mask: tuple[int, ...] | None, offsets: bytes | None, *, grouped: bool,
+    state: tuple[int, ...] | None, fresh: bool, causal: bool,
+) -> Attention:  # fmt: skip
+    """Return how arrays of these shapes are attended; `fresh`: the states begin empty."""
+    of = layout(feature_map)
+    jobs = _jobs(feature_map, q, k, v, mask, grouped, state)
+    q_owners, k_owners = row_heads(jobs, q, k, of)
+    if q_owners is not None:  # each job has packed rows of its own
+        jobs = with_own_rows(jobs, q[-2], k[-2])
+    jobs = _in_sequences(jobs, offsets)
+    return Attention(
+        pack_table(_count(q), q_owners),
+        pack_table(_count(k), k_owners),
+        len(jobs.table),
+        spans(device, of, keys_and_queries(jobs), v[-1], causal=causal, fresh=fresh),
+    )
+
+
+class Gradient(NamedTuple):
+    """How gradients are computed: of queries, then of keys and values; and which results are added.
+
+    Every head of the result, `results` of them, has gradients for itself; where heads share an array,
+    `sums` has for it what `sums_over_heads` says.
+    """
+
+    queries: tuple[Array, int]
+    keys: tuple[Array, int]
+    jobs: tuple[int, int]
+    of_queries: tuple[Span, ...]
+    of_keys: tuple[Span, ...]
+    results: int
+    sums: tuple[tuple[Array, Array] | None, ...]
+
+
+def gradient(
+    device: Device, feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...],
+    v: tuple[int, ...], mask: tuple[int, ...] | None, offsets: bytes | None, *, grouped: bool,
+    causal: bool,
+) -> Gradient:  # fmt: skip
+    """Return how gradients for arrays of these shapes are found."""
+    of = layout(feature_map)
+    whole = _jobs(feature_map, q, k, v, mask, grouped, None)
+    _, k_owners = row_heads(whole, q, k, of)
+    jobs, q_owners = with_rows_of_result(whole, q[-2])
+    if k_owners is not None:
+        own = with_own_rows(jobs, q[-2], k[-2])
+        jobs = host.Jobs(own.table, jobs.q_rows, jobs.out_rows, jobs.clocks)
+    jobs = _in_sequences(jobs, offsets)
+    group = whole.q_rows.shape[1]
+    heads = (
+        whole.q_rows.ravel() // max(q[-2], 1),
+        np.repeat(whole.table[:, 0], group) // max(k[-2], 1),
+        np.repeat(whole.table[:, 1], group) // max(k[-2], 1),
+    )
+    numbers = whole.out_rows.ravel() // max(q[-2], 1)
+    sides = queries_and_keys(jobs, q[-2], k[-2])
+    queries = pack_table(_count(q), q_owners)
+    cut = functools.partial(spans, device, of, value_dim=v[-1], causal=causal, fresh=True)
+    return Gradient(
+        queries,
+        pack_table(_count(k), k_owners),
+        (len(jobs.table), len(sides.jobs.table)),
+        cut(sides=keys_and_queries(jobs)),
+        cut(sides=sides, backwards=causal),
+        queries[1] // max(q[-2], 1),
+        tuple(
+            sums_over_heads(of_head, numbers, math.prod(x[:-2]))
+            for of_head, x in zip(heads, (q, k, v), strict=True)
+        ),
+    )
+
+
+def _jobs(
+    feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...],
+    mask: tuple[int, ...] | None, grouped: bool, state: tuple[int, ...] | None,
+) -> host.Jobs:  # fmt: skip
+    return host.jobs(
+        q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
+        grouped, q[-2], k[-2], 1, 0, False,
+    )  # fmt: skip
+
+
+def _in_sequences(jobs: host.Jobs, offsets: bytes | None) -> host.Jobs:
+    """Cut jobs where packed sequences begin; offsets are those of `validation.sequence_offsets`."""
+    if offsets is None:
+        return jobs
+    return host.packed(jobs, np.frombuffer(offsets, np.int64), False, 1)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    """Rows of a shape."""
+    return math.prod(shape[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,29 @@ class PtxDevice:
             array[...] = np.iinfo(dtype).max // 2
         return array
 
+    def constant(self, array: Any) -> Any:
+        """A copy."""
+        return self.to_device(array)
+
+    def scratch(self, device: int, stream: Any) -> Any:
+        """Memory for a call: new, so that what nothing writes is seen there too."""
+        return self
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call."""
+        yield
+
+    part = call
+
+    def rows(self, array: Any) -> Any:
+        """A matrix of all its rows."""
+        return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+
+    def flat(self, array: Any) -> Any:
+        """A single axis."""
+        return array.reshape(-1)
+
     def to_host(self, array: Any, stream: Any = None) -> Any:
         """A copy."""
         return np.array(array)
@@ -63,11 +87,13 @@ class PtxDevice:
         """Let what goes through favor_np.cuda.runtime come here, planned for an H100."""
         from favor_np.cuda import device, launch, runtime
 
-        names = ("launch", "to_device", "empty", "to_host", "copy")
-        launch._map.cache_clear()  # what is kept on one device is not on another
+        names = (
+            "launch", "to_device", "constant", "scratch", "rows", "flat", "empty", "to_host", "copy"
+        )  # fmt: skip
+        launch.forget()  # what is kept on one device is not on another
         with (
             mock.patch.multiple(runtime, **{name: getattr(self, name) for name in names}),
             mock.patch.object(device, "current", return_value=device.KNOWN[self.name]),
         ):
             yield self
-        launch._map.cache_clear()
+        launch.forget()

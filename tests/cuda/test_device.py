@@ -70,6 +70,20 @@ def test_the_simulator_is_refused():
     assert text == "numba.cuda is its simulator: unset NUMBA_ENABLE_CUDASIM"
 
 
+def test_a_numpy_without_row_stack():
+    """As from 2.5 on, where numba-cuda 0.30 asks for it nevertheless once something is compiled."""
+    code = """
+    import numba, numba.np.arrayobj, numpy as np
+    if hasattr(np, "row_stack"):
+        del np.row_stack
+        np.__all__.remove("row_stack")
+    from favor_np.cuda import device
+    text, _ = device.numba_cuda().compile_ptx(lambda x: None, (numba.float32[::1],), cc=(9, 0))
+    print(".entry" in text, hasattr(np, "row_stack"))
+    """
+    assert said(code) == "True False"
+
+
 def test_no_driver():
     text = said(SAID, NUMBA_DISABLE_CUDA="1")
     assert text.startswith("no NVIDIA driver can be used (CUDA is disabled")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda, float32, int32
+from numba import cuda, float32, int32, uint32, uint64
 
 from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
@@ -56,6 +56,8 @@ SPAN = 40
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
 #: Columns of that of the scan.
 SCAN = ("slot", "first", "count", "fresh")
+#: States that a thread of the scan loads before it adds the first of them.
+AHEAD = 8
 
 
 @device
@@ -228,31 +230,42 @@ def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
 def scan(table, own_c, c, s, z, total_c, total_s, total_z):
     """Replace states by the sum of all before them; the sum of all to the totals, which came first.
 
-    ``own_c`` are the exponents of the states s, z, and c receives those of the sums.
+    ``own_c`` are the exponents of the states s, z, and c receives those of the sums; their features lie
+    one after the other, as do their numbers.
     """
     tid = cuda.threadIdx.x & 255
-    job, f, x = cuda.blockIdx.x, cuda.blockIdx.y * 4 + (tid >> 6), tid & 63
+    job, f, x = cuda.blockIdx.x, uint32(cuda.blockIdx.y * 4 + (tid >> 6)), uint32(tid & 63)
     slot, first, count, fresh = table[job, 0], table[job, 1], table[job, 2], table[job, 3]
+    features, columns = uint32(total_s.shape[1]), uint32(total_s.shape[2])
+    # unsigned, or every index is asked whether it counts from behind
+    begin, end = uint32(first), uint32(first + count)
+    own = cuda.local.array(AHEAD, int32)
+    values = cuda.local.array(AHEAD, float32)
+    weights = cuda.local.array(AHEAD, float32)
     before = int32(NOTHING) if fresh else total_c[slot, f]
     after = before
-    for column in range(x, s.shape[2], TILE):
+    for column in range(x, columns, uint32(TILE)):
         level, total, weight = before, float32(0), float32(0)
         if not fresh:
             total = total_s[slot, f, column]
             if column == 0:
                 weight = total_z[slot, f]
-        for n in range(first, first + count):
-            own = own_c[n, f]
-            high = max(level, own)
-            keep, add = power(level - high), power(own - high)
-            value = s[n, f, column]
-            s[n, f, column] = total
-            total = total * keep + value * add
-            if column == 0:
-                value = z[n, f]
-                c[n, f], z[n, f] = level, weight
-                weight = weight * keep + value * add
-            level = high
+        for start in range(begin, end, uint32(AHEAD)):
+            for i in range(AHEAD):  # all are under way before the first is needed
+                at = uint32(min(uint32(start + i), uint32(end - 1)) * features + f)
+                own[i], values[i] = own_c[at], s[uint64(at) * columns + column]
+                weights[i] = z[at] if column == 0 else float32(0)
+            for i in range(AHEAD):
+                if start + i < end:
+                    at = uint32(uint32(start + i) * features + f)
+                    high = max(level, own[i])
+                    keep, add = power(level - high), power(own[i] - high)
+                    s[uint64(at) * columns + column] = total
+                    if column == 0:
+                        c[at], z[at] = level, weight
+                    total = total * keep + values[i] * add
+                    weight = weight * keep + weights[i] * add
+                    level = high
         total_s[slot, f, column] = total
         if column == 0:
             total_z[slot, f] = weight

@@ -31,9 +31,17 @@ def total_of_warp(x):
 
 
 @device
-def highest_of_warp(x):
-    """The maximum of x over the warp."""
-    for step in (1, 2, 4, 8, 16):
+def total_of_eight(x):
+    """The sum of x over the eight threads of a row."""
+    for step in (1, 2, 4):
+        x += cuda.shfl_xor_sync(0xFFFFFFFF, x, step)
+    return x
+
+
+@device
+def highest_of_eight(x):
+    """The maximum of x over the eight threads of a row."""
+    for step in (1, 2, 4):
         x = max(x, cuda.shfl_xor_sync(0xFFFFFFFF, x, step))
     return x
 
@@ -43,27 +51,29 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
 
     A row longer than limit is shortened to it; one that is not finite becomes zeros, its height NaN.
     """
-    warp, thread = (cuda.threadIdx.x & 255) >> 5, cuda.threadIdx.x & 31
-    tile, width = cuda.blockIdx.x, source.shape[1]
+    tid = cuda.threadIdx.x & 255
+    thread, tile, width = tid & 7, cuda.blockIdx.x, source.shape[1]
     row, count, target_row, head = table[tile, 0], table[tile, 1], table[tile, 2], table[tile, 3]
-    for i in range(warp, count, 8):
+    for first in range(0, count, 32):
+        i = first + (tid >> 3)
+        end = width if i < count else 0  # all threads of a warp stay for what they exchange
         largest, spoiled = float32(0), float32(0)
-        for x in range(thread, width, 32):
+        for x in range(thread, end, 8):
             value = number(source[row + i, x])
             largest = max(largest, abs(value))
             spoiled += value * float32(0)
-        largest, spoiled = highest_of_warp(largest), total_of_warp(spoiled)
+        largest, spoiled = highest_of_eight(largest), total_of_eight(spoiled)
         unit = float32(1) / largest if largest > float32(1e-30) else float32(1)
         square = float32(0)
-        for x in range(thread, width, 32):
+        for x in range(thread, end, 8):
             value = number(source[row + i, x]) * unit
             square += value * value
-        norm = math.sqrt(total_of_warp(square))
+        norm = math.sqrt(total_of_eight(square))
         gain = float32(1)
         if norm > limit * unit:
             gain = limit * unit / norm
         total = float32(0)
-        for x in range(thread, target.shape[1], 32):
+        for x in range(thread, target.shape[1] if i < count else 0, 8):
             value = float32(0)
             if x < width and spoiled == float32(0):
                 value = number(source[row + i, x]) * gain
@@ -73,8 +83,8 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
                     total -= linear[head, x] * value
                 total += key_norm * value * value
             target[target_row + i, x] = value
-        total = max(min(total_of_warp(total), float32(FAR)), float32(-FAR))
-        if thread == 0:
+        total = max(min(total_of_eight(total), float32(FAR)), float32(-FAR))
+        if thread == 0 and i < count:
             height[target_row + i] = total + spoiled
 
 
