@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.cuda import device, runtime
@@ -114,11 +115,17 @@ class Place(NamedTuple):
             array = runtime.to_host(_shown("cu_seqlens", array), self.stream)
         return array
 
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        """Return a new array of Numba for a result; its memory is of the caller's library if that has a pool."""
+        if self.kind in ("torch", "cupy"):
+            return runtime.view(runtime.pooled(self.kind, shape, dtype, self.device.number))
+        return runtime.empty(shape, dtype, self.stream)
+
     def room(self, call: validation.AttentionCall, out: Any = None) -> Any:
         """Return an array that kernels write the result of a call to: `out`, checked, or a new one."""
         dtype = self.held(call.result)
         if out is None:
-            return self.launch.empty(call.out_shape, dtype)
+            return self.empty(call.out_shape, dtype)
         if self.kind not in ("numba", "torch", "cupy"):  # others copy, or know arrays to read only
             raise ValueError(f"out cannot be used with arrays of {self.kind} on a CUDA device")
         if not device.on_device(out) or _library(out) != self.kind:

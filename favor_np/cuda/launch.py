@@ -166,7 +166,7 @@ class Launch:
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Any:
         """Return a new array on the device, of whatever was there."""
-        return runtime.empty(shape, dtype, self.place.stream)
+        return self.place.empty(shape, dtype)
 
     def _put(self, array: Array) -> Any:
         return runtime.to_device(array, self.place.stream)
@@ -307,7 +307,7 @@ class Launch:
         count = rows.shape[0]
         vectors, shares, heights = self._taken((count, dim)), self._taken(count), self._taken(count)
         self._launch(
-            vjp.cotangents, (-(-count // 8),), runtime.rows(self.place.put(grad)), runtime.rows(out),
+            vjp.cotangents, (-(-count // 8),), runtime.rows(grad), runtime.rows(out),
             *map(runtime.flat, weights), vectors, shares, heights,
         )  # fmt: skip
         keys = self._keys(of, k, v, mask, how.keys)

@@ -205,6 +205,18 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike, stream: Any) -> An
         return cuda.device_array(shape, dtype, stream=stream)
 
 
+def pooled(kind: str, shape: int | tuple[int, ...], dtype: npt.DTypeLike, number: int) -> Any:
+    """Return a new array of CuPy or PyTorch, on the device of this number, from its pool."""
+    if kind == "torch":
+        import torch
+
+        name = getattr(torch, np.dtype(dtype).name)
+        return torch.empty(shape, dtype=name, device=f"cuda:{number}")
+    import cupy
+
+    return cupy.empty(shape, dtype)
+
+
 def to_host(array: Any, stream: Any) -> npt.NDArray[Any]:
     """Copy an array to a new NumPy array, when all before it is done."""
     host: npt.NDArray[Any] = array.copy_to_host(stream=stream)

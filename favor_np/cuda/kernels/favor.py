@@ -13,8 +13,10 @@ from typing import Any
 
 from numba import cuda, float32, int32, uint32, uint64
 
-from favor_np.cuda.kernels.storage import number, rounded
+from favor_np.cuda.kernels.storage import four, number, put_four, rounded
 from favor_np.cuda.kernels.tiles import (
+    EVEN,
+    FULL,
     JOB,
     LOWEST,
     MASKED,
@@ -56,7 +58,7 @@ SPAN = 40
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
 #: Columns of that of the scan.
 SCAN = ("slot", "first", "count", "fresh")
-#: States that a thread of the scan loads before it adds the first of them.
+#: States that a thread of the scan loads while it adds those before.
 AHEAD = 8
 
 
@@ -81,15 +83,19 @@ def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
     """Values start, start + 1, ... of a tile to the plain tile, masked ones as zeros; whether all are finite."""
     tid, _, _ = lane()
     x = tid & 63
-    clean = True
-    for i in range(tid >> 6, rows, 4):
-        p = start + i
-        value = float32(0)
-        if p < count and column + x < v.shape[1]:
-            if mask.size == 0 or mask[mask_row + step * p] != 0:
-                value = number(v[row + step * p, column + x])
-        clean = clean and value * float32(0) == float32(0)
-        plain[i * PITCH + x] = value
+    place = uint32(column + x)
+    clean, inside = True, place < uint32(v.shape[1])
+    i = uint32(tid >> 6)
+    while i < rows:
+        for _ in range(4):
+            p = int32(start + i)
+            value = float32(0)
+            if p < count and inside:
+                if mask.size == 0 or mask[uint32(mask_row + step * p)] != 0:
+                    value = number(v[uint32(row + step * p), place])
+            clean = clean & (value * float32(0) == float32(0))
+            plain[uint32(i * PITCH + x)] = value
+            i = uint32(i + 4)
     return clean
 
 
@@ -124,11 +130,14 @@ def part_of_keys(y, start, count, before, level, base, cut, tops):
     if tid == 0:
         cut[0] = count
     cuda.syncthreads()
+    tall = int32(count)
     for j in range(4):
         limit = base[tx + 16 * j] + SPAN
         for i in range(4):
-            if ty + 16 * i > start and exponent(y[i, j]) > limit:
-                cuda.atomic.min(cut, 0, ty + 16 * i)
+            p = ty + 16 * i
+            tall = min(tall, int32(p if (p > start) & (exponent(y[i, j]) > limit) else count))
+    if tall < count:
+        cuda.atomic.min(cut, 0, tall)
     cuda.syncthreads()
     stop = cut[0]
     for j in range(4):
@@ -216,15 +225,26 @@ def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
                     value += sums[w * TILE + f]
                 c[job[SLOT], part * TILE + f] = levels[f]
                 z[job[SLOT], part * TILE + f] = value
+        slot = uint32(job[SLOT])
         for i in range(4):
-            for j in range(4):
-                s[
-                    job[SLOT],
-                    part * TILE + row_of(precision, ty, i),
-                    column + column_of(precision, tx, j),
-                ] = total[i, j]
+            f = uint32(part * TILE + row_of(precision, ty, i))
+            if precision == FULL:
+                put_four(s, slot * s.shape[1] + f, column + 4 * tx, total[i, 0], total[i, 1],
+                         total[i, 2], total[i, 3])  # fmt: skip
+            else:
+                for j in range(4):
+                    s[slot, f, uint32(column + column_of(precision, tx, j))] = total[i, j]
 
     return fold
+
+
+@device
+def load_ahead(own_c, s, z, start, end, features, f, columns, column, own, values, weights):
+    """A column of the states from start on, the last one again where there are no more."""
+    for i in range(AHEAD):
+        at = uint32(min(uint32(start + i), uint32(end - 1)) * features + f)
+        own[i], values[i] = own_c[at], s[uint64(at) * columns + column]
+        weights[i] = z[at] if column == 0 else float32(0)
 
 
 def scan(table, own_c, c, s, z, total_c, total_s, total_z):
@@ -242,6 +262,9 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
     own = cuda.local.array(AHEAD, int32)
     values = cuda.local.array(AHEAD, float32)
     weights = cuda.local.array(AHEAD, float32)
+    now_c = cuda.local.array(AHEAD, int32)
+    now = cuda.local.array(AHEAD, float32)
+    now_z = cuda.local.array(AHEAD, float32)
     before = int32(NOTHING) if fresh else total_c[slot, f]
     after = before
     for column in range(x, columns, uint32(TILE)):
@@ -250,22 +273,26 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
             total = total_s[slot, f, column]
             if column == 0:
                 weight = total_z[slot, f]
-        for start in range(begin, end, uint32(AHEAD)):
-            for i in range(AHEAD):  # all are under way before the first is needed
-                at = uint32(min(uint32(start + i), uint32(end - 1)) * features + f)
-                own[i], values[i] = own_c[at], s[uint64(at) * columns + column]
-                weights[i] = z[at] if column == 0 else float32(0)
+        if count > 0:
+            load_ahead(own_c, s, z, begin, end, features, f, columns, column, own, values, weights)
+        start = begin
+        while start < end:
             for i in range(AHEAD):
+                now_c[i], now[i], now_z[i] = own[i], values[i], weights[i]
+            load_ahead(own_c, s, z, uint32(start + AHEAD), end, features, f, columns, column, own,
+                       values, weights)  # fmt: skip
+            for i in range(AHEAD):
+                high = max(level, now_c[i])
+                keep, add = power(level - high), power(now_c[i] - high)
                 if start + i < end:
                     at = uint32(uint32(start + i) * features + f)
-                    high = max(level, own[i])
-                    keep, add = power(level - high), power(own[i] - high)
                     s[uint64(at) * columns + column] = total
                     if column == 0:
                         c[at], z[at] = level, weight
-                    total = total * keep + values[i] * add
-                    weight = weight * keep + weights[i] * add
+                    total = total * keep + now[i] * add
+                    weight = weight * keep + now_z[i] * add
                     level = high
+            start = uint32(start + AHEAD)
         total_s[slot, f, column] = total
         if column == 0:
             total_z[slot, f] = weight
@@ -387,11 +414,12 @@ def make_read(
                     multiply_rows(precision, queries, keys, scores)
                 # counters of 64 bits would take two registers each
                 for half in range(int32(0), int32(TILE if start == 0 else 0), int32(32)):
-                    for r in range(int32(tid >> 6), int32(32), int32(4)):
-                        plain[r * PITCH + (tid & 63)] = (
-                            s[job[SLOT], part * TILE + half + r, column + (tid & 63)]
-                            * scale[half + r]
-                        )
+                    for n in range(2):
+                        r, x = (tid >> 4) + 16 * n, 4 * tx
+                        by, to = scale[half + r], uint32((r * PITCH + x) & EVEN)
+                        row = four(s, job[SLOT] * s.shape[1] + part * TILE + half + r, column + x)
+                        for u in range(4):
+                            plain[to + u] = row[u] * by
                     cuda.syncthreads()
                     multiply(precision, queries, half, plain, 32, num)
                     cuda.syncthreads()

@@ -6,7 +6,11 @@ an int16 array holds its words, here and nowhere else.
 
 from __future__ import annotations
 
-from numba import float32, int16, int32
+from typing import Any
+
+from llvmlite import ir
+from numba import float32, int16, int32, types, uint32
+from numba.cuda.extending import intrinsic
 from numba.cuda.libdevice import float_as_int, int_as_float
 from numba.types import float16
 
@@ -51,3 +55,73 @@ def _word(x, array):
     bits = float_as_int(x)
     up = int32(0x7FFF) + ((bits >> int32(16)) & int32(1))
     return int16(int32(bits + up) >> int32(16)) if x == x else int16(_NAN)
+
+
+def four(array, line, place):
+    """Four neighbours in a row, counted over all leading axes, of an array of float32: one access.
+
+    They have to begin at a multiple of 16 bytes, as those of padded rows do.
+    """
+    return tuple(array[_index(array, line, place + i)] for i in range(4))
+
+
+def put_four(array, line, place, a, b, c, d):
+    """Write four neighbours: see `four`."""
+    for i, x in enumerate((a, b, c, d)):
+        array[_index(array, line, place + i)] = x
+
+
+def _index(array, line, place):
+    """The index of a place in a row of a matrix, or of a stack of matrices."""
+    return (line, place) if array.ndim == 2 else (*divmod(line, array.shape[1]), place)
+
+
+@overload(four, jit_options={"forceinline": True})
+def _four(array, line, place):
+    return lambda array, line, place: _load_four(array, uint32(line), uint32(place))
+
+
+@overload(put_four, jit_options={"forceinline": True})
+def _put_four(array, line, place, a, b, c, d):
+    return lambda array, line, place, a, b, c, d: _store_four(
+        array, uint32(line), uint32(place), (a, b, c, d)
+    )
+
+
+def _vector(context: Any, builder: Any, kind: Any, array: Any, line: Any, place: Any) -> Any:
+    """The address of four numbers as a vector's."""
+    from numba.cuda.np.arrayobj import make_array
+
+    wide = ir.IntType(64)
+    held = make_array(kind)(context, builder, array)
+    width = builder.trunc(builder.extract_value(held.shape, kind.ndim - 1), ir.IntType(32))
+    row = builder.mul(builder.zext(line, wide), builder.zext(width, wide))
+    at = builder.gep(held.data, [builder.add(row, builder.zext(place, wide))])
+    return builder.bitcast(at, ir.VectorType(ir.FloatType(), 4).as_pointer())
+
+
+@intrinsic
+def _load_four(typingctx: Any, array: Any, line: Any, place: Any) -> Any:
+    result = types.UniTuple(types.float32, 4)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = builder.load(_vector(context, builder, signature.args[0], *args))
+        found.align = 16
+        numbers = [builder.extract_element(found, ir.IntType(32)(i)) for i in range(4)]
+        return context.make_tuple(builder, result, numbers)
+
+    return result(array, line, place), codegen
+
+
+@intrinsic
+def _store_four(typingctx: Any, array: Any, line: Any, place: Any, numbers: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.Constant(ir.VectorType(ir.FloatType(), 4), ir.Undefined)
+        for i in range(4):
+            number = builder.extract_value(args[3], i)
+            vector = builder.insert_element(vector, number, ir.IntType(32)(i))
+        store = builder.store(vector, _vector(context, builder, signature.args[0], *args[:3]))
+        store.align = 16
+        return context.get_dummy_value()
+
+    return types.void(array, line, place, numbers), codegen

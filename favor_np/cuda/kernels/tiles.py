@@ -9,11 +9,11 @@ Indices are non-negative to the compiler's knowledge (`&`, `>>`): only then it j
 
 from __future__ import annotations
 
-from numba import cuda, float32, int32
+from numba import cuda, float32, int32, uint32
 from numba.cuda.libdevice import float_as_int, int_as_float
 
 from favor_np.cuda.kernels.mma import mma_tf32, thread_again
-from favor_np.cuda.kernels.storage import number
+from favor_np.cuda.kernels.storage import four, number
 from favor_np.kernels.activate import ELU, LOG2E, POSITIVE
 
 #: Positions, features and values of a tile; threads of a block.
@@ -56,12 +56,14 @@ def exponent(y):
 @device
 def power(n):
     """2**n for n <= 127, and zero below the normal numbers."""
+    n = int32(n)  # a difference has 64 bits
     return int_as_float(int32((n + int32(127)) << int32(23))) if n > -127 else float32(0)
 
 
 @device
 def exp2(y, n):
     """``2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds."""
+    n = int32(n)
     f = y - (float32(y + float32(_MAGIC)) - float32(_MAGIC))
     p = float32(0.00015238006017170846)
     p = p * f + float32(0.0013391136890277267)
@@ -103,7 +105,7 @@ def log_features(kind, raw, bias, head, column, high, y):
     _, ty, tx = lane()
     for j in range(4):
         cuda.syncwarp()
-        beta = bias[head, column + tx + 16 * j]
+        beta = bias[uint32(head), uint32(column + tx + 16 * j)]
         for i in range(4):
             y[i, j] = log_feature(kind, signed(raw, i, j)) + beta - high[ty + 16 * i]
 
@@ -197,38 +199,77 @@ def stage_rows(source, row, step, count, column, stage, at):
     """Copy 64 rows of DEPTH columns to the stage, zeros where there are none."""
     tid, _, _ = lane()
     x = tid & 15
-    inside = column + x < source.shape[1]
+    place = uint32(column + x)  # unsigned, or every index is asked whether it counts from behind
+    inside = place < uint32(source.shape[1])
     for n in range(4):
         i = (tid >> 4) + 16 * n
         stage[(at + i) * STAGE + x] = (
-            number(source[row + step * i, column + x]) if i < count and inside else float32(0)
+            number(source[uint32(row + step * i), place]) if i < count and inside else float32(0)
         )
+
+
+@device
+def stage_padded(source, row, step, count, column, stage, at):
+    """The same of padded rows, whose columns are there: four at a time."""
+    tid, _, _ = lane()
+    i, x = tid >> 2, (tid & 3) << 2
+    to = uint32(((at + i) * STAGE + x) & EVEN)
+    if i < count:
+        numbers = four(source, row + step * i, column + x)
+        for u in range(4):
+            stage[to + u] = numbers[u]
+    else:
+        for u in range(4):
+            stage[to + u] = float32(0)
 
 
 @device
 def product(precision, a, a_row, a_step, a_count, b, b_row, b_step, b_count, depth, stage, total):
     """``total[i, j] = a[a_row + a_step i] . b[b_row + b_step j]``."""
     clear(total)
-    for column in range(int32(0), int32(depth), int32(DEPTH)):  # 64 bits would take two registers
+    column = uint32(0)
+    while column < depth:
         stage_rows(a, a_row, a_step, a_count, column, stage, 0)
         stage_rows(b, b_row, b_step, b_count, column, stage, TILE)
         cuda.syncthreads()
-        if precision == FULL:
-            multiply_add_rows(stage, 0, STAGE, stage, TILE * STAGE, STAGE, DEPTH, total)
-        else:
-            multiply_fragments(stage, 0, STAGE, 1, stage, TILE * STAGE, STAGE, 1, DEPTH,
-                               False, total)  # fmt: skip
-        cuda.syncthreads()
+        multiply_stage(precision, stage, total)
+        column = uint32(column + DEPTH)
     if precision != FULL:
         take_over(total)
+
+
+@device
+def product_padded(precision, a, a_row, a_step, a_count, b, b_row, b_count, stage, total):
+    """The same of the whole of padded rows."""
+    clear(total)
+    column = uint32(0)
+    while column < a.shape[1]:
+        stage_padded(a, a_row, a_step, a_count, column, stage, 0)
+        stage_padded(b, b_row, 1, b_count, column, stage, TILE)
+        cuda.syncthreads()
+        multiply_stage(precision, stage, total)
+        column = uint32(column + DEPTH)
+    if precision != FULL:
+        take_over(total)
+
+
+@device
+def multiply_stage(precision, stage, total):
+    """Multiply what is staged, and wait for all to have done so."""
+    if precision == FULL:
+        multiply_add_rows(stage, 0, STAGE, stage, TILE * STAGE, STAGE, DEPTH, total)
+    else:
+        multiply_fragments(stage, 0, STAGE, 1, stage, TILE * STAGE, STAGE, 1, DEPTH, False,
+                           total)  # fmt: skip
+    cuda.syncthreads()
 
 
 @device
 def project(precision, kind, rows, row, step, count, weight, bias, head, part, high, stage, raw, y):
     """raw = the projections of a tile of rows on a slice of the weights, y = their log2-features."""
     slices, width = bias.shape[1] >> 6, 16 * raw.shape[1]
-    product(precision, rows, row, step, count, weight, (head * slices + part) * width, 1, width,
-            rows.shape[1], stage, raw)  # fmt: skip
+    product_padded(precision, rows, row, step, count, weight, (head * slices + part) * width, width,
+                   stage, raw)  # fmt: skip
     log_features(kind, raw, bias, head, part * TILE, high, y)
 
 
@@ -265,21 +306,22 @@ def multiply_add_rows(a, a_at, a_stride, b, b_at, b_stride, depth, total):
     _, ty, tx = lane()
     left = cuda.local.array((4, 4), float32)
     right = cuda.local.array((4, 4), float32)
-    for n in range(depth >> 2):
-        x = (n & 15) << 2
+    x = uint32(0)  # unsigned: a range of Numba counts in two registers
+    while x < depth:
         cuda.syncwarp()
         for i in range(4):
-            at = ((a_at + (ty + 16 * i) * a_stride) & EVEN) + x
+            at = uint32((a_at + (ty + 16 * i) * a_stride) & EVEN) + x
             for u in range(4):
                 left[i, u] = a[at + u]
         for j in range(total.shape[1]):
-            at = ((b_at + (tx + 16 * j) * b_stride) & EVEN) + x
+            at = uint32((b_at + (tx + 16 * j) * b_stride) & EVEN) + x
             for u in range(4):
                 right[j, u] = b[at + u]
         for u in range(4):
             for i in range(4):
                 for j in range(total.shape[1]):
                     total[i, j] += left[i, u] * right[j, u]
+        x = uint32(x + 4)
 
 
 @device
@@ -288,21 +330,22 @@ def multiply_add(a, a_column, b, depth, total):
     _, ty, tx = lane()
     left = cuda.local.array((4, 4), float32)
     right = cuda.local.array((4, 4), float32)
-    for n in range(depth >> 2):
-        r = (n & 15) << 2
+    r = uint32(0)
+    while r < depth:
         cuda.syncwarp()
         for i in range(4):
-            at = (((ty + 16 * i) * STRIDE + a_column) & EVEN) + r
+            at = uint32(((ty + 16 * i) * STRIDE + a_column) & EVEN) + r
             for u in range(4):
                 left[i, u] = a[at + u]
         for u in range(4):
-            at = (r + u) * PITCH + 4 * tx
+            at = uint32((r + u) * PITCH + 4 * tx)
             for j in range(4):
                 right[u, j] = b[at + j]
         for u in range(4):
             for i in range(4):
                 for j in range(4):
                     total[i, j] += left[i, u] * right[u, j]
+        r = uint32(r + 4)
 
 
 @device
@@ -311,15 +354,16 @@ def multiply_add_turned(a, b, depth, total):
     _, ty, tx = lane()
     left = cuda.local.array(4, float32)
     right = cuda.local.array(4, float32)
-    for n in range(depth):
-        p = n & 63
+    p, at, to = uint32(0), uint32(4 * ty), uint32(4 * tx)
+    while p < depth:
         for i in range(4):
-            left[i] = a[p * STRIDE + 4 * ty + i]
+            left[i] = a[at + i]
         for j in range(4):
-            right[j] = b[p * PITCH + 4 * tx + j]
+            right[j] = b[to + j]
         for i in range(4):
             for j in range(4):
                 total[i, j] += left[i] * right[j]
+        p, at, to = uint32(p + 1), uint32(at + STRIDE), uint32(to + PITCH)
 
 
 @device
