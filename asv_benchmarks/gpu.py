@@ -1,7 +1,7 @@
 """Time the GPU benchmarks without asv, beside what else is installed: python asv_benchmarks/gpu.py.
 
-Prints a table: the median of each call, and the floor of docs/roofline.py; exact attention of PyTorch
-and linear attention of fla are timed where they are there.  Fails where there is no GPU.
+Prints a table: the time of each call, and the floor of docs/roofline.py; exact attention of PyTorch and
+linear attention of fla are timed where they are there.  Fails where there is no GPU.
 """
 
 import functools
@@ -11,36 +11,72 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "docs")]
 os.environ["FAVOR_NP_BENCH"] = "full"
 
 from benchmarks import bench_cuda
-from benchmarks.common import inputs, sized
+from benchmarks.common import feature_map, inputs, sized
+
+import favor_np
+
+#: Calls that follow each other.
+ROW = 10
 
 
-def median(call, *args, seconds=1.0, **options):
-    """Median of the time of a call, in seconds, over at least seven."""
-    call = functools.partial(call, *args, **options)
-    times = []
+class Times(NamedTuple):
+    """Seconds of a call: alone, until the GPU has done it; and of each of many that follow each other."""
+
+    alone: float
+    in_a_row: float
+
+
+def times(call, *, seconds=0.5):
+    """Medians, over at least seven calls alone and five rows."""
+    bench_cuda.finished(call)
+    return Times(
+        _median(lambda: bench_cuda.finished(call), 7, seconds),
+        _median(lambda: bench_cuda.finished(lambda: [call() for _ in range(ROW)]), 5, seconds)
+        / ROW,
+    )
+
+
+def _median(call, least, seconds):
+    found = []
     begin = time.perf_counter()
-    while len(times) < 7 or (time.perf_counter() - begin < seconds and len(times) < 1000):
+    while len(found) < least or (time.perf_counter() - begin < seconds and len(found) < 1000):
         start = time.perf_counter()
-        bench_cuda.finished(call)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
 
 
 def ours():
-    """Every case of bench_cuda."""
+    """Every case of bench_cuda, forwards with `out`, and on tensor cores as well."""
     for kind in (bench_cuda.Forward, bench_cuda.Gradient, bench_cuda.RoundTrip, bench_cuda.Decode):
         (name,) = (name for name in dir(kind) if name.startswith("time_"))
         for values in itertools.product(*kind.params):
             benchmark = kind()
             benchmark.setup(*values)
-            call = getattr(benchmark, name)
-            yield f"{kind.__name__} {' '.join(map(str, values))}", median(call, *values)
+            call = functools.partial(getattr(benchmark, name), *values)
+            if kind is not bench_cuda.RoundTrip:
+                call = getattr(benchmark, "call", None) or benchmark.step  # which do not wait
+            yield f"{kind.__name__} {' '.join(map(str, values))}", times(call)
+            if kind is bench_cuda.Forward:
+                for text, options in (("out=", {"out": True}), ("tf32x3", {"precision": "tf32x3"})):
+                    yield f"Forward {' '.join(values)} {text}", times(forward(*values, **options))
+
+
+def forward(kind, size, *, out=False, precision="full"):
+    """A call of `favor_attention` on arrays that lie there."""
+    n, arrays = sized(size), bench_cuda.on_device(size)
+    fm = feature_map(n["m"], n["d"])
+    room = bench_cuda.cuda().device_array_like(arrays[2]) if out else None
+    return lambda: favor_np.favor_attention(
+        *arrays, fm, causal=kind == "causal", out=room, precision=precision
+    )
 
 
 def rivals():
@@ -54,14 +90,19 @@ def rivals():
         print("this PyTorch has no CUDA: no rivals")
         return
     attend = torch.nn.functional.scaled_dot_product_attention
-    for size, causal in itertools.product(bench_cuda.SIZES[:2], (True, False)):
+    for size, causal in itertools.product(bench_cuda.SIZES, (True, False)):
         n = sized(size)
         q, k, v = (torch.tensor(x, device="cuda") for x in inputs(n["L"], n["d"], n["H"]))
         for dtype in (torch.float32, torch.bfloat16):
             arrays = [x.to(dtype) for x in (q, k, v)]
             name = f"torch exact {str(dtype)[6:]} {'causal' if causal else 'full'} {size}"
-            yield name, median(attend, *arrays, is_causal=causal)
+            yield name, times(functools.partial(attend, *arrays, is_causal=causal))
         if causal:
+            fm = feature_map(n["m"], n["d"])
+            for dtype in (torch.float32, torch.bfloat16):
+                arrays = [x.to(dtype) for x in (q, k, v)]
+                call = functools.partial(favor_np.favor_attention, *arrays, fm, causal=True)
+                yield f"favor_np of torch {str(dtype)[6:]} causal {size}", times(call)
             yield from _fla(size, q, k, v)
 
 
@@ -74,7 +115,7 @@ def _fla(size, q, k, v):
     turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     yield (
         f"fla chunk_linear_attn {size} (its keys are its features)",
-        median(lambda: chunk_linear_attn(*turned)),
+        times(lambda: chunk_linear_attn(*turned)),
     )
 
 
@@ -86,14 +127,16 @@ def floors():
         n = sized(size)
         costs = roofline.costs((1, n["H"]), n["L"], causal=kind == "causal")
         for name, gpu in roofline.GPUS.items():
-            yield f"floor {name} {kind} {size}", sum(c.floor(gpu) for c in costs.values())
+            floor = sum(c.floor(gpu) for c in costs.values())
+            yield f"floor {name} {kind} {size}", Times(floor, floor)
 
 
 def main():
     """Print all."""
     bench_cuda.cuda()
-    for name, seconds in itertools.chain(floors(), ours(), rivals()):
-        print(f"{1e6 * seconds:12.1f} µs  {name}", flush=True)
+    print("   µs: alone    in a row")
+    for name, found in itertools.chain(floors(), ours(), rivals()):
+        print(f"{1e6 * found.alone:12.1f}{1e6 * found.in_a_row:12.1f}  {name}", flush=True)
 
 
 if __name__ == "__main__":

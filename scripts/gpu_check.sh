@@ -12,6 +12,8 @@ log=${1:-gpu_check.log}
 export PYTHONPATH=$PWD:$PWD/tests:$PWD/tests/cuda FAVOR_NP_REQUIRE_GPU=1
 unset NUMBA_ENABLE_CUDASIM FAVOR_NP_STUB_GPU
 failed=0
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
 
 step() {
   printf '\n=== %s (%d s)\n' "$1" "$SECONDS"
@@ -39,18 +41,24 @@ main() {
     step "Tests" "$python" tests/gpu/plain.py
   fi
 
+  step "Benchmarks" "$python" asv_benchmarks/gpu.py
+
   if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck initcheck synccheck; do
-      step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" tests/gpu/plain.py masked
-      step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" tests/gpu/plain.py causal-131
+    for case in masked causal-131; do
+      for tool in memcheck racecheck initcheck synccheck; do # side by side: it is compiling that takes time
+        step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+          "$python" tests/gpu/plain.py "$case" >"$folder/$tool" 2>&1 &
+      done
+      wait
+      for tool in memcheck racecheck initcheck synccheck; do
+        cat "$folder/$tool"
+        ! grep -q '^FAILED' "$folder/$tool" || failed=1
+      done
     done
   else
     echo "compute-sanitizer is not installed: no check of races on the GPU"
   fi
 
-  step "Benchmarks" "$python" asv_benchmarks/gpu.py
   printf '\n=== %s (%d s)\n' "$([ "$failed" = 0 ] && echo "All passed" || echo "FAILED")" "$SECONDS"
   return "$failed"
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,8 +214,14 @@ def _stand_in(array: Any) -> Any:
     """Return what validation may ask of a device array as a NumPy array: floats for the words of some."""
     if isinstance(array, np.ndarray) or not device.on_device(array):
         return array
-    dtype = np.float32 if array.dtype in HELD.values() else array.dtype
-    return np.broadcast_to(np.zeros((), dtype), array.shape)
+    dtype = HELD["float32"] if array.dtype in HELD.values() else array.dtype
+    return _zeros(tuple(array.shape), dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Zeros in the room of one, to read only."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _shown(name: str, array: Any) -> Any:

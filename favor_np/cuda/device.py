@@ -92,11 +92,11 @@ def _row_stack() -> Iterator[None]:
     if hasattr(np, "row_stack"):
         yield
         return
-    np.row_stack = np.vstack
+    np.row_stack = np.vstack  # noqa: NPY201
     try:
         yield
     finally:
-        del np.row_stack
+        del np.row_stack  # noqa: NPY201
 
 
 def current() -> Device:
@@ -170,13 +170,21 @@ def _check_driver() -> None:
 
 def on_device(array: Any) -> bool:
     """Return whether an array lies in the memory of a CUDA device."""
+    if _of_numba(array):  # which would make its interface first
+        return True
     if hasattr(array, "__dlpack_device__"):
         return int(array.__dlpack_device__()[0]) in _DLPACK
     return hasattr(array, "__cuda_array_interface__")
 
 
+def _of_numba(array: Any) -> bool:
+    return type(array).__module__ == "numba.cuda.cudadrv.devicearray"
+
+
 def ordinal(array: Any) -> int:
     """The number of the device in whose memory an array lies."""
+    if _of_numba(array) and array.size:
+        return int(array.gpu_data.context.device.id)
     if hasattr(array, "__dlpack_device__"):
         return int(array.__dlpack_device__()[1])
     driver = numba_cuda().cudadrv.driver

@@ -208,7 +208,9 @@ class Launch:
         sums = self.empty(own.c.shape, np.int32)
         self._scan((count, features // 4), table, own, sums, into)
 
-    def _scan(self, grid: tuple[int, ...], table: Any, own: States, sums: Any, into: States) -> None:
+    def _scan(
+        self, grid: tuple[int, ...], table: Any, own: States, sums: Any, into: States
+    ) -> None:
         """Add states `own` to those in `into`; own and `sums`, its exponents, become what was there."""
         flat = map(runtime.flat, (own.c, sums, own.s, own.z))
         self._launch(kernels.scan, grid, table, *flat, *into)
@@ -346,7 +348,9 @@ class Launch:
     def _room(self, of: Map, count: int, value_dim: int) -> States:
         """Return states that nothing was written to."""
         shape, columns = (count, of.layout.features), -(-value_dim // TILE) * TILE
-        return States(self._taken(shape, np.int32), self._taken((*shape, columns)), self._taken(shape))
+        return States(
+            self._taken(shape, np.int32), self._taken((*shape, columns)), self._taken(shape)
+        )
 
     def _keys(self, of: Map, k: Any, v: Any, mask: Any, packs: tuple[Any, int]) -> Side:
         rows, heights = self._pack(of, k, 1, packs)
@@ -382,9 +386,9 @@ class Launch:
     def _fold(self, p: Problem, span: plan.Span) -> States:
         """Fold a span of side a into the states; the sums before each of its stretches."""
         layout, (slices, columns), a = p.map.layout, p.shape, p.a
-        own = self._room(p.map, span.count, columns * TILE)
+        own = self._room(p.map, span.parts, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs, p.precision), (span.count, slices, columns), a.rows,
+            make_fold(layout.kind, layout.signs, p.precision), (span.parts, slices, columns), a.rows,
             a.heights, a.shares, a.vectors, a.mask, p.map.weight, a.bias, p.epsilon, span.fold, *own,
         )  # fmt: skip
         before = States(self._taken(own.c.shape, np.int32), own.s, own.z)

@@ -296,7 +296,7 @@ class Span(NamedTuple):
     `change` goes over the rows that are read, for maps that multiply these.
     """
 
-    count: int
+    parts: int
     fold: Array
     scan: Array
     read: Array

@@ -29,7 +29,9 @@ class Array:
 
     __slots__ = ("address", "dtype", "fields", "kind", "owner", "shape", "size")
 
-    def __init__(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: Any) -> None:
+    def __init__(
+        self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: Any
+    ) -> None:
         self.address, self.shape, self.dtype, self.owner = address, shape, dtype, owner
         self.size = math.prod(shape)
         self.kind = dtype, len(shape)
@@ -101,11 +103,12 @@ def launch(
     """
     from cuda.core import launch as start
 
-    kinds, values = [], []
+    kinds: list[tuple[Any, int]] = []
+    values: list[Any] = []
     for x in args:
         if isinstance(x, np.float32):
             kinds.append((x.dtype, 0))
-            values.append(ctypes.c_float(x))
+            values.append(ctypes.c_float(float(x)))
         else:
             array = x if isinstance(x, Array) else plain(x)
             kinds.append(array.kind)

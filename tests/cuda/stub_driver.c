@@ -7,6 +7,7 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +25,7 @@ static int DEVICES = 1, VERSION = 13000, MOST = 1 << 16, N_ALLOCATIONS;
 static uint64_t MEMORY = 1ull << 32, USED;
 static launcher LAUNCH;
 static allocation ALLOCATIONS[1 << 16];
+static pthread_mutex_t LOCK = PTHREAD_MUTEX_INITIALIZER; /* of the allocations: any thread may call */
 static char CONTEXTS[16];
 static __thread void *STACK[64];
 static __thread int DEPTH;
@@ -32,8 +34,11 @@ void stub_configure(int devices, int version, uint64_t memory, launcher launch) 
   DEVICES = devices, VERSION = version, MEMORY = memory, LAUNCH = launch;
 }
 int stub_allocations(allocation *to) {
-  memcpy(to, ALLOCATIONS, sizeof(allocation) * N_ALLOCATIONS);
-  return N_ALLOCATIONS;
+  pthread_mutex_lock(&LOCK);
+  int n = N_ALLOCATIONS;
+  memcpy(to, ALLOCATIONS, sizeof(allocation) * n);
+  pthread_mutex_unlock(&LOCK);
+  return n;
 }
 
 static void *current(void) { return DEPTH ? STACK[DEPTH - 1] : 0; }
@@ -82,7 +87,7 @@ result cuCtxSetCurrent(void *context) { if (DEPTH) STACK[DEPTH - 1] = context; e
 result cuCtxPushCurrent_v2(void *context) { STACK[DEPTH++] = context; return SUCCESS; }
 result cuCtxPopCurrent_v2(void **context) { *context = DEPTH ? STACK[--DEPTH] : 0; return SUCCESS; }
 result cuCtxGetDevice(int *device) { *device = device_of(current()); return SUCCESS; }
-result cuCtxGetDevice_v2(int *device, void *context) { *device = device_of(context ? context : current()); return SUCCESS; }
+result cuCtxGetDevice_v2(int *device, void *context) { return cuCtxGetDevice(device); } /* called with one argument too */
 result cuCtxGetApiVersion(void *context, unsigned *v) { *v = 13000; return SUCCESS; }
 result cuCtxSynchronize(void) { return SUCCESS; }
 result cuCtxSynchronize_v2(void *context) { return SUCCESS; }
@@ -90,30 +95,38 @@ result cuCtxSynchronize_v2(void *context) { return SUCCESS; }
 /* ---- memory */
 result cuMemGetInfo_v2(size_t *left, size_t *total) { *left = MEMORY - USED, *total = MEMORY; return SUCCESS; }
 result cuMemAlloc_v2(uint64_t *pointer, size_t n) {
-  if (USED + n > MEMORY || N_ALLOCATIONS == MOST) return OUT_OF_MEMORY;
-  void *p = aligned_alloc(256, (n + 255) & ~255ull);
-  memset(p, 0xff, n); /* NaN: what nobody wrote */
-  *pointer = (uint64_t)p;
-  ALLOCATIONS[N_ALLOCATIONS++] = (allocation){(uint64_t)p, n, device_of(current())};
-  USED += n;
-  return SUCCESS;
+  pthread_mutex_lock(&LOCK);
+  int fits = USED + n <= MEMORY && N_ALLOCATIONS < MOST;
+  if (fits) {
+    void *p = aligned_alloc(256, (n + 255) & ~255ull);
+    memset(p, 0xff, n); /* NaN: what nobody wrote */
+    *pointer = (uint64_t)p;
+    ALLOCATIONS[N_ALLOCATIONS++] = (allocation){(uint64_t)p, n, device_of(current())};
+    USED += n;
+  }
+  pthread_mutex_unlock(&LOCK);
+  return fits ? SUCCESS : OUT_OF_MEMORY;
 }
-static allocation *find(uint64_t pointer) {
-  for (int i = 0; i < N_ALLOCATIONS; i++)
-    if (pointer >= ALLOCATIONS[i].base && pointer < ALLOCATIONS[i].base + ALLOCATIONS[i].size) return &ALLOCATIONS[i];
-  return 0;
+static int find(uint64_t pointer, allocation *found, int remove) {
+  int there = 0;
+  pthread_mutex_lock(&LOCK);
+  for (int i = 0; i < N_ALLOCATIONS && !there; i++) {
+    there = pointer >= ALLOCATIONS[i].base && pointer < ALLOCATIONS[i].base + ALLOCATIONS[i].size;
+    if (there) *found = ALLOCATIONS[i];
+    if (there && remove && found->base == pointer) USED -= found->size, ALLOCATIONS[i] = ALLOCATIONS[--N_ALLOCATIONS];
+  }
+  pthread_mutex_unlock(&LOCK);
+  return there;
 }
 result cuMemFree_v2(uint64_t pointer) {
-  allocation *a = find(pointer);
-  if (!a || a->base != pointer) return INVALID_VALUE;
+  allocation a;
+  if (!find(pointer, &a, 1) || a.base != pointer) return INVALID_VALUE;
   free((void *)pointer);
-  USED -= a->size;
-  *a = ALLOCATIONS[--N_ALLOCATIONS];
   return SUCCESS;
 }
 static int fits(uint64_t pointer, size_t n) {
-  allocation *a = find(pointer);
-  return a && pointer + n <= a->base + a->size;
+  allocation a;
+  return find(pointer, &a, 0) && pointer + n <= a.base + a.size;
 }
 result cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t n) { if (!fits(to, n)) return INVALID_VALUE; memcpy((void *)to, from, n); return SUCCESS; }
 result cuMemcpyDtoH_v2(void *to, uint64_t from, size_t n) { if (!fits(from, n)) return INVALID_VALUE; memcpy(to, (void *)from, n); return SUCCESS; }
@@ -126,20 +139,20 @@ result cuMemsetD8Async(uint64_t to, unsigned char x, size_t n, void *stream) { r
 result cuMemHostAlloc(void **pointer, size_t n, unsigned flags) { *pointer = malloc(n); return SUCCESS; }
 result cuMemFreeHost(void *pointer) { free(pointer); return SUCCESS; }
 result cuMemGetAddressRange_v2(uint64_t *base, size_t *n, uint64_t pointer) {
-  allocation *a = find(pointer);
-  if (!a) return INVALID_VALUE;
-  *base = a->base, *n = a->size;
+  allocation a;
+  if (!find(pointer, &a, 0)) return INVALID_VALUE;
+  *base = a.base, *n = a.size;
   return SUCCESS;
 }
 result cuPointerGetAttribute(void *value, int attribute, uint64_t pointer) {
-  allocation *a = find(pointer);
-  if (!a) return INVALID_VALUE;
+  allocation a;
+  if (!find(pointer, &a, 0)) return INVALID_VALUE;
   switch (attribute) {
-    case 1: *(void **)value = &CONTEXTS[a->device]; break;
+    case 1: *(void **)value = &CONTEXTS[a.device]; break;
     case 2: *(int *)value = 2; break;               /* device memory */
     case 3: *(uint64_t *)value = pointer; break;
     case 8: *(int *)value = 0; break;               /* not managed */
-    case 9: *(int *)value = a->device; break;
+    case 9: *(int *)value = a.device; break;
     default: return INVALID_VALUE;
   }
   return SUCCESS;

@@ -12,6 +12,7 @@ import ctypes
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ _LAUNCH = ctypes.CFUNCTYPE(
 
 #: What the driver calls has to live as long as the process.
 _KEPT: list[Any] = []
+#: The code that executes a kernel has its state in globals.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Driver:
         count = self.library.stub_allocations(allocations)
         spans = [(a.base, a.size) for a in allocations[:count]]
         grid, block, shared = tuple(dims[:3]), tuple(dims[3:6]), dims[6]
-        report, _ = ptxrun.execute_raw(text, grid, block, read, spans, dynamic_bytes=shared)
+        with _ONE_AT_A_TIME:
+            report, _ = ptxrun.execute_raw(text, grid, block, read, spans, dynamic_bytes=shared)
         self.launches.append(Launch(name.decode(), (*grid, *block), stream or 0, report))
         if not report.ok:
             sys.stderr.write(f"{name.decode()[:60]}: {report}\n")

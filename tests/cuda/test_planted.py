@@ -79,11 +79,11 @@ def test_a_barrier_less(module, start, text):
 
 #: Guards of the tails: of rows, of columns, of heights, of what is written.
 GUARDS = [
-    ("tiles", "if i < count and inside else", "if inside else"),
-    ("favor", "if p < count and column + x < v.shape[1]:", "if column + x < v.shape[1]:"),
-    ("favor", "if p < count and column + x < v.shape[1]:", "if p < count:"),
+    ("tiles", "    if i < count:", "    if True:"),
+    ("favor", "if p < count and inside:", "if inside:"),
+    ("favor", "if p < count and inside:", "if p < count:"),
     ("favor", "if p >= count or (mask.size", "if (mask.size"),
-    ("favor", "in range(tid >> 6, job[COUNT], 4)", "in range(tid >> 6, 64, 4)"),
+    ("favor", "and i < job[COUNT]:", "and i < TILE:"),
 ]
 
 

@@ -8,30 +8,41 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "cuda"
 
 import cases
 import naive
+import numpy as np
 
 import favor_np
 from favor_np.cuda import device
 
 
-def error(case, cuda):
-    """Of a call with arrays on the device, against the dense oracle."""
+def errors(case, cuda):
+    """Of a call with arrays on the device, and of its gradients, against the dense oracle."""
     options = case.keywords()
     if "key_mask" in options:
         options["key_mask"] = cuda.to_device(options["key_mask"])
-    arrays = [cuda.to_device(x) for x in case.arrays()]
-    out = favor_np.favor_attention(*arrays, case.feature_map(), **options)
-    return naive.relative_error(out.copy_to_host(), case.expected())
+    arrays, fm = [cuda.to_device(x) for x in case.arrays()], case.feature_map()
+    out = favor_np.favor_attention(*arrays, fm, **options).copy_to_host()
+    yield "", naive.relative_error(out, case.expected()), case.tolerance()
+    grad = np.random.default_rng(9).standard_normal(out.shape).astype(np.float32)
+    _, pullback = favor_np.favor_attention_vjp(*arrays, fm, **options)
+    found = pullback(cuda.to_device(grad))
+    *expected, _ = naive.favor_attention_vjp(
+        *case.arrays(), fm.projection, grad, **case.keywords(), **case.map_options
+    )
+    for name, wanted in zip("qkv", expected, strict=True):
+        error = np.abs(getattr(found, name).copy_to_host() - wanted).max()
+        yield f" d{name}", error / max(np.abs(wanted).max(), 1), 10 * case.tolerance()
 
 
 def main(part=""):
-    """Run the cases whose names have `part`; the number of those that are wrong."""
+    """Run the cases whose names have `part`; the number of results that are wrong."""
     device.current()  # raises what is missing
     cuda, wrong = device.numba_cuda(), 0
     for name, case in cases.CASES.items():
         if part in name:
-            found, allowed = error(case, cuda), case.tolerance()
-            wrong += not found < allowed
-            print(f"{'ok' if found < allowed else 'WRONG':6}{name:24}{found:.2e} < {allowed:.2e}")
+            for text, found, allowed in errors(case, cuda):
+                wrong += not found < allowed
+                said = "ok" if found < allowed else "WRONG"
+                print(f"{said:6}{name + text:24}{found:.2e} < {allowed:.2e}", flush=True)
     return wrong
 
 

@@ -1,5 +1,7 @@
 """The case table of tests/cuda on a device: every call is held against the dense oracle in float64."""
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cases
@@ -94,6 +96,70 @@ def test_arrays_of_other_libraries(library, cuda):
     assert type(out) is type(arrays[0])
     host = out.get() if library == "cupy" else np.asarray(out.cpu() if library == "torch" else out)
     assert_right(case, host)
+
+
+@pytest.mark.parametrize("name", ["causal-131", "full-131", "relu-causal", "far"])
+def test_tensor_cores(name, cuda):
+    case = cases.CASES[name]
+    arrays, options = on_device(cuda, case)
+    out = favor_np.favor_attention(*arrays, case.feature_map(), precision="tf32x3", **options)
+    assert_right(case, out.copy_to_host())
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_calibrated_maps(heads, cuda):
+    rng = np.random.default_rng(0)
+    lead = () if heads is None else (heads,)
+    q, k, v, grad = (rng.standard_normal((*lead, 70, 8)).astype(np.float32) + 0.5 for _ in range(4))
+    fm = favor_np.feature_map("positive", 8, 64).calibrate(q, k, "aderf+sderf")
+    out, pullback = favor_np.favor_attention_vjp(*map(cuda.to_device, (q, k, v)), fm, causal=True)
+    whole = (x.astype(float) for x in (q, k, v))
+    wanted, theirs = favor_np.favor_attention_vjp(*whole, fm, causal=True)
+    assert naive.relative_error(out.copy_to_host(), wanted) < 1e-5
+    found, expected = pullback(cuda.to_device(grad)), theirs(grad)
+    for name in "qkv":
+        mine = getattr(found, name).copy_to_host()
+        assert naive.relative_error(mine, getattr(expected, name)) < 1e-5
+
+
+def test_packed_sequences(cuda):
+    case, offsets = cases.CASES["causal-131"], [0, 3, 3, 70, 131]
+    arrays, options = on_device(cuda, case)
+    fm = case.feature_map()
+    out = favor_np.favor_attention(*arrays, fm, cu_seqlens=offsets, **options).copy_to_host()
+    parts = [
+        naive.favor_attention(
+            *(x[:, i:j] for x in case.arrays()), fm.projection, **options, **case.map_options
+        )
+        for i, j in itertools.pairwise(offsets)
+        if j > i
+    ]
+    assert naive.relative_error(out, np.concatenate(parts, axis=1)) < case.tolerance()
+
+
+def test_calls_on_several_streams_and_threads_do_not_meet(cuda):
+    """Each thread and stream has scratch memory of its own, which grows; none waits for another."""
+    picked = [
+        cases.CASES[name] for name in ("causal-2", "causal-131", "heads", "full-65", "masked-full")
+    ]
+    alone = []
+    for case in picked:
+        arrays, options = on_device(cuda, case)
+        out = favor_np.favor_attention(*arrays, case.feature_map(), **options)
+        alone.append(out.copy_to_host())
+
+    def work(_):
+        made = []
+        for stream in (cuda.stream(), cuda.stream(), 0):
+            for case, wanted in zip(picked, alone, strict=True):
+                arrays, options = on_device(cuda, case, stream)
+                out = favor_np.favor_attention(*arrays, case.feature_map(), **options)
+                made.append((arrays, stream, out, wanted))  # kept, for it is not done yet
+        cuda.synchronize()
+        return all(np.array_equal(out.copy_to_host(), wanted) for *_, out, wanted in made)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
 
 
 def test_16_bits_are_read_and_the_result_rounded(cuda):

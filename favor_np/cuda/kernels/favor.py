@@ -347,7 +347,7 @@ def make_read(
         part = int32(0)
         while part < slices:
             for j in range(4):
-                before[j] = c[job[SLOT], part * TILE + tx + 16 * j]
+                before[j] = c[uint32(job[SLOT]), uint32(part * TILE + tx + 16 * j)]
             start = int32(0)
             while start < job[COUNT]:  # once, but for keys that pass what came before too far
                 for j in range(4):
@@ -404,7 +404,9 @@ def make_read(
                             y[i, j] = float32(0)
                         queries[p * STRIDE + f] = y[i, j]
                         if divide and start == 0:
-                            part_of_row += y[i, j] * z[job[SLOT], part * TILE + f] * scale[f]
+                            part_of_row += (
+                                y[i, j] * z[uint32(job[SLOT]), uint32(part * TILE + f)] * scale[f]
+                            )
                     if divide:
                         part_of_row = total_across(part_of_row)
                         if tx == 0:
@@ -465,12 +467,11 @@ def make_read(
                     value if high_q[p] != float32(MASKED) else float32(0)
                 )
         cuda.syncthreads()
-        x = tid & 63
-        for i in range(tid >> 6, job[COUNT], 4):
-            if column + x < out.shape[1]:
-                out[job[OUT_ROW] + job[STEP] * i, column + x] = rounded(
-                    queries[i * STRIDE + x], out
-                )
+        i, x = uint32(tid >> 6), uint32(column + (tid & 63))
+        while x < out.shape[1] and i < job[COUNT]:
+            row = uint32(job[OUT_ROW] + job[STEP] * i)
+            out[row, x] = rounded(queries[uint32(i * STRIDE + (tid & 63))], out)
+            i = uint32(i + 4)
 
     if causal and kind != POSITIVE:  # with the factors of their features they need more registers
         read.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda, float32, int32
+from numba import cuda, float32, int32, uint32
 
 from favor_np.cuda.kernels.favor import (
     COUNT,
@@ -27,8 +27,9 @@ from favor_np.cuda.kernels.favor import (
     put_heights,
 )
 from favor_np.cuda.kernels.pack import total_of_warp
-from favor_np.cuda.kernels.storage import number, rounded
+from favor_np.cuda.kernels.storage import four, number, rounded
 from favor_np.cuda.kernels.tiles import (
+    EVEN,
     FULL,
     JOB,
     MASKED,
@@ -50,6 +51,7 @@ from favor_np.cuda.kernels.tiles import (
     multiply_rows,
     power,
     product,
+    product_padded,
     project,
     signed,
     take,
@@ -124,7 +126,6 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         extra = cuda.shared.array(ROWS, float32)
         total = cuda.shared.array(ROWS, float32)
         take(table, job)
-        column = int32(cuda.blockIdx.y * TILE)
         slices = int32(c.shape[1] >> 6)
         num = cuda.local.array((4, 4), float32)
         back = cuda.local.array((4, 4), float32)
@@ -155,9 +156,10 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                         if own != own:
                             value = own
                     pairs[p * STRIDE + n] = value
-        for part in range(slices):
+        part = int32(0)
+        while part < slices:
             for j in range(4):
-                before[j] = c[job[SLOT], part * TILE + tx + 16 * j]
+                before[j] = c[uint32(job[SLOT]), uint32(part * TILE + tx + 16 * j)]
             start, stop = int32(0), job[COUNT]
             while start < job[COUNT]:
                 for j in range(4):
@@ -175,11 +177,11 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                             keys[(tx + 16 * j) * STRIDE + p] = value
                 clear(back)
                 if start == 0:
-                    product(FULL, g, job[Q_VECTOR], job[STEP], job[COUNT], s[job[SLOT]], part * TILE, 1,
-                            TILE, g.shape[1], plain, back)  # fmt: skip
+                    product_padded(FULL, False, g, job[Q_VECTOR], job[STEP], job[COUNT], s,
+                                   job[SLOT] * s.shape[1] + part * TILE, TILE, plain, back)  # fmt: skip
                     for j in range(4):
                         by = power(before[j] - level[j])
-                        weight_of = z[job[SLOT], part * TILE + tx + 16 * j]
+                        weight_of = z[uint32(job[SLOT]), uint32(part * TILE + tx + 16 * j)]
                         for i in range(4):
                             back[i, j] = (back[i, j] + weight_of * extra[ty + 16 * i]) * by
                 project(FULL, kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
@@ -191,7 +193,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                     p, part_of_row = ty + 16 * i, float32(0)
                     cuda.syncwarp()  # rows in turn need fewer registers
                     for j in range(4):
-                        if p >= start:
+                        if not causal or p >= start:
                             back[i, j] *= slope(kind, signed(raw, i, j), y[i, j], -level[j])
                         else:
                             back[i, j] = float32(0)
@@ -204,39 +206,49 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                     part_of_row = total_across(part_of_row)
                     if tx == 0:
                         total[p] += part_of_row
-                for half in range(0, rows_of_w, 32):
+                half = uint32(0)
+                while half < rows_of_w:
                     cuda.syncthreads()
-                    x = column + (tid & 63)
-                    for r in range(tid >> 6, 32, 4):
-                        value = float32(0)
-                        if x < weight.shape[1]:
-                            value = weight[(job[HEAD] * slices + part) * rows_of_w + half + r, x]
-                        plain[r * PITCH + (tid & 63)] = value
+                    x = uint32(cuda.blockIdx.y * TILE + 4 * tx)
+                    for n in range(2):
+                        r = ty + 16 * n
+                        to = uint32((r * PITCH + 4 * tx) & EVEN)
+                        if x < weight.shape[1]:  # else what is multiplied is not written
+                            line = (job[HEAD] * slices + part) * rows_of_w + half + r
+                            numbers = four(weight, line, x)
+                            for u in range(4):
+                                plain[to + u] = numbers[u]
+                        else:
+                            for u in range(4):
+                                plain[to + u] = float32(0)
                     cuda.syncthreads()
                     multiply(FULL, keys, half, plain, 32, num)
+                    half = uint32(half + 32)
                 cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
                 start = stop
+            part = int32(part + 1)
         for i in range(4):
             p = ty + 16 * i
             sums, own = total[p], high_q[p]
             for j in range(4):
-                x = column + 4 * tx + j
+                x = cuda.blockIdx.y * TILE + 4 * tx + j
                 value = float32(0)
                 if p < job[COUNT] and x < out.shape[1] and own != float32(MASKED):
-                    row = job[Q_ROW] + job[STEP] * p
-                    value = num[i, j] * unit - sums * key_norm * q[row, x]
+                    row = uint32(job[Q_ROW] + job[STEP] * p)
+                    value = num[i, j] * unit - sums * key_norm * q[row, uint32(x)]
                     if linear.size > 0:
-                        value += sums * linear[job[HEAD], x]
+                        value += sums * linear[uint32(job[HEAD]), uint32(x)]
                     if own != own:
                         value = own
                 keys[p * STRIDE + 4 * tx + j] = value
         cuda.syncthreads()
-        x = tid & 63
-        for i in range(tid >> 6, job[COUNT], 4):
-            if column + x < out.shape[1]:
-                out[job[OUT_ROW] + job[STEP] * i, column + x] = rounded(keys[i * STRIDE + x], out)
+        i, x = uint32(tid >> 6), uint32(cuda.blockIdx.y * TILE + (tid & 63))
+        while x < out.shape[1] and i < job[COUNT]:
+            row = uint32(job[OUT_ROW] + job[STEP] * i)
+            out[row, x] = rounded(keys[uint32(i * STRIDE + (tid & 63))], out)
+            i = uint32(i + 4)
 
     if causal and kind != POSITIVE:
         pull.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from numba import cuda, float32
+from numba import cuda, float32, uint32
 
 from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
@@ -52,40 +52,47 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
     A row longer than limit is shortened to it; one that is not finite becomes zeros, its height NaN.
     """
     tid = cuda.threadIdx.x & 255
-    thread, tile, width = tid & 7, cuda.blockIdx.x, source.shape[1]
+    # unsigned, or every index is asked whether it counts from behind
+    thread, tile, width = uint32(tid & 7), cuda.blockIdx.x, uint32(source.shape[1])
     row, count, target_row, head = table[tile, 0], table[tile, 1], table[tile, 2], table[tile, 3]
     for first in range(0, count, 32):
         i = first + (tid >> 3)
-        end = width if i < count else 0  # all threads of a warp stay for what they exchange
-        largest, spoiled = float32(0), float32(0)
-        for x in range(thread, end, 8):
-            value = number(source[row + i, x])
-            largest = max(largest, abs(value))
-            spoiled += value * float32(0)
-        largest, spoiled = highest_of_eight(largest), total_of_eight(spoiled)
-        unit = float32(1) / largest if largest > float32(1e-30) else float32(1)
-        square = float32(0)
-        for x in range(thread, end, 8):
-            value = number(source[row + i, x]) * unit
+        line, to = uint32(row + i), uint32(target_row + i)
+        end = uint32(width if i < count else 0)  # all threads of a warp stay for what they exchange
+        square, gain, spoiled = float32(0), float32(1), float32(0)
+        for x in range(thread, end, uint32(8)):
+            value = number(source[line, x])
             square += value * value
-        norm = math.sqrt(total_of_eight(square))
-        gain = float32(1)
-        if norm > limit * unit:
-            gain = limit * unit / norm
+        square = total_of_eight(square)
+        long = not square <= limit * limit  # or not finite
+        if cuda.any_sync(0xFFFFFFFF, long):
+            largest = float32(0)
+            for x in range(thread, end, uint32(8)):
+                value = number(source[line, x])
+                largest = max(largest, abs(value))
+                spoiled += value * float32(0)
+            largest, spoiled = highest_of_eight(largest), total_of_eight(spoiled)
+            square = float32(0)
+            for x in range(thread, end, uint32(8)):
+                value = number(source[line, x]) / largest
+                square += value * value
+            norm = math.sqrt(total_of_eight(square))
+            if long and spoiled == float32(0):
+                gain = limit / largest / norm
         total = float32(0)
-        for x in range(thread, target.shape[1] if i < count else 0, 8):
+        for x in range(thread, uint32(target.shape[1] if i < count else 0), uint32(8)):
             value = float32(0)
             if x < width and spoiled == float32(0):
-                value = number(source[row + i, x]) * gain
+                value = number(source[line, x]) * gain
                 if center.size > 0:
                     value -= center[head, x]
                 if linear.size > 0:
                     total -= linear[head, x] * value
                 total += key_norm * value * value
-            target[target_row + i, x] = value
+            target[to, x] = value
         total = max(min(total_of_eight(total), float32(FAR)), float32(-FAR))
         if thread == 0 and i < count:
-            height[target_row + i] = total + spoiled
+            height[to] = total + spoiled
 
 
 def convert(source, target):

@@ -239,12 +239,15 @@ def product(precision, a, a_row, a_step, a_count, b, b_row, b_step, b_count, dep
 
 
 @device
-def product_padded(precision, a, a_row, a_step, a_count, b, b_row, b_count, stage, total):
-    """The same of the whole of padded rows."""
+def product_padded(precision, both, a, a_row, a_step, a_count, b, b_row, b_count, stage, total):
+    """The same of the whole of rows of a, and those of b, or of both, are padded."""
     clear(total)
     column = uint32(0)
     while column < a.shape[1]:
-        stage_padded(a, a_row, a_step, a_count, column, stage, 0)
+        if both:
+            stage_padded(a, a_row, a_step, a_count, column, stage, 0)
+        else:
+            stage_rows(a, a_row, a_step, a_count, column, stage, 0)
         stage_padded(b, b_row, 1, b_count, column, stage, TILE)
         cuda.syncthreads()
         multiply_stage(precision, stage, total)
@@ -268,7 +271,7 @@ def multiply_stage(precision, stage, total):
 def project(precision, kind, rows, row, step, count, weight, bias, head, part, high, stage, raw, y):
     """raw = the projections of a tile of rows on a slice of the weights, y = their log2-features."""
     slices, width = bias.shape[1] >> 6, 16 * raw.shape[1]
-    product_padded(precision, rows, row, step, count, weight, (head * slices + part) * width, width,
+    product_padded(precision, True, rows, row, step, count, weight, (head * slices + part) * width, width,
                    stage, raw)  # fmt: skip
     log_features(kind, raw, bias, head, part * TILE, high, y)
 
