@@ -138,13 +138,13 @@ def test_each_gradient_has_the_type_of_its_array(gpu):
 BARRIERS = [
     ("            cuda.syncthreads()\n            for i", "            for i", "keys[p * STRIDE + tx"),
     ("                cuda.syncthreads()\n                multiply(", "                multiply(",
-     "plain[r * PITCH"),
-    ("    cuda.syncthreads()\n    x = tid", "    x = tid", "rounded(keys"),
+     "] = numbers[u]"),
+    ("    cuda.syncthreads()\n    i, x =", "    i, x =", "rounded(keys"),
 ]  # fmt: skip
 GUARDS = [
-    ("if x < weight.shape[1]:", "if True:", "value = weight["),
-    ("and x < out.shape[1] and own", "and own", "* q[row, x]"),
-    ("range(tid >> 6, job[COUNT], 4)", "range(tid >> 6, TILE, 4)", "rounded(keys"),
+    ("if x < weight.shape[1]:", "if True:", "four(weight"),
+    ("and x < out.shape[1] and own", "and own", "* q[row, uint32(x)]"),
+    ("and i < job[COUNT]:", "and i < TILE:", "rounded(keys"),
 ]
 
 

