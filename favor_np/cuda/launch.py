@@ -111,16 +111,16 @@ def _map(feature_map: FeatureMap, on: Device) -> Map:  # noqa: ARG001  # a copy 
 
 
 @functools.lru_cache(maxsize=64)
-def _attention(on: Device, *args: Any, **options: Any) -> plan.Attention:
-    """Plan attention for a device, its tables there."""
-    found: plan.Attention = _there(plan.attention(on, *args, **options))
+def _attention(on: Device, stream: int, *args: Any, **options: Any) -> plan.Attention:
+    """Plan attention for a device, its tables there, for work on a stream."""
+    found: plan.Attention = _there(plan.attention(on, *args, **options), stream)
     return found
 
 
 @functools.lru_cache(maxsize=64)
-def _gradient(on: Device, *args: Any, **options: Any) -> plan.Gradient:
-    """Plan gradients for a device, their tables there."""
-    found: plan.Gradient = _there(plan.gradient(on, *args, **options))
+def _gradient(on: Device, stream: int, *args: Any, **options: Any) -> plan.Gradient:
+    """Plan gradients for a device, their tables there, for work on a stream."""
+    found: plan.Gradient = _there(plan.gradient(on, *args, **options), stream)
     return found
 
 
@@ -130,12 +130,12 @@ def forget() -> None:
         copies.cache_clear()
 
 
-def _there(item: Any) -> Any:
+def _there(item: Any, stream: int) -> Any:
     """Return a plan with its arrays on the device."""
     if isinstance(item, np.ndarray):
-        return runtime.constant(item)
+        return runtime.constant(item, stream)
     if isinstance(item, tuple):
-        parts = map(_there, item)
+        parts = (_there(part, stream) for part in item)
         return item._make(parts) if hasattr(item, "_make") else tuple(parts)
     return item
 
@@ -162,6 +162,7 @@ class Launch:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.handle = runtime.handle_of(place.stream)
         self.scratch = runtime.scratch(place.device.number, place.stream)
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Any:
@@ -266,7 +267,7 @@ class Launch:
         """
         of = _map(feature_map, self.place.device)
         how = _attention(
-            self.place.device, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
+            self.place.device, self.handle, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
             state=state_shape, fresh=state is None, causal=causal,
         )  # fmt: skip
         problem = Problem(
@@ -302,7 +303,7 @@ class Launch:
         """Pull `grad` back through `attend`, which wrote `out` and `weights`: gradients of q, k and v."""
         of, dim = _map(feature_map, self.place.device), v.shape[-1]
         how = _gradient(
-            self.place.device, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
+            self.place.device, self.handle, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
             causal=causal,
         )  # fmt: skip
         rows, _ = self._pack(of, q, 0, how.queries)

@@ -44,9 +44,8 @@ def lengths(
         state = slices * TILE * (4 * TILE * columns + 8)
         chunks = -(-max(keys, 1) // TILE)
         spans = -(-chunks // max(ROOM // max(problems * state, 1), 1))
-        return Lengths(
-            TILE, TILE * -(-chunks // spans)
-        )  # of the same size, for a rest would not fill it
+        each = -(-chunks // spans)  # of one size, for a rest would not fill the device
+        return Lengths(TILE, TILE * each)
     blocks = max(problems * slices * columns, 1)
     parts = max(RESIDENT * device.multiprocessors // blocks, 1)  # more would wait for the others
     tiles = max(-(-keys // (TILE * parts)), SHORTEST)

@@ -88,7 +88,7 @@ def _core_stream(handle: int) -> Any:
     return Stream.from_handle(handle)
 
 
-def _handle(stream: Any) -> int:
+def handle_of(stream: Any) -> int:
     """The driver's number of a stream of Numba."""
     return int(stream.handle or 0) if stream else 0
 
@@ -115,7 +115,7 @@ def launch(
             values.extend(array.fields)
     with clear_errors():
         function = _compiled(kernel, tuple(kinds)).get_cufunc().kernel
-        start(_core_stream(_handle(stream)), _config((*grid, 1, 1)[:3]), function, *values)
+        start(_core_stream(handle_of(stream)), _config((*grid, 1, 1)[:3]), function, *values)
 
 
 class Scratch:
@@ -174,7 +174,7 @@ _LOCAL = threading.local()
 def scratch(device: int, stream: Any) -> Scratch:
     """Return the scratch memory of this thread for a stream of a device; the last few are kept."""
     held = _LOCAL.__dict__.setdefault("scratch", {})
-    key = device, _handle(stream)
+    key = device, handle_of(stream)
     found: Scratch = held.pop(key, None) or Scratch(stream)
     held[key] = found
     if len(held) > 4:
@@ -190,13 +190,14 @@ def to_device(array: npt.NDArray[Any], stream: Any) -> Any:
         return cuda.to_device(np.ascontiguousarray(array), stream)
 
 
-def constant(array: npt.NDArray[Any]) -> Any:
-    """Copy a NumPy array to the device for good: any stream may read it from now on."""
+def constant(array: npt.NDArray[Any], handle: int | None = None) -> Any:
+    """Copy a NumPy array to the device for good, for work on the stream of this handle; None: on any."""
     from numba import cuda
 
-    there = plain(to_device(array, 0))
-    with clear_errors():
-        cuda.default_stream().synchronize()
+    there = plain(to_device(array, cuda.external_stream(handle) if handle else 0))
+    if handle is None:
+        with clear_errors():
+            cuda.default_stream().synchronize()
     return there
 
 

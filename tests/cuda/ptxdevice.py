@@ -51,7 +51,7 @@ class PtxDevice:
             array[...] = np.iinfo(dtype).max // 2
         return array
 
-    def constant(self, array: Any) -> Any:
+    def constant(self, array: Any, handle: int | None = None) -> Any:
         """A copy."""
         return self.to_device(array)
 

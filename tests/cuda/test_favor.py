@@ -13,7 +13,7 @@ ptxrun.require()
 from cases import CASES, Case, in_16_bits, same_rounded
 
 from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
-from favor_np.cuda import plan
+from favor_np.cuda import launch, plan
 from favor_np.cuda.kernels.tiles import TILE
 
 
@@ -129,9 +129,13 @@ def test_spans_and_stretches(gpu, monkeypatch):
     q, k, v = case.arrays()
     fm = case.feature_map()
     whole = favor_attention(q, k, v, fm, causal=True, device="cuda")
+    at_once = len(gpu.launches)
     monkeypatch.setattr(plan, "ROOM", 40_000)
+    launch.forget()
     assert np.array_equal(favor_attention(q, k, v, fm, causal=True, device="cuda"), whole)
+    assert len(gpu.launches) > 2 * at_once
     monkeypatch.setattr(plan, "SHORTEST", 1)
+    launch.forget()
     out = favor_attention(q, k, v, fm, device="cuda")
     expected = naive.favor_attention(q, k, v, fm.projection, **case.map_options)
     assert naive.relative_error(out, expected) < case.tolerance()
