@@ -14,6 +14,7 @@ from cases import CASES, Case, in_16_bits, same_rounded
 
 from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
 from favor_np.cuda import launch, plan
+from favor_np.cuda.kernels.pack import pack
 from favor_np.cuda.kernels.tiles import TILE
 
 
@@ -121,6 +122,30 @@ def test_calibrated_maps(method, heads, gpu):
     here = favor_attention(q, k, v, fm, causal=True)
     out = favor_attention(q, k, v, fm, causal=True, device="cuda")
     assert naive.relative_error(out, here) < 3e-6
+
+
+def test_long_rows_are_shortened_and_others_are_not(gpu):
+    """Neighbours in a warp: a long row, one whose square overflows, one that is not finite, a tiny one."""
+    rng, limit, norm = np.random.default_rng(0), np.float32(100), np.float32(0.5)
+    rows = rng.standard_normal((6, 20)).astype(np.float32)
+    rows *= np.float32([1, 1e6, 1e30, 1, 1e-30, 1])[:, None]
+    rows[3, 7] = np.inf
+    packed, heights = gpu.empty((6, 32), np.float32), gpu.empty(6, np.float32)
+    none = gpu.to_device(np.zeros((0, 1), np.float32))
+    table = gpu.to_device(np.int32([[0, 6, 0, 0]]))
+    gpu.launch(
+        pack, (1,), (gpu.to_device(rows), limit, norm, none, none, table, packed, heights), 0
+    )
+    exact = rows.astype(float)
+    for i in (1, 2):
+        exact[i] *= 100 / np.linalg.norm(exact[i])
+        assert np.abs(packed[i, :20] - exact[i]).max() < 1e-4
+    assert packed[[0, 4, 5], :20].tobytes() == rows[[0, 4, 5]].tobytes()
+    assert not packed[3].any()
+    assert not packed[:, 20:].any()
+    assert np.isnan(heights[3])
+    squares = 0.5 * (exact[[0, 1, 2, 4, 5]] ** 2).sum(1)
+    assert np.allclose(heights[[0, 1, 2, 4, 5]], squares, rtol=1e-5, atol=1e-30)
 
 
 def test_spans_and_stretches(gpu, monkeypatch):
