@@ -65,18 +65,10 @@ def ours():
                 call = getattr(benchmark, "call", None) or benchmark.step  # which do not wait
             yield f"{kind.__name__} {' '.join(map(str, values))}", times(call)
             if kind is bench_cuda.Forward:
-                for text, options in (("out=", {"out": True}), ("tf32x3", {"precision": "tf32x3"})):
-                    yield f"Forward {' '.join(values)} {text}", times(forward(*values, **options))
-
-
-def forward(kind, size, *, out=False, precision="full"):
-    """A call of `favor_attention` on arrays that lie there."""
-    n, arrays = sized(size), bench_cuda.on_device(size)
-    fm = feature_map(n["m"], n["d"])
-    room = bench_cuda.cuda().device_array_like(arrays[2]) if out else None
-    return lambda: favor_np.favor_attention(
-        *arrays, fm, causal=kind == "causal", out=room, precision=precision
-    )
+                room = bench_cuda.cuda().device_array_like(bench_cuda.on_device(values[1])[2])
+                for text, options in (("out=", {"out": room}), ("tf32x3", {"precision": "tf32x3"})):
+                    call = bench_cuda.forward(*values, **options)
+                    yield f"Forward {' '.join(values)} {text}", times(call)
 
 
 def rivals():

@@ -40,6 +40,13 @@ def finished(call):
     return result
 
 
+def forward(kind, size, **options):
+    """A call of `favor_attention` on arrays that lie there."""
+    n, arrays = sized(size), on_device(size)
+    fm = feature_map(n["m"], n["d"])
+    return lambda: favor_np.favor_attention(*arrays, fm, causal=kind == "causal", **options)
+
+
 class Forward:
     """Queries, keys, values and the result on the GPU."""
 
@@ -49,9 +56,7 @@ class Forward:
     def setup(self, kind, size):
         cuda()
         full_only(size == SIZES[2])
-        n, arrays = sized(size), on_device(size)
-        fm = feature_map(n["m"], n["d"])
-        self.call = lambda: favor_np.favor_attention(*arrays, fm, causal=kind == "causal")
+        self.call = forward(kind, size)
         warm((kind, size, "cuda"), lambda: finished(self.call))
 
     def time_forward(self, kind, size):

@@ -412,8 +412,9 @@ class Launch:
     def _pull(self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any) -> None:
         """Write the gradients of a span of side b, queries (side 0) or keys (side 1)."""
         layout, a, b = p.map.layout, p.a, p.b
-        factored = layout.factors[0].size > 0
-        target = self._taken((out.shape[0], layout.columns)) if factored else out
+        target = out
+        if span.change is not None:
+            target = self._taken((out.shape[0], layout.columns))
         self._launch(
             make_pull(layout.kind, layout.signs, p.causal),
             (span.read.shape[0], -(-out.shape[1] // TILE)), b.rows, b.heights, b.vectors, b.shares,
@@ -422,7 +423,7 @@ class Launch:
             np.float32(2 * layout.key_norm / layout.unit if side else 0),
             p.map.slope if side else p.map.no_linear, target,
         )  # fmt: skip
-        if factored:
+        if span.change is not None:
             self._launch(
                 change, (span.change.shape[0],), target, p.map.turned[side], np.float32(0),
                 span.change, out, self._taken(out.shape[0]),

@@ -295,14 +295,14 @@ def change_table(table: Array) -> Array:
 class Span(NamedTuple):
     """What is under way at a time: so many stretches, and the tables of the kernels that take them.
 
-    `change` goes over the rows that are read, for maps that multiply these.
+    `change` goes over the rows that are read, for maps that multiply these; None for others.
     """
 
     parts: int
     fold: Array
     scan: Array
     read: Array
-    change: Array
+    change: Array | None
 
 
 def spans(
@@ -325,7 +325,8 @@ def spans(
             parts = stretches(table[:, 6], TILE, (0, queries))
             slots = sides.slots[parts.owner]
         read = read_table(sides, parts, slots, backwards)
-        found.append(Span(count, fold, scan, read, change_table(read)))
+        change = change_table(read) if of.factors[0].size else None
+        found.append(Span(count, fold, scan, read, change))
     return tuple(found)
 
 

@@ -44,10 +44,10 @@ class Array:
 
 def plain(array: Any, shape: tuple[int, ...] | None = None) -> Any:
     """Return an array of Numba, in C order, as kernels see it."""
-    if isinstance(array, Array):
-        shape = array.shape if shape is None else shape
-        return Array(array.address, shape, array.dtype, array.owner)
-    return Array(address(array), array.shape if shape is None else shape, array.dtype, array)
+    at, owner = (
+        (array.address, array.owner) if isinstance(array, Array) else (address(array), array)
+    )
+    return Array(at, array.shape if shape is None else shape, array.dtype, owner)
 
 
 def rows(array: Any) -> Any:
@@ -138,9 +138,10 @@ class Scratch:
         """A call, which may overwrite what was taken before."""
         self._used = self._taken = self._most = 0
         yield
-        if len(self._blocks) > 1:  # a single one will do the next time
+        large = self._most > self.KEPT
+        if large or len(self._blocks) > 1:  # a single one will do the next time
             self._blocks = []
-            if self._most <= self.KEPT:
+            if not large:
                 self._add(self._most)
 
     @contextmanager

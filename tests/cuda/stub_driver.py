@@ -31,6 +31,14 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
+#: What code for a child process begins with, before it installs the driver: see `child.python`.
+CHILD = f"""
+import sys, warnings
+warnings.simplefilter("ignore")  # numba-cuda's, of small grids and of the linker
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np
+import stub_driver
+"""
 #: What the driver calls has to live as long as the process.
 _KEPT: list[Any] = []
 #: The code that executes a kernel has its state in globals.

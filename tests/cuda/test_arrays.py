@@ -1,15 +1,12 @@
 """Arrays that lie on a device, under numba-cuda's own runtime: they stay there, and so does the result."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import child
 import ptxrun
+import stub_driver
 
 ptxrun.require()
 
 CODE = r"""
-import stub_driver
 stub_driver.install(devices=2)
 import ctypes
 import ml_dtypes
@@ -143,9 +140,4 @@ print("done")
 
 
 def test_arrays_of_numba_and_of_others():
-    here = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n{CODE}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.stdout == "done\n", done.stderr[-3000:]
+    assert child.python(stub_driver.CHILD + CODE, timeout=300) == "done\n"

@@ -9,18 +9,12 @@ from pathlib import Path
 import child
 import ptxrun
 import pytest
+from stub_driver import CHILD as STUB
 
 HERE = Path(__file__).parent
 SAID = """
 from favor_np.cuda import device
 print(device.problem())
-"""
-STUB = f"""
-import sys, warnings
-warnings.simplefilter("ignore")  # numba-cuda's, of small grids and of the linker
-sys.path.insert(0, {str(HERE)!r})
-import numpy as np
-import stub_driver
 """
 ptxrun.require()
 

@@ -1,15 +1,12 @@
 """The memory that calls use one after the other, under numba-cuda's own runtime."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import child
 import ptxrun
+import stub_driver
 
 ptxrun.require()
 
 CODE = r"""
-import stub_driver
 stub_driver.install()
 import threading
 import numpy as np
@@ -54,6 +51,11 @@ mine.KEPT = MB
 with mine.call():
     mine.empty(4 * MB, np.float32)
 assert not mine._blocks  # not held for ever
+single = Scratch(0)
+single.KEPT = MB
+with single.call():
+    single.empty(4 * MB, np.float32)
+assert not single._blocks  # one block is too large as well
 with mine.call():
     assert mine.empty(0, np.float32).size == 0
 try:
@@ -81,9 +83,4 @@ print("done")
 
 
 def test_scratch_memory():
-    here = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n{CODE}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.stdout == "done\n", done.stderr[-3000:]
+    assert child.python(stub_driver.CHILD + CODE) == "done\n"
