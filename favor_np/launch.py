@@ -148,7 +148,7 @@ def attend(
     if not count:
         return
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
-              *layout.weights)  # fmt: skip
+              *layout.arrays)  # fmt: skip
     call = _Call(layout, arrays, _result(out, weights), _threads(work * count, threads), spread,
                  words)  # fmt: skip
     if (
@@ -252,8 +252,8 @@ def attend_vjp(
         rows_of(grad, dtype), rows_of(out, dtype), *(array.reshape(-1) for array in weights),
     )  # fmt: skip
     args = (
-        constants, inputs, layout.weights,
-        np.zeros_like(layout.weights.bias), layout.natural, jobs.table, jobs.clocks, to,
+        constants, inputs, layout.map, np.zeros_like(layout.map.bias),
+        layout.natural, jobs.table, jobs.clocks, to,
         *(states or ()),
     )  # fmt: skip
     if count and (out.size or suffix is not None):
@@ -302,6 +302,8 @@ class _Call(NamedTuple):
         if self.words:
             bfloat16.allow()
             kernel, more = kernels.attend_words, (*more, bfloat16.UNIT)
+        if layout.map.key_planes is not None:
+            kernel = kernels.attend_planes
         args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
                 *self.result, *more, *(state or ()))  # fmt: skip
         space = layout.stateful if state is None else layout.stateless
@@ -393,7 +395,10 @@ def attend_exact(
     if words:
         bfloat16.allow()
         kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.UNIT)
-    space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words)
+    planes = not words and plan.worth_planes(dtype, CHUNK, q.shape[-1])
+    if planes:
+        kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.UNIT)
+    space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
     workers = min(_threads(work, threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
     return not control[TROUBLE]

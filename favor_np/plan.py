@@ -43,6 +43,8 @@ PARTS = 8
 FEW = 4
 #: States that are under way at a time.
 WAVE = 32
+#: Weights of a head from which on its rows are worth cutting into planes.
+PLANES_FROM = 64 * 32
 #: relu and elu features are not exponentials of the projection: it only has to stay finite.
 LONGEST = 2.0**60
 
@@ -110,12 +112,13 @@ def workspace(
 class Layout:
     """How the features of one map lie in memory, for one dtype and width of values.
 
-    The rows of W are cut into `blocks` of `width`; feature r of sign s is row ``s * half + r`` of
+    `arrays` are what kernels take of `map`. The rows of W are cut into `blocks` of `width`; feature r of sign s is row ``s * half + r`` of
     the state, padded rows are features of W = 0 that no query reads.  `fresh` is c of no keys.
     """
 
     dtype: np.dtype[Any]
-    weights: Any
+    map: Any
+    arrays: tuple[Any, ...]
     natural: Any
     blocks: int
     half: int
@@ -132,6 +135,17 @@ class Layout:
     signs: int
     width: int
     record: int
+
+
+def cut_words(dim: int) -> int:
+    """Return the words of a row of that length that is cut into planes."""
+    return bfloat16.PLANES * (-(-dim // (2 * bfloat16.STEP)) * bfloat16.STEP)
+
+
+def worth_planes(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
+    """Whether products with a matrix (rows, dim) are faster on the matrix unit, its factors being cut."""
+    large = min(rows, dim) >= 32 and rows * dim >= PLANES_FROM
+    return dtype == np.float32 and large and not bfloat16.refusal()
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,6 +199,7 @@ def layout(
             aligned_copy(bfloat16.words_of(np.pad(x * np.float32(unit), depth)).swapaxes(1, 2))
             for x in (natural_query, natural_key)
         )
+    planes = not words and group is None and worth_planes(dtype, rows, dim)
     bias = aligned((heads, half), dtype)
     bias[:, places] = feature_map.bias * unit
     factored = factor is not None
@@ -196,17 +211,28 @@ def layout(
     columns_of_factor = np.broadcast_to(
         rows_of_factor.swapaxes(1, 2) * math.sqrt(0.5 * unit), (heads, dim, dim)
     )
+    query_left = query_right = key_left = key_right = unit_of_planes = None
+    if planes:
+        query_left, query_right = key_left, key_right = _factors(key)
+        if affine:
+            query_left, query_right = _factors(query)
+        unit_of_planes = bfloat16.UNIT
     weights = Map(
         query=query,
         key=key,
         bias=bias.reshape(heads * blocks, width),
         affine=of_blocks(np.concatenate([*vectors, columns_of_factor], axis=1)),
+        query_planes=query_left,
+        key_planes=key_right,
     )
     natural = vjp_kernels.Natural(
         query=natural_query,
         key=natural_key,
         hessian=of_blocks(rows_of_factor.swapaxes(1, 2) @ rows_of_factor, factored),
         linear=of_blocks(feature_map.key_linear),
+        query_planes=query_right,
+        key_planes=key_left,
+        unit=unit_of_planes,
     )
     longest = unit * max(
         math.sqrt((weight**2).sum(-1).max())
@@ -254,12 +280,15 @@ def layout(
         + 3 * signs * half  # sums, scale, token
         + CHUNK * 8 // size  # square
     )
+    if planes:
+        floats += 2 * CHUNK * cut_words(dim)  # left, right
     if words:
         floats += _words_workspace(columns, value_columns, width, signs * blocks)
     ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size) + (signs * blocks * CHUNK if words else 0)
     return Layout(
         dtype=dtype,
-        weights=weights,
+        map=weights,
+        arrays=(*weights, unit_of_planes) if planes else weights[:4],
         natural=natural,
         blocks=blocks,
         half=half,
@@ -277,6 +306,13 @@ def layout(
         width=width,
         record=record,
     )
+
+
+def _factors(weight: Array) -> tuple[Array, Array]:
+    """Return blocks of weights (d, width), cut into planes, as left and as right factors."""
+    padding = ((0, 0), (0, 0), (0, -weight.shape[1] % (2 * bfloat16.STEP)))
+    left = bfloat16.planes_of(np.pad(weight.swapaxes(1, 2), padding))
+    return aligned_copy(left), aligned_copy(left.swapaxes(1, 2))
 
 
 def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -> int:
@@ -309,7 +345,7 @@ def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
 
 
 def exact_workspace(
-    dtype: np.dtype[Any], dim: int, value_dim: int, *, words: bool = False
+    dtype: np.dtype[Any], dim: int, value_dim: int, *, words: bool = False, planes: bool = False
 ) -> Workspace:
     """Return what a thread of exact attention works on."""
     size, group = dtype.itemsize, exact_kernels.GROUP
@@ -321,6 +357,8 @@ def exact_workspace(
         + (group + 2) * CHUNK  # den, part, ones
         + (2 + group) * CHUNK * 8 // size  # longest, square, key_square
     )
+    if planes:
+        floats += (group + 1) * CHUNK * cut_words(dim)  # queries, keys
     if words:
         depth = -(-dim // (2 * bfloat16.STEP)) * bfloat16.STEP
         strip, lanes = bfloat16.STRIP, VECTOR_BYTES // size
@@ -352,6 +390,8 @@ def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
         + 2 * of.features  # sums, scale
         + CHUNK * 8 // size  # square
     )
+    if of.map.key_planes is not None:
+        floats += 2 * CHUNK * cut_words(columns)  # left, right
     state = (of.features, of.value_columns) if stateful else None
     return workspace(of.dtype, floats, CHUNK + CHUNK * (VECTOR_BYTES // size), state)
 

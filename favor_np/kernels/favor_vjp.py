@@ -21,7 +21,7 @@ import numpy as np
 
 from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
 from favor_np.kernels.favor import begin, clock_of, fold_chunk, map_keys, own_values, parameters
-from favor_np.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.kernels.gemm import gemm, gemm_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.jobs import claim, enter, leave
 from favor_np.kernels.pack import (
@@ -33,6 +33,13 @@ from favor_np.kernels.pack import (
     pack_keys,
     pack_queries,
     pack_values,
+)
+from favor_np.kernels.products import (
+    begin_unit,
+    carve_planes,
+    end_unit,
+    project_queries,
+    turn_queries,
 )
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
@@ -50,18 +57,19 @@ from favor_np.kernels.simd import (
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
 #: What it writes: rows or, if these are not empty, for each job sums over its rows.
 Gradients = namedtuple("Gradients", "q k v projection bias")
-#: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.
-Natural = namedtuple("Natural", "query key hessian linear")
+#: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.  If the
+#: map's weights are cut into planes, those of queries as right factor, those of keys as left one, and the unit.
+Natural = namedtuple("Natural", "query key hessian linear query_planes key_planes unit")
 #: The tiles a thread works on.
 Tiles = namedtuple(
     "Tiles",
     "rows columns raws phi slope back error values other turned num spare scores pair keys grad "
-    "height share extra factor total sums scale square stretched top excess words",
+    "height share extra factor total sums scale square stretched top excess words planes",
 )
 
 
 @jit()
-def carve(par, floats, ints, d, vcols, width, blocks):
+def carve(par, cut_weight, floats, ints, d, vcols, width, blocks):
     """Cut the tiles from one thread's workspace; ``plan.vjp_workspace`` says how much they need."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -91,12 +99,13 @@ def carve(par, floats, ints, d, vcols, width, blocks):
     scale, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
     stretched, at = cut(floats, at, CHUNK, dcols)
+    planes = carve_planes(cut_weight, floats, at, d)
     top, mark = cut(ints, 0, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raws, phi, slope, back, error, values, other, turned, num, spare,
                  scores, pair, keys, grad, height[0], share[0], extra, by, total, sums, scale,
-                 square[0].view(np.float64), stretched, top, excess, None)  # fmt: skip
+                 square[0].view(np.float64), stretched, top, excess, None, planes)  # fmt: skip
 
 
 @jit()
@@ -121,12 +130,14 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
         if t.square[i] == math.inf and (m_row < 0 or x.mask[m_row + i]):
             # With a feature of zero NaN reaches nobody who must not see it.
             t.values[i], t.share[i], clean = math.nan, math.nan, False
-    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.bias, job[4], c, s, z, slot, t)
+    taken = map_keys(
+        par, count, x.k.shape[1], lift, fm.key, fm.key_planes, fm.bias, job[4], c, s, z, slot, t
+    )
     return taken, clean
 
 
 @jit()
-def queries_in(par, x, job, at, step, count, fm, none, c, s, z, slot, t):
+def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
     q_row, out_row, width = job[9] + at, job[10] + at, x.grad.shape[1]
     pack_queries(par, x.q, q_row, step, count, fm, job[4], t)
@@ -152,7 +163,21 @@ def queries_in(par, x, job, at, step, count, fm, none, c, s, z, slot, t):
         else:
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
-    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, none, job[4], c, s, z, slot, t)
+    taken = map_keys(
+        par,
+        count,
+        x.q.shape[1],
+        -lift,
+        fm.query,
+        natural.query_planes,
+        none,
+        job[4],
+        c,
+        s,
+        z,
+        slot,
+        t,
+    )
     return taken, clean
 
 
@@ -236,7 +261,7 @@ def side_b(par, x, job, of_keys, at, step, count, fm, t):
             if x.weights[row] == 0:  # it sees no key, whatever its cotangent is
                 t.other[i] = 0
             t.extra[0, i] = -dot(t.other, i, x.out, row, x.grad.shape[1])
-    across(t.rows, t.columns)
+    turn_queries(t.planes, t)
     across(t.other, t.turned)
     t.total[:] = 0
 
@@ -289,9 +314,11 @@ def pull_chunk(
     half = blocks * width
     side_b(par, x, job, of_keys, at, step, count, fm, t)
     weight = fm.key if of_keys else fm.query
+    cut_weight = natural.key_planes if of_keys else fm.query_planes
     rows_of_weight = natural.key if of_keys else natural.query
     for b in range(blocks):
-        project_t(weight[w + b], t.columns, t.raws[b * width : (b + 1) * width], width, cols, d)
+        project_queries(t.planes, t, weight, cut_weight, w + b,
+                        t.raws[b * width : (b + 1) * width], cols, d)  # fmt: skip
     measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
     factors(par, x, job, of_keys, at, step, count, clock, rate, t)
     if par.causal:
@@ -361,7 +388,8 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
         count = min(CHUNK - done % CHUNK, a_count - done)
         at = first + step * done
         if of_keys:
-            taken, clean = queries_in(par, x, job, at, step, count, fm, none, c, s, z, slot, t)
+            taken, clean = queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z,
+                                      slot, t)  # fmt: skip
         else:
             taken, clean = keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot,
                                    t)  # fmt: skip
@@ -379,8 +407,9 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
 def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, ints, ctl, n):
     """Take jobs until none is left; how many are finished by now."""
     par, me = parameters(constants), enter(ctl)
-    t = carve(par, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
+    t = carve(par, fm.key_planes, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
               c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
+    begin_unit(natural.unit)
     finished = 0
     while True:
         job = claim(ctl)
@@ -390,4 +419,5 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
         clock, rate = clock_of(clocks, job)
         pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1
+    end_unit(natural.unit)
     return leave(ctl, finished)

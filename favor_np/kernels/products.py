@@ -1,5 +1,7 @@
 """The matrix products of a chunk: in the arrays' precision or, with tiles for words, in bfloat16.
 
+In the arrays' precision projections may be products of planes: `project_keys` and `project_queries`.
+
 Whether `words` is None the compiler knows.  If it is not, the map's weights are words, and what else a
 product needs in words is made of the tiles of float32 as it is due.  Queries are then read strip by strip,
 query by query, for what lies between the products to stay in the nearest cache.
@@ -15,12 +17,16 @@ import numpy as np
 from favor_np.kernels.activate import strip_features
 from favor_np.kernels.bfloat16 import (
     AMX,
+    PLANES,
     STEP,
     STRIP,
     add_spoiled,
     both,
     configure,
+    cut_along,
+    cut_down,
     finite_words,
+    gemm_planes,
     gemm_words,
     release,
     turn_rows,
@@ -42,10 +48,27 @@ Words = namedtuple(
 )
 
 
+#: Packed rows cut into planes, as left and as right factor.
+Planes = namedtuple("Planes", "left right")
+
+
 @jit()
-def carve_words(unit, floats, at, ints, mark, d, vcols, width, tiles):
+def carve_planes(cut_weight, floats, at, d):
+    """Cut the tiles for products with weights that are cut into planes, if they are."""
+    if cut_weight is None:
+        return None
+    depth = PLANES * (-(-d // (2 * STEP)) * STEP)
+    left, at = cut(floats, at, CHUNK, depth)
+    right, at = cut(floats, at, depth, CHUNK)
+    return Planes(left, right)
+
+
+@jit()
+def carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles):
     """Cut the tiles for words; ``plan.layout`` says how much they need."""
     if unit is None:
+        return None
+    if cut_weight is not None:
         return None
     lanes = VECTOR_BYTES // floats.itemsize
     depth, features = -(-d // (2 * STEP)) * STEP, -(-width // (2 * STEP)) * STEP
@@ -104,21 +127,45 @@ def words_of_values(values, clean, target):
 
 
 @jit()
-def turn_keys(words, t):
+def turn_keys(words, planes, t):
     """Turn the packed keys for `project_keys`."""
-    if words is None:
-        across(t.rows, t.columns)
-    else:
+    if words is not None:
         words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+    elif planes is not None:
+        cut_along(t.rows, CHUNK, t.rows.shape[1], planes.left)
+    else:
+        across(t.rows, t.columns)
 
 
 @jit()
-def project_keys(words, t, weight, target, rows, d):
+def project_keys(words, planes, t, weight, cut_weight, b, target, rows, d):
     """The projections (C, F) of the packed keys, of one block of the map."""
-    if words is None:
-        project_t(t.columns, weight, target, rows, target.shape[1], d)
+    if words is not None:
+        depth = words.rows.shape[1]
+        gemm_words(words.rows, weight[b], target, CHUNK, target.shape[1], depth, False)
+    elif planes is not None:
+        depth = planes.left.shape[1] // PLANES
+        gemm_planes(planes.left, cut_weight[b], target, CHUNK, target.shape[1], depth, False)
     else:
-        gemm_words(words.rows, weight, target, CHUNK, target.shape[1], words.rows.shape[1], False)
+        project_t(t.columns, weight[b], target, rows, target.shape[1], d)
+
+
+@jit()
+def turn_queries(planes, t):
+    """Turn the packed queries for `project_queries`."""
+    across(t.rows, t.columns)
+    if planes is not None:
+        cut_down(t.columns, t.columns.shape[0], CHUNK, planes.right)
+
+
+@jit()
+def project_queries(planes, t, weight, cut_weight, b, target, cols, d):
+    """The projections (F, C) of the packed queries, of one block of the map."""
+    if planes is None:
+        project_t(weight[b], t.columns, target, target.shape[0], cols, d)
+    else:
+        depth = planes.right.shape[0] // PLANES
+        gemm_planes(cut_weight[b], planes.right, target, target.shape[0], cols, depth, False)
 
 
 @jit()
