@@ -28,7 +28,6 @@ _NO_WEIGHTS = {
     np.dtype(kind): (np.zeros(0, kind), np.zeros(0, plan.integer_of(np.dtype(kind))))
     for kind in (np.float32, np.float64)
 }
-_NO_MEETING = {kind: (plan.aligned((0, 0), kind), np.zeros(0, np.int64)) for kind in _NO_WEIGHTS}
 
 
 def _mask_rows(mask: Array | None) -> Array:
@@ -143,7 +142,7 @@ def attend(
         causal, grouped, state_shape, group, words,
     )  # fmt: skip
     if clock is not None or offsets is not None:
-        jobs = _adapted(jobs, layout, offsets, clock, causal)
+        jobs = _adapted(jobs, offsets, clock)
     count = len(jobs.table)
     if not count:
         return
@@ -151,13 +150,8 @@ def attend(
               *layout.arrays)  # fmt: skip
     call = _Call(layout, arrays, _result(out, weights), _threads(work * count, threads), spread,
                  words)  # fmt: skip
-    if (
-        call.threads > 1
-        and spread is None
-        and jobs.table[0, 8] > 1
-        and call.by_features(jobs.take([0]), state)
-    ):
-        jobs = jobs.take(slice(1, None))
+    if causal and call.threads > 1:
+        jobs = call.ahead(constants, jobs, state)
     if causal or longest <= plan.SEGMENT:
         call.run(constants, jobs, state)
         return
@@ -179,15 +173,13 @@ def attend(
                 array[slots] = total
 
 
-def _adapted(
-    jobs: plan.Jobs, layout: plan.Layout, offsets: Array | None, clock: Clock | None, causal: bool
-) -> plan.Jobs:
+def _adapted(jobs: plan.Jobs, offsets: Array | None, clock: Clock | None) -> plan.Jobs:
     """Return the jobs of packed sequences, and of keys that decay."""
     if clock is not None:
         clocks = np.stack([clock.start, clock.rate], axis=1)
         jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
     if offsets is not None:
-        jobs = plan.packed(jobs, offsets, causal, layout.blocks)
+        jobs = plan.packed(jobs, offsets)
     return jobs
 
 
@@ -225,7 +217,7 @@ def attend_vjp(
         feature_map, dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape,
         causal, grouped, own,
     )  # fmt: skip
-    jobs = _adapted(jobs, layout, offsets, clock, causal)
+    jobs = _adapted(jobs, offsets, clock)
     group = jobs.q_rows.shape[1]
     slots = np.repeat(jobs.table[:, 5], group)
     jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
@@ -286,49 +278,42 @@ class _Call(NamedTuple):
     spread: Spread | None
     words: bool
 
-    def run(
-        self, constants: Array, jobs: plan.Jobs, state: Any,
-        meeting: tuple[Array, Array] | None = None,
-    ) -> Array | None:  # fmt: skip
+    def run(self, constants: Array, jobs: plan.Jobs, state: Any) -> None:
         """Run jobs; without a state each begins with an empty one of its own."""
         layout, count = self.layout, len(jobs.table)
         if not count:
-            return None
+            return
         kernel, workers = kernels.attend, min(self.threads, count)
-        more: tuple[Any, ...] = meeting or _NO_MEETING[layout.dtype]
+        more: tuple[Any, ...] = ()
         if self.spread is not None:
-            room = plan.aligned((workers, plan.spread_record(layout)), layout.dtype)
-            kernel, more = kernels.attend_spread, (room, more[1], self.spread)
+            room = plan.aligned((workers, plan.spread_room(layout)), layout.dtype)
+            kernel, more = kernels.attend_spread, (room, self.spread)
         if self.words:
             bfloat16.allow()
-            kernel, more = kernels.attend_words, (*more, bfloat16.UNIT)
+            kernel = kernels.attend_words
         if layout.map.key_planes is not None:
             kernel = kernels.attend_planes
         args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
                 *self.result, *more, *(state or ()))  # fmt: skip
         space = layout.stateful if state is None else layout.stateless
-        return _run(kernel, args, count, workers, space)
+        _run(kernel, args, count, workers, space)
 
-    def by_features(self, job: plan.Jobs, state: Any) -> bool:
-        """Run one long causal problem in parallel over sets of its features.
-
-        The sums of the sets are added chunk by chunk, as one thread does it, so the bits are the
-        same.  False, with nothing changed but the result, if a chunk of keys has to be split.
-        """
-        layout, slot = self.layout, int(job.table[0, 5])
-        whole = _empty(layout, 1) if state is None else [array[slot : slot + 1] for array in state]
-        parts = tuple(plan.sets_of(array, layout.signs) for array in whole)
-        chunks = plan.SPLIT // CHUNK
-        records = plan.aligned((kernels.SETS * chunks, layout.record), layout.dtype)
-        for start in range(0, int(job.table[0, 3]), plan.SPLIT):
-            step = plan.set_jobs(layout, job, start)
-            control = self.run(layout.partial, step, parts, (records, np.zeros(chunks, np.int64)))
-            if control is None or control[TROUBLE]:
-                return False
-        if state is not None:
-            for part, array in zip(parts, whole, strict=True):
-                plan.join_sets(part, array, layout.signs)
-        return True
+    def ahead(self, constants: Array, jobs: plan.Jobs, state: Any) -> plan.Jobs:
+        """Run the long causal jobs that are fewer than threads, in parts; return the others."""
+        parts, few = plan.ahead(jobs, self.threads)
+        if not few:
+            return jobs
+        if state is None:
+            self.run(constants, parts, None)
+        else:
+            slots = parts.table[:, 5].copy()
+            parts.table[:, 5] = np.arange(len(slots))
+            states = tuple(plan.aligned_copy(array[slots]) for array in state)
+            self.run(constants, parts, states)
+            last = np.arange(len(slots) // few - 1, len(slots), len(slots) // few)
+            for array, new in zip(state, states, strict=True):
+                array[slots[last]] = new[last]
+        return jobs.take(slice(few, None))
 
     def fold(self, constants: Array, folds: plan.Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""

@@ -34,9 +34,9 @@ SPAN = {4: 40, 8: 400}
 #: Positions that bidirectional attention folds, and reads, as one job.  Longer sequences are folded
 #: in segments and these merged in order, whatever the number of threads: the same bits for any.
 SEGMENT = 8192
-#: A single causal problem of at least this length is cut into sets of features instead, for which
-#: the sequence is walked in steps of SPLIT.
-LONG, SPLIT = 2048, 8192
+#: Causal problems of at least this length may be cut into parts, of which each folds all keys before its
+#: own; that takes so much of the time that a chunk of keys and queries does.
+LONG, FOLD = 1024, 0.4
 #: Jobs that the gradient of few heads is cut into.  Each takes the memory of its own dq.
 PARTS = 8
 #: Exact attention has at least so many jobs, if these need not be less than 256 queries for that.
@@ -130,11 +130,9 @@ class Layout:
     fresh: Array
     causal: Array
     bidirectional: Array
-    partial: Array
     rows: int
     signs: int
     width: int
-    record: int
 
 
 def cut_words(dim: int) -> int:
@@ -211,12 +209,11 @@ def layout(
     columns_of_factor = np.broadcast_to(
         rows_of_factor.swapaxes(1, 2) * math.sqrt(0.5 * unit), (heads, dim, dim)
     )
-    query_left = query_right = key_left = key_right = unit_of_planes = None
+    query_left = query_right = key_left = key_right = None
     if planes:
         query_left, query_right = key_left, key_right = _factors(key)
         if affine:
             query_left, query_right = _factors(query)
-        unit_of_planes = bfloat16.UNIT
     weights = Map(
         query=query,
         key=key,
@@ -232,14 +229,13 @@ def layout(
         linear=of_blocks(feature_map.key_linear),
         query_planes=query_right,
         key_planes=key_left,
-        unit=unit_of_planes,
+        unit=bfloat16.UNIT if planes else None,
     )
     longest = unit * max(
         math.sqrt((weight**2).sum(-1).max())
         for weight in (feature_map.query_weight, feature_map.key_weight)
     )
     value_columns = padded(value_dim, size)
-    record = CHUNK * (value_columns + 2)  # num, den, top
 
     # Features that only pad: no key may reach their exponents and so move those of others.
     idle = 1 if positive else -1
@@ -247,7 +243,7 @@ def layout(
     fresh = np.full(signs * half, 4 * int(FAR[size]) * idle, integer_of(dtype))
     fresh[real] = -4 * int(FAR[size])
 
-    def parameters(causal: bool, partial: bool = False) -> Array:
+    def parameters(causal: bool) -> Array:
         of = kernels.Parameters(
             kind=kind[feature_map.kind],
             signs=signs,
@@ -262,7 +258,6 @@ def layout(
             idle=idle,
             span=SPAN[size] if causal else 2**30,
             causal=causal,
-            partial=partial,
         )
         constants = np.zeros(1, kernels.CONSTANTS)
         for name, value in of._asdict().items():
@@ -274,7 +269,6 @@ def layout(
         + 2 * CHUNK * width  # raw, phi
         + 3 * CHUNK * value_columns  # values, num, spare
         + CHUNK * CHUNK  # scores
-        + record
         + signs * half * CHUNK  # keys
         + 5 * CHUNK  # height, share, den, part, others
         + 3 * signs * half  # sums, scale, token
@@ -288,7 +282,7 @@ def layout(
     return Layout(
         dtype=dtype,
         map=weights,
-        arrays=(*weights, unit_of_planes) if planes else weights[:4],
+        arrays=(*weights[: None if planes else 4], *([bfloat16.UNIT] if planes or words else [])),
         natural=natural,
         blocks=blocks,
         half=half,
@@ -300,11 +294,9 @@ def layout(
         fresh=fresh,
         causal=parameters(True),
         bidirectional=parameters(False),
-        partial=parameters(True, True),
         rows=rows,
         signs=signs,
         width=width,
-        record=record,
     )
 
 
@@ -370,7 +362,7 @@ def exact_workspace(
     return workspace(dtype, floats, (group + 2) * CHUNK)
 
 
-def spread_record(of: Layout) -> int:
+def spread_room(of: Layout) -> int:
     """Return how many floats a thread needs beside its workspace to compare the blocks."""
     lanes = VECTOR_BYTES // of.dtype.itemsize
     return CHUNK * (of.blocks * (3 + of.value_columns) + lanes + of.width)
@@ -458,7 +450,7 @@ class Jobs:
     """Who attends to whom: one job for each state, with the group of queries that reads it.
 
     A row of the table is (k row, v row, mask row or -1, keys, first block of the weights, slot of the
-    state or -1, queries, rows of W, sets of features).  `clocks` is empty, or has how far each job's
+    state or -1, queries, rows of W, causal queries that are not read).  `clocks` is empty, or has how far each job's
     first key is raised, in log2, and by how much more every further one.
     """
 
@@ -491,7 +483,7 @@ _NO_CLOCKS = np.zeros((0, 2))
 @functools.lru_cache(maxsize=256)
 def jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
-    grouped: bool, q_length: int, k_length: int, blocks: int, rows: int, causal: bool,
+    grouped: bool, q_length: int, k_length: int, blocks: int, rows: int,
 ) -> Jobs:  # fmt: skip
     """Return the jobs for leading axes that broadcast (validated before).
 
@@ -510,8 +502,6 @@ def jobs(
         numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
         return np.broadcast_to(numbers, into).ravel()
 
-    alone = causal and count == 1 and k_length >= LONG and blocks % kernels.SETS == 0
-    sets = kernels.SETS if alone and math.prod(q) <= 1 else 1
     group = math.prod(full) // max(count, 1)
     order = np.argsort(index(state_full, full), kind="stable").reshape(count, group)
     head = index((heads,), state_shape) if heads else np.zeros(count, np.int64)
@@ -525,7 +515,7 @@ def jobs(
             np.full(count, -1) if state is None else np.arange(count),
             np.full(count, q_length),
             np.full(count, rows),
-            np.full(count, sets),
+            np.full(count, 0),
         ],
         axis=1,
     ).astype(np.int64)
@@ -557,14 +547,14 @@ def schedule(
     of = layout(feature_map, dtype, v[-1], group, words)
     to_do = jobs(
         q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
-        grouped, q[-2], k[-2], of.blocks, of.rows, causal,
+        grouped, q[-2], k[-2], of.blocks, of.rows,
     )  # fmt: skip
     longest = max(q[-2], k[-2])
     constants = of.causal if causal else of.bidirectional
     return Schedule(of, constants, to_do, longest, longest * of.features * q[-1])
 
 
-def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:
+def packed(of: Jobs, offsets: Array) -> Jobs:
     """Cut every job into one for each sequence offsets[i]:offsets[i + 1], the longest first.
 
     Slots are numbered state by state and, within each, sequence by sequence; the clocks of `of` are
@@ -577,10 +567,6 @@ def packed(of: Jobs, offsets: Array, causal: bool, blocks: int) -> Jobs:
     skip_rows(table, start)
     table[:, [3, 6]] = np.minimum(table[:, [3, 6]], length[:, None])  # none where there were none
     table[:, 5] = np.where(table[:, 5] < 0, -1, owner * count + sequence)
-    single = causal and of.q_rows.size == 1 and blocks % kernels.SETS == 0
-    table[:, 8] = np.where(
-        single & (length >= LONG) & (2 * length > lengths.sum()), kernels.SETS, 1
-    )
     q_rows, out_rows = of.q_rows[owner] + start[:, None], of.out_rows[owner] + start[:, None]
     cut = Jobs(table, q_rows, out_rows, of.clocks)
     order = np.argsort(-length, kind="stable")
@@ -614,33 +600,25 @@ def segments(of: Jobs) -> tuple[Jobs, Jobs]:
     )
 
 
-def sets_of(array: Array, signs: int) -> Array:
-    """Return a copy of one state (1, features, ...) with one row for each set of its features."""
-    parts = array.reshape(signs, kernels.SETS, -1, *array.shape[2:]).swapaxes(0, 1)
-    new = aligned((kernels.SETS, array.shape[1] // kernels.SETS, *array.shape[2:]), array.dtype)
-    new.reshape(parts.shape)[...] = parts
-    return new
+def ahead(of: Jobs, threads: int) -> tuple[Jobs, int]:
+    """Cut the first causal jobs into parts that take equally long, if these are fewer than the threads.
 
-
-def join_sets(parts: Array, array: Array, signs: int) -> None:
-    """Write what `sets_of` took apart back to the state."""
-    whole = array.reshape(signs, kernels.SETS, -1, *array.shape[2:])
-    whole[...] = parts.reshape(kernels.SETS, signs, -1, *array.shape[2:]).swapaxes(0, 1)
-
-
-def set_jobs(layout: Layout, of: Jobs, start: int) -> Jobs:
-    """Return the jobs of one step over the sets of features of a single job."""
-    length = min(SPLIT, int(of.table[0, 3]) - start)
-    sets, per_set = np.arange(kernels.SETS), layout.half // kernels.SETS
-    cut = of.take(np.zeros(kernels.SETS, np.int64))
-    cut.skip_keys(start)
-    table = cut.table
-    table[:, 3] = table[:, 6] = length
-    table[:, 4] += sets * (layout.blocks // kernels.SETS)
-    table[:, 5] = sets
-    table[:, 7] = np.clip(layout.rows - sets * per_set, 0, per_set)
-    table[:, 8] = 1
-    return Jobs(table, cut.q_rows + start, cut.out_rows + start, cut.clocks)
+    Each part folds all keys up to its end, but reads from where the one before it ends: its state there has
+    the same bits.  Returns the parts, job by job and in their order, and how many jobs were cut.
+    """
+    length = of.table[:, 3]
+    few = len(length) if 2 * len(length) <= threads else int(2 * length[0] > length.sum())
+    if not few or length[:few].min() < LONG:
+        return of, 0
+    parts, group = min(threads // few, int(length[0]) // (LONG // 2)), of.q_rows.shape[1]
+    fold = FOLD / (FOLD + group * (1 - FOLD))
+    ends = (1 - (1 - fold) ** np.arange(parts + 1)) / (1 - (1 - fold) ** parts)
+    cuts = np.round(ends * length[:few, None] / CHUNK).astype(np.int64) * CHUNK
+    cuts[:, -1] = length[:few]
+    jobs = of.take(np.repeat(np.arange(few), parts))
+    jobs.table[:, 3] = cuts[:, 1:].ravel()
+    jobs.table[:, 8] = cuts[:, :-1].ravel()
+    return jobs, few
 
 
 @functools.lru_cache(maxsize=256)
@@ -648,7 +626,7 @@ def exact_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> Array:
     """Return the jobs of exact attention, a block of queries each."""
-    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
+    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
     block = CHUNK * exact_kernels.GROUP
     while len(of.q_rows) * of.q_rows.shape[1] * -(-q_length // block) < FEW and block > 4 * CHUNK:
         block //= 2
@@ -688,7 +666,7 @@ def exact_vjp_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> GradientJobs:
     """Return the jobs of the gradient of exact attention."""
-    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0, False)
+    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
     block, count = CHUNK * exact_vjp.GROUP, len(of.table)
     parts = min(-(-PARTS // count), -(-k_length // block))
     rows = -(-q_length // 8) * 8

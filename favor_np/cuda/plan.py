@@ -427,7 +427,7 @@ def _in_sequences(jobs: host.Jobs, offsets: bytes | None) -> host.Jobs:
     """Cut jobs where packed sequences begin; offsets are those of `validation.sequence_offsets`."""
     if offsets is None:
         return jobs
-    return host.packed(jobs, np.frombuffer(offsets, np.int64), False, 1)
+    return host.packed(jobs, np.frombuffer(offsets, np.int64))
 
 
 def _count(shape: tuple[int, ...]) -> int:

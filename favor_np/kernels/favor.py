@@ -35,7 +35,7 @@ from favor_np.kernels.activate import (
 from favor_np.kernels.bfloat16 import words_along
 from favor_np.kernels.gemm import gemm, gemm_t
 from favor_np.kernels.jit import jit
-from favor_np.kernels.jobs import claim, enter, leave, report
+from favor_np.kernels.jobs import claim, enter, leave
 from favor_np.kernels.pack import (
     CHUNK,
     Map,
@@ -63,12 +63,7 @@ from favor_np.kernels.products import (
 )
 from favor_np.kernels.simd import (
     VECTOR_BYTES,
-    exp2,
-    fetch_add,
     load,
-    maximum,
-    nearest,
-    splat,
     store,
 )
 from favor_np.kernels.spread import (
@@ -81,26 +76,22 @@ from favor_np.kernels.spread import (
 )
 from favor_np.kernels.step import step_token
 
-#: Sets of features that a single long causal problem is cut into.
-SETS = 2
-
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
     "Parameters",
-    "kind signs filled key_norm affine factored kernel_epsilon limit far masked idle span causal "
-    "partial",
+    "kind signs filled key_norm affine factored kernel_epsilon limit far masked idle span causal",
 )
 #: The same as an array of one: a tuple takes four times as long from Python to a kernel.
 CONSTANTS = np.dtype(
     [(name, np.int64) for name in ("kind", "signs", "filled", "idle", "span")]
     + [(name, np.float64) for name in ("key_norm", "kernel_epsilon", "limit", "far", "masked")]
-    + [(name, np.bool_) for name in ("affine", "factored", "causal", "partial")],
+    + [(name, np.bool_) for name in ("affine", "factored", "causal")],
     align=True,
 )
 #: The tiles a thread works on, cut from its workspace.
 Tiles = namedtuple(
     "Tiles",
-    "rows columns raw phi values num spare scores keys record height share den part others sums scale token "
+    "rows columns raw phi values num spare scores keys height share den part others sums scale token "
     "square stretched top higher excess words planes",
 )
 
@@ -110,7 +101,7 @@ def parameters(constants):
     """The parameters that an array of CONSTANTS holds."""
     p = constants[0]
     return Parameters(p.kind, p.signs, p.filled, p.key_norm, p.affine, p.factored, p.kernel_epsilon,
-                      p.limit, p.far, p.masked, p.idle, p.span, p.causal, p.partial)  # fmt: skip
+                      p.limit, p.far, p.masked, p.idle, p.span, p.causal)  # fmt: skip
 
 
 @jit()
@@ -128,7 +119,6 @@ def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
     spare, at = cut(floats, at, CHUNK, vcols)
     scores, at = cut(floats, at, CHUNK, CHUNK)
     flat, at = cut(floats, at, tiles * CHUNK, width)
-    record, at = cut(floats, at, 1, CHUNK * (vcols + 2))
     height, at = cut(floats, at, 1, CHUNK)
     share, at = cut(floats, at, 1, CHUNK)
     den, at = cut(floats, at, 1, CHUNK)
@@ -145,7 +135,7 @@ def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
     words = carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
     planes = carve_planes(cut_weight, floats, at, d)
     keys = flat.reshape(tiles, CHUNK, width)
-    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, record, height[0], share[0], den, part, others,
+    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,
                  sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, words,
                  planes)  # fmt: skip
 
@@ -170,7 +160,6 @@ def read_chunk(
     fm,
     w,
     features_count,
-    sets,
     c,
     s,
     z,
@@ -180,19 +169,12 @@ def read_chunk(
     clean,
     out,
     out_row,
-    records,
-    met,
-    met_at,
     spread,
     batch,
     groups,
     t,
 ):
-    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys.
-
-    The sums of each of `sets` equal sets of features are formed apart and then added.  With
-    par.partial the features are one such set, and ``meet`` exchanges the sums with the other's.
-    """
+    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
     lanes = VECTOR_BYTES // q.itemsize
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
@@ -242,99 +224,32 @@ def read_chunk(
                 own_keys(count, cols, rows, values, clean, t)
             keep_group(t, groups, b)
             first = True
-        elif sets > 1 and b + 1 == blocks // sets:
-            if par.causal:
-                own_keys(count, cols, rows, values, clean, t)
-            save(t, t.record, 0)
-            first = True
     if spread is not None:
         join_groups(t, groups, count, out, out_row, spread, batch)
         return
     if par.causal:
         own_keys(count, cols, rows, values, clean, t)
-    if sets > 1:
-        add_record(t, t.record, 0)
-    elif par.partial and not meet(t, records, met, slot, met_at):
-        return  # who comes second does the rest
     write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
 
 
 @jit()
-def read_words(words, par, q, row, count, fm, w, sets, slot, clean, out, out_row, records, met, met_at,
-               t):  # fmt: skip
+def read_words(words, par, q, row, count, fm, w, clean, out, out_row, t):
     """The same in bfloat16, without error bars."""
     pack_queries(par, q, row, 1, count, fm, w, t)
     words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
-    start, blocks = 0, t.keys.shape[0] // par.signs
-    if sets > 1:
-        start = blocks // sets
-        read_blocks(words, par, count, fm.query, w, 0, start, clean, t)
-        save(t, t.record, 0)
-    read_blocks(words, par, count, fm.query, w, start, blocks, clean, t)
-    if sets > 1:
-        add_record(t, t.record, 0)
-    elif par.partial and not meet(t, records, met, slot, met_at):
-        return
+    read_blocks(words, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
     write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
 
 
 @jit()
-def read(words, par, q, row, count, fm, w, features, sets, c, s, z, slot, clean, out, out_row,
-         records, met, met_at, spread, batch, groups, t):  # fmt: skip
+def read(words, par, q, row, count, fm, w, features, c, s, z, slot, clean, out, out_row, spread, batch,
+         groups, t):  # fmt: skip
     """Whether `words` is None is known to the compiler."""
     if words is None:
-        read_chunk(par, q, row, count, fm, w, features, sets, c, s, z, slot, t.keys, t.values,
-                   clean, out, out_row, records, met, met_at, spread, batch, groups, t)  # fmt: skip
+        read_chunk(par, q, row, count, fm, w, features, c, s, z, slot, t.keys, t.values, clean, out,
+                   out_row, spread, batch, groups, t)  # fmt: skip
     else:
-        read_words(words, par, q, row, count, fm, w, sets, slot, clean, out, out_row, records, met,
-                   met_at, t)  # fmt: skip
-
-
-@jit()
-def save(t, records, row):
-    """Write the sums of a chunk to a row of records."""
-    vcols, record = t.num.shape[1], records[row]
-    for i in range(CHUNK):
-        record[i] = t.den[0, i]
-        record[CHUNK + i] = t.top[0, i]
-    for i in range(CHUNK):
-        at = 2 * CHUNK + i * vcols
-        for x in range(vcols):
-            record[at + x] = t.num[i, x]
-
-
-@jit()
-def add_record(t, records, row):
-    """Add the sums that ``save`` wrote to those in t, under the higher of the two tops."""
-    vcols, record = t.num.shape[1], records[row]
-    mine, theirs = t.part[0], t.others[0]
-    for i in range(0, CHUNK, VECTOR_BYTES // records.itemsize):
-        top, other = load(t.top, 0, i), nearest(load(records, row, CHUNK + i))
-        higher = maximum(top, other)
-        store(t.part, 0, i, exp2(splat(records, 0), top - higher))
-        store(t.others, 0, i, exp2(splat(records, 0), other - higher))
-        store(t.top, 0, i, higher)
-    for i in range(CHUNK):
-        t.den[0, i] = t.den[0, i] * mine[i] + record[i] * theirs[i]
-    for i in range(CHUNK):
-        at = 2 * CHUNK + i * vcols
-        for x in range(vcols):
-            t.num[i, x] = t.num[i, x] * mine[i] + record[at + x] * theirs[i]
-
-
-@jit()
-def meet(t, records, met, mine, at):
-    """Leave the sums of a chunk for the thread with the other set, or take those it has left.
-
-    True if both are in t now.  Nobody waits: whoever comes second to a chunk finishes it.
-    """
-    chunks = met.size
-    if fetch_add(met, at, 0) == 0:
-        save(t, records, mine * chunks + at)
-        if fetch_add(met, at, 1) == 0:
-            return False
-    add_record(t, records, (1 - mine) * chunks + at)
-    return True
+        read_words(words, par, q, row, count, fm, w, clean, out, out_row, t)
 
 
 @jit()
@@ -445,16 +360,17 @@ def clock_of(clocks, job):
 
 @jit()
 def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s, z, slot,
-               out, records, met, spread, groups, t):  # fmt: skip
+               out, spread, groups, t):  # fmt: skip
     """Everything for one problem: its keys and values, one state, its group of queries.
 
-    False if the sums of a chunk cannot be partial ones because the chunk has to be split.
+    Causal queries before position `unread` are another job's, which folds the same keys as this one.
     """
     k_row, v_row, mask_row, keys_count = job[0], job[1], job[2], job[3]
-    w, queries_count, features, sets = job[4], job[6], job[7], job[8]
+    w, queries_count, features, unread = job[4], job[6], job[7], job[8]
     batch = batch_of(spread, v, v_row)
     start = 0
     while start < keys_count:
+        reads = par.causal and start >= unread
         count = min(CHUNK - start % CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
         taken = keys_chunk(par, k, k_row + start, count, mask, m_row, fm, w,
@@ -462,17 +378,14 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
         following = min(CHUNK, keys_count - start - count)
         soon(k, k_row + start + count, following)
         soon(v, v_row + start + count, following)
-        if par.partial and taken < count:  # other jobs, with other features, do not know of it
-            return False
         clean = pack_values(v, v_row + start, 1, taken, t.values, mask, m_row)
-        load_keys(t.words, par, t, -(-count // 8) * 8, clean)
-        if par.causal:
+        load_keys(t.words, reads, t, -(-count // 8) * 8, clean)
+        if reads:
             load_state(t.words, par, features, c, s, z, slot, t.keys.shape[2])
             for g in range(q_rows.size):
                 soon(q, q_rows[g] + start + count, following)
-                read(t.words, par, q, q_rows[g] + start, taken, fm, w, features, sets, c, s, z,
-                     slot, clean, out, out_rows[g] + start, records, met, start // CHUNK, spread,
-                     batch, groups, t)  # fmt: skip
+                read(t.words, par, q, q_rows[g] + start, taken, fm, w, features, c, s, z, slot, clean,
+                     out, out_rows[g] + start, spread, batch, groups, t)  # fmt: skip
         fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums)
         start += taken
     if not par.causal:
@@ -482,14 +395,13 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
                 following = min(CHUNK, queries_count - start - CHUNK)
                 soon(q, q_rows[g] + start + CHUNK, following)
                 read(t.words, par, q, q_rows[g] + start, min(CHUNK, queries_count - start), fm, w,
-                     features, 1, c, s, z, slot, True, out, out_rows[g] + start, records, met, 0,
-                     spread, batch, groups, t)  # fmt: skip
-    return True
+                     features, c, s, z, slot, True, out, out_rows[g] + start, spread, batch, groups,
+                     t)  # fmt: skip
 
 
 @jit()
-def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, records, met, spread,
-                unit, c, s, z, floats, ints, ctl, n):  # fmt: skip
+def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, room, spread, unit,
+                c, s, z, floats, ints, ctl, n):  # fmt: skip
     """What all the kernels do; what of `spread`, `unit` and `fm` is None is known to the compiler.
 
     With a unit products are in bfloat16 or, if the map's weights are cut into planes, projections are
@@ -499,7 +411,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, rec
     width = fm.key.shape[2]
     blocks = c.shape[1] // (width * par.signs)
     t = carve(par, unit, fm.key_planes, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
-    groups = carve_groups(spread, records, me, blocks, s.shape[2], width)
+    groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
     while True:
         job = claim(ctl)
@@ -514,9 +426,8 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, rec
                        c, s, z, slot, out, out_rows[job, 0], t)  # fmt: skip
         else:
             begin_unit(unit)
-            if not attend_one(par, q, k, v, mask, fm, row, q_rows[job], out_rows[job], clock, rate,
-                              c, s, z, slot, out, records, met, spread, groups, t):  # fmt: skip
-                report(ctl)
+            attend_one(par, q, k, v, mask, fm, row, q_rows[job], out_rows[job], clock, rate, c, s, z,
+                       slot, out, spread, groups, t)  # fmt: skip
             end_unit(unit)
         finished += 1
     return leave(ctl, finished)
@@ -524,40 +435,43 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, out, rec
 
 @jit(cache=True)
 def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
-           rows, weights, tops, records, met, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """Take jobs until none is left; how many are finished by now.  Reports those given up."""
-    return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine, None, None), jobs,
-                       q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, None,
-                       None, c, s, z, floats, ints, ctl, n)  # fmt: skip
+           rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """Take jobs until none is left; how many are finished by now."""
+    fm = Map(query, key, bias, affine, None, None)
+    return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
+                       Result(rows, weights, tops), None, None, None, c, s, z, floats, ints, ctl,
+                       n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
-                  rows, weights, tops, records, met, spread, c, s, z, floats, ints, ctl, n):  # fmt: skip
+                  rows, weights, tops, room, spread, c, s, z, floats, ints, ctl, n):  # fmt: skip
     """The same, and how far the groups of features are apart: each block of the map is one.
 
-    `records` has room for them, for each thread.
+    There is room for them for each thread.
     """
-    return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine, None, None), jobs,
-                       q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, spread,
-                       None, c, s, z, floats, ints, ctl, n)  # fmt: skip
+    fm = Map(query, key, bias, affine, None, None)
+    return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
+                       Result(rows, weights, tops), room, spread, None, c, s, z, floats, ints, ctl,
+                       n)  # fmt: skip
 
 
 @jit(cache=True)
-def attend_words(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
-                 rows, weights, tops, records, met, unit, c, s, z, floats, ints, ctl, n):  # fmt: skip
+def attend_words(constants, q, k, v, mask, query, key, bias, affine, unit, jobs, q_rows, out_rows,
+                 clocks, rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
     """The same as `attend`, its products in bfloat16: `query` and `key` are words."""
-    return attend_jobs(parameters(constants), q, k, v, mask, Map(query, key, bias, affine, None, None), jobs,
-                       q_rows, out_rows, clocks, Result(rows, weights, tops), records, met, None,
-                       unit, c, s, z, floats, ints, ctl, n)  # fmt: skip
+    fm = Map(query, key, bias, affine, None, None)
+    return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
+                       Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_planes, key_planes, unit,
-                  jobs, q_rows, out_rows, clocks, rows, weights, tops, records, met, c, s, z, floats,
-                  ints, ctl, n):  # fmt: skip
+                  jobs, q_rows, out_rows, clocks, rows, weights, tops, c, s, z, floats, ints, ctl,
+                  n):  # fmt: skip
     """The same as `attend`, with projections from the matrix unit: no less exact, and faster."""
     fm = Map(query, key, bias, affine, query_planes, key_planes)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       Result(rows, weights, tops), records, met, None, unit, c, s, z, floats, ints,
-                       ctl, n)  # fmt: skip
+                       Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       n)  # fmt: skip

@@ -169,17 +169,17 @@ def project_queries(planes, t, weight, cut_weight, b, target, cols, d):
 
 
 @jit()
-def load_keys(words, par, t, rows, clean):
-    """Prepare values and features of a chunk of keys for the products below."""
+def load_keys(words, reads, t, rows, clean):
+    """Prepare values and features of a chunk of keys for the products below, and for causal reads."""
     if words is None:
         return
     words_of_values(t.values, clean, words.values)
-    if par.causal and not clean:
+    if reads and not clean:
         finite_words(t.values, t.spare, words.finite)
     features = words.turned.shape[1]
     for tile in range(t.keys.shape[0]):
         t.keys[tile, rows:] = 0  # of other chunks: with values of zero not even NaN may count
-        if par.causal:
+        if reads:
             turn_rows(t.keys[tile], words.turned, words.keys[tile * features :])
 
 
@@ -236,15 +236,15 @@ def seen_by(i):
 
 
 @jit()
-def read_blocks(words, par, count, query, w, first, last, clean, t):
-    """num, den and top of a chunk of packed queries, of the blocks first:last of the map.
+def read_blocks(words, par, count, query, w, blocks, clean, t):
+    """num, den and top of a chunk of packed queries, of all blocks of the map.
 
     `load_state` and, where par.causal, `load_keys` have gone before.
     """
     words.sums[:] = 0
-    for b in range(first, last):
+    for b in range(blocks):
         for i in range(0, count, STRIP):
-            read_strip(words, par, i, query[w + b], b, b == first, t)
+            read_strip(words, par, i, query[w + b], b, b == 0, t)
     if par.causal:
         for i in range(0, count, STRIP):
             own_words(words, i, t.scores[i : i + STRIP], t.num[i : i + STRIP], t.values, clean)

@@ -33,12 +33,12 @@ Groups = namedtuple("Groups", "den top shares num squares turned")
 
 
 @jit()
-def carve_groups(spread, records, me, blocks, vcols, width):
-    """Cut the tiles from this thread's row of `records`; ``plan.spread_record`` says how much."""
+def carve_groups(spread, room, me, blocks, vcols, width):
+    """Cut the tiles from this thread's row of `room`; ``plan.spread_room`` says how much."""
     if spread is None:
         return None
-    lanes = VECTOR_BYTES // records.itemsize
-    floats = records[me]
+    lanes = VECTOR_BYTES // room.itemsize
+    floats = room[me]
     den, at = cut(floats, 0, blocks, CHUNK)
     top, at = cut(floats, at, blocks, CHUNK)
     shares, at = cut(floats, at, blocks, CHUNK)

@@ -57,7 +57,7 @@ def test_stretches_cover_every_position_once(length):
 
 
 def test_tables_go_backwards_from_the_last_row():
-    jobs = cpu_plan.jobs((), (), (), None, None, None, False, 70, 70, 1, 0, False)
+    jobs = cpu_plan.jobs((), (), (), None, None, None, False, 70, 70, 1, 0)
     sides = plan.keys_and_queries(jobs)
     parts = plan.stretches(jobs.table[:, 3], TILE, (0, 70))
     table = plan.fold_table(sides, parts, backwards=True)
