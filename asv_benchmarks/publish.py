@@ -117,6 +117,10 @@ def others(results):
             unit="×", key=(signs,))  # fmt: skip
     add("bfloat16 over float32, exact, L = 8,192", f"{figures}ExactBfloat16.track_speedup",
         unit="×", key=(8192,))  # fmt: skip
+    for what in ("plain", "antithetic", "gradient", "exact"):
+        label = {"plain": "plain features", "antithetic": "antithetic features"}.get(what, what)
+        add(f"float32 with the matrix unit over without, {label}",
+            f"{figures}MatrixUnit.track_speedup", unit="×", key=(what,))  # fmt: skip
     add("error bars and output over output alone", f"{figures}ErrorBars.track_ratio",
         unit="×", key=(size,))  # fmt: skip
     for size in ("H=4 L=8192 d=64 m=256", "H=1 L=65536 d=64 m=256"):

@@ -59,10 +59,15 @@ def main():
         launch,
         plan,
     )
+    from favor_np.kernels import bfloat16
 
-    for dtype in (np.float32, np.float64):
+    bfloat16.refusal()  # asks the system for the matrix unit
+    for dtype, planes in ((np.float32, False), (np.float32, True), (np.float64, False)):
+        plan.worth_planes = lambda *_, planes=planes: planes
         for front in (False, True):
             # The kernels' own arrays too: workspaces, packed weights, states.
+            plan.layout.cache_clear()
+            plan.schedule.cache_clear()
             plan.aligned = lambda shape, dtype, front=front: guarded(shape, dtype, front)
             plan._spare.kept.clear()
             for q, k, v, mask, out, W in inputs(dtype, front):

@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 import favor_np
+from favor_np import plan
 from favor_np.compare import crossing
 
 from .common import (
@@ -130,6 +131,44 @@ class ExactBfloat16:
             for precision in ("full", "bfloat16")
         )
         return ratio(*interleave(*calls).T)
+
+    track_speedup.unit = "times"
+
+
+def without_planes(call):
+    """A call whose products are all of vectors; of its feature map nothing may be laid out yet."""
+
+    def run():
+        kept, plan.worth_planes = plan.worth_planes, lambda *_: False
+        try:
+            return call()
+        finally:
+            plan.worth_planes = kept
+
+    return run
+
+
+class MatrixUnit:
+    """How many times faster float32 is where the matrix unit may help, one thread; 1 if there is none."""
+
+    params = (KINDS, ["plain", "antithetic", "gradient", "exact"])
+    param_names = ("kind", "what")
+
+    def call(self, kind, what, rng):
+        arrays, causal = inputs(4096), kind == "causal"
+        fm = favor_np.feature_map(
+            "positive", dim=64, num_features=256, antithetic=what == "antithetic", rng=rng
+        )
+        if what == "exact":
+            return lambda: favor_np.exact_attention(*arrays, causal=causal, num_threads=1)
+        if what == "gradient":
+            pull = favor_np.favor_attention_vjp
+            return lambda: pull(*arrays, fm, causal=causal, num_threads=1)[1](arrays[2])
+        return lambda: favor_np.favor_attention(*arrays, fm, causal=causal, num_threads=1)
+
+    def track_speedup(self, kind, what):
+        calls = self.call(kind, what, 0), without_planes(self.call(kind, what, 1))
+        return 1 / ratio(*interleave(*calls).T)
 
     track_speedup.unit = "times"
 

@@ -63,10 +63,17 @@ def _kernels() -> dict[str, str]:
     return {
         "processor": f"{llvmlite.binding.get_host_cpu_name()}, {os.cpu_count()} CPUs",
         "vectors": f"{simd.ISA}, {simd.VECTOR_BYTES} bytes",
-        "bfloat16": "on a matrix unit (AMX)" if bfloat16.AMX else "slow: no matrix unit",
+        "matrix-unit": _matrix_unit(bfloat16.AMX, bfloat16.refusal()),
         "threads": str(default_threads()),
         "cache": _cache_path(favor.attend) or "none: every process compiles its kernels anew",
     }
+
+
+def _matrix_unit(there: bool, refusal: str) -> str:
+    """What there is to multiply bfloat16, and float32 that is cut into it."""
+    if there and refusal:
+        return f"AMX, but the system refuses it: {refusal}"
+    return "AMX" if there else "none: bfloat16 is slow"
 
 
 def _cache_path(kernel: Any) -> str | None:

@@ -51,10 +51,11 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         favor_attention_vjp,
         feature_map,
     )
-    from favor_np.kernels.bfloat16 import AMX
+    from favor_np.kernels.bfloat16 import refusal
 
-    x = np.zeros((2, 8), dtype)
+    x, long = np.zeros((2, 8), dtype), np.zeros((2, 64), dtype)
     fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)
+    large = feature_map("positive", dim=64, num_features=128, dtype=dtype)
     state = AttentionState.zeros(fm, value_dim=8)
     calls: list[tuple[str, Callable[[], object]]] = [
         ("bidirectional", lambda: favor_attention(x, x, x, fm)),
@@ -67,8 +68,11 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
         ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
     ]
-    if AMX and dtype == np.float32:  # where it is worth while
+    if dtype == np.float32 and not refusal():  # longer rows have kernels of their own
         calls += [
+            ("long rows", lambda: favor_attention(long, long, long, large)),
+            ("gradient, long rows", lambda: favor_attention_vjp(long, long, long, large)[1](long)),
+            ("exact, long rows", lambda: exact_attention(long, long, long)),
             ("bfloat16", lambda: favor_attention(x, x, x, fm, precision="bfloat16")),
             ("exact, bfloat16", lambda: exact_attention(x, x, x, precision="bfloat16")),
         ]
