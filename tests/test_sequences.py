@@ -15,8 +15,7 @@ from test_attention import CHANGES, MAPS, draw, each_dtype, each_map, inputs, to
 from test_state import content, error
 
 import favor_np
-from favor_np import AttentionState, FeatureMap, WindowState, favor_attention, feature_map, plan
-from favor_np.kernels.pack import CHUNK
+from favor_np import AttentionState, FeatureMap, WindowState, favor_attention, feature_map
 
 DECAYS = [1 - 1e-6, 0.99, 0.5, 1e-3]
 WINDOWS = [1, 2, 63, 64, 65, 100, 300]
@@ -517,42 +516,6 @@ def test_same_error_bars_for_any_number_of_threads():
     for more in found[1:]:
         np.testing.assert_array_equal(more.standard_error, found[0].standard_error)
         np.testing.assert_array_equal(more.output, found[0].output)
-
-
-@pytest.mark.parametrize(
-    ("heads", "group", "threads", "cut"),
-    [
-        (1, 1, 2, 1),
-        (1, 1, 4, 1),
-        (1, 4, 2, 1),
-        (2, 1, 4, 2),
-        (2, 1, 5, 2),
-        (2, 1, 3, 0),
-        (3, 1, 2, 0),
-    ],
-)
-def test_parts_of_long_heads_take_equally_long(heads, group, threads, cut):
-    length = 9999
-    q, k = (heads * group,), (heads,)
-    jobs = plan.jobs(q, k, k, None, None, None, True, length, length, 1, 0)
-    parts, few = plan.ahead(jobs, threads)
-    assert few == cut
-    if not few:
-        assert parts is jobs
-        return
-    ends, starts = parts.table[:, 3].reshape(few, -1), parts.table[:, 8].reshape(few, -1)
-    assert ends.shape[1] == threads // heads
-    assert (starts[:, 0] == 0).all()
-    assert (ends[:, -1] == length).all()
-    assert np.array_equal(starts[:, 1:], ends[:, :-1])
-    assert not (starts % CHUNK).any()
-    cost = plan.FOLD * ends + group * (1 - plan.FOLD) * (ends - starts)
-    assert np.ptp(cost) <= 2 * group * CHUNK
-
-
-def test_short_heads_are_left_whole():
-    jobs = plan.jobs((1,), (1,), (1,), None, None, None, False, 900, 900, 1, 0)
-    assert plan.ahead(jobs, 2) == (jobs, 0)
 
 
 def test_long_sequences_next_to_short_ones():
