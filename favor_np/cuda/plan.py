@@ -419,7 +419,7 @@ def _jobs(
 ) -> host.Jobs:  # fmt: skip
     return host.jobs(
         q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
-        grouped, q[-2], k[-2], 1, 0, False,
+        grouped, q[-2], k[-2], 1, 0,
     )  # fmt: skip
 
 
