@@ -191,7 +191,7 @@ def pictures(results):
             bars = axes.barh(
                 at, [shares[kind, s] for s in sizes], 0.34, color=colors[kind], label=name
             )
-            axes.bar_label(bars, fmt="%.2f", padding=2)
+            axes.bar_label(bars, fmt="%.2f", padding=-30, color="white")
         axes.axvline(1, color="0.3", lw=1, ls="--")
         axes.set_yticks(range(len(sizes)), sizes)
         axes.invert_yaxis()
