@@ -278,9 +278,9 @@ def first_of(typingctx, words):
 
 
 @intrinsic
-def second_of(typingctx, words):
-    """The second number of each word."""
-    return words(words), _bits(_upper_bits)
+def upper(typingctx, a):
+    """The upper half of each lane: of a word its second number."""
+    return a(a), _bits(_upper_bits)
 
 
 def _every_other(start: int) -> Callable[..., Any]:
@@ -337,7 +337,7 @@ def numbers_of(words, cols, target):
     for i in range(words.shape[0]):
         for x in range(0, cols, lanes):
             store(target, i, x, first_of(load(words, i, x)))
-            store(target, i, cols + x, second_of(load(words, i, x)))
+            store(target, i, cols + x, upper(load(words, i, x)))
 
 
 @jit()
@@ -384,7 +384,7 @@ def _plain(planes, a, b, c, rows, cols, words, add):
                         left = splat(c, a[i, p * beside + k])
                         right = load(b, r * below + k, j)
                         total = fma(first_of(left), first_of(right), total)
-                        total = fma(second_of(left), second_of(right), total)
+                        total = fma(upper(left), upper(right), total)
             store(c, i, j, total)
 
 
@@ -404,12 +404,6 @@ def gemm_planes(a, b, c, rows, cols, words, add):
         _of_planes(a, b, c, rows, cols, words, add)
     else:
         _plain(PLANES, a, b, c, rows, cols, words, add)
-
-
-@intrinsic
-def _upper(typingctx, a):
-    """The upper half of each lane."""
-    return a(a), _bits(_upper_bits)
 
 
 @intrinsic
@@ -441,7 +435,7 @@ def cut_along(source, rows, cols, target):
                 b = load(source, i, x + lanes)
             for plane in range(PLANES):
                 store(target, i, plane * pitch + x // 2, _upper_along(a, b))
-                a, b = a - _upper(a), b - _upper(b)
+                a, b = a - upper(a), b - upper(b)
 
 
 @jit()
@@ -456,18 +450,18 @@ def cut_down(source, rows, cols, target):
                 a, b = load(source, 2 * k, x), load(source, 2 * k + 1, x)
             for plane in range(PLANES):
                 store(target, plane * pitch + k, x, _join(a, b))
-                a, b = a - _upper(a), b - _upper(b)
+                a, b = a - upper(a), b - upper(b)
 
 
 def planes_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the same of a matrix whose rows are of even length, or of many: outside kernels."""
+    """Return the planes of a matrix, or of many, as left factors; its rows are even: outside kernels."""
     rest = np.ascontiguousarray(matrix, np.float32)
     found = []
     for _ in range(PLANES):
-        upper = rest.view(np.uint32) & np.uint32(0xFFFF0000)
-        rest = rest - upper.view(np.float32)
-        found.append((upper[..., 0::2] >> 16) | upper[..., 1::2])
-    return np.concatenate(found, axis=-1).view(np.float32)
+        bits = rest.view(np.uint32)
+        found.append(_words(bits))
+        rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.concatenate(found, axis=-1)
 
 
 @jit()
@@ -501,12 +495,15 @@ def turn_rows(rows, left, right):
     turn_words(left, left.shape[0], left.shape[1], right)
 
 
-def words_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the words along the last axis, whose length is even: outside kernels."""
-    bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)
-    bits = bits + np.uint32(0x8000)
+def _words(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the words of the upper halves of numbers, along the last axis."""
     words = (bits[..., 0::2] >> 16) | (bits[..., 1::2] & np.uint32(0xFFFF0000))
     return np.asarray(words.view(np.float32))
+
+
+def words_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the words along the last axis, whose length is even: outside kernels."""
+    return _words(np.ascontiguousarray(matrix, np.float32).view(np.uint32) + np.uint32(0x8000))
 
 
 @jit()

@@ -163,21 +163,8 @@ def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t
         else:
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
-    taken = map_keys(
-        par,
-        count,
-        x.q.shape[1],
-        -lift,
-        fm.query,
-        natural.query_planes,
-        none,
-        job[4],
-        c,
-        s,
-        z,
-        slot,
-        t,
-    )
+    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_planes, none, job[4], c,
+                     s, z, slot, t)  # fmt: skip
     return taken, clean
 
 
