@@ -185,8 +185,8 @@ class Prepared(NamedTuple):
     window: int | None
     state: AttentionState | None
     keeps: bool
-    #: What tells the launcher how to multiply, if not in full precision.
-    products: dict[str, bool]
+    #: Whether products are not in full precision but in the other one that there is.
+    fast: bool
     place: Place | None
 
     def targets(self, out: object = None, *, whole: bool = False) -> tuple[Any, Any]:
@@ -233,7 +233,7 @@ class Prepared(NamedTuple):
                 state=None if following is None else following.arrays,
                 state_shape=None if following is None else following.batch_shape,
                 threads=call.threads, offsets=self.offsets, clock=self.clock, weights=weights,
-                **self.products,
+                fast=self.fast,
             )  # fmt: skip
         if following is not None:
             following._count(call.keys, self.offsets)
@@ -346,18 +346,17 @@ def prepare(
             raise ValueError("window needs causal=True")
         if keeps:
             raise ValueError("window cannot be used with state or return_state: see WindowState")
-    products = {}
     if where is not None:
-        products = {"tensor": True} if where.on_tensor_cores(precision) else {}
+        fast = where.on_tensor_cores(precision)
     elif precision == "tf32x3":
         raise ValueError(
             "precision='tf32x3' needs a CUDA device: arrays that lie there, or device='cuda'"
         )
-    elif validation.in_words(precision, call.compute):
-        if window is not None:
+    else:
+        fast = validation.in_words(precision, call.compute)
+        if fast and window is not None:
             raise ValueError("precision='bfloat16' cannot be used with window")
-        products = {"words": True}
-    return Prepared(feature_map, call, offsets, rates, window, before, keeps, products, where)
+    return Prepared(feature_map, call, offsets, rates, window, before, keeps, fast, where)
 
 
 def _place(where: object, **arrays: Any) -> Place | None:

@@ -129,17 +129,17 @@ def attend(
     weights: tuple[Array, Array] | None = None,
     spread: Spread | None = None,
     group: int | None = None,
-    words: bool = False,
+    fast: bool = False,
 ) -> None:
     """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it.
 
     With `offsets` every sequence offsets[i]:offsets[i + 1] has a slot of its own.  `weights` receive
     the denominators of the rows as (w, top), w * 2**top, and `spread` how far groups of `group` rows
-    of the projection are apart.  With `words` products are in bfloat16.
+    of the projection are apart.  With `fast` products are in bfloat16.
     """
     layout, constants, jobs, longest, work = plan.schedule(
         feature_map, dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape,
-        causal, grouped, state_shape, group, words,
+        causal, grouped, state_shape, group, fast,
     )  # fmt: skip
     if clock is not None or offsets is not None:
         jobs = _adapted(jobs, offsets, clock)
@@ -149,7 +149,7 @@ def attend(
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               *layout.arrays)  # fmt: skip
     call = _Call(layout, arrays, _result(out, weights), _threads(work * count, threads), spread,
-                 words)  # fmt: skip
+                 fast)  # fmt: skip
     if causal and call.threads > 1:
         jobs = call.ahead(constants, jobs, state)
     if causal or longest <= plan.SEGMENT:

@@ -259,11 +259,11 @@ class Launch:
         offsets: Array | None = None,
         clock: None = None,
         weights: tuple[Any, Any] | None = None,
-        tensor: bool = False,
+        fast: bool = False,
     ) -> None:
         """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`.
 
-        With `tensor` the products of both are computed by tensor cores.
+        With `fast` the products of both are computed by tensor cores.
         """
         of = _map(feature_map, self.place.device)
         how = _attention(
@@ -277,7 +277,7 @@ class Launch:
             causal=causal,
             states=state or self._room(of, how.jobs, v.shape[-1]),
             spans=how.spans,
-            precision=TF32X3 if tensor else FULL,
+            precision=TF32X3 if fast else FULL,
         )  # fmt: skip
         flat = (of.nothing, of.no_tops) if weights is None else tuple(map(runtime.flat, weights))
         self._run(problem, functools.partial(self._read, out=runtime.rows(out), weights=flat))
