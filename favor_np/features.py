@@ -299,7 +299,7 @@ class FeatureMap:
             self.kernel_epsilon, Calibration(*arrays),
         )  # fmt: skip
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """Length d of queries and keys."""
         return int(self.projection.shape[-1])
@@ -310,7 +310,7 @@ class FeatureMap:
         doubled = self.antithetic or self.kind == "trig"
         return int(self.projection.shape[-2]) * (2 if doubled else 1)
 
-    @property
+    @cached_property
     def num_heads(self) -> int | None:
         """Number of heads with a projection or calibration of their own, or None."""
         own = self.calibration is not None and self.calibration.quadratic.ndim == 2

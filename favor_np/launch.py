@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -268,7 +269,8 @@ def attend_vjp(
     return *(grad.reshape(*batch, *x.shape[-2:]) for grad, x in pairs), first
 
 
-class _Call(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Call:
     """What all kernel calls of one attention call share."""
 
     layout: plan.Layout

@@ -11,7 +11,8 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -404,7 +405,8 @@ def thread_count(value: object) -> int | None:
     return None if value is None else integer("num_threads", value)
 
 
-class AttentionCall(NamedTuple):
+@dataclass(slots=True, eq=False)
+class AttentionCall:
     """The checked arguments of an attention function."""
 
     q: Array

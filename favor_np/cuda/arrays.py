@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ class Place(NamedTuple):
         if self.kind == "numpy":
             return call
         result: np.dtype[Any] = q.dtype if q.dtype == k.dtype == v.dtype else call.compute
-        return call._replace(q=q, k=k, v=v, mask=key_mask, result=result)
+        return dataclasses.replace(call, q=q, k=k, v=v, mask=key_mask, result=result)
 
     def held(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return what kernels have for the dtype of an array that was checked."""
