@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
+from favor_np.state import AttentionState, launcher
 
 if TYPE_CHECKING:
     from favor_np.cuda.arrays import Place
-    from favor_np.state import AttentionState
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -244,11 +244,7 @@ class Prepared:
     @property
     def launch(self) -> Any:
         """The module that launches kernels where the arrays are."""
-        if self.place is not None:
-            return self.place.launch
-        from favor_np import launch
-
-        return launch
+        return launcher(self.place)
 
     @property
     def clock(self) -> Any:
@@ -257,14 +253,10 @@ class Prepared:
             return self.state._clock
         if self.rates is None:
             return None
-        from favor_np import launch
-
-        return launch.clock(self.rates, self.offsets)
+        return self.launch.clock(self.rates, self.offsets)
 
     def _following(self) -> AttentionState:
         """Return the state that the keys are folded into."""
-        from favor_np.state import AttentionState
-
         if self.state is not None:
             return self.state.copy()
         call = self.arrays
@@ -369,8 +361,6 @@ def _place(where: object, **arrays: Any) -> Place | None:
 
 
 def _state(state: object, feature_map: FeatureMap, where: Place | None) -> AttentionState:
-    from favor_np.state import AttentionState
-
     if not isinstance(state, AttentionState):
         raise TypeError(f"state must be an AttentionState, got {validation.got(state)}")
     state.same_map(feature_map)

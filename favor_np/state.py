@@ -159,7 +159,7 @@ class AttentionState:
         rates = validation.decay_rates(decay, shape)
         if rates is not None and sequences is not None:
             rates = np.repeat(rates, sequences)
-        launch = _launch(place)
+        launch = launcher(place)
         arrays = launch.new_state(feature_map, kind, math.prod(shape) * (sequences or 1), value_dim)
         return cls(feature_map, value_dim, shape, kind, arrays, sequences, rates, place=place)
 
@@ -207,7 +207,7 @@ class AttentionState:
 
     def _real(self) -> tuple[Array, Array, Array]:
         """Return copies of c, S and z without the kernels' padding, with the batch axes."""
-        c, s, z = _launch(self.place).without_padding(
+        c, s, z = launcher(self.place).without_padding(
             self.feature_map, self.dtype, self.value_dim, self.arrays
         )
         lead = self._slots
@@ -422,7 +422,7 @@ class AttentionState:
             self._fits(offsets)
         if self.rates is not None:
             validation.decay_span(self.rates, call.keys)
-        launch = _launch(where)
+        launch = launcher(where)
         out = np.zeros(call.out_shape, self.dtype) if where is None else where.room(call)
         if math.prod(call.state_shape) and (out.size or call.keys):
             launch.attend(
@@ -496,7 +496,7 @@ class AttentionState:
             raise ValueError(f"other must have decay {self.decay}, got {other.decay}")
         if (self.place is None) != (other.place is None):
             raise TypeError("other must lie where the state does: in main memory, or on the device")
-        launch = _launch(self.place)
+        launch = launcher(self.place)
         arrays = other.arrays
         if self.rates is not None:
             before, fraction = self._raised()
@@ -517,7 +517,7 @@ class AttentionState:
             self.value_dim,
             self.batch_shape,
             self.dtype,
-            _launch(self.place).copied(self.arrays),
+            launcher(self.place).copied(self.arrays),
             self.sequences,
             self.rates,
             self.lengths,
@@ -613,10 +613,14 @@ class AttentionState:
         )
 
 
-def _launch(place: Place | None) -> Any:
-    """What launches kernels: `favor_np.launch`, or its twin on a device."""
-    if place is not None:
-        return place.launch
+def launcher(place: Place | None) -> Any:
+    """Return what launches kernels: `favor_np.launch`, or its twin on a device."""
+    return _launch() if place is None else place.launch
+
+
+@functools.cache
+def _launch() -> Any:
+    """Load Numba, with the first call."""
     from favor_np import launch
 
     return launch
