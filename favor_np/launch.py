@@ -144,13 +144,10 @@ def attend(
     )  # fmt: skip
     if clock is not None or offsets is not None:
         jobs = _adapted(jobs, offsets, clock)
-    count = len(jobs.table)
-    if not count:
-        return
     arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
               *layout.arrays)  # fmt: skip
-    call = _Call(layout, arrays, _result(out, weights), _threads(work * count, threads), spread,
-                 fast)  # fmt: skip
+    call = _Call(layout, arrays, _result(out, weights), _threads(work * len(jobs.table), threads),
+                 spread, fast)  # fmt: skip
     if causal and call.threads > 1:
         jobs = call.ahead(constants, jobs, state)
     if causal or longest <= plan.SEGMENT:

@@ -231,24 +231,20 @@ def _is_small_float(dtype: np.dtype[Any]) -> bool:
     return bool(np.can_cast(dtype, np.float32))
 
 
-def dtypes(*arrays: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
+def dtypes(q: Array, k: Array, v: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
     """Return the dtype of the result, and the one it is computed in."""
-    first = arrays[0].dtype
-    for array in arrays:
-        if array.dtype != first:
-            first = np.result_type(*arrays)
-            break
-    if not first.isnative:
-        first = first.newbyteorder("=")
-    return first, first if first in _FLOATS else _FLOATS[0]
+    result = q.dtype if q.dtype == k.dtype == v.dtype else np.result_type(q, k, v)
+    if not result.isnative:
+        result = result.newbyteorder("=")
+    return result, result if result in _FLOATS else _FLOATS[0]
 
 
 def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return (..., L, d) as a read-only, aligned, C-ordered matrix of all its rows."""
-    flags, shape = array.flags, array.shape
+    flags = array.flags
     if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
         array = np.require(array, dtype, ("C", "A"))
-    rows = array.reshape(math.prod(shape[:-1]), shape[-1])
+    rows = array.reshape(-1, array.shape[-1] or 1)  # nobody reads rows without columns
     rows.setflags(write=False)
     return rows
 
@@ -295,10 +291,11 @@ def sequence_offsets(value: object, length: int, queries: int | None = None) -> 
 
 def token(
     q: object, k: object, v: object, batch: tuple[int, ...], dim: int
-) -> tuple[tuple[Array, Array, Array], Any]:
+) -> tuple[tuple[object, object, object], Any]:
     """Return one token (..., d) or (..., 1, d) as rows, and how to index what it gets back."""
-    q, k, v = tensor("q", q, 1), tensor("k", k, 1), tensor("v", v, 1)
+    q = tensor("q", q, 1)
     if q.ndim == len(batch) + 1:
+        k, v = tensor("k", k, 1), tensor("v", v, 1)
         return (q[..., None, :], k[..., None, :], v[..., None, :]), (..., 0, slice(None))
     if q.ndim != len(batch) + 2 or q.shape[-2] != 1:
         raise ValueError(f"q must be one token, of shape {(*batch, dim)}, got shape {q.shape}")
@@ -428,13 +425,13 @@ class AttentionCall:
 
     def targets(self, out: object) -> tuple[Array, Array]:
         """Return the array of the result, and the C-ordered one that a kernel may write to."""
+        direct = self.result == self.compute
         if out is None:
             result: Array = np.empty(self.out_shape, self.result)
         else:
             result = output(out, self.out_shape, self.result)
-        direct = self.result == self.compute and result.flags.c_contiguous and result.flags.aligned
-        if direct and out is not None:
-            direct = not any(np.may_share_memory(result, a) for a in (self.q, self.k, self.v))
+            direct &= result.flags.c_contiguous and result.flags.aligned
+            direct &= not any(np.may_share_memory(result, a) for a in (self.q, self.k, self.v))
         return result, result if direct else np.empty(self.out_shape, self.compute)
 
 
