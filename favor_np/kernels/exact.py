@@ -34,10 +34,10 @@ from favor_np.kernels.bfloat16 import (
     words_down,
 )
 from favor_np.kernels.favor import own_values
-from favor_np.kernels.gemm import gemm_t, project_t
+from favor_np.kernels.gemm import gemm_t, project_t, soon
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
-from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, soon, write_rows
+from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
 from favor_np.kernels.products import begin_unit, end_unit, seen_by
 from favor_np.kernels.simd import VECTOR_BYTES, load, sum_lanes
 

@@ -33,7 +33,7 @@ from favor_np.kernels.activate import (
     raise_keys,
 )
 from favor_np.kernels.bfloat16 import words_along
-from favor_np.kernels.gemm import gemm, gemm_t
+from favor_np.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave
 from favor_np.kernels.pack import (
@@ -44,7 +44,6 @@ from favor_np.kernels.pack import (
     pack_keys,
     pack_queries,
     pack_values,
-    soon,
     write_rows,
 )
 from favor_np.kernels.products import (
@@ -141,12 +140,14 @@ def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
 
 
 @jit()
-def fold_chunk(par, words, keys, values, count, s, z, slot, sums):
-    """S += phi_k.T V and z += sum phi_k."""
+def fold_chunk(par, words, keys, values, count, s, z, slot, sums, coming):
+    """S += phi_k.T V and z += sum phi_k, while rows are fetched that are coming."""
     width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
+    done = 0
     for t in range(keys.shape[0]):
         r0 = t % par.signs * half + t // par.signs * width
-        fold_keys(words, keys[t], values, count, s[slot, r0 : r0 + width])
+        state = s[slot, r0 : r0 + width]
+        done = fold_keys(words, keys[t], values, count, state, coming, done)
     for r in range(z.shape[1]):
         z[slot, r] += sums[0, r]
 
@@ -172,9 +173,13 @@ def read_chunk(
     spread,
     batch,
     groups,
+    following,
     t,
 ):
-    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
+    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys.
+
+    So many queries are following, and are fetched meanwhile, with where their outputs go.
+    """
     lanes = VECTOR_BYTES // q.itemsize
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
@@ -183,7 +188,8 @@ def read_chunk(
     half = blocks * width
     pack_queries(par, q, row, 1, count, fm, w, t)
     turn_queries(t.planes, t)
-    first = True
+    first, done = True, 0
+    coming = Coming(q, row + count, out.rows, out_row + count, following)
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
         project_queries(t.planes, t, fm.query, fm.query_planes, w + b, t.raw, cols, d)
@@ -205,7 +211,8 @@ def read_chunk(
             for i in range(cols):
                 t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
             state = s[slot, r0 : r0 + width]
-            gemm_t(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width, not first)
+            done = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
+                                   not first, coming, done)  # fmt: skip
             if par.causal:
                 tile = keys[b * par.signs + side]
                 for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
@@ -243,12 +250,13 @@ def read_words(words, par, q, row, count, fm, w, clean, out, out_row, t):
 
 @jit()
 def read(words, par, q, row, count, fm, w, features, c, s, z, slot, clean, out, out_row, spread, batch,
-         groups, t):  # fmt: skip
+         groups, following, t):  # fmt: skip
     """Whether `words` is None is known to the compiler."""
     if words is None:
         read_chunk(par, q, row, count, fm, w, features, c, s, z, slot, t.keys, t.values, clean, out,
-                   out_row, spread, batch, groups, t)  # fmt: skip
+                   out_row, spread, batch, groups, following, t)  # fmt: skip
     else:
+        soon(q, row + count, following)
         read_words(words, par, q, row, count, fm, w, clean, out, out_row, t)
 
 
@@ -376,27 +384,27 @@ def attend_one(par, q, k, v, mask, fm, job, q_rows, out_rows, clock, rate, c, s,
         taken = keys_chunk(par, k, k_row + start, count, mask, m_row, fm, w,
                            clock + start * rate, rate, c, s, z, slot, t)  # fmt: skip
         following = min(CHUNK, keys_count - start - count)
-        soon(k, k_row + start + count, following)
-        soon(v, v_row + start + count, following)
+        coming = Coming(k, k_row + start + count, v, v_row + start + count, following)
+        if t.words is not None:  # nothing below fetches
+            soon(k, coming.a_row, following)
+            soon(v, coming.b_row, following)
         clean = pack_values(v, v_row + start, 1, taken, t.values, mask, m_row)
         load_keys(t.words, reads, t, -(-count // 8) * 8, clean)
         if reads:
             load_state(t.words, par, features, c, s, z, slot, t.keys.shape[2])
             for g in range(q_rows.size):
-                soon(q, q_rows[g] + start + count, following)
                 read(t.words, par, q, q_rows[g] + start, taken, fm, w, features, c, s, z, slot, clean,
-                     out, out_rows[g] + start, spread, batch, groups, t)  # fmt: skip
-        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums)
+                     out, out_rows[g] + start, spread, batch, groups, following, t)  # fmt: skip
+        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, coming)
         start += taken
     if not par.causal:
         load_state(t.words, par, features, c, s, z, slot, t.keys.shape[2])
         for g in range(q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 following = min(CHUNK, queries_count - start - CHUNK)
-                soon(q, q_rows[g] + start + CHUNK, following)
                 read(t.words, par, q, q_rows[g] + start, min(CHUNK, queries_count - start), fm, w,
                      features, c, s, z, slot, True, out, out_rows[g] + start, spread, batch, groups,
-                     t)  # fmt: skip
+                     following, t)  # fmt: skip
 
 
 @jit()

@@ -383,7 +383,7 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
         if par.causal:
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
                        natural, c, s, z, slot, to, t)  # fmt: skip
-        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums)
+        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, None)
         done += taken
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,

@@ -6,8 +6,10 @@ in whole vectors.  ``gemm`` computes ``c (+)= a @ b``, ``gemm_t`` computes ``c (
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 from favor_np.kernels.jit import jit
-from favor_np.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile
+from favor_np.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile, prefetch
 
 _tall, _tall_t = (gemm_tile(TALL, 2, transposed=t) for t in (False, True))
 _short, _short_t = (gemm_tile(SHORT, 2, transposed=t) for t in (False, True))
@@ -17,6 +19,32 @@ _two, _two_one = gemm_tile(2, 4, transposed=False), gemm_tile(2, 1, transposed=F
 #: Projections are exponents: an error in them is one of the whole feature.  A chain of 64 sums in
 #: float32 costs most of the accuracy (3.1e-6 at std 2, d = 64), two of 32 leave 1.9e-6.
 SLICE = 32
+
+#: Rows that are needed next, as many of one array of the caller's as of another.
+Coming = namedtuple("Coming", "a a_row b b_row count")
+#: Bytes of each of them that are fetched with a tile of a product.  All at once, they would be waited for:
+#: a processor keeps some sixteen lines on their way.
+FETCHED = 1024
+
+
+@jit()
+def soon(source, row, count):
+    """Fetch rows of an array of the caller's."""
+    line = 64 // source.itemsize
+    for i in range(row, row + count):
+        for x in range(0, source.shape[1], line):
+            prefetch(source, i, x)
+
+
+@jit()
+def fetch(coming, done):
+    """Fetch some of the rows that have not been; how many have been by now."""
+    if coming is None:
+        return done
+    count = min(max(FETCHED // (coming.a.shape[1] * coming.a.itemsize), 1), coming.count - done)
+    soon(coming.a, coming.a_row + done, count)
+    soon(coming.b, coming.b_row + done, count)
+    return done + count
 
 
 @jit()
@@ -48,18 +76,28 @@ def gemm(a, b, c, row0, row1, col0, col1, first, last, add):
 @jit()
 def gemm_t(a, b, c, row0, row1, col0, col1, first, last, add):
     """``c[row0:row1, col0:col1] (+)= a[K, row0:row1].T @ b[K, col0:col1]``, K = first:last."""
+    gemm_t_fetching(a, b, c, row0, row1, col0, col1, first, last, add, None, 0)
+
+
+@jit()
+def gemm_t_fetching(a, b, c, row0, row1, col0, col1, first, last, add, coming, done):
+    """The same, while rows are fetched that are `coming` and not yet `done`: how many are done then."""
     lanes = VECTOR_BYTES // c.itemsize
     turn = _tall_end(row0, row1)
     j = col0
     while j + 2 * lanes <= col1:
         for i in range(row0, turn, TALL):
+            done = fetch(coming, done)
             _tall_t(a, i, b, j, c, first, last, add)
         for i in range(turn, row1, SHORT):
+            done = fetch(coming, done)
             _short_t(a, i, b, j, c, first, last, add)
         j += 2 * lanes
     if j < col1:
         for i in range(row0, row1, 8):
+            done = fetch(coming, done)
             _narrow_t(a, i, b, j, c, first, last, add)
+    return done
 
 
 @jit()

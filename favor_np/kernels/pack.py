@@ -8,7 +8,7 @@ from collections import namedtuple
 from favor_np.kernels.bfloat16 import round_rows
 from favor_np.kernels.gemm import project_t
 from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.simd import VECTOR_BYTES, prefetch, transpose, view
+from favor_np.kernels.simd import VECTOR_BYTES, transpose, view
 
 #: Positions that kernels take at a time.
 CHUNK = 64
@@ -139,15 +139,6 @@ def heights(par, fm, w, count, d, t):
                 for x in range(d):
                     height -= float(fm.affine[w, LINEAR, x]) * t.rows[i, x]
             t.square[i] = max(min(height, par.far), -par.far)
-
-
-@jit()
-def soon(source, row, count):
-    """Fetch rows that the next chunk will read while this one is computed."""
-    line = 64 // source.itemsize
-    for i in range(row, row + count):
-        for x in range(0, source.shape[1], line):
-            prefetch(source, i, x)
 
 
 @jit()

@@ -34,7 +34,7 @@ from favor_np.kernels.bfloat16 import (
     words_along,
     words_down,
 )
-from favor_np.kernels.gemm import gemm_t, project_t
+from favor_np.kernels.gemm import gemm_t_fetching, project_t
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import CHUNK, across, cut
 from favor_np.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
@@ -184,15 +184,15 @@ def load_keys(words, reads, t, rows, clean):
 
 
 @jit()
-def fold_keys(words, keys, values, count, s):
-    """S += phi_k.T V for one tile of features, s being its rows."""
+def fold_keys(words, keys, values, count, s, coming, done):
+    """S += phi_k.T V for one tile of features, s being its rows; see `gemm_t_fetching`."""
     width, vcols = s.shape
     if words is None:
-        gemm_t(keys, values, s, 0, width, 0, vcols, 0, count, True)
-    else:
-        words_down(keys, CHUNK, width, words.folded)
-        turn_words(words.folded, CHUNK // 2, width, words.folded_t)
-        gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, True)
+        return gemm_t_fetching(keys, values, s, 0, width, 0, vcols, 0, count, True, coming, done)
+    words_down(keys, CHUNK, width, words.folded)
+    turn_words(words.folded, CHUNK // 2, width, words.folded_t)
+    gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, True)
+    return done
 
 
 @jit()
