@@ -241,10 +241,10 @@ def dtypes(q: Array, k: Array, v: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
 
 def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return (..., L, d) as a read-only, aligned, C-ordered matrix of all its rows."""
-    flags = array.flags
+    flags, shape = array.flags, array.shape
     if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
         array = np.require(array, dtype, ("C", "A"))
-    rows = array.reshape(-1, array.shape[-1] or 1)  # nobody reads rows without columns
+    rows = array.reshape(math.prod(shape[:-1]), shape[-1])
     rows.setflags(write=False)
     return rows
 
