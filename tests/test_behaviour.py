@@ -1,5 +1,6 @@
 """What the user gets for every kind of input: one test or more for each row of the table."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,14 @@ import numpy as np
 import pytest
 
 import favor_np
-from favor_np import AttentionState, FeatureMap, exact_attention, favor_attention, feature_map
+from favor_np import (
+    AttentionState,
+    FeatureMap,
+    exact_attention,
+    favor_attention,
+    feature_map,
+    validation,
+)
 
 FM = FeatureMap.from_projection(np.random.default_rng(0).standard_normal((7, 4)))
 
@@ -243,6 +251,13 @@ def test_empty(call, shape):
     assert out.shape == shape
     assert out.dtype == np.float64
     assert not out.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 0), (0, 6, 3), (2, 0, 3), (6, 3)])
+def test_kernels_are_told_no_column_that_is_not_there(shape):
+    rows = validation.rows_of(np.empty(shape), np.dtype(np.float64))
+    assert rows.shape == (math.prod(shape[:-1]), shape[-1])
+    assert not rows.flags.writeable
 
 
 # -- Kinds of input that are accepted -----------------------------------------------------------------
