@@ -29,7 +29,7 @@ import numpy as np
 from rivals import DIM, FEATURES, HEADS, PEERS, Case, sdpa_peer
 
 from favor_np.compare import crossing
-from favor_np.kernels.bfloat16 import AMX
+from favor_np.kernels.bfloat16 import AMX, DOTS
 
 CROSSING_LENGTHS = [48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 CROSSING_FEATURES = (64, 128, 256)
@@ -83,7 +83,7 @@ def entries(case, missing):
         agree(pairs.name, pairs.call(), make(np.concatenate([half, -half]), False)())
         result = [Entry("favor_np", make(case.projection, False)), pairs]
     expected = result[0].call()
-    if kind != "gradient" and AMX:
+    if kind != "gradient" and (AMX or DOTS):
         call = (
             case.favor(case.projection, False, "bfloat16")
             if kind == "favor"
@@ -92,7 +92,7 @@ def entries(case, missing):
         result.append(Entry("favor_np, bfloat16", call))
         agree(result[-1].name, call(), expected)
     for name, (peer, package, serves) in PEERS.items():
-        if serves != kind or ("bfloat16" in name and not AMX):
+        if serves != kind or ("bfloat16" in name and not (AMX or DOTS)):
             continue
         try:
             calls = peer(case)
@@ -202,7 +202,7 @@ are of medians to favor_np with the same map. GFLOP/s are *useful* operations: 4
 and 64(m + d) more when causal; forward and backward 30dm + 256(m + d); exact attention 4Ld, half of
 it when causal; whatever a library really does. /SGEMM divides that by the rate of NumPy's product
 of two 1024 × 1024 matrices, timed in the same rounds with as many threads. CPUs is processor time
-over wall time. *bfloat16* is `precision="bfloat16"`, where the processor has a matrix unit: its output
+over wall time. *bfloat16* is `precision="bfloat16"`, where the processor has AMX or AVX512_BF16: its output
 differs by less than {half:g}. Of the peers PyTorch's SDPA is timed so too, given arrays of bfloat16.
 
 JAX (jitted) and PyTorch (eager, inference mode) run the chunked algorithm as one would write it for

@@ -50,7 +50,8 @@ def exact_attention(
         uses their head ``h // (heads of q / heads of k)``.
     precision : {"full", "bfloat16"}, default "full"
         "bfloat16": matrix products of numbers rounded to 8 bits, summed in float32; not for
-        float64.  Three times as fast on processors with a matrix unit (AMX), slower on others.
+        float64.  Almost three times as fast on processors with a matrix unit (AMX), one and a half
+        times on others with AVX512_BF16, slower elsewhere.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False

@@ -57,23 +57,26 @@ def _kernels() -> dict[str, str]:
     """What the compiled side is set to: vectors, matrix unit, threads, cache."""
     import llvmlite.binding
 
-    from favor_np.kernels import bfloat16, favor, simd
+    from favor_np.kernels import favor, simd
     from favor_np.threads import default_threads
 
     return {
         "processor": f"{llvmlite.binding.get_host_cpu_name()}, {os.cpu_count()} CPUs",
         "vectors": f"{simd.ISA}, {simd.VECTOR_BYTES} bytes",
-        "matrix-unit": _matrix_unit(bfloat16.AMX, bfloat16.refusal()),
+        "matrix-unit": _matrix_unit(),
         "threads": str(default_threads()),
         "cache": _cache_path(favor.attend) or "none: every process compiles its kernels anew",
     }
 
 
-def _matrix_unit(there: bool, refusal: str) -> str:
+def _matrix_unit() -> str:
     """What there is to multiply bfloat16, and float32 that is cut into it."""
-    if there and refusal:
-        return f"AMX, but the system refuses it: {refusal}"
-    return "AMX" if there else "none: bfloat16 is slow"
+    from favor_np.kernels import bfloat16
+
+    if bfloat16.AMX:
+        refusal = bfloat16.refusal()
+        return f"AMX, but the system refuses it: {refusal}" if refusal else "AMX"
+    return "none: bfloat16 " + ("by AVX512_BF16" if bfloat16.DOTS else "is slow")
 
 
 def _cache_path(kernel: Any) -> str | None:

@@ -51,7 +51,7 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         favor_attention_vjp,
         feature_map,
     )
-    from favor_np.kernels.bfloat16 import refusal
+    from favor_np.kernels import bfloat16
 
     x, long = np.zeros((2, 8), dtype), np.zeros((2, 64), dtype)
     fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)
@@ -68,11 +68,15 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
         ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
     ]
-    if dtype == np.float32 and not refusal():  # longer rows have kernels of their own
+    planes = not bfloat16.refusal()
+    if dtype == np.float32 and planes:  # longer rows have kernels of their own
         calls += [
             ("long rows", lambda: favor_attention(long, long, long, large)),
             ("gradient, long rows", lambda: favor_attention_vjp(long, long, long, large)[1](long)),
             ("exact, long rows", lambda: exact_attention(long, long, long)),
+        ]
+    if dtype == np.float32 and (planes or bfloat16.DOTS):
+        calls += [
             ("bfloat16", lambda: favor_attention(x, x, x, fm, precision="bfloat16")),
             ("exact, bfloat16", lambda: exact_attention(x, x, x, precision="bfloat16")),
         ]

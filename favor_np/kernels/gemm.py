@@ -7,13 +7,12 @@ in whole vectors.  ``gemm`` computes ``c (+)= a @ b``, ``gemm_t`` computes ``c (
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
 
 from favor_np.kernels.jit import jit
 from favor_np.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile, prefetch
 
-_tall, _tall_t = (gemm_tile(TALL, 2, transposed=t) for t in (False, True))
-_short, _short_t = (gemm_tile(SHORT, 2, transposed=t) for t in (False, True))
-_narrow, _narrow_t = (gemm_tile(8, 1, transposed=t) for t in (False, True))
 _two, _two_one = gemm_tile(2, 4, transposed=False), gemm_tile(2, 1, transposed=False)
 
 #: Projections are exponents: an error in them is one of the whole feature.  A chain of 64 sums in
@@ -56,48 +55,53 @@ def _tall_end(first, last):
     return end
 
 
+def covering(*, transposed: bool, **product: Any) -> Callable[..., Any]:
+    """Make a product that covers the ranges of its result with tiles of `gemm_tile`.
+
+    While it goes on rows are fetched that are `coming` and not yet `done`; it returns how many are then.
+    """
+    tall, short, narrow = (
+        gemm_tile(rows, vectors, transposed=transposed, **product)
+        for rows, vectors in ((TALL, 2), (SHORT, 2), (8, 1))
+    )
+
+    @jit()
+    def cover(a, b, c, row0, row1, col0, col1, first, last, add, coming, done):
+        lanes = VECTOR_BYTES // c.itemsize
+        turn = _tall_end(row0, row1)
+        j = col0
+        while j + 2 * lanes <= col1:
+            for i in range(row0, turn, TALL):
+                done = fetch(coming, done)
+                tall(a, i, b, j, c, first, last, add)
+            for i in range(turn, row1, SHORT):
+                done = fetch(coming, done)
+                short(a, i, b, j, c, first, last, add)
+            j += 2 * lanes
+        if j < col1:
+            for i in range(row0, row1, 8):
+                done = fetch(coming, done)
+                narrow(a, i, b, j, c, first, last, add)
+        return done
+
+    return cover  # type: ignore[no-any-return]  # jit has no types
+
+
+#: ``c[row0:row1, col0:col1] (+)= a[K, row0:row1].T @ b[K, col0:col1]``, K = first:last.
+gemm_t_fetching = covering(transposed=True)
+_gemm = covering(transposed=False)
+
+
 @jit()
 def gemm(a, b, c, row0, row1, col0, col1, first, last, add):
     """``c[row0:row1, col0:col1] (+)= a[row0:row1, K] @ b[K, col0:col1]``, K = first:last."""
-    lanes = VECTOR_BYTES // c.itemsize
-    turn = _tall_end(row0, row1)
-    j = col0
-    while j + 2 * lanes <= col1:
-        for i in range(row0, turn, TALL):
-            _tall(a, i, b, j, c, first, last, add)
-        for i in range(turn, row1, SHORT):
-            _short(a, i, b, j, c, first, last, add)
-        j += 2 * lanes
-    if j < col1:
-        for i in range(row0, row1, 8):
-            _narrow(a, i, b, j, c, first, last, add)
+    _gemm(a, b, c, row0, row1, col0, col1, first, last, add, None, 0)
 
 
 @jit()
 def gemm_t(a, b, c, row0, row1, col0, col1, first, last, add):
     """``c[row0:row1, col0:col1] (+)= a[K, row0:row1].T @ b[K, col0:col1]``, K = first:last."""
     gemm_t_fetching(a, b, c, row0, row1, col0, col1, first, last, add, None, 0)
-
-
-@jit()
-def gemm_t_fetching(a, b, c, row0, row1, col0, col1, first, last, add, coming, done):
-    """The same, while rows are fetched that are `coming` and not yet `done`: how many are done then."""
-    lanes = VECTOR_BYTES // c.itemsize
-    turn = _tall_end(row0, row1)
-    j = col0
-    while j + 2 * lanes <= col1:
-        for i in range(row0, turn, TALL):
-            done = fetch(coming, done)
-            _tall_t(a, i, b, j, c, first, last, add)
-        for i in range(turn, row1, SHORT):
-            done = fetch(coming, done)
-            _short_t(a, i, b, j, c, first, last, add)
-        j += 2 * lanes
-    if j < col1:
-        for i in range(row0, row1, 8):
-            done = fetch(coming, done)
-            _narrow_t(a, i, b, j, c, first, last, add)
-    return done
 
 
 @jit()

@@ -367,7 +367,14 @@ def transpose(typingctx, source, i, j, target):
     return types.void(source, types.intp, types.intp, target), codegen
 
 
-def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any]:
+def _fused(builder: Any, a: Any, b: Any, total: Any) -> Any:
+    """Add a * b to a total, lane by lane."""
+    return _call(builder, "fmuladd", a.type, a, b, total)
+
+
+def gemm_tile(
+    rows: int, vectors: int, *, transposed: bool, product: Callable[..., Any] = _fused
+) -> Callable[..., Any]:
     """Make ``tile(a, i, b, j, c, first, last, add)``: a tile of ``c (+)= a @ b`` or ``a.T @ b``.
 
     The tile is ``c[i:i + rows, j:j + vectors * lanes]``, summed over first <= k < last.  Its sums
@@ -414,10 +421,7 @@ def gemm_tile(rows: int, vectors: int, *, transposed: bool) -> Callable[..., Any
                         where = builder.add(k, builder.mul(const(r), lda))
                     wide = _splat(builder, builder.load(builder.gep(a_start, [where])), vector.ir)
                     after.append(
-                        [
-                            _call(builder, "fmuladd", vector.ir, wide, b_vectors[v], sums[r][v])
-                            for v in range(vectors)
-                        ]
+                        [product(builder, wide, b_vectors[v], sums[r][v]) for v in range(vectors)]
                     )
                 return after
 
