@@ -138,7 +138,7 @@ class Layout:
 
 def cut_words(dim: int) -> int:
     """Return the words of a row of that length that is cut into planes."""
-    return bfloat16.PLANES * (-(-dim // (2 * bfloat16.STEP)) * bfloat16.STEP)
+    return bfloat16.PLANES * bfloat16.words_for(dim)
 
 
 def worth_planes(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
@@ -193,9 +193,8 @@ def layout(
     if affine:
         query, natural_query = packed_weight(feature_map.query_weight)
     if words:  # right factors
-        depth = ((0, 0), (0, 0), (0, -columns % (2 * bfloat16.STEP)))
         query, key = (
-            aligned_copy(bfloat16.words_of(np.pad(x * np.float32(unit), depth)).swapaxes(1, 2))
+            aligned_copy(bfloat16.words_of(x * np.float32(unit)).swapaxes(1, 2))
             for x in (natural_query, natural_key)
         )
     planes = not words and group is None and worth_planes(dtype, rows, dim)
@@ -303,15 +302,13 @@ def layout(
 
 def _factors(weight: Array) -> tuple[Array, Array]:
     """Return blocks of weights (d, width), cut into planes, as left and as right factors."""
-    padding = ((0, 0), (0, 0), (0, -weight.shape[1] % (2 * bfloat16.STEP)))
-    left = bfloat16.planes_of(np.pad(weight.swapaxes(1, 2), padding))
+    left = bfloat16.planes_of(weight.swapaxes(1, 2))
     return aligned_copy(left), aligned_copy(left.swapaxes(1, 2))
 
 
 def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -> int:
     """Return how many floats the tiles for words take."""
-    step = bfloat16.STEP
-    depth, features = -(-columns // (2 * step)) * step, -(-width // (2 * step)) * step
+    depth, features = bfloat16.words_for(columns), bfloat16.words_for(width)
     lanes = VECTOR_BYTES // 4
     return (
         CHUNK * (depth + features)  # rows, turned
@@ -353,7 +350,7 @@ def exact_workspace(
     if planes:
         floats += (group + 1) * CHUNK * cut_words(dim)  # queries, keys
     if words:
-        depth = -(-dim // (2 * bfloat16.STEP)) * bfloat16.STEP
+        depth = bfloat16.words_for(dim)
         strip, lanes = bfloat16.STRIP, VECTOR_BYTES // size
         floats += (
             CHUNK * ((2 + group) * depth + value_columns // 2)  # queries, rows, keys, values

@@ -30,7 +30,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numba.np.arrayobj import make_array
 
 from favor_np.kernels.gemm import covering
@@ -96,6 +96,14 @@ def allow() -> None:
 
 #: Words that the matrix unit sums over at a time; the buffers of words are padded to it with zeros.
 STEP = 16
+
+
+def words_for(numbers: int) -> int:
+    """Return how many words a row of so many numbers takes, in whole steps: in kernels and outside."""
+    return -(-numbers // (2 * STEP)) * STEP
+
+
+register_jitable(words_for)
 #: Queries that are read at a time: what is between the products stays in the nearest cache.
 STRIP = 16
 #: What a kernel is handed to know that it computes in bfloat16: the shapes of the tiles, 16 rows of 64
@@ -489,17 +497,6 @@ def cut_down(source, rows, cols, target):
                 a, b = a - upper(a), b - upper(b)
 
 
-def planes_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the planes of a matrix, or of many, as left factors; its rows are even: outside kernels."""
-    rest = np.ascontiguousarray(matrix, np.float32)
-    found = []
-    for _ in range(PLANES):
-        bits = rest.view(np.uint32)
-        found.append(_words(bits))
-        rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.concatenate(found, axis=-1)
-
-
 @jit()
 def finite_words(values, spare, target):
     """A tile of values as right factor, without what is not finite: zero times infinity is not zero."""
@@ -531,6 +528,13 @@ def turn_rows(rows, left, right):
     turn_words(left, left.shape[0], left.shape[1], right)
 
 
+def _numbers(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the matrix in float32, its rows filled up with zeros to whole steps."""
+    columns = matrix.shape[-1]
+    padding = [(0, 0)] * (matrix.ndim - 1) + [(0, 2 * words_for(columns) - columns)]
+    return np.pad(np.asarray(matrix, np.float32), padding)
+
+
 def _words(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the words of the upper halves of numbers, along the last axis."""
     words = (bits[..., 0::2] >> 16) | (bits[..., 1::2] & np.uint32(0xFFFF0000))
@@ -538,8 +542,18 @@ def _words(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def words_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the words along the last axis, whose length is even: outside kernels."""
-    return _words(np.ascontiguousarray(matrix, np.float32).view(np.uint32) + np.uint32(0x8000))
+    """Return the rows of a matrix, or of many, as left factors: outside kernels."""
+    return _words(_numbers(matrix).view(np.uint32) + np.uint32(0x8000))
+
+
+def planes_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same, cut into planes."""
+    rest, found = _numbers(matrix), []
+    for _ in range(PLANES):
+        bits = rest.view(np.uint32)
+        found.append(_words(bits))
+        rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.concatenate(found, axis=-1)
 
 
 @jit()

@@ -21,7 +21,6 @@ from favor_np.kernels.activate import (
 )
 from favor_np.kernels.bfloat16 import (
     PLANES,
-    STEP,
     STRIP,
     add_spoiled,
     cut_along,
@@ -32,6 +31,7 @@ from favor_np.kernels.bfloat16 import (
     turn_rows,
     words_along,
     words_down,
+    words_for,
 )
 from favor_np.kernels.favor import own_values
 from favor_np.kernels.gemm import gemm_t, project_t, soon
@@ -64,7 +64,7 @@ def carve_exact_words(unit, floats, at, d, vcols):
     if unit is None:
         return None
     lanes = VECTOR_BYTES // floats.itemsize
-    depth = -(-d // (2 * STEP)) * STEP
+    depth = words_for(d)
     queries, at = cut(floats, at, GROUP * CHUNK, depth)
     rows, at = cut(floats, at, CHUNK, depth)
     keys, at = cut(floats, at, depth, CHUNK)
@@ -81,7 +81,7 @@ def carve_exact_planes(cut_unit, floats, at, d):
     """Cut the tiles for planes, or none."""
     if cut_unit is None:
         return None
-    depth = PLANES * (-(-d // (2 * STEP)) * STEP)
+    depth = PLANES * words_for(d)
     queries, at = cut(floats, at, GROUP * depth, CHUNK)
     keys, at = cut(floats, at, CHUNK, depth)
     return ExactPlanes(queries.reshape(GROUP, depth, CHUNK), keys)

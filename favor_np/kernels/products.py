@@ -18,7 +18,6 @@ from favor_np.kernels.activate import strip_features
 from favor_np.kernels.bfloat16 import (
     AMX,
     PLANES,
-    STEP,
     STRIP,
     add_spoiled,
     both,
@@ -33,6 +32,7 @@ from favor_np.kernels.bfloat16 import (
     turn_words,
     words_along,
     words_down,
+    words_for,
 )
 from favor_np.kernels.gemm import gemm_t_fetching, project_t
 from favor_np.kernels.jit import jit
@@ -57,7 +57,7 @@ def carve_planes(cut_weight, floats, at, d):
     """Cut the tiles for products with weights that are cut into planes, if they are."""
     if cut_weight is None:
         return None
-    depth = PLANES * (-(-d // (2 * STEP)) * STEP)
+    depth = PLANES * words_for(d)
     left, at = cut(floats, at, CHUNK, depth)
     right, at = cut(floats, at, depth, CHUNK)
     return Planes(left, right)
@@ -71,7 +71,7 @@ def carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles
     if cut_weight is not None:
         return None
     lanes = VECTOR_BYTES // floats.itemsize
-    depth, features = -(-d // (2 * STEP)) * STEP, -(-width // (2 * STEP)) * STEP
+    depth, features = words_for(d), words_for(width)
     rows, at = cut(floats, at, CHUNK, depth)
     turned, at = cut(floats, at, CHUNK, features)
     keys, at = cut(floats, at, tiles * features, CHUNK)
@@ -232,7 +232,7 @@ def read_strip(words, par, i, query, b, new, t):
 @jit()
 def seen_by(i):
     """How many of the keys of its chunk the strip that begins there sees, in steps of the unit."""
-    return min(CHUNK, -(-(i + STRIP) // (2 * STEP)) * 2 * STEP)
+    return min(CHUNK, 2 * words_for(i + STRIP))
 
 
 @jit()
