@@ -1,7 +1,7 @@
 """favor_np beside JAX, PyTorch, a C++ loop and performer-pytorch: same inputs, same run.
 
     pip install jax jaxlib torch performer-pytorch     # what is missing is named and left out
-    python asv_benchmarks/peers.py --threads 1,2 --markdown docs/peers.md
+    python asv_benchmarks/peers.py --threads 1,2 --publish amx       # a part of docs/peers.md
 
 Every number of threads has a process of its own, in which all libraries are held to it. All peers
 get the same arrays and the same projection, and must agree with favor_np before the clock runs.
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import publish
 from rivals import DIM, FEATURES, HEADS, PEERS, Case, sdpa_peer
 
 from favor_np.compare import crossing
@@ -36,6 +37,7 @@ CROSSING_FEATURES = (64, 128, 256)
 PACKAGES = ["favor_np", "numpy", "numba", "jax", "torch", "performer-pytorch"]
 TOLERANCE, HALF = 1e-3, 1e-2  # between outputs in float32, and if products are in bfloat16
 TASKS = ("causal", "bidirectional", "causal gradient", "causal exact", "full exact")
+BFLOAT16 = AMX or DOTS  # else they are slow
 PINS = ["FAVOR_NP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
 PINS += ["NPROC"]  # XLA's
 
@@ -83,7 +85,7 @@ def entries(case, missing):
         agree(pairs.name, pairs.call(), make(np.concatenate([half, -half]), False)())
         result = [Entry("favor_np", make(case.projection, False)), pairs]
     expected = result[0].call()
-    if kind != "gradient" and (AMX or DOTS):
+    if kind != "gradient" and BFLOAT16:
         call = (
             case.favor(case.projection, False, "bfloat16")
             if kind == "favor"
@@ -92,7 +94,7 @@ def entries(case, missing):
         result.append(Entry("favor_np, bfloat16", call))
         agree(result[-1].name, call(), expected)
     for name, (peer, package, serves) in PEERS.items():
-        if serves != kind or ("bfloat16" in name and not (AMX or DOTS)):
+        if serves != kind or ("bfloat16" in name and not BFLOAT16):
             continue
         try:
             calls = peer(case)
@@ -193,35 +195,6 @@ def worker(threads, lengths, rounds):
 
 # --- reporting ---------------------------------------------------------------------------------
 
-PAGE = """# Beside other libraries
-
-favor_np and what else computes FAVOR+ attention on a CPU, timed in one run: {heads} heads, d = {dim},
-m = {features}, float32, the same arrays and the same projection for all, every output checked against
-favor_np's (relative difference below {tolerance:g}) before the clock runs. Calls are interleaved, ratios
-are of medians to favor_np with the same map. GFLOP/s are *useful* operations: 4dm + 4md a token,
-and 64(m + d) more when causal; forward and backward 30dm + 256(m + d); exact attention 4Ld, half of
-it when causal; whatever a library really does. /SGEMM divides that by the rate of NumPy's product
-of two 1024 × 1024 matrices, timed in the same rounds with as many threads. CPUs is processor time
-over wall time. *bfloat16* is `precision="bfloat16"`, where the processor has AMX or AVX512_BF16: its output
-differs by less than {half:g}. Of the peers PyTorch's SDPA is timed so too, given arrays of bfloat16.
-
-JAX (jitted) and PyTorch (eager, inference mode) run the chunked algorithm as one would write it for
-them by hand, in the fastest of six forms: chunks of C = 64, 128 or 256, all heads in one product or
-head by head. *C++ loop* goes through positions one by one, as the compiled causal products of
-libraries do, with features by PyTorch. performer-pytorch is its `FastAttention` with both of its
-epsilons set to zero. *Gradient* is forward and backward, for queries, keys and values: JAX's
-`value_and_grad`, with `jax.checkpoint` around each chunk or without, and PyTorch's autograd. Exact attention is `favor_np.exact_attention` beside PyTorch's
-`scaled_dot_product_attention` (SDPA); the last table says from which length FAVOR+ is faster than
-the faster of these two, interpolated between measured lengths. To measure on your own machine:
-
-```sh
-pip install jax jaxlib torch performer-pytorch    # what is missing is left out
-python asv_benchmarks/peers.py --threads 1,2
-```
-
-Measured {date} on {machine}; {versions}.
-"""
-
 
 def setting():
     """Machine, versions and date."""
@@ -291,12 +264,10 @@ def console(result):
 
 
 def markdown(report):
-    """Return the page of the documentation."""
-    text = PAGE.format(
-        heads=HEADS, dim=DIM, features=FEATURES, tolerance=TOLERANCE, half=HALF, **report["setting"]
-    )
+    """Return the part of the documentation's page that is about this machine."""
+    text = "Measured {date} on {machine}; {versions}.\n".format_map(report["setting"])
     for result in report["results"]:
-        text += f"\n## {count(result['threads'])}\n"
+        text += f"\n### {count(result['threads'])}\n"
         rates = [row["sgemm_gflops"] for row in result["rows"]]
         text += f"\nSGEMM ran at {min(rates):.0f} to {max(rates):.0f} GFLOP/s.\n"
         for task in TASKS:
@@ -323,7 +294,7 @@ def main():
     parser.add_argument("--lengths", type=numbers, default=[1024, 8192])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write every number to this file")
-    parser.add_argument("--markdown", type=Path, help="write a page for the documentation")
+    parser.add_argument("--publish", metavar="PART", help="write that part of docs/peers.md")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -343,8 +314,8 @@ def main():
     print("{machine}; {versions}; {date}".format_map(report["setting"]))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if args.markdown:
-        args.markdown.write_text(markdown(report), encoding="utf-8")
+    if args.publish:
+        publish.put("peers.md", args.publish, markdown(report))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Tables and pictures of docs/benchmarks.md from results that asv has saved.
 
     FAVOR_NP_BENCH=full asv run -E existing --set-commit-hash $(git rev-parse HEAD)
-    python asv_benchmarks/publish.py --cpu "what the machine calls its processor"
+    python asv_benchmarks/publish.py amx --cpu "what the machine calls its processor"
 
-Run it where the suite ran: versions are those of this environment.
+The first argument names the part of the page, between comments: there is one for each machine.  Run it
+where the suite ran: versions are those of this environment.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-BEGIN, END = "<!-- begin: published -->", "<!-- end: published -->"
 KINDS = {"causal": "causal", "full": "bidirectional"}
 
 
@@ -118,9 +118,12 @@ def others(results):
     add("bfloat16 over float32, exact, L = 8,192", f"{figures}ExactBfloat16.track_speedup",
         unit="×", key=(8192,))  # fmt: skip
     for what in ("plain", "antithetic", "gradient", "exact"):
+        unit = f"{figures}MatrixUnit.track_speedup"
+        if all(abs(results.get(unit, kind, what) - 1) < 0.01 for kind in KINDS):
+            continue  # there is none
         label = {"plain": "plain features", "antithetic": "antithetic features"}.get(what, what)
         add(f"float32 with the matrix unit over without, {label}",
-            f"{figures}MatrixUnit.track_speedup", unit="×", key=(what,))  # fmt: skip
+            unit, unit="×", key=(what,))  # fmt: skip
     add("error bars and output over output alone", f"{figures}ErrorBars.track_ratio",
         unit="×", key=(size,))  # fmt: skip
     for size in ("H=4 L=8192 d=64 m=256", "H=1 L=65536 d=64 m=256"):
@@ -160,7 +163,7 @@ def others(results):
     return table(["float32", *KINDS.values()], rows)
 
 
-def pictures(results):
+def pictures(results, place):
     """Time a token by length; rates as shares of the matrix product's."""
     import matplotlib as mpl
 
@@ -182,7 +185,9 @@ def pictures(results):
             axes.set_xscale("log", base=2)
             axes.set_title("One head, d = 64, m = 256, float32, one thread", loc="left")
             axes.legend(frameon=False, loc="lower right")
-            made.append(("bench_token.png", figure, "Time a token against the number of tokens"))
+            made.append(
+                (f"bench_token_{place}.png", figure, "Time a token against the number of tokens")
+            )
         shares = results.values["bench_figures.Rate.track_of_gemm"]
         sizes = list(dict.fromkeys(size for _, size in shares))
         figure, axes = plt.subplots(figsize=(6, 2.8), layout="constrained")
@@ -197,15 +202,27 @@ def pictures(results):
         axes.invert_yaxis()
         axes.set_xlabel("useful rate over that of NumPy's matrix product")
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-        made.append(("bench_rate.png", figure, "Useful rate over that of a matrix product"))
+        made.append(
+            (f"bench_rate_{place}.png", figure, "Useful rate over that of a matrix product")
+        )
         for name, figure, _ in made:
             figure.savefig(DOCS / "_static" / name, dpi=150)
             plt.close(figure)
     return "\n\n".join(f"![{alt}](_static/{name})" for name, _, alt in made)
 
 
+def put(page, part, text):
+    """Write what is between two comments of a page of the documentation."""
+    path = DOCS / page
+    begin, end = (f"<!-- {edge}: {part} -->" for edge in ("begin", "end"))
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", help="the part of the page to write")
     parser.add_argument("results", nargs="*", help="files of asv's results; default: the newest")
     parser.add_argument("--cpu", help="name of the processor; default: what asv noted")
     parser.add_argument("--threads", type=int, default=1, help="FAVOR_NP_NUM_THREADS of that run")
@@ -223,10 +240,8 @@ def main():
         "Medians; figures that are ratios come from calls made in turns, on one thread in "
         f"processor time. {args.note}".rstrip()
     )
-    parts = [BEGIN, head, rates(results), others(results), pictures(results), END]
-    page = DOCS / "benchmarks.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(before + "\n\n".join(parts) + rest.split(END)[1], encoding="utf-8")
+    parts = [head, rates(results), others(results), pictures(results, args.part)]
+    put("benchmarks.md", args.part, "\n\n".join(parts))
     print(head)
 
 

@@ -104,10 +104,10 @@ def favor_attention(
         Numba or PyTorch, as the others are, in C order, which overlaps none.
     precision : {"full", "bfloat16", "tf32x3"}, default "full"
         "bfloat16", on the CPU only: matrix products of numbers rounded to 8 bits, summed in
-        float32; not for float64.  About twice as fast on processors with a matrix unit (AMX), one
-        and a half times on others with AVX512_BF16, slower elsewhere (`favor-np info` tells); it
-        adds an error of about 0.003 of the result.  Values count as they are: take off a mean that
-        is much larger than their spread, and add it to the result.
+        float32; not for float64.  About twice as fast on processors with a matrix unit (AMX), 1.4
+        times on others with AVX512_BF16, slower elsewhere (`favor-np info` tells); it adds an error
+        of about 0.003 of the result.  Values count as they are: take off a mean that is much larger
+        than their spread, and add it to the result.
         "tf32x3", on a CUDA device of compute capability 8.0 or newer only: matrix products on
         tensor cores, every factor in two parts, with an error as that of float32.
     num_threads : int, optional
