@@ -264,7 +264,10 @@ def console(result):
 
 
 def markdown(report):
-    """Return the part of the documentation's page that is about this machine."""
+    """Return the part of the documentation's page that is about this machine.
+
+    What the page says of all machines, sizes and tolerances too, stands in it.
+    """
     text = "Measured {date} on {machine}; {versions}.\n".format_map(report["setting"])
     for result in report["results"]:
         text += f"\n### {count(result['threads'])}\n"

@@ -118,12 +118,11 @@ def others(results):
     add("bfloat16 over float32, exact, L = 8,192", f"{figures}ExactBfloat16.track_speedup",
         unit="×", key=(8192,))  # fmt: skip
     for what in ("plain", "antithetic", "gradient", "exact"):
-        unit = f"{figures}MatrixUnit.track_speedup"
-        if all(abs(results.get(unit, kind, what) - 1) < 0.01 for kind in KINDS):
-            continue  # there is none
+        name = f"{figures}MatrixUnit.track_speedup"
+        if all(abs(results.get(name, kind, what) - 1) < 0.01 for kind in KINDS):
+            continue  # there is no matrix unit
         label = {"plain": "plain features", "antithetic": "antithetic features"}.get(what, what)
-        add(f"float32 with the matrix unit over without, {label}",
-            unit, unit="×", key=(what,))  # fmt: skip
+        add(f"float32 with the matrix unit over without, {label}", name, unit="×", key=(what,))
     add("error bars and output over output alone", f"{figures}ErrorBars.track_ratio",
         unit="×", key=(size,))  # fmt: skip
     for size in ("H=4 L=8192 d=64 m=256", "H=1 L=65536 d=64 m=256"):
@@ -163,7 +162,7 @@ def others(results):
     return table(["float32", *KINDS.values()], rows)
 
 
-def pictures(results, place):
+def pictures(results, part):
     """Time a token by length; rates as shares of the matrix product's."""
     import matplotlib as mpl
 
@@ -186,7 +185,7 @@ def pictures(results, place):
             axes.set_title("One head, d = 64, m = 256, float32, one thread", loc="left")
             axes.legend(frameon=False, loc="lower right")
             made.append(
-                (f"bench_token_{place}.png", figure, "Time a token against the number of tokens")
+                (f"bench_token_{part}.png", figure, "Time a token against the number of tokens")
             )
         shares = results.values["bench_figures.Rate.track_of_gemm"]
         sizes = list(dict.fromkeys(size for _, size in shares))
@@ -202,9 +201,7 @@ def pictures(results, place):
         axes.invert_yaxis()
         axes.set_xlabel("useful rate over that of NumPy's matrix product")
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-        made.append(
-            (f"bench_rate_{place}.png", figure, "Useful rate over that of a matrix product")
-        )
+        made.append((f"bench_rate_{part}.png", figure, "Useful rate over that of a matrix product"))
         for name, figure, _ in made:
             figure.savefig(DOCS / "_static" / name, dpi=150)
             plt.close(figure)

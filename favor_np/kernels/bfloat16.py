@@ -218,7 +218,7 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
     return block  # type: ignore[no-any-return]  # intrinsic has no types
 
 
-def _covering(planes: int) -> Callable[..., Any]:
+def _on_unit(planes: int) -> Callable[..., Any]:
     """Make ``c (+)= a @ b`` of factors of so many planes; rows and cols in sixteens, words in steps."""
     shapes = ((2, 2), (1, 2), (2, 1), (1, 1))
     four, across, down, one = (_block(rows, cols, planes) for rows, cols in shapes)
@@ -239,7 +239,7 @@ def _covering(planes: int) -> Callable[..., Any]:
     return cover  # type: ignore[no-any-return]  # jit has no types
 
 
-_of_words, _of_planes = _covering(1), _covering(PLANES)
+_of_words, _of_planes = _on_unit(1), _on_unit(PLANES)
 
 
 def _bits(operation: Callable[..., Any]) -> Callable[..., Any]:
