@@ -149,7 +149,7 @@ def attend(
     call = _Call(layout, arrays, _result(out, weights), _threads(work * len(jobs.table), threads),
                  spread, fast)  # fmt: skip
     if causal and call.threads > 1:
-        jobs = call.ahead(constants, jobs, state)
+        jobs = call.share(constants, jobs, state)
     if causal or longest <= plan.SEGMENT:
         call.run(constants, jobs, state)
         return
@@ -279,10 +279,42 @@ class _Call:
 
     def run(self, constants: Array, jobs: plan.Jobs, state: Any) -> None:
         """Run jobs; without a state each begins with an empty one of its own."""
-        layout, count = self.layout, len(jobs.table)
+        count = len(jobs.table)
         if not count:
             return
-        kernel, workers = kernels.attend, min(self.threads, count)
+        workers = min(self.threads, count)
+        kernel, args = self._kernel(constants, jobs, None, workers)
+        space = self.layout.stateful if state is None else self.layout.stateless
+        _run(kernel, (*args, *(state or ())), count, workers, space)
+
+    def share(self, constants: Array, jobs: plan.Jobs, state: Any) -> plan.Jobs:
+        """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
+        few, space = plan.few(jobs, self.threads), self.layout.stateful
+        for i in range(few):
+            job = jobs.take(slice(i, i + 1))
+            slot = int(job.table[0, 5])
+            relay = plan.relay(self.layout, int(job.table[0, 3]), self.threads)
+            total, rows = relay.states, self.threads + relay.states + 1
+            arrays = plan.borrow(space, rows)
+            try:
+                c, s, z = arrays[:3]
+                first = _empty(self.layout, 1) if state is None else [a[slot] for a in state]
+                c[total], s[total], z[total] = first
+                kernel, args = self._kernel(constants, job, relay.words, self.threads)
+                POOL.call(kernel, (*args, *arrays), relay.count, self.threads)
+                if state is not None:
+                    after = c[relay.last], s[total], z[total]
+                    for array, mine in zip(state, after, strict=True):
+                        array[slot] = mine
+            finally:
+                plan.give_back(space, rows, arrays)
+        return jobs.take(slice(few, None))
+
+    def _kernel(
+        self, constants: Array, jobs: plan.Jobs, relay: Array | None, workers: int
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Return the kernel for jobs, or for a relay of the first, and its arguments up to the states."""
+        layout, kernel = self.layout, kernels.attend
         more: tuple[Any, ...] = ()
         if self.spread is not None:
             room = plan.aligned((workers, plan.spread_room(layout)), layout.dtype)
@@ -292,27 +324,9 @@ class _Call:
             kernel = kernels.attend_words
         if layout.map.key_planes is not None:
             kernel = kernels.attend_planes
-        args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks,
-                *self.result, *more, *(state or ()))  # fmt: skip
-        space = layout.stateful if state is None else layout.stateless
-        _run(kernel, args, count, workers, space)
-
-    def ahead(self, constants: Array, jobs: plan.Jobs, state: Any) -> plan.Jobs:
-        """Run the long causal jobs that are fewer than threads, in parts; return the others."""
-        parts, few = plan.ahead(jobs, self.threads)
-        if not few:
-            return jobs
-        if state is None:
-            self.run(constants, parts, None)
-        else:
-            slots = parts.table[:, 5].copy()
-            parts.table[:, 5] = np.arange(len(slots))
-            states = tuple(plan.aligned_copy(array[slots]) for array in state)
-            self.run(constants, parts, states)
-            last = np.arange(len(slots) // few - 1, len(slots), len(slots) // few)
-            for array, new in zip(state, states, strict=True):
-                array[slots[last]] = new[last]
-        return jobs.take(slice(few, None))
+        args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, relay,
+                *self.result, *more)  # fmt: skip
+        return kernel, args
 
     def fold(self, constants: Array, folds: plan.Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""

@@ -20,6 +20,8 @@ from favor_np.kernels import activate, bfloat16, exact_vjp
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp_kernels
+from favor_np.kernels import relay as relay_kernel
+from favor_np.kernels.chunk import FOLD
 from favor_np.kernels.pack import CHUNK, Map
 from favor_np.kernels.simd import VECTOR_BYTES
 
@@ -34,9 +36,9 @@ SPAN = {4: 40, 8: 400}
 #: Positions that bidirectional attention folds, and reads, as one job.  Longer sequences are folded
 #: in segments and these merged in order, whatever the number of threads: the same bits for any.
 SEGMENT = 8192
-#: Causal problems of at least this length may be cut into parts, of which each folds all keys before its
-#: own; that takes so much of the time that a chunk of keys and queries does.
-LONG, FOLD = 1024, 0.4
+#: Causal problems of at least this length may be shared out chunk by chunk.  A group has so many chunks for
+#: each thread, or fewer: states and features of all groups in memory take about so many bytes at most.
+LONG, EACH, ROOM = 1024, 2, 8 << 20
 #: Jobs that the gradient of few heads is cut into.  Each takes the memory of its own dq.
 PARTS = 8
 #: Exact attention has at least so many jobs, if these need not be less than 256 queries for that.
@@ -397,7 +399,7 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
     out_rows = of.out_rows.ravel()
     head, start = np.divmod(out_rows, max(q_length, 1))
     rows = np.empty((2, len(table), 13), np.int64)
-    rows[:, :, :9] = table
+    rows[:, :, :8] = table
     rows[:, :, 8] = np.array([1, 0])[:, None]
     rows[:, :, 9], rows[:, :, 10] = of.q_rows.ravel(), out_rows
     rows[:, :, 11] = head * k_length + start
@@ -439,8 +441,11 @@ def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...]) -> None:
     """Keep arrays for the next call of this Python thread; the oldest of five go."""
     kept = _spare.kept
     kept[of, threads] = arrays
-    if len(kept) > 4:
-        kept.pop(next(iter(kept)))
+    if (
+        len(kept) > 4
+    ):  # a signal handler may have called since, or call now: no iterator may be open
+        for oldest in list(kept)[:-4]:
+            kept.pop(oldest, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -448,7 +453,7 @@ class Jobs:
     """Who attends to whom: one job for each state, with the group of queries that reads it.
 
     A row of the table is (k row, v row, mask row or -1, keys, first block of the weights, slot of the
-    state or -1, queries, rows of W, causal queries that are not read).  `clocks` is empty, or has how far each job's
+    state or -1, queries, rows of W).  `clocks` is empty, or has how far each job's
     first key is raised, in log2, and by how much more every further one.
     """
 
@@ -513,7 +518,6 @@ def jobs(
             np.full(count, -1) if state is None else np.arange(count),
             np.full(count, q_length),
             np.full(count, rows),
-            np.full(count, 0),
         ],
         axis=1,
     ).astype(np.int64)
@@ -598,25 +602,45 @@ def segments(of: Jobs) -> tuple[Jobs, Jobs]:
     )
 
 
-def ahead(of: Jobs, threads: int) -> tuple[Jobs, int]:
-    """Cut the first causal jobs into parts that take equally long, if these are fewer than the threads.
-
-    Each part folds all keys up to its end, but reads from where the one before it ends: its state there has
-    the same bits.  Returns the parts, job by job and in their order, and how many jobs were cut.
-    """
+def few(of: Jobs, threads: int) -> int:
+    """Return how many of the first jobs are long causal ones that threads had better share."""
     length = of.table[:, 3]
-    few = len(length) if 2 * len(length) <= threads else int(2 * length[0] > length.sum())
-    if not few or length[:few].min() < LONG:
-        return of, 0
-    parts, group = min(threads // few, int(length[0]) // (LONG // 2)), of.q_rows.shape[1]
-    fold = FOLD / (FOLD + group * (1 - FOLD))
-    ends = (1 - (1 - fold) ** np.arange(parts + 1)) / (1 - (1 - fold) ** parts)
-    cuts = np.round(ends * length[:few, None] / CHUNK).astype(np.int64) * CHUNK
-    cuts[:, -1] = length[:few]
-    jobs = of.take(np.repeat(np.arange(few), parts))
-    jobs.table[:, 3] = cuts[:, 1:].ravel()
-    jobs.table[:, 8] = cuts[:, :-1].ravel()
-    return jobs, few
+    count = len(length) % threads
+    if length.size and length[0] > length[-1]:  # packed, the longest first
+        count = int(2 * length[0] > length.sum())
+    if not count or 4 * count > 3 * threads or length[:count].min() < LONG:
+        return 0
+    return count
+
+
+@dataclass(frozen=True, eq=False)
+class Relay:
+    """How one long causal problem is shared out: words, and how many jobs and states.
+
+    The `last` chunk has its state there.  Rows of a workspace are first the threads', then one for each
+    state, for the features of keys.
+    """
+
+    words: Array
+    count: int
+    states: int
+    last: int
+
+
+def relay(of: Layout, length: int, threads: int) -> Relay:
+    """Return the plan of a relay: see ``kernels.relay``."""
+    chunks = -(-length // CHUNK)
+    size = of.features * (of.value_columns + CHUNK) * of.dtype.itemsize
+    group = max(min(EACH * threads, ROOM // (relay_kernel.RING * size)), 1)
+    turns, states = -(-chunks // group), relay_kernel.RING * group
+    words = np.zeros(relay_kernel.LEFT + 3 * (relay_kernel.RING + turns + states + 1), np.int64)
+    words[[relay_kernel.CHUNKS, relay_kernel.GROUP, relay_kernel.THREADS]] = chunks, group, threads
+    left = words[relay_kernel.LEFT :][: 3 * (relay_kernel.RING + turns)].reshape(-1, 3)
+    left[relay_kernel.RING - 1, FOLD] = 1  # the first chunk, which finds c
+    left[relay_kernel.RING :, :] = group, group, 1
+    left[-1, : relay_kernel.SCAN] = chunks - group * (turns - 1)
+    words[-2:] = -1, 1  # at the beginning c has not moved, and there is no key that would not fit
+    return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states)
 
 
 @functools.lru_cache(maxsize=256)

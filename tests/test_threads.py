@@ -12,8 +12,7 @@ import pytest
 from child import BEGIN, python
 
 import favor_np
-from favor_np import exact_attention, favor_attention, launch, plan, thread_limit, threads
-from favor_np.kernels.pack import CHUNK
+from favor_np import exact_attention, favor_attention, launch, thread_limit, threads
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
@@ -430,42 +429,6 @@ def test_two_threads_take_part(heads, causal, monkeypatch):
             break
     assert finished.get("favor_np-helper"), finished
     assert finished[threading.current_thread().name]
-
-
-@pytest.mark.parametrize(
-    ("heads", "group", "threads", "cut"),
-    [
-        (1, 1, 2, 1),
-        (1, 1, 4, 1),
-        (1, 4, 2, 1),
-        (2, 1, 4, 2),
-        (2, 1, 5, 2),
-        (2, 1, 3, 0),
-        (3, 1, 2, 0),
-    ],
-)
-def test_parts_of_long_heads_take_equally_long(heads, group, threads, cut):
-    length = 9999
-    q, k = (heads * group,), (heads,)
-    jobs = plan.jobs(q, k, k, None, None, None, True, length, length, 1, 0)
-    parts, few = plan.ahead(jobs, threads)
-    assert few == cut
-    if not few:
-        assert parts is jobs
-        return
-    ends, starts = parts.table[:, 3].reshape(few, -1), parts.table[:, 8].reshape(few, -1)
-    assert ends.shape[1] == threads // heads
-    assert (starts[:, 0] == 0).all()
-    assert (ends[:, -1] == length).all()
-    assert np.array_equal(starts[:, 1:], ends[:, :-1])
-    assert not (starts % CHUNK).any()
-    cost = plan.FOLD * ends + group * (1 - plan.FOLD) * (ends - starts)
-    assert np.ptp(cost) <= 2 * group * CHUNK
-
-
-def test_short_heads_are_left_whole():
-    jobs = plan.jobs((1,), (1,), (1,), None, None, None, False, 900, 900, 1, 0)
-    assert plan.ahead(jobs, 2) == (jobs, 0)
 
 
 def test_helpers_are_kept_off_the_callers_processor():

@@ -50,6 +50,7 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         favor_attention,
         favor_attention_vjp,
         feature_map,
+        thread_limit,
     )
     from favor_np.kernels import bfloat16
 
@@ -57,12 +58,22 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
     fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)
     large = feature_map("positive", dim=64, num_features=128, dtype=dtype)
     state = AttentionState.zeros(fm, value_dim=8)
+    series, wide = np.zeros((8192, 8), dtype), np.zeros((1024, 64), dtype)
+    middle = feature_map("positive", dim=8, num_features=64, dtype=dtype)
+
+    def shared(call: Callable[..., object], *args: object, **options: object) -> object:
+        """Call for one long causal head, which threads share."""
+        with thread_limit(2):
+            return call(*args, causal=True, **options)
+
     calls: list[tuple[str, Callable[[], object]]] = [
         ("bidirectional", lambda: favor_attention(x, x, x, fm)),
         ("causal", lambda: favor_attention(x, x, x, fm, causal=True)),
         ("streaming", lambda: state.step(x[0], x[0], x[0])),
         ("gradient", lambda: favor_attention_vjp(x, x, x, fm)[1](x)),
+        ("one long head", lambda: shared(favor_attention, series, series, series, middle)),
         ("error bars", lambda: diagnose(x, x, x, fm)),
+        ("error bars, one long head", lambda: shared(diagnose, series, series, series, middle)),
         ("merge", lambda: state.merge(state.copy())),
         ("exact", lambda: exact_attention(x, x, x)),
         ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
@@ -72,12 +83,17 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
     if dtype == np.float32 and planes:  # longer rows have kernels of their own
         calls += [
             ("long rows", lambda: favor_attention(long, long, long, large)),
+            ("long rows, one long head", lambda: shared(favor_attention, wide, wide, wide, large)),
             ("gradient, long rows", lambda: favor_attention_vjp(long, long, long, large)[1](long)),
             ("exact, long rows", lambda: exact_attention(long, long, long)),
         ]
     if dtype == np.float32 and (planes or bfloat16.DOTS):
         calls += [
             ("bfloat16", lambda: favor_attention(x, x, x, fm, precision="bfloat16")),
+            (
+                "bfloat16, one long head",
+                lambda: shared(favor_attention, wide, wide, wide, large, precision="bfloat16"),
+            ),
             ("exact, bfloat16", lambda: exact_attention(x, x, x, precision="bfloat16")),
         ]
     return [(f"{name}, {dtype}", call) for name, call in calls]

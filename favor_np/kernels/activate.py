@@ -129,16 +129,22 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
                     y = fma(turn, load(raw, i, f), beta)
                     y = log_feature(par, y) - splat(z, height[i])
                     top = maximum(top, nearest(y))
-                by = exp2(splat(z, 0), old - top)
-                store(scale, 0, f, by)
-                store(z, slot, r, load(z, slot, r) * by)
+                raise_state(old, top, s, z, slot, r, scale)
                 store(c, slot, r, top + splat(c, lift))
-                for lane in range(lanes):
-                    if scale[0, f + lane] != 1:
-                        row = s[slot, r + lane]
-                        for x in range(row.size):
-                            row[x] *= scale[0, f + lane]
     return accepted
+
+
+@jit(fastmath=EXACT)
+def raise_state(old, new, s, z, slot, r, scale):
+    """Rescale a vector of features of a state, from r on, as their c goes from old to new."""
+    by = exp2(splat(z, 0), old - new)
+    store(z, slot, r, load(z, slot, r) * by)
+    store(scale, 0, 0, by)
+    for lane in range(VECTOR_BYTES // z.itemsize):
+        if scale[0, lane] != 1:
+            row = s[slot, r + lane]
+            for x in range(row.size):
+                row[x] *= scale[0, lane]
 
 
 @jit(fastmath=EXACT)

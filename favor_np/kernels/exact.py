@@ -33,7 +33,7 @@ from favor_np.kernels.bfloat16 import (
     words_down,
     words_for,
 )
-from favor_np.kernels.favor import own_values
+from favor_np.kernels.chunk import own_values
 from favor_np.kernels.gemm import gemm_t, project_t, soon
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report

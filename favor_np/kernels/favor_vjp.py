@@ -20,7 +20,8 @@ from collections import namedtuple
 import numpy as np
 
 from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
-from favor_np.kernels.favor import begin, clock_of, fold_chunk, map_keys, own_values, parameters
+from favor_np.kernels.chunk import fold_chunk, map_keys, own_values
+from favor_np.kernels.favor import begin, clock_of, parameters
 from favor_np.kernels.gemm import gemm, gemm_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.jobs import claim, enter, leave
@@ -130,9 +131,8 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
         if t.square[i] == math.inf and (m_row < 0 or x.mask[m_row + i]):
             # With a feature of zero NaN reaches nobody who must not see it.
             t.values[i], t.share[i], clean = math.nan, math.nan, False
-    taken = map_keys(
-        par, count, x.k.shape[1], lift, fm.key, fm.key_planes, fm.bias, job[4], c, s, z, slot, t
-    )
+    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.key_planes, fm.bias, job[4], c, s, z,
+                     slot, t.keys, t)  # fmt: skip
     return taken, clean
 
 
@@ -164,7 +164,7 @@ def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
     taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_planes, none, job[4], c,
-                     s, z, slot, t)  # fmt: skip
+                     s, z, slot, t.keys, t)  # fmt: skip
     return taken, clean
 
 
@@ -383,7 +383,7 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
         if par.causal:
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
                        natural, c, s, z, slot, to, t)  # fmt: skip
-        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, None)
+        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, True, None)
         done += taken
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,

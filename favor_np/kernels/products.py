@@ -169,7 +169,7 @@ def project_queries(planes, t, weight, cut_weight, b, target, cols, d):
 
 
 @jit()
-def load_keys(words, reads, t, rows, clean):
+def load_keys(words, reads, keys, t, rows, clean):
     """Prepare values and features of a chunk of keys for the products below, and for causal reads."""
     if words is None:
         return
@@ -177,21 +177,21 @@ def load_keys(words, reads, t, rows, clean):
     if reads and not clean:
         finite_words(t.values, t.spare, words.finite)
     features = words.turned.shape[1]
-    for tile in range(t.keys.shape[0]):
-        t.keys[tile, rows:] = 0  # of other chunks: with values of zero not even NaN may count
+    for tile in range(keys.shape[0]):
+        keys[tile, rows:] = 0  # of other chunks: with values of zero not even NaN may count
         if reads:
-            turn_rows(t.keys[tile], words.turned, words.keys[tile * features :])
+            turn_rows(keys[tile], words.turned, words.keys[tile * features :])
 
 
 @jit()
-def fold_keys(words, keys, values, count, s, coming, done):
-    """S += phi_k.T V for one tile of features, s being its rows; see `gemm_t_fetching`."""
+def fold_keys(words, keys, values, count, s, add, coming, done):
+    """``S (+)= phi_k.T V`` for one tile of features, s being its rows; see `gemm_t_fetching`."""
     width, vcols = s.shape
     if words is None:
-        return gemm_t_fetching(keys, values, s, 0, width, 0, vcols, 0, count, True, coming, done)
+        return gemm_t_fetching(keys, values, s, 0, width, 0, vcols, 0, count, add, coming, done)
     words_down(keys, CHUNK, width, words.folded)
     turn_words(words.folded, CHUNK // 2, width, words.folded_t)
-    gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, True)
+    gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, add)
     return done
 
 

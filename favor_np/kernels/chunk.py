@@ -1,0 +1,348 @@
+"""One chunk of positions: its keys are mapped and folded into a state, its queries read that.
+
+A state is ``(c, S, z)`` for each feature r: ``S[r] * 2**c[r] = sum_j phi_r(k_j) v_j`` and
+``z[r] * 2**c[r] = sum_j phi_r(k_j)``.  The integer c[r] stays at the largest log2-feature seen or a
+little below, so that nothing overflows and some key contributes at least 1/2 to each feature; moving
+it is exact, and therefore no bit of an earlier output depends on a later key.
+
+Everything happens on chunks of CHUNK positions and tiles of up to CHUNK features:
+
+    keys    (C, d) -> pack -> project (C, F) -> activate -> phi_k (C, F)
+    queries (C, d) -> pack -> project (F, C) -> activate -> phi_q (F, C)
+    num (C, dv) += phi_q.T S + tril(phi_q.T phi_k.T) V,   then   S += phi_k.T V
+
+Keys lie token-major and queries feature-major: then both maxima run along vectors.
+Features are numbered sign-major: with antithetic pairs, row ``r`` of W is feature r and, with its
+sign turned, feature ``half + r``; one product serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from favor_np.kernels.activate import (
+    RAISE_KEYS,
+    RAISE_QUERIES,
+    activate_keys,
+    activate_queries,
+    lift_queries,
+    measure_queries,
+    raise_keys,
+)
+from favor_np.kernels.bfloat16 import words_along
+from favor_np.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
+from favor_np.kernels.jit import jit
+from favor_np.kernels.pack import (
+    CHUNK,
+    cut,
+    pack_keys,
+    pack_queries,
+    pack_values,
+    write_rows,
+)
+from favor_np.kernels.products import (
+    carve_planes,
+    carve_words,
+    fold_keys,
+    load_keys,
+    load_state,
+    project_keys,
+    project_queries,
+    read_blocks,
+    turn_keys,
+    turn_queries,
+)
+from favor_np.kernels.simd import (
+    VECTOR_BYTES,
+    load,
+    store,
+)
+from favor_np.kernels.spread import (
+    batch_of,
+    count_shares,
+    join_groups,
+    keep_group,
+    lift_squares,
+)
+
+#: What is done to a chunk: its keys are folded, its queries read, or both.
+FOLD, READ, WHOLE = range(3)
+#: A problem, which is a row of the table of jobs, and where its results go.
+Problem = namedtuple("Problem", "q k v mask fm row q_rows out_rows clock rate out spread groups")
+#: The tiles a thread works on, cut from its workspace.
+Tiles = namedtuple(
+    "Tiles",
+    "rows columns raw phi values num spare scores keys height share den part others sums scale token "
+    "square stretched top higher excess words planes",
+)
+
+
+@jit()
+def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace; ``plan.layout`` says how much they need."""
+    lanes = VECTOR_BYTES // floats.itemsize
+    dcols = -(-d // lanes) * lanes
+    tiles = blocks * par.signs
+    rows, at = cut(floats, 0, CHUNK, dcols)
+    columns, at = cut(floats, at, dcols, CHUNK)
+    raw, at = cut(floats, at, width, CHUNK)
+    phi, at = cut(floats, at, width, CHUNK)
+    values, at = cut(floats, at, CHUNK, vcols)
+    num, at = cut(floats, at, CHUNK, vcols)
+    spare, at = cut(floats, at, CHUNK, vcols)
+    scores, at = cut(floats, at, CHUNK, CHUNK)
+    flat, at = cut(floats, at, tiles * CHUNK, width)
+    height, at = cut(floats, at, 1, CHUNK)
+    share, at = cut(floats, at, 1, CHUNK)
+    den, at = cut(floats, at, 1, CHUNK)
+    part, at = cut(floats, at, 1, CHUNK)
+    others, at = cut(floats, at, 1, CHUNK)
+    sums, at = cut(floats, at, 1, tiles * width)
+    scale, at = cut(floats, at, 1, tiles * width)
+    token, at = cut(floats, at, 1, tiles * width)
+    square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
+    stretched, at = cut(floats, at, CHUNK, dcols)
+    top, mark = cut(ints, 0, 1, CHUNK)
+    higher, mark = cut(ints, mark, 1, CHUNK)
+    excess, mark = cut(ints, mark, CHUNK, lanes)
+    words = carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
+    planes = carve_planes(cut_weight, floats, at, d)
+    keys = flat.reshape(tiles, CHUNK, width)
+    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,
+                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, words,
+                 planes)  # fmt: skip
+
+
+@jit()
+def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming):
+    """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while rows are fetched that are coming."""
+    width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
+    done = 0
+    for t in range(keys.shape[0]):
+        r0 = t % par.signs * half + t // par.signs * width
+        state = s[slot, r0 : r0 + width]
+        done = fold_keys(words, keys[t], values, count, state, add, coming, done)
+    for r in range(z.shape[1]):
+        z[slot, r] = z[slot, r] + sums[0, r] if add else sums[0, r]
+
+
+@jit()
+def read_chunk(
+    par,
+    q,
+    row,
+    count,
+    fm,
+    w,
+    features_count,
+    c,
+    s,
+    z,
+    slot,
+    keys,
+    values,
+    clean,
+    out,
+    out_row,
+    spread,
+    batch,
+    groups,
+    coming,
+    t,
+):
+    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
+    lanes = VECTOR_BYTES // q.itemsize
+    cols = -(-count // lanes) * lanes
+    rows = -(-count // 8) * 8
+    d = q.shape[1]
+    blocks, width = keys.shape[0] // par.signs, keys.shape[2]
+    half = blocks * width
+    pack_queries(par, q, row, 1, count, fm, w, t)
+    turn_queries(t.planes, t)
+    first, done = True, 0
+    for b in range(blocks):
+        features = min(par.filled, features_count - b * par.filled)
+        project_queries(t.planes, t, fm.query, fm.query_planes, w + b, t.raw, cols, d)
+        for side in range(par.signs):
+            sign, r0 = 1 - 2 * side, side * half + b * width
+            if first:
+                measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.top)
+            over = activate_queries(
+                par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
+            )
+            if over > RAISE_QUERIES:
+                measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.higher)
+                if spread is not None:
+                    lift_squares(t.higher, t.top, cols, groups.squares)
+                lift_queries(t.higher, t.top, cols, rows, t.den, t.num, t.scores)
+                activate_queries(
+                    par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
+                )
+            for i in range(cols):
+                t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
+            state = s[slot, r0 : r0 + width]
+            done = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
+                                   not first, coming, done)  # fmt: skip
+            if par.causal:
+                tile = keys[b * par.signs + side]
+                for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
+                    end = min(i + 2 * lanes, cols)
+                    middle = min(-(-(i + lanes) // 8) * 8, rows)
+                    last = min(-(-end // 8) * 8, rows)
+                    gemm(tile, t.phi, t.scores, 0, middle, i, end, 0, width, not first)
+                    gemm(tile, t.phi, t.scores, middle, last, i + lanes, end, 0, width, not first)
+            if spread is not None:
+                count_shares(
+                    par, count, first, keys[b * par.signs + side], t.phi, z, slot, r0, groups
+                )
+            first = False
+        if spread is not None:
+            if par.causal:
+                own_keys(count, cols, rows, values, clean, t)
+            keep_group(t, groups, b)
+            first = True
+    if spread is not None:
+        join_groups(t, groups, count, out, out_row, spread, batch)
+        return
+    if par.causal:
+        own_keys(count, cols, rows, values, clean, t)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+
+
+@jit()
+def read_words(words, par, q, row, count, fm, w, clean, out, out_row, t):
+    """The same in bfloat16, without error bars."""
+    pack_queries(par, q, row, 1, count, fm, w, t)
+    words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
+    read_blocks(words, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+
+
+@jit()
+def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, ahead, following, t):
+    """Whether `words` is None is known to the compiler.
+
+    So many queries are following, that far ahead: they are fetched meanwhile, with where their outputs go.
+    """
+    row, out_row, w, features = p.q_rows[g] + start, p.out_rows[g] + start, p.row[4], p.row[7]
+    if words is None:
+        coming = Coming(p.q, row + ahead, p.out.rows, out_row + ahead, following)
+        read_chunk(par, p.q, row, count, p.fm, w, features, c, s, z, slot, keys, t.values, clean, p.out,
+                   out_row, p.spread, batch_of(p.spread, p.v, p.row[1]), p.groups, coming, t)  # fmt: skip
+    else:
+        soon(p.q, row + ahead, following)
+        read_words(words, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
+
+
+@jit()
+def own_keys(count, cols, rows, values, clean, t):
+    """num and den of the chunk's own keys, from scores[j, i] = phi_k[j] . phi_q[i], j <= i."""
+    lanes = VECTOR_BYTES // values.itemsize
+    for j in range(rows):
+        t.scores[j, : min(j, cols)] = 0
+    for i in range(0, cols, lanes):
+        total = load(t.den, 0, i)
+        for j in range(min(i + lanes, rows)):
+            total = total + load(t.scores, j, i)
+        store(t.den, 0, i, total)
+    own_values(t.scores, values, clean, count, t.num, t.spare)
+
+
+@jit()
+def own_values(scores, values, clean, count, num, spare):
+    """``num[i] += sum_j<=i scores[j, i] values[j]``, scores[j, i] being zero for j > i."""
+    if clean:
+        for i in range(0, count, 8):
+            gemm_t(scores, values, num, i, i + 8, 0, num.shape[1], 0, i + 8, True)
+    else:  # zero times infinity must not reach the rows before it
+        for i in range(count):
+            block = i // 8 * 8
+            gemm_t(scores, values, spare, block, block + 8, 0, num.shape[1], 0, i + 1, False)
+            for x in range(num.shape[1]):
+                num[i, x] += spare[i, x]
+
+
+@jit()
+def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, slot, keys, t):
+    """Pack and map the keys from row on, keeping c above them; how many of them were taken.
+
+    Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
+    """
+    lift = pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t)
+    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_planes, fm.bias, w, c, s, z, slot,
+                        keys, t)  # fmt: skip
+    for i in range(accepted):
+        if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
+            keys[:, i] = math.nan
+            t.sums[:] = math.nan
+    return accepted
+
+
+@jit()
+def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, keys, t):
+    """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
+    rows = -(-count // 8) * 8
+    blocks, width = keys.shape[0] // par.signs, keys.shape[2]
+    half = blocks * width
+    accepted = count
+    fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
+    turn_keys(t.words, t.planes, t)
+    for attempt in range(2):
+        known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
+        if known:
+            for b in range(blocks):
+                project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
+                             keys[b * par.signs], rows, d)  # fmt: skip
+            accepted = raise_keys(
+                par, rows, count, keys, t.height, lift, bias, w, c, s, z, slot, t.excess, t.scale
+            )
+            for i in range(accepted, rows):
+                t.height[i] = par.masked
+        over = 0
+        for b in range(blocks):
+            tile = b * par.signs
+            if not known:
+                project_keys(t.words, t.planes, t, weight, cut_weight, w + b, keys[tile], rows,
+                             d)  # fmt: skip
+            for side in range(par.signs - 1, -1, -1):
+                r0 = side * half + b * width
+                reach = activate_keys(
+                    par, 1 - 2 * side, rows, keys[tile], t.height, lift, bias, w + b, c, slot, r0,
+                    keys[tile + side], t.share, t.sums,
+                )  # fmt: skip
+                over = max(over, reach)
+        if over <= RAISE_KEYS:
+            break
+    return accepted
+
+
+@jit()
+def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
+    """Map the keys of a chunk and fold them, or read the chunk, or both; how many keys were taken.
+
+    A FOLD is into a state of the chunk's own.  That far ahead are the rows that are fetched meanwhile.
+    """
+    k_row, v_row, w, features = p.row[0] + start, p.row[1] + start, p.row[4], p.row[7]
+    mask_row = p.row[2] + start if p.row[2] >= 0 else -1
+    reads = what == READ or (what == WHOLE and par.causal)
+    following = min(CHUNK, p.row[3] - start - ahead)
+    taken = count
+    if what != READ:
+        taken = keys_chunk(par, p.k, k_row, count, p.mask, mask_row, p.fm, w, p.clock + start * p.rate,
+                           p.rate, c, s, z, slot, keys, t)  # fmt: skip
+    coming = Coming(p.k, k_row + ahead, p.v, v_row + ahead, following)
+    if t.words is not None:  # nothing below fetches
+        soon(p.k, coming.a_row, following)
+        soon(p.v, coming.b_row, following)
+    clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
+    load_keys(t.words, reads, keys, t, -(-count // 8) * 8, clean)
+    if reads:
+        load_state(t.words, par, features, c, s, z, slot, keys.shape[2])
+        for g in range(p.q_rows.size):
+            read(t.words, par, p, g, start, taken, c, s, z, slot, keys, clean, ahead, following, t)
+    if what != READ:
+        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, coming)
+    return taken

@@ -1,0 +1,319 @@
+"""A long causal head shared out chunk by chunk: the bits of one thread, whatever moves or does not fit."""
+
+import os
+
+import numpy as np
+import pytest
+from child import BEGIN, python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_bfloat16 import poison_workspaces
+from test_calibration import data as mixed
+from test_planes import choose, leaves_no_layouts  # noqa: F401
+
+import favor_np
+from favor_np import favor_attention, feature_map, launch, plan
+from favor_np.kernels import relay as kernel
+from favor_np.kernels.pack import CHUNK
+
+
+@pytest.fixture(autouse=True)
+def relays(monkeypatch):
+    """Share out whatever is longer than a chunk; the relays that were run."""
+    seen, make = [], plan.relay
+    monkeypatch.setattr(launch, "SERIAL", 0)
+    monkeypatch.setattr(plan, "LONG", CHUNK + 1)
+    monkeypatch.setattr(plan, "relay", lambda *args: seen.append(make(*args)) or seen[-1])
+    return seen
+
+
+def notes(relay, word):
+    """That word of every state that the relay has left, without that of the beginning."""
+    return relay.words[-3 * (relay.states + 1) :].reshape(-1, 3)[:-1, word]
+
+
+def arrays(length, dim=7, width=5, dtype=np.float32, std=0.7, lead=(1,), seed=0):
+    rng = np.random.default_rng(seed)
+    q, k = (std * rng.standard_normal((*lead, length, dim)).astype(dtype) for _ in range(2))
+    return q, k, rng.standard_normal((*lead, length, width)).astype(dtype)
+
+
+def results(q, k, v, fm, threads, **options):
+    """The output and the state of a call, its workspaces poisoned before."""
+    poison_workspaces()
+    state = options.pop("state", None)
+    state = None if state is None else state.copy()
+    out, after = favor_attention(
+        q, k, v, fm, causal=True, return_state=True, num_threads=threads, state=state, **options
+    )
+    return out, after.c, after.S, after.z
+
+
+def same_bits(*args, numbers=(2, 3, 8), **options):
+    """Compare results of several threads with those of one, twice: the second finds used workspaces."""
+    one = results(*args, threads=1, **options)
+    for threads in (*numbers, *numbers):
+        for got, expected in zip(results(*args, threads=threads, **options), one, strict=True):
+            np.testing.assert_array_equal(got, expected)
+    return one
+
+
+SIZES = {
+    "small": (7, 5, {"num_features": 24}),
+    "plain": (64, 64, {"num_features": 256, "antithetic": False}),
+    "blocks": (33, 20, {"num_features": 300}),
+    "relu": (16, 16, {"num_features": 70, "kind": "relu"}),
+    "elu": (16, 16, {"num_features": 70, "kind": "elu"}),
+    "one": (1, 1, {"num_features": 2}),
+}
+
+
+def a_map(size):
+    dim, width, options = SIZES[size]
+    options = {"kind": "positive"} | options
+    return dim, width, feature_map(options.pop("kind"), dim, rng=0, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("length", [66, 128, 129, 1000, 3001])
+@pytest.mark.parametrize("size", SIZES)
+def test_any_size(relays, size, length, dtype):
+    dim, width, fm = a_map(size)
+    same_bits(*arrays(length, dim, width, dtype), fm)
+    assert len(relays) == 6
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("decay", [0.3, 0.9, 0.99, 0.9995])
+def test_decay_moves_c_ever_again(relays, decay, size):
+    dim, width, fm = a_map(size)
+    same_bits(*arrays(2500, dim, width), fm, decay=decay)
+    if decay < 0.9:
+        assert (notes(relays[0], kernel.MOVED) > 0).all()
+
+
+@pytest.mark.parametrize("where", [3, 64, 70, 1500, 2499])
+@pytest.mark.parametrize("times", [0.1, 30, 1000])
+def test_keys_of_another_size(relays, where, times):
+    """c moves, and keys of a chunk may not fit together: then it is gone through in pieces."""
+    q, k, v = arrays(2500, 16, 8)
+    fm = feature_map("positive", 16, 64, antithetic=False, rng=0)
+    k[:, :where] *= times  # the features of large keys are small
+    same_bits(q, k, v, fm)
+    if times > 1 and where == 2499:
+        assert not notes(relays[0], kernel.FITS)[relays[0].last]
+    for step in range(40):
+        k[:, where + step * 50 :] *= 0.8
+    same_bits(q, k, v, fm)
+
+
+def test_every_chunk_has_keys_that_do_not_fit(relays):
+    q, k, v = arrays(1500, 16, 8)
+    k[:] = (
+        2 * np.sqrt(3.0 * np.arange(1500, 0, -1))[:, None] * (k[:, :1] / np.linalg.norm(k[:, :1]))
+    )
+    same_bits(q, k, v, feature_map("positive", 16, 64, rng=0))
+    assert not notes(relays[0], kernel.FITS)[: 1500 // CHUNK].any()
+
+
+def test_keys_that_are_not_there():
+    q, k, v = arrays(2000)
+    fm = a_map("small")[2]
+    rng = np.random.default_rng(1)
+    for mask in (
+        rng.random((1, 2000)) < 0.5,
+        np.arange(2000)[None] >= 700,
+        np.arange(2000)[None] < 700,
+        np.zeros((1, 2000), bool),
+    ):
+        same_bits(q, k, v, fm, key_mask=mask)
+        same_bits(q, k, v, fm, key_mask=mask, decay=0.8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [5, 64, 999, 1999])
+def test_what_is_not_finite_reaches_no_row_before_it(bad, where):
+    fm = a_map("small")[2]
+    for spoil in range(3):
+        arguments = arrays(2000)
+        clean = results(*arguments, fm, threads=2)[0]
+        arguments[spoil][:, where, 0] = bad
+        out = same_bits(*arguments, fm)[0]
+        np.testing.assert_array_equal(out[:, :where], clean[:, :where])
+        assert np.isnan(out[:, where]).any() or not np.isfinite(out[:, where]).all()
+
+
+def test_on_from_a_state_and_into_it(relays):
+    q, k, v = arrays(2000)
+    fm = a_map("small")[2]
+    state = favor_attention(q, 2 * k, v, fm, return_state=True)[1]
+    same_bits(q, k, v, fm, state=state)
+    same_bits(q, k, v, fm, state=state, decay=None)
+    cut = 700
+    one = results(q, k, v, fm, threads=1)
+    first, state = favor_attention(
+        q[:, :cut], k[:, :cut], v[:, :cut], fm, causal=True, return_state=True, num_threads=2
+    )
+    rest = results(q[:, cut:], k[:, cut:], v[:, cut:], fm, threads=2, state=state)
+    close = 1e-5
+    np.testing.assert_allclose(
+        np.concatenate([first, rest[0]], axis=1), one[0], rtol=close, atol=close
+    )
+    assert relays
+
+
+def test_heads_that_share_keys_and_heads_that_are_left_over(relays):
+    fm = a_map("small")[2]
+    q, k, v = arrays(1000, lead=(6,))
+    same_bits(q, k[:1], v[:1], fm, enable_gqa=True, numbers=(2, 5))
+    assert len(relays) == 4
+    relays.clear()
+    same_bits(q[:3], k[:3], v[:3], fm, numbers=(2,))  # two at once, and one by both
+    assert len(relays) == 2
+    relays.clear()
+    same_bits(q[:4], k[:4], v[:4], fm, numbers=(5,))  # only one would be idle
+    assert not relays
+    same_bits(q, k, v, fm, numbers=(5,), decay=np.linspace(0.9, 0.999, 6))
+    assert len(relays) == 2
+
+
+def test_a_long_sequence_among_short_ones(relays):
+    fm = a_map("small")[2]
+    q, k, v = arrays(2000)
+    offsets = [0, 100, 1800, 1810, 2000]
+    same_bits(q, k, v, fm, cu_seqlens=offsets, numbers=(2, 3))
+    assert len(relays) == 4
+    same_bits(q, k, v, fm, cu_seqlens=offsets, decay=0.95, numbers=(2,))
+
+
+def test_bfloat16_and_planes(monkeypatch, relays):
+    q, k, v = arrays(1500, 64, 48)
+    fm = feature_map("positive", 64, 256, rng=0)
+    same_bits(q, k, v, fm, precision="bfloat16")
+    v[:, 700, 3] = np.nan
+    same_bits(q, k, v, fm, precision="bfloat16")
+    before = len(relays)
+    choose(monkeypatch, True)
+    same_bits(q, k, v, fm)
+    assert len(relays) == before + 6
+
+
+def test_calibrated_maps():
+    q, k = mixed(1, length=1200)
+    v = arrays(1200)[2]
+    for method in ("oprf", "aderf", "auto"):
+        same_bits(q, k, v, feature_map("positive", 8, 64, rng=0).calibrate(q, k, method))
+
+
+def test_error_bars(relays):
+    q, k, v = arrays(1500, 8, 5)
+    fm = feature_map("positive", 8, 64, rng=0)
+    found = []
+    for number in (1, 2, 5):
+        with favor_np.thread_limit(number):
+            found.append(favor_np.diagnose(q, k, v, fm, causal=True))
+    for one in found[1:]:
+        np.testing.assert_array_equal(one.output, found[0].output)
+        np.testing.assert_array_equal(one.standard_error, found[0].standard_error)
+    assert len(relays) == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_the_keys_are(data):
+    """Keys of any size, masked and decaying at will, in groups of any number of threads."""
+    length = data.draw(st.integers(66, 1200))
+    cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=6)))
+    sizes = data.draw(st.lists(st.floats(-3, 4), min_size=len(cuts), max_size=len(cuts)))
+    q, k, v = arrays(length, seed=data.draw(st.integers(0, 9)))
+    for cut, size in zip(cuts, sizes, strict=True):
+        k[:, cut:] *= np.float32(np.exp(size))
+    options = {}
+    if data.draw(st.booleans()):
+        options["key_mask"] = np.random.default_rng(0).random((1, length)) < data.draw(
+            st.floats(0, 1)
+        )
+    if data.draw(st.booleans()):
+        options["decay"] = data.draw(st.floats(0.2, 1.0))
+    same_bits(q, k, v, a_map("small")[2], numbers=(data.draw(st.integers(2, 9)),), **options)
+
+
+@pytest.mark.parametrize(
+    ("heads", "threads", "few"),
+    [(1, 2, 1), (1, 4, 1), (2, 4, 2), (3, 4, 3), (4, 5, 0), (3, 2, 1), (5, 4, 1), (4, 2, 0), (0, 2, 0)],
+)  # fmt: skip
+def test_threads_share_the_heads_that_would_leave_some_of_them_idle(heads, threads, few):
+    jobs = plan.jobs((heads,), (heads,), (heads,), None, None, None, False, 9999, 9999, 1, 0)
+    assert plan.few(jobs, threads) == few
+
+
+def test_short_heads_are_left_whole(monkeypatch):
+    monkeypatch.undo()
+    jobs = plan.jobs((1,), (1,), (1,), None, None, None, False, 900, 900, 1, 0)
+    assert plan.few(jobs, 2) == 0
+
+
+def test_memory_does_not_grow_with_threads_or_features():
+    for features, width, threads in ((256, 64, 2), (256, 64, 64), (4096, 256, 8)):
+        layout = plan.layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
+        relay = plan.relay(layout, 10**6, threads)
+        own = 4 * features * (width + CHUNK)
+        assert relay.states * own <= max(plan.ROOM, kernel.RING * own)
+
+
+ONE_HEAD = (
+    BEGIN
+    + """
+q, k, v = q[:1], k[:1], v[:1]
+right = call(1)
+check()
+"""
+)
+
+
+def test_threads_without_a_processor_of_their_own():
+    """Whoever waits lets those work for whom it waits."""
+    python(ONE_HEAD + """
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for threads in (2, 3, 8, 2):
+    for _ in range(30):
+        check(threads)
+""")  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_forks_between_and_during_relays():
+    python(ONE_HEAD + """
+working = True
+
+def work():
+    while working:
+        check()
+
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(15):
+    check(3)
+    child = os.fork()
+    if child == 0:
+        check(), check(4)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+working = False
+thread.join()
+""")  # fmt: skip
+
+
+def test_callers_at_the_same_time():
+    """Those that find all helpers busy do without."""
+    python(ONE_HEAD + """
+def work():
+    for _ in range(20):
+        check(3)
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert favor_np.threads.POOL._active == 0
+""")  # fmt: skip
