@@ -294,8 +294,8 @@ class _Call:
             job = jobs.take(slice(i, i + 1))
             slot = int(job.table[0, 5])
             relay = plan.relay(self.layout, int(job.table[0, 3]), self.threads)
-            total, rows = relay.states, self.threads + relay.states + 1
-            arrays = plan.borrow(space, rows)
+            total = relay.states
+            arrays = plan.borrow(space, relay.rows)
             try:
                 c, s, z = arrays[:3]
                 first = _empty(self.layout, 1) if state is None else [a[slot] for a in state]
@@ -307,7 +307,7 @@ class _Call:
                     for array, mine in zip(state, after, strict=True):
                         array[slot] = mine
             finally:
-                plan.give_back(space, rows, arrays)
+                plan.give_back(space, relay.rows, arrays)
         return jobs.take(slice(few, None))
 
     def _kernel(

@@ -615,16 +615,17 @@ def few(of: Jobs, threads: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Relay:
-    """How one long causal problem is shared out: words, and how many jobs and states.
+    """How one long causal problem is shared out: words, how many jobs and states, and where the last one is.
 
-    The `last` chunk has its state there.  Rows of a workspace are first the threads', then one for each
-    state, for the features of keys.
+    A workspace has so many rows: states and their sum, and floats for threads and, behind those, for the
+    features of the keys of each state.
     """
 
     words: Array
     count: int
     states: int
     last: int
+    rows: int
 
 
 def relay(of: Layout, length: int, threads: int) -> Relay:
@@ -640,7 +641,9 @@ def relay(of: Layout, length: int, threads: int) -> Relay:
     left[relay_kernel.RING :, :] = group, group, 1
     left[-1, : relay_kernel.SCAN] = chunks - group * (turns - 1)
     words[-2:] = -1, 1  # at the beginning c has not moved, and there is no key that would not fit
-    return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states)
+    features = -(-states * of.features * CHUNK // of.stateful.floats)
+    rows = max(states + 1, threads + features)
+    return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states, rows)
 
 
 @functools.lru_cache(maxsize=256)

@@ -62,6 +62,7 @@ def main():
     from favor_np.kernels import bfloat16
 
     bfloat16.refusal()  # asks the system for the matrix unit
+    launch.SERIAL, plan.LONG = 0, 2  # three threads share what is not shorter
     for dtype, planes in ((np.float32, False), (np.float32, True), (np.float64, False)):
         plan.worth_planes = lambda *_, planes=planes: planes
         for front in (False, True):
@@ -77,11 +78,13 @@ def main():
                     n = min(q.shape[1], k.shape[1])
                     causal = [x[:, -n:] if not front else x[:, :n] for x in (q, k, v)]
                     favor_attention(*causal, fm, causal=True)
+                    favor_attention(*causal, fm, causal=True, num_threads=3)
                     favor_attention(*(30 * x for x in causal), fm, causal=True)
                     if dtype == np.float32:
                         half = {"precision": "bfloat16"}
                         favor_attention(q, k, v, fm, key_mask=mask, out=out, **half)
                         favor_attention(*causal, fm, causal=True, **half)
+                        favor_attention(*causal, fm, causal=True, num_threads=3, **half)
                     if kind == "positive":
                         diagnose(q, k, v, fm, key_mask=mask)
                         diagnose(*causal, fm, causal=True)

@@ -253,12 +253,20 @@ def test_short_heads_are_left_whole(monkeypatch):
     assert plan.few(jobs, 2) == 0
 
 
-def test_memory_does_not_grow_with_threads_or_features():
-    for features, width, threads in ((256, 64, 2), (256, 64, 64), (4096, 256, 8)):
-        layout = plan.layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
-        relay = plan.relay(layout, 10**6, threads)
-        own = 4 * features * (width + CHUNK)
-        assert relay.states * own <= max(plan.ROOM, kernel.RING * own)
+@pytest.mark.parametrize(
+    ("features", "width", "threads"), [(256, 64, 2), (256, 64, 64), (4096, 256, 8), (2, 1, 3)]
+)
+def test_memory_is_enough_and_no_more(features, width, threads):
+    layout = plan.layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
+    relay = plan.relay(layout, 10**6, threads)
+    keys = layout.features * CHUNK
+    own = 4 * (layout.features * layout.value_columns + keys)
+    assert relay.states * own <= max(plan.ROOM, kernel.RING * own)
+    assert relay.rows > relay.states
+    assert (
+        relay.rows * layout.stateful.floats
+        >= threads * layout.stateful.floats + relay.states * keys
+    )
 
 
 ONE_HEAD = (

@@ -158,7 +158,7 @@ def attend_relay(par, p, relay, number, c, s, z, floats, t):
         last = min(chunk + relay[GROUP], relay[CHUNKS])
     for i in range(chunk, last):
         slot, at, end = slot_of(relay, i), i * CHUNK, min(i * CHUNK + CHUNK, p.row[3])
-        flat, _ = cut(floats[relay[THREADS] + slot], 0, t.keys.size // width, width)
+        flat, _ = cut(floats[relay[THREADS]], slot * t.keys.size, t.keys.size // width, width)
         keys = flat.reshape(t.keys.shape)
         own, basis = note(relay, slot), basis_of(relay, what, i, turn)
         if basis >= 0:
