@@ -298,8 +298,8 @@ class _Call:
             arrays = plan.borrow(space, relay.rows)
             try:
                 c, s, z = arrays[:3]
-                first = _empty(self.layout, 1) if state is None else [a[slot] for a in state]
-                c[total], s[total], z[total] = first
+                none = self.layout.fresh, 0, 0
+                c[total], s[total], z[total] = none if state is None else [a[slot] for a in state]
                 kernel, args = self._kernel(constants, job, relay.words, self.threads)
                 POOL.call(kernel, (*args, *arrays), relay.count, self.threads)
                 if state is not None:

@@ -641,8 +641,8 @@ def relay(of: Layout, length: int, threads: int) -> Relay:
     left[relay_kernel.RING :, :] = group, group, 1
     left[-1, : relay_kernel.SCAN] = chunks - group * (turns - 1)
     words[-2:] = -1, 1  # at the beginning c has not moved, and there is no key that would not fit
-    features = -(-states * of.features * CHUNK // of.stateful.floats)
-    rows = max(states + 1, threads + features)
+    behind = -(-states * of.features * CHUNK // of.stateful.floats)
+    rows = max(states + 1, threads + behind)
     return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states, rows)
 
 
