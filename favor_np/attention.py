@@ -316,6 +316,7 @@ def prepare(
         q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
         num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
         state_shape=None if before is None else before.batch_shape,
+        value_dim=None if before is None else before.value_dim,
     )  # fmt: skip
     keeps = validation.flag("return_state", return_state) or before is not None
     offsets = None
@@ -326,10 +327,6 @@ def prepare(
         if before.dtype != call.compute:
             raise TypeError(
                 f"state has dtype {before.dtype}, but these arrays are computed in {call.compute}"
-            )
-        if before.value_dim != call.v.shape[-1]:
-            raise ValueError(
-                f"v must have shape (..., L, {before.value_dim}) to fit state, got {call.v.shape}"
             )
         before._fits(offsets, decay, causal=call.causal)
     decays = rates if before is None else before.rates

@@ -69,7 +69,7 @@ class AttentionState:
         arrays: tuple[Array, Array, Array],
         sequences: int | None = None,
         rates: Array | None = None,
-        lengths: Array | None = None,
+        tokens: int | Array = 0,
         place: Place | None = None,
     ) -> None:
         self.feature_map = feature_map
@@ -81,7 +81,8 @@ class AttentionState:
         self.sequences = sequences
         #: -log2 of the decay and the tokens seen, a row each; None where nothing decays.
         self.rates = rates
-        self.lengths = np.zeros(len(arrays[0]), np.int64) if lengths is None else lengths.copy()
+        #: Tokens folded: by every row, or an array where rows may differ, which is never changed in place.
+        self.tokens = tokens
         #: The CUDA device that the arrays lie on; None: in main memory.
         self.place = place
 
@@ -164,6 +165,11 @@ class AttentionState:
         return cls(feature_map, value_dim, shape, kind, arrays, sequences, rates, place=place)
 
     @property
+    def lengths(self) -> Array:
+        """Tokens folded, masked ones included; a copy."""
+        return np.full(len(self.arrays[0]), self.tokens, np.int64)
+
+    @property
     def decay(self) -> Array | None:
         """What the weight of a key is multiplied with at every later token; a copy."""
         if self.rates is None:
@@ -183,7 +189,7 @@ class AttentionState:
     def _raised(self) -> Any:
         """By how much a key folded now is raised, given decay: the whole part and the fraction."""
         assert self.rates is not None
-        return np.divmod(self.lengths * self.rates, 1.0)
+        return np.divmod(self.tokens * self.rates, 1.0)
 
     def _advance(self, tokens: int | Array) -> None:
         """Count tokens that were folded; with decay, keep the exponents near zero.
@@ -192,12 +198,12 @@ class AttentionState:
         here, and the fraction is left to `_clock`.
         """
         if self.rates is None:
-            self.lengths += tokens
+            self.tokens = self.tokens + tokens
             return
         from favor_np import plan
 
         before, _ = self._raised()
-        self.lengths += tokens
+        self.tokens = self.tokens + tokens
         ahead = self._raised()[0] - before
         c = self.arrays[0]
         rows: Any = slice(None)
@@ -411,9 +417,8 @@ class AttentionState:
         call = check(
             q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
-            state_shape=self.batch_shape,
+            state_shape=self.batch_shape, value_dim=self.value_dim,
         )  # fmt: skip
-        validation.last_axis("v", call.v.shape, self.value_dim, "the state")
         offsets = None
         if cu_seqlens is not None:
             rows = max(call.keys, call.q.shape[-2])
@@ -424,7 +429,7 @@ class AttentionState:
             validation.decay_span(self.rates, call.keys)
         launch = launcher(where)
         out = np.zeros(call.out_shape, self.dtype) if where is None else where.room(call)
-        if math.prod(call.state_shape) and (out.size or call.keys):
+        if len(self.arrays[0]) and (out.size or call.keys):
             launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, out,
                 dtype=self.dtype, causal=causal, grouped=False, state=self.arrays,
@@ -501,12 +506,12 @@ class AttentionState:
         if self.rates is not None:
             before, fraction = self._raised()
             before, arrays = before + other._raised()[0], launch.raised(arrays, fraction)
-            self._advance(other.lengths)
+            self._advance(other.tokens)
             # The sum of the integer parts may be one short of the integer part of the sum.
             short = self._raised()[0] - before
             arrays[0][...] -= short[:, None].astype(arrays[0].dtype)
         else:
-            self._advance(other.lengths)
+            self._advance(other.tokens)
         launch.merge(self.arrays, arrays)
         return self
 
@@ -520,7 +525,7 @@ class AttentionState:
             launcher(self.place).copied(self.arrays),
             self.sequences,
             self.rates,
-            self.lengths,
+            self.tokens,
             self.place,
         )
 

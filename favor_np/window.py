@@ -270,9 +270,8 @@ class WindowState:
         call = validation.attention_call(
             q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
-            state_shape=self.batch_shape,
+            state_shape=self.batch_shape, value_dim=self.value_dim,
         )  # fmt: skip
-        validation.last_axis("v", call.v.shape, self.value_dim, "the state")
         if call.keys and math.prod(self.batch_shape):
             self._append(call)
         if not math.prod(call.out_shape):
