@@ -148,6 +148,14 @@ def attend(
               *layout.arrays)  # fmt: skip
     call = _Call(layout, arrays, _result(out, weights), _threads(work * len(jobs.table), threads),
                  spread, fast)  # fmt: skip
+    if causal and jobs.q_rows.shape[1] == 1 and mask is None and spread is None and not fast:
+        if longest == 1:
+            call.run(constants, jobs, state, tokens=True)
+            return
+        if offsets is not None:  # the longest first
+            longer = np.count_nonzero(jobs.table[:, 3] > 1)
+            call.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
+            jobs = jobs.take(slice(longer))
     if causal and call.threads > 1:
         jobs = call.share(constants, jobs, state)
     if causal or longest <= plan.SEGMENT:
@@ -277,13 +285,15 @@ class _Call:
     spread: Spread | None
     words: bool
 
-    def run(self, constants: Array, jobs: plan.Jobs, state: Any) -> None:
-        """Run jobs; without a state each begins with an empty one of its own."""
+    def run(self, constants: Array, jobs: plan.Jobs, state: Any, *, tokens: bool = False) -> None:
+        """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
         count = len(jobs.table)
         if not count:
             return
         workers = min(self.threads, count)
-        kernel, args = self._kernel(constants, jobs, None, workers)
+        kernel, args = (
+            self._step(constants, jobs) if tokens else self._kernel(constants, jobs, None, workers)
+        )
         space = self.layout.stateful if state is None else self.layout.stateless
         _run(kernel, (*args, *(state or ())), count, workers, space)
 
@@ -327,6 +337,12 @@ class _Call:
         args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, relay,
                 *self.result, *more)  # fmt: skip
         return kernel, args
+
+    def _step(self, constants: Array, jobs: plan.Jobs) -> tuple[Any, tuple[Any, ...]]:
+        """Return the kernel for jobs of one token, and its arguments up to the states."""
+        args = (constants, *self.arrays[:3], *self.layout.map[:4], jobs.table, jobs.q_rows, jobs.out_rows,
+                jobs.clocks, *self.result)  # fmt: skip
+        return kernels.attend_tokens, args
 
     def fold(self, constants: Array, folds: plan.Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""

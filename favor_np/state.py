@@ -358,9 +358,9 @@ class AttentionState:
         if self.place is not None:
             return self._step_there(q, k, v)
         if self.sequences is None:
-            rows, row = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
-            out: Array = self._run(*rows, None, None, causal=True, threads=num_threads)[row]
-            return out
+            rows, flat = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
+            out = self._run(*rows, None, None, causal=True, threads=num_threads)
+            return out[..., 0, :] if flat else out
         q, k, v = (validation.tensor(n, a, 1) for n, a in (("q", q), ("k", k), ("v", v)))
         if q.ndim < 2 or q.shape[-2] != self.sequences:
             raise ValueError(

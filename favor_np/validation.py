@@ -293,15 +293,15 @@ def sequence_offsets(value: object, length: int, queries: int | None = None) -> 
 
 def token(
     q: object, k: object, v: object, batch: tuple[int, ...], dim: int
-) -> tuple[tuple[object, object, object], Any]:
-    """Return one token (..., d) or (..., 1, d) as rows, and how to index what it gets back."""
+) -> tuple[tuple[object, object, object], bool]:
+    """Return one token (..., d) or (..., 1, d) as rows, and whether it was given without their axis."""
     q = tensor("q", q, 1)
     if q.ndim == len(batch) + 1:
         k, v = tensor("k", k, 1), tensor("v", v, 1)
-        return (q[..., None, :], k[..., None, :], v[..., None, :]), (..., 0, slice(None))
+        return (q[..., None, :], k[..., None, :], v[..., None, :]), True
     if q.ndim != len(batch) + 2 or q.shape[-2] != 1:
         raise ValueError(f"q must be one token, of shape {(*batch, dim)}, got shape {q.shape}")
-    return (q, k, v), ...
+    return (q, k, v), False
 
 
 def state_arguments(

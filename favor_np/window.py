@@ -366,9 +366,9 @@ class WindowState:
         TypeError, ValueError
             As `favor_attention`.
         """
-        rows, row = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
-        out: Array = self._run(*rows, None, causal=True, threads=num_threads)[row]
-        return out
+        rows, flat = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
+        out = self._run(*rows, None, causal=True, threads=num_threads)
+        return out[..., 0, :] if flat else out
 
     def copy(self) -> WindowState:
         """Return an independent copy: to continue one prefix in two ways.

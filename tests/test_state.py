@@ -3,6 +3,7 @@
 import naive
 import numpy as np
 import pytest
+from child import python
 from test_attention import draw, each_dtype, each_map, inputs
 
 from favor_np import AttentionState, FeatureMap, favor_attention
@@ -72,6 +73,58 @@ def test_steps_are_causal_attention(options, dtype):
     assert outputs[0].dtype == dtype
     assert naive.relative_error(np.stack(outputs, axis=1), whole) < limit
     assert error(state, last) < limit
+
+
+@each_dtype
+@pytest.mark.parametrize("case", ["plain", "masked", "shared", "packed"])
+def test_whole_calls_of_one_token(case, dtype):
+    """Which do without chunks, unless the token is masked or several query heads share it."""
+    fm = FeatureMap.from_projection(draw(17, 6))
+    q, k, v = inputs(1, lead=(6,), dtype=dtype)
+    expected, options = v, {}
+    if case == "masked":
+        options["key_mask"] = np.arange(6)[:, None] % 2 == 0
+        expected = v * options["key_mask"][..., None]
+    if case == "shared":
+        k, v, options["enable_gqa"] = k[:2], v[:2], True
+        expected = np.repeat(v, 3, axis=0)
+    if case == "packed":  # also of none
+        q, k, v, expected = (x.reshape(1, 6, -1) for x in (q, k, v, expected))
+        options["cu_seqlens"] = [0, 1, 2, 2, 3, 4, 5, 6]
+    out, state = favor_attention(q, k, v, fm, causal=True, return_state=True, **options)
+    assert out.dtype == dtype
+    assert np.allclose(out, expected, rtol=20 * np.finfo(dtype).eps, atol=0)
+    assert np.array_equal(
+        state.lengths, [1, 1, 0, 1, 1, 1, 1] if case == "packed" else [1] * len(k)
+    )
+    if case != "masked":
+        parts = [AttentionState.zeros(fm, 5, dtype=dtype) for _ in state.lengths]
+        for part, one, value in zip(
+            [p for p, n in zip(parts, state.lengths, strict=True) if n],
+            k.reshape(-1, 1, 6), v.reshape(-1, 1, 5), strict=True,
+        ):  # fmt: skip
+            part.update(one, value)
+        for i, part in enumerate(parts):
+            for mine, its in zip(content(state), content(part), strict=True):
+                mine = mine.reshape(len(parts), *its.shape)[i]
+                assert np.allclose(mine, its, rtol=20 * np.finfo(dtype).eps, atol=0)
+
+
+def test_who_only_steps_compiles_no_chunks():
+    python(
+        """
+        import numpy as np
+        from favor_np import AttentionState, feature_map
+        from favor_np.kernels import favor
+
+        state = AttentionState.zeros(feature_map("positive", 4, 16), 4, sequences=3)
+        for _ in range(2):
+            state.step(*np.ones((3, 3, 4), np.float32))
+        AttentionState.zeros(state.feature_map, 4).step(*np.ones((3, 4), np.float32))
+        assert len(favor.attend_tokens.signatures) == 1
+        assert not favor.attend.signatures and not favor.attend_planes.signatures
+        """
+    )
 
 
 @each_map

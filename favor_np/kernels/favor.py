@@ -80,7 +80,7 @@ def attend_one(par, p, c, s, z, slot, t):
 @jit()
 def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, out, room, spread,
                 unit, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """What all the kernels do; what of `spread`, `unit` and `fm` is None is known to the compiler.
+    """What all kernels but one do; what of `spread`, `unit` and `fm` is None is known to the compiler.
 
     Jobs are the rows of a table or, where there is a relay, those of the one problem in it.  With a unit
     products are in bfloat16 or, if the map's weights are cut into planes, projections are products of
@@ -102,20 +102,12 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
         p = Problem(
             q, k, v, mask, fm, row, q_rows[at], out_rows[at], clock, rate, out, spread, groups
         )
+        begin_unit(unit)
         if relay is not None:
-            begin_unit(unit)
             attend_relay(par, p, relay, job, c, s, z, floats, t)
-            end_unit(unit)
         else:
-            slot = begin(par, row, me, c, s, z, width)
-            single = par.causal and row[3] <= 1 and row[2] < 0 and q_rows.shape[1] == 1
-            if single and spread is None and t.words is None:
-                step_token(par, q, q_rows[job, 0], k, row[0], v, row[1], fm, row[4], row[7], clock,
-                           c, s, z, slot, out, out_rows[job, 0], t)  # fmt: skip
-            else:
-                begin_unit(unit)
-                attend_one(par, p, c, s, z, slot, t)
-                end_unit(unit)
+            attend_one(par, p, c, s, z, begin(par, row, me, c, s, z, width), t)
+        end_unit(unit)
         finished += 1
     return leave(ctl, finished)
 
@@ -162,3 +154,23 @@ def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_plan
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
+
+
+@jit(cache=True)
+def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, out_rows, clocks, rows, weights,
+                  tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """The same as `attend` for causal problems of one token each, which is not masked."""
+    par, me, finished = parameters(constants), enter(ctl), 0
+    fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
+    blocks = c.shape[1] // (width * par.signs)
+    t = carve(par, None, None, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
+    while True:
+        job = claim(ctl)
+        if job >= n:
+            break
+        row, clock = jobs[job], clock_of(clocks, job)[0]
+        slot = begin(par, row, me, c, s, z, width)
+        step_token(par, q, q_rows[job, 0], k, row[0], v, row[1], fm, row[4], row[7], clock, c, s, z, slot,
+                   Result(rows, weights, tops), out_rows[job, 0], t)  # fmt: skip
+        finished += 1
+    return leave(ctl, finished)
