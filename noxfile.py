@@ -56,9 +56,8 @@ def bench(session: nox.Session) -> None:
     install(session, "bench")
     session.chdir("asv_benchmarks")
     session.run("asv", "machine", "--yes")
-    session.run(
-        "asv", "run", "-E", "existing", "--quick", "--dry-run", "--show-stderr", *session.posargs
-    )
+    quick = ("--quick", "--dry-run", "--show-stderr", "--launch-method", "forkserver")
+    session.run("asv", "run", "-E", "existing", *quick, *session.posargs)
 
 
 if __name__ == "__main__":

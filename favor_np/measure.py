@@ -2,7 +2,6 @@
 
 import contextvars
 import ctypes
-import gc
 import sys
 import time
 import tracemalloc
@@ -37,7 +36,6 @@ def peak_memory(call: Callable[[], object]) -> int:
     context = contextvars.copy_context()
     with ThreadPoolExecutor(1) as executor:
         executor.submit(int).result()  # starts the thread, which is no part of the call
-        gc.collect()
         tracing = tracemalloc.is_tracing()
         if not tracing:
             tracemalloc.start()

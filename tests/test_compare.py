@@ -1,6 +1,7 @@
 """``favor-np compare`` and what it is made of."""
 
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -146,6 +147,21 @@ def test_peak_memory_sees_an_array_that_is_gone_again():
     megabytes = 64
     measured = measure.peak_memory(lambda: np.ones(megabytes * 2**17).sum())
     assert 0.9 * megabytes < measured / 2**20 < 1.5 * megabytes
+
+
+def test_measuring_collects_no_garbage():
+    """In a process with many objects that takes seconds, and a forecast is measured."""
+    collected = []
+
+    def note(phase, info):
+        collected.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        measure.peak_memory(int)
+    finally:
+        gc.callbacks.remove(note)
+    assert 2 not in collected
 
 
 def test_peak_memory_without_linux(monkeypatch):
