@@ -148,14 +148,14 @@ def attend(
               *layout.arrays)  # fmt: skip
     call = _Call(layout, arrays, _result(out, weights), _threads(work * len(jobs.table), threads),
                  spread, fast)  # fmt: skip
-    if causal and jobs.q_rows.shape[1] == 1 and mask is None and spread is None and not fast:
+    tokens = causal and (longest == 1 or offsets is not None)
+    if tokens and mask is None and spread is None and not fast and jobs.q_rows.shape[1] == 1:
         if longest == 1:
             call.run(constants, jobs, state, tokens=True)
             return
-        if offsets is not None:  # the longest first
-            longer = np.count_nonzero(jobs.table[:, 3] > 1)
-            call.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
-            jobs = jobs.take(slice(longer))
+        longer = np.count_nonzero(jobs.table[:, 3] > 1)  # these come first
+        call.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
+        jobs = jobs.take(slice(longer))
     if causal and call.threads > 1:
         jobs = call.share(constants, jobs, state)
     if causal or longest <= plan.SEGMENT:
