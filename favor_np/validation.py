@@ -235,7 +235,11 @@ def _is_small_float(dtype: np.dtype[Any]) -> bool:
 
 def dtypes(q: Array, k: Array, v: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
     """Return the dtype of the result, and the one it is computed in."""
-    result = q.dtype if q.dtype == k.dtype == v.dtype else np.result_type(q, k, v)
+    result = q.dtype
+    if result is _FLOATS[0] and k.dtype is result and v.dtype is result:
+        return result, result  # the most frequent case, in half the time
+    if not result == k.dtype == v.dtype:
+        result = np.result_type(q, k, v)
     if not result.isnative:
         result = result.newbyteorder("=")
     return result, result if result in _FLOATS else _FLOATS[0]
