@@ -441,9 +441,8 @@ def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...]) -> None:
     """Keep arrays for the next call of this Python thread; the oldest of five go."""
     kept = _spare.kept
     kept[of, threads] = arrays
-    if (
-        len(kept) > 4
-    ):  # a signal handler may have called since, or call now: no iterator may be open
+    # A signal handler may have called since, or call now: no iterator may be open.
+    if len(kept) > 4:
         for oldest in list(kept)[:-4]:
             kept.pop(oldest, None)
 
