@@ -357,8 +357,11 @@ def _attend(
 
 
 def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:
-    """Result, seconds and peak bytes of ``run(rows)``, after a short run that compiles it."""
-    run(min(rows, PREFIX + 64))
+    """Result, seconds and peak bytes of ``run(rows)``, after short runs that compile it."""
+    from favor_np.plan import LONG  # from there on threads share a sequence, by another kernel
+
+    for some in (64, LONG):
+        run(min(rows, PREFIX + some))
     results: list[F32] = []
 
     def call() -> None:

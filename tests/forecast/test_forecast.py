@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from favor_np import plan
 from favor_np.forecast import (
     PriceError,
     Prices,
@@ -419,6 +420,16 @@ def test_the_shortest_series(count):
         assert math.isfinite(exact.rmse)
     with pytest.raises(PriceError, match="at least 50"):
         forecast(walk(49))
+
+
+def test_what_is_timed_was_compiled_before():
+    """Threads share a long sequence by a kernel of its own: a first run that is short is not enough."""
+    from favor_np.forecast._forecast import timed
+
+    rows = []
+    timed(rows.append, 9000)
+    assert rows[0] < plan.LONG <= rows[1] - PREFIX
+    assert set(rows[2:]) == {9000}
 
 
 def test_importing_it_loads_neither_numba_nor_matplotlib():
