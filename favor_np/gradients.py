@@ -155,7 +155,7 @@ num_threads, check_finite, device
             _onto(k, like.k, kept),
             _onto(v, like.v, kept),
             None if state is None else _state_gradient(state, first),
-            lambda: _projection(feature_map, *pull(True)),
+            lambda: _projection(feature_map, *pull(True)).astype(like.compute, copy=False),
         )
 
     return ((result, following) if return_state else result), pullback
@@ -223,7 +223,7 @@ def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Arr
         total = total + 4 * of_heads(bias)[0][..., None] * quadratic * projection
     if feature_map.projection.ndim == 2:
         total = total.sum(0)
-    return total.astype(weight.dtype, copy=False)
+    return total
 
 
 def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:

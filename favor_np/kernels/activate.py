@@ -22,6 +22,7 @@ from favor_np.kernels.simd import (
     splat,
     store,
 )
+from favor_np.kernels.state import raise_state
 
 POSITIVE, RELU, ELU = 0, 1, 2
 #: log2 head-room over the running maxima before they are moved.
@@ -129,22 +130,9 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
                     y = fma(turn, load(raw, i, f), beta)
                     y = log_feature(par, y) - splat(z, height[i])
                     top = maximum(top, nearest(y))
-                raise_state(old, top, s, z, slot, r, scale)
+                raise_state(old, top, s, z, slot, keys.shape[0] * width, r, scale)
                 store(c, slot, r, top + splat(c, lift))
     return accepted
-
-
-@jit(fastmath=EXACT)
-def raise_state(old, new, s, z, slot, r, scale):
-    """Rescale a vector of features of a state, from r on, as their c goes from old to new."""
-    by = exp2(splat(z, 0), old - new)
-    store(z, slot, r, load(z, slot, r) * by)
-    store(scale, 0, 0, by)
-    for lane in range(VECTOR_BYTES // z.itemsize):
-        if scale[0, lane] != 1:
-            row = s[slot, r + lane]
-            for x in range(row.size):
-                row[x] *= scale[0, lane]
 
 
 @jit(fastmath=EXACT)

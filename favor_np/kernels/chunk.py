@@ -67,6 +67,7 @@ from favor_np.kernels.spread import (
     keep_group,
     lift_squares,
 )
+from favor_np.kernels.state import add_rows, add_sums
 
 #: What is done to a chunk: its keys are folded, its queries read, or both.
 FOLD, READ, WHOLE = range(3)
@@ -117,16 +118,20 @@ def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
 
 
 @jit()
-def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming):
+def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming, spare):
     """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while rows are fetched that are coming."""
-    width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
-    done = 0
+    width, features, done = keys.shape[2], sums.shape[1], 0
     for t in range(keys.shape[0]):
-        r0 = t % par.signs * half + t // par.signs * width
-        state = s[slot, r0 : r0 + width]
-        done = fold_keys(words, keys[t], values, count, state, add, coming, done)
-    for r in range(z.shape[1]):
-        z[slot, r] = z[slot, r] + sums[0, r] if add else sums[0, r]
+        r0 = t % par.signs * (features // par.signs) + t // par.signs * width
+        more = spare if add else s[slot, r0 : r0 + width]
+        done = fold_keys(words, keys[t], values, count, more, coming, done)
+        if add:
+            add_rows(s[slot], r0, features + r0, width, spare)
+    if add:
+        add_sums(z, slot, features, sums, 0, 0)
+    else:
+        for r in range(features):
+            z[slot, r] = sums[0, r]
 
 
 @jit()
@@ -344,5 +349,6 @@ def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
         for g in range(p.q_rows.size):
             read(t.words, par, p, g, start, taken, c, s, z, slot, keys, clean, ahead, following, t)
     if what != READ:
-        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, coming)
+        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, coming,
+                   t.spare)  # fmt: skip
     return taken

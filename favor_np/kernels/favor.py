@@ -13,6 +13,7 @@ from favor_np.kernels.pack import CHUNK, Map, Result
 from favor_np.kernels.products import begin_unit, end_unit, load_state
 from favor_np.kernels.relay import attend_relay
 from favor_np.kernels.spread import carve_groups
+from favor_np.kernels.state import PAD, begin, fold_tail
 from favor_np.kernels.step import step_token
 
 #: What a kernel needs to know about the feature map and the call.
@@ -35,22 +36,6 @@ def parameters(constants):
     p = constants[0]
     return Parameters(p.kind, p.signs, p.filled, p.key_norm, p.affine, p.factored, p.kernel_epsilon,
                       p.limit, p.far, p.masked, p.idle, p.span, p.causal)  # fmt: skip
-
-
-@jit()
-def begin(par, job, me, c, s, z, width):
-    """The slot of a job's state; if it has none, that of this thread, without a key."""
-    if job[5] >= 0:
-        return job[5]
-    tiles = c.shape[1] // width
-    blocks = tiles // par.signs
-    for b in range(tiles):
-        features = min(par.filled, job[7] - b % blocks * par.filled)
-        for r in range(width):
-            c[me, b * width + r] = 4 * int(par.far) * (-1 if r < features else par.idle)
-    s[me] = 0
-    z[me] = 0
-    return me
 
 
 @jit()
@@ -88,7 +73,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
     """
     me = enter(ctl)
     width = fm.key.shape[2]
-    blocks = c.shape[1] // (width * par.signs)
+    blocks = (c.shape[1] - PAD) // (width * par.signs)
     t = carve(par, unit, fm.key_planes, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
     groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
@@ -106,7 +91,9 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
         if relay is not None:
             attend_relay(par, p, relay, job, c, s, z, floats, t)
         else:
-            attend_one(par, p, c, s, z, begin(par, row, me, c, s, z, width), t)
+            slot = begin(par, row, me, c, s, z, width)
+            fold_tail(c, s, z, slot, width, t.spare)
+            attend_one(par, p, c, s, z, slot, t)
         end_unit(unit)
         finished += 1
     return leave(ctl, finished)
@@ -162,7 +149,7 @@ def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, ou
     """The same as `attend` for causal problems of one token each, which is not masked."""
     par, me, finished = parameters(constants), enter(ctl), 0
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
-    blocks = c.shape[1] // (width * par.signs)
+    blocks = (c.shape[1] - PAD) // (width * par.signs)
     t = carve(par, None, None, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
     while True:
         job = claim(ctl)
