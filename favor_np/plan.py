@@ -335,9 +335,14 @@ def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -
     )
 
 
+def longest_row(size: int, scale: float) -> float:
+    """Return the norm from which on a row of exact attention, once scaled or squared, may overflow."""
+    return 2.0**100 / max(scale, 1.0) if size == 4 else 1e150
+
+
 def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
     """Return the constants of exact attention."""
-    far, limit = (2.0**20, 1e150) if dtype.itemsize == 4 else (2.0**48, math.sqrt(2.0**46 / scale))
+    far, limit = 2.0**20 if dtype.itemsize == 4 else 2.0**48, longest_row(dtype.itemsize, scale)
     return exact_kernels.ExactParameters(
         kind=activate.POSITIVE,
         kernel_epsilon=0.0,

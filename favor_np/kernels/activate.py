@@ -26,7 +26,7 @@ from favor_np.kernels.state import raise_state
 
 POSITIVE, RELU, ELU = 0, 1, 2
 #: log2 head-room over the running maxima before they are moved.
-RAISE_KEYS, RAISE_QUERIES = 16, 24
+RAISE_KEYS, RAISE_QUERIES = 16, 40
 LOG2E = math.log2(math.e)
 
 
@@ -86,12 +86,15 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
 
 
 @jit(fastmath=EXACT)
-def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, excess, scale):
-    """Raise c to the largest log2-feature of the coming keys, rescaling the state; how many come.
+def raise_keys(
+    par, rows, count, keys, first, last, height, lift, bias, w, c, s, z, slot, excess, scale,
+):  # fmt: skip
+    """Raise c of some blocks to the largest log2-feature of the coming keys, rescaling the state.
 
-    Keys stay together while they pass the state and the first key among them by at most par.span:
-    beyond it the rows before the tall key would lose theirs to underflow.  Which key is tall
-    depends on the keys before it alone, so cutting there keeps causality exact.
+    Returns how many keys come.  They stay together while they pass the state and the first key among them
+    by at most par.span: beyond it the rows before the tall key would lose theirs to underflow.  Which key
+    is tall depends on the keys before it alone, so cutting there keeps causality exact.  The cut has to be
+    that of all blocks: if these are only some, and there is one, nothing is raised.
     """
     lanes = VECTOR_BYTES // z.itemsize
     width = keys.shape[2]
@@ -100,7 +103,7 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
         store(excess, i, 0, splat(c, 0))
     for side in range(par.signs):
         turn = splat(z, 1 - 2 * side)
-        for b in range(blocks):
+        for b in range(first, last):
             raw = keys[b * par.signs]
             for f in range(0, width, lanes):
                 r = (side * blocks + b) * width + f
@@ -117,9 +120,11 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
         if highest(load(excess, i, 0)) > par.span:
             accepted = i
             break
+    if accepted < count and last - first < blocks:
+        return accepted
     for side in range(par.signs):
         turn = splat(z, 1 - 2 * side)
-        for b in range(blocks):
+        for b in range(first, last):
             raw = keys[b * par.signs]
             for f in range(0, width, lanes):
                 r = (side * blocks + b) * width + f
@@ -133,6 +138,20 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
                 raise_state(old, top, s, z, slot, keys.shape[0] * width, r, scale)
                 store(c, slot, r, top + splat(c, lift))
     return accepted
+
+
+@jit()
+def activate_block(par, rows, keys, b, t, lift, bias, w, c, slot):
+    """Features of one block of keys, of both signs, in place of their projections; the largest log2-feature."""
+    width, over = keys.shape[2], 0
+    for side in range(par.signs - 1, -1, -1):
+        r0 = (side * (keys.shape[0] // par.signs) + b) * width
+        reach = activate_keys(
+            par, 1 - 2 * side, rows, keys[b * par.signs], t.height, lift, bias, w + b, c, slot, r0,
+            keys[b * par.signs + side], t.share, t.sums,
+        )  # fmt: skip
+        over = max(over, reach)
+    return over
 
 
 @jit(fastmath=EXACT)

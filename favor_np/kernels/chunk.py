@@ -26,13 +26,14 @@ import numpy as np
 from favor_np.kernels.activate import (
     RAISE_KEYS,
     RAISE_QUERIES,
-    activate_keys,
+    activate_block,
     activate_queries,
     lift_queries,
     measure_queries,
     raise_keys,
 )
 from favor_np.kernels.bfloat16 import words_along
+from favor_np.kernels.floats import flush_beside
 from favor_np.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import (
@@ -69,6 +70,8 @@ from favor_np.kernels.spread import (
 )
 from favor_np.kernels.state import add_rows, add_sums
 
+#: Positions that are tried together after keys that would not fit together.
+BEHIND_CUT = 8
 #: What is done to a chunk: its keys are folded, its queries read, or both.
 FOLD, READ, WHOLE = range(3)
 #: A problem, which is a row of the table of jobs, and where its results go.
@@ -289,9 +292,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
 @jit()
 def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, keys, t):
     """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
-    rows = -(-count // 8) * 8
-    blocks, width = keys.shape[0] // par.signs, keys.shape[2]
-    half = blocks * width
+    rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
     turn_keys(t.words, t.planes, t)
@@ -301,27 +302,33 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
             for b in range(blocks):
                 project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
                              keys[b * par.signs], rows, d)  # fmt: skip
-            accepted = raise_keys(
-                par, rows, count, keys, t.height, lift, bias, w, c, s, z, slot, t.excess, t.scale
-            )
+            accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
+                                  t.excess, t.scale)  # fmt: skip
             for i in range(accepted, rows):
                 t.height[i] = par.masked
         over = 0
         for b in range(blocks):
-            tile = b * par.signs
-            if not known:
-                project_keys(t.words, t.planes, t, weight, cut_weight, w + b, keys[tile], rows,
-                             d)  # fmt: skip
-            for side in range(par.signs - 1, -1, -1):
-                r0 = side * half + b * width
-                reach = activate_keys(
-                    par, 1 - 2 * side, rows, keys[tile], t.height, lift, bias, w + b, c, slot, r0,
-                    keys[tile + side], t.share, t.sums,
-                )  # fmt: skip
-                over = max(over, reach)
+            for again in range(1 if known else 2):
+                if not known:
+                    project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
+                                 keys[b * par.signs], rows, d)  # fmt: skip
+                if again == 1 and raise_keys(par, rows, count, keys, b, b + 1, t.height, lift, bias, w, c, s,
+                                             z, slot, t.excess, t.scale) < count:  # fmt: skip
+                    break
+                reach = activate_block(par, rows, keys, b, t, lift, bias, w, c, slot)
+                if reach <= RAISE_KEYS:
+                    break
+            over = max(over, reach)
         if over <= RAISE_KEYS:
             break
     return accepted
+
+
+@jit()
+def piece(start, end, cut):
+    """How many positions to take next: to the end of the chunk or, behind a cut, few: more cuts are likely."""
+    count = min(CHUNK - start % CHUNK, end - start)
+    return min(count, BEHIND_CUT) if cut else count
 
 
 @jit()
@@ -343,6 +350,7 @@ def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
         soon(p.k, coming.a_row, following)
         soon(p.v, coming.b_row, following)
     clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
+    flush_beside(t.values, taken, c, True)
     load_keys(t.words, reads, keys, t, -(-count // 8) * 8, clean)
     if reads:
         load_state(t.words, par, features, c, s, z, slot, keys.shape[2])

@@ -16,7 +16,7 @@ import sys
 
 from numba import types
 
-from favor_np.kernels.chunk import FOLD, READ, WHOLE, attend_chunk
+from favor_np.kernels.chunk import FOLD, READ, WHOLE, attend_chunk, piece
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import CHUNK, cut
 from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load
@@ -160,8 +160,11 @@ def attend_relay(par, p, relay, number, c, s, z, floats, t):
             for r in range(c.shape[1]):
                 c[slot, r] = c[slot_of(relay, i - 1), r]
             copy_state(s, z, total, slot, c.shape[1] - PAD)
+            cut = False
             while at < end:
-                at += attend_chunk(par, p, WHOLE, at, end - at, end - at, c, s, z, slot, keys, t)
+                count = piece(at, end, cut)
+                taken = attend_chunk(par, p, WHOLE, at, count, count, c, s, z, slot, keys, t)
+                at, cut = at + taken, taken < count
             copy_state(s, z, slot, total, c.shape[1] - PAD)
     if what == FOLD and chunk == 0:
         pass_on(relay, FOLD, -1)

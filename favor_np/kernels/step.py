@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from favor_np.kernels.activate import RAISE_KEYS, factor, log_feature
+from favor_np.kernels.floats import flush_beside
 from favor_np.kernels.gemm import project_two
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
@@ -60,6 +61,7 @@ def step_token(
     pack(q, q_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
     pack(k, k_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
     pack_values(v, v_row, 1, 1, values[count : count + 1], t.square, -1)
+    flush_beside(values[count : count + 1], 1, c, True)
     if par.affine:
         center(t.rows[1:2], 1, fm.affine[w, QUERY_CENTER], t.square[1:2])
     heights(par, fm, w, 1, q.shape[1], t)
