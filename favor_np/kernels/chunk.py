@@ -70,8 +70,8 @@ from favor_np.kernels.spread import (
 )
 from favor_np.kernels.state import add_rows, add_sums
 
-#: Positions that are tried together after keys that would not fit together.
-BEHIND_CUT = 8
+#: Positions of a chunk that are tried together once its keys did not fit together: they may not again.
+PIECE = 8
 #: What is done to a chunk: its keys are folded, its queries read, or both.
 FOLD, READ, WHOLE = range(3)
 #: A problem, which is a row of the table of jobs, and where its results go.
@@ -325,10 +325,10 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
 
 
 @jit()
-def piece(start, end, cut):
-    """How many positions to take next: to the end of the chunk or, behind a cut, few: more cuts are likely."""
+def piece(start, end, split):
+    """How many positions to take next: to the end of the chunk, or few where it had to be split."""
     count = min(CHUNK - start % CHUNK, end - start)
-    return min(count, BEHIND_CUT) if cut else count
+    return min(count, PIECE) if split else count
 
 
 @jit()

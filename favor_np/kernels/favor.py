@@ -50,11 +50,11 @@ def clock_of(clocks, job):
 @jit()
 def attend_one(par, p, c, s, z, slot, t):
     """Everything for one problem: its keys and values, one state, its group of queries."""
-    start, keys_count, queries_count, cut = 0, p.row[3], p.row[6], False
+    start, keys_count, queries_count, split = 0, p.row[3], p.row[6], False
     while start < keys_count:
-        count = piece(start, keys_count, cut)
+        count = piece(start, keys_count, split)
         taken = attend_chunk(par, p, WHOLE, start, count, count, c, s, z, slot, t.keys, t)
-        start, cut = start + taken, taken < count
+        start, split = start + taken, taken < count
     if not par.causal and queries_count > 0:
         set_float_mode(IEEE | FLUSH if ordinary_sums(s, slot, c.shape[1] - PAD) else IEEE)
         load_state(t.words, par, p.row[7], c, s, z, slot, t.keys.shape[2])

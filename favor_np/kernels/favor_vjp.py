@@ -22,8 +22,8 @@ import numpy as np
 from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
 from favor_np.kernels.chunk import fold_chunk, map_keys, own_values, piece
 from favor_np.kernels.favor import clock_of, parameters
-from favor_np.kernels.gemm import gemm, gemm_t
 from favor_np.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
+from favor_np.kernels.gemm import gemm, gemm_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.jobs import claim, enter, leave
 from favor_np.kernels.pack import (
@@ -376,10 +376,10 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
     step = -1 if of_keys and par.causal else 1
     first = a_count - 1 if step < 0 else 0
     mine = fm.bias if of_keys else none
-    done, cut = 0, False
+    done, split = 0, False
     while done < a_count:
         set_float_mode(IEEE)
-        count = piece(done, a_count, cut)
+        count = piece(done, a_count, split)
         at = first + step * done
         if of_keys:
             taken, clean = queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z,
@@ -392,7 +392,7 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
                        natural, c, s, z, slot, to, t)  # fmt: skip
         flush_beside(t.values, taken, c, True)
         fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
-        done, cut = done + taken, taken < count
+        done, split = done + taken, taken < count
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,
                    natural, c, s, z, slot, to, t)  # fmt: skip

@@ -160,11 +160,11 @@ def attend_relay(par, p, relay, number, c, s, z, floats, t):
             for r in range(c.shape[1]):
                 c[slot, r] = c[slot_of(relay, i - 1), r]
             copy_state(s, z, total, slot, c.shape[1] - PAD)
-            cut = False
+            split = False
             while at < end:
-                count = piece(at, end, cut)
+                count = piece(at, end, split)
                 taken = attend_chunk(par, p, WHOLE, at, count, count, c, s, z, slot, keys, t)
-                at, cut = at + taken, taken < count
+                at, split = at + taken, taken < count
             copy_state(s, z, slot, total, c.shape[1] - PAD)
     if what == FOLD and chunk == 0:
         pass_on(relay, FOLD, -1)
