@@ -120,7 +120,7 @@ def _price(axes: Any, result: Forecast, record: ReturnEvaluation | VolatilityEva
     axes.margins(x=0.005)
     _concise(axes, result)
     if isinstance(record, ReturnEvaluation):
-        judged = slice(record.start, None)
+        judged = slice(record.start, record.stop)
         signals, when = record.signals[judged], _time(result, result.index[judged])
         for sign, colour, label in ((1, GREEN, "BUY"), (-1, RED, "SELL")):
             low = 0.06 if sign > 0 else 0.0
