@@ -9,7 +9,15 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real
+from ._options import (
+    CommandError,
+    ProgressBar,
+    compilation_told,
+    integer,
+    output_file,
+    picture_format,
+    real,
+)
 
 if TYPE_CHECKING:
     from favor_np.compare import Comparison, ErrorRow
@@ -85,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     picture = picture_format(args.plot)
     setting = Setting(args.data, args.dim, args.std, args.causal, args.seed, args.threads)
-    with output_file(args.plot) as figure, ProgressBar() as progress:
+    with output_file(args.plot) as figure, compilation_told(), ProgressBar() as progress:
         try:
             setting.tokens(1)
         except ValueError as error:

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 from favor_np import __version__
 from favor_np.calibration import METHODS
 
-from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real
+from ._options import (
+    CommandError,
+    ProgressBar,
+    compilation_told,
+    integer,
+    output_file,
+    picture_format,
+    real,
+)
 
 if TYPE_CHECKING:
     from favor_np.forecast import (
@@ -135,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
             prices = read_prices(args.prices, args.column)
             table = stack.enter_context(output_file(args.csv, args.prices))
             figure = stack.enter_context(output_file(args.plot, args.prices, args.csv))
+            stack.enter_context(compilation_told())
             progress = stack.enter_context(ProgressBar())
             result = forecast(
                 prices,
@@ -344,7 +353,7 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
                              + beside),
             ("band", f"one standard deviation held {100 * record.coverage:.1f}{GLUE}% of the "
                      f"outcomes (normal: 68.3{GLUE}%)"),
-            ("against zero", f"R² {record.r2:+.5f} (z{GLUE}={GLUE}{record.z:+.1f}): "
+            ("against zero", f"R² {record.r2:+.5f} ({_z(record.z)}): "
                              + _verdict(record.z, "the zero forecast")),
             ("strategy", f"{_growth(record.equity)} after costs of {percent.plain(record.cost)},"
                          f" Sharpe {_sharpe(record.sharpe, record)}; {counts[1]:,}{GLUE}BUY, "
@@ -361,7 +370,7 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
             ("judged", no_peeking),
             ("error (rmse)", f"{percent(record.rmse)}, constant (mean so far) "
                              f"{percent(record.rmse_constant)}, " + beside),
-            ("against constant", f"R² {record.r2:+.4f} (z{GLUE}={GLUE}{record.z:+.1f}): "
+            ("against constant", f"R² {record.r2:+.4f} ({_z(record.z)}): "
                                  + _verdict(record.z, "the constant")),
             ("weighted average", f"R² {record.r2_ewma:+.4f} (exponential, 0.94): {better}"),
         ]  # fmt: skip
@@ -483,6 +492,12 @@ def _rmse_beside_exact(
         for predicted in (result.predicted, exact.predicted)
     )
     return ours, theirs, len(outcome)
+
+
+def _z(value: float) -> str:
+    if abs(value) > 1000:  # differences that are constant, but for rounding
+        return f"z{GLUE}{'over' if value > 0 else 'below'}{GLUE}{math.copysign(1000, value):,.0f}"
+    return f"z{GLUE}={GLUE}{value:+.1f}"
 
 
 def _verdict(z: float, rival: str) -> str:
