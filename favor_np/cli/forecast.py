@@ -458,6 +458,9 @@ def _replay_section(result: Forecast, record: Evaluation, replayed: Replay) -> S
         ("memory", f"a state of {replayed.state_bytes / 2**10:,.0f}{GLUE}KiB, whatever came before"),
         ("latency", latency),
     ]  # fmt: skip
+    if replayed.calibration_seconds:
+        once = _seconds(replayed.calibration_seconds)
+        rows.append(("", f"and {once} once for the calibration, between two prices"))
     edges, counts = replayed.histogram()
     edges = 1e6 * edges
     labels = [f"{low:g} to {high:g} µs" for low, high in itertools.pairwise(edges)]
@@ -478,6 +481,7 @@ def _replay_dict(result: Forecast, record: Evaluation, replayed: Replay) -> dict
         "same_signals": None if signals is None else int((replayed.signals == signals).sum()),
         "state_bytes": replayed.state_bytes,
         "seconds": dict(zip(("p50", "p90", "p99", "max"), points, strict=True)),
+        "calibration_seconds": replayed.calibration_seconds,
     }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +58,8 @@ class LiveForecast:
     Parameters
     ----------
     target, window, horizon, num_features, calibration, scale, seed
-        As `forecast`.  The map is calibrated after the 256th forecast, which takes that one some
-        milliseconds more.
+        As `forecast`.  The map is calibrated once, between the 256th forecast and the next: see
+        `calibrate`.
     threshold : float, default 2e-4
         A predicted log return above it is a BUY, below its negative a SELL.
 
@@ -68,6 +72,11 @@ class LiveForecast:
     ------
     TypeError, ValueError
         If an option is of the wrong type or out of its range.
+
+    Notes
+    -----
+    One thread at a time: a call while another thread is in one raises RuntimeError.  So does every
+    call after one that was interrupted, by Ctrl-C perhaps: part of a price may be missing then.
 
     Examples
     --------
@@ -114,6 +123,7 @@ class LiveForecast:
         self._log_price: float | None = None
         # Vector, unit and log price of the newest windows: the oldest is the next key.
         self._windows: deque[tuple[F32, float, float]] = deque(maxlen=horizon + 1)
+        self._lock, self._broken = threading.Lock(), False
 
     def push(self, price: float) -> Tick | None:
         """Take the next price, and forecast what follows it.
@@ -133,8 +143,71 @@ class LiveForecast:
         ------
         TypeError, ValueError
             If `price` is no usable price; nothing is changed then.
+        RuntimeError
+            If another thread is in a call, or an earlier call was interrupted.
         """
         price = validation.positive_float("price", price)
+        with self._alone():
+            if self._due():
+                self._calibrate()
+            return self._take(price)
+
+    def calibrate(self) -> bool:
+        """Calibrate the map now, if that is due: a call between prices, while nobody waits.
+
+        It is due once, after the 256th forecast, and takes 0.1 s for 1,024 features and windows
+        of 32 (0.1 to 0.6 s of processor time, as other threads may take part; more in proportion
+        to both).  If it was not called in time, the next `push` does it first, and takes as long.
+        A feed that begins with a history of over 256 + `window` + `horizon` prices has it behind.
+
+        Returns
+        -------
+        bool
+            Whether anything was done; calling it after every price costs nothing.
+
+        Examples
+        --------
+        >>> from favor_np.forecast import LiveForecast, read_prices
+        >>> live, done = LiveForecast(), []
+        >>> for number, price in enumerate(read_prices().values[:400]):
+        ...     tick = live.push(price)                          # quick, every time
+        ...     if live.calibrate():
+        ...         done.append(number)
+        >>> done
+        [288]
+        """
+        with self._alone():
+            if not self._due():
+                return False
+            self._calibrate()
+            return True
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads out, and everybody after what broke off in the middle."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this LiveForecast is in use by another thread")
+        try:
+            if self._broken:
+                raise RuntimeError(
+                    "an earlier call was interrupted, so part of a price may be missing: make a "
+                    "new LiveForecast and feed it the history"
+                )
+            self._broken = True
+            yield
+            self._broken = False
+        finally:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles get a lock of their own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what was pickled."""
+        vars(self).update(state, _lock=threading.Lock())
+
+    def _take(self, price: float) -> Tick | None:
         before, now = self._log_price, math.log(price)
         self._log_price = now
         window = None if before is None else self._stream.push(now - before)
@@ -149,21 +222,23 @@ class LiveForecast:
         out = self.state.step(query, key, value)
         if self._prefix is not None:
             self._prefix.append((query, key, value))
-            if len(self._prefix) == PREFIX:
-                self._calibrate(self._prefix)
-                self._prefix = None
         move, spread, chance, chance_down = map(float, predictions(out, unit))
         signal = (move > self._threshold) - (move < -self._threshold)
         if math.isnan(chance_down):
             signal = 0
         return Tick(price, move, spread, chance, chance_down, signal)
 
-    def _calibrate(self, prefix: list[tuple[F32, F32, tuple[float, ...]]]) -> None:
+    def _due(self) -> bool:
+        return self._prefix is not None and len(self._prefix) == PREFIX
+
+    def _calibrate(self) -> None:
         """Fit the map to the first windows, and fold these anew."""
-        queries, keys, values = (np.array(x, np.float32) for x in zip(*prefix, strict=True))
+        assert self._prefix is not None
+        queries, keys, values = (np.array(x, np.float32) for x in zip(*self._prefix, strict=True))
         fm = calibrated(self.state.feature_map, queries, keys, self._calibration)
         self.state = type(self.state).zeros(fm, self.state.value_dim)
         self.state.update(keys, values)
+        self._prefix = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +257,8 @@ class Replay:
         How long each forecast took, from the price to the signal.
     state_bytes : int
         Size of the attention state: the same before the first price and after the last.
+    calibration_seconds : float
+        How long the map's calibration took, between two prices: no part of `seconds`.
     """
 
     predicted: F64
@@ -189,6 +266,7 @@ class Replay:
     difference: float
     seconds: F64
     state_bytes: int
+    calibration_seconds: float = 0.0
 
     def histogram(self) -> tuple[F64, npt.NDArray[np.intp]]:
         """Count the forecasts by their time, in about ten steps up to the 99th percentile.
@@ -249,7 +327,7 @@ def replay(
         seed=result.seed,
         threshold=threshold,
     )
-    ticks, seconds = [], []
+    ticks, seconds, calibration = [], [], 0.0
     prices = result.prices.values.tolist()
     for done, price in enumerate(prices, start=1):
         start = time.perf_counter()
@@ -258,6 +336,9 @@ def replay(
         if tick is not None:
             ticks.append(tick)
             seconds.append(stop - start)
+        start = time.perf_counter()
+        if live.calibrate():
+            calibration = time.perf_counter() - start
         if progress is not None and (done % 1024 == 0 or done == len(prices)):
             progress("replay", done, len(prices))
     predicted = np.array([tick.move for tick in ticks])
@@ -267,4 +348,5 @@ def replay(
         difference=float(abs(predicted - result.predicted).max() / abs(result.predicted).max()),
         seconds=np.array(seconds),
         state_bytes=sum(array.nbytes for array in live.state.arrays),
+        calibration_seconds=calibration,
     )

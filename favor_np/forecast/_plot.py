@@ -134,6 +134,14 @@ def _price(axes: Any, result: Forecast, record: ReturnEvaluation | VolatilityEva
                 label=f"{label} ({int((signals == sign).sum()):,})",
             )
         axes.legend(loc="upper left", ncols=2)
+        _room_for_legend(axes)
+
+
+def _room_for_legend(axes: Any) -> None:
+    """Leave a fifth of the height above what is drawn."""
+    transform = axes.transScale
+    (_, low), (_, high) = transform.transform([(1, y) for y in axes.get_ylim()])
+    axes.set_ylim(top=transform.inverted().transform((1, high + 0.2 * (high - low)))[1])
 
 
 def _recent_returns(axes: Any, result: Forecast, record: ReturnEvaluation) -> None:
@@ -164,8 +172,7 @@ def _recent_returns(axes: Any, result: Forecast, record: ReturnEvaluation) -> No
         label=f"next: {100 * np.expm1(move):+.3f}%, P(up) {100 * result.next.chance:.0f}%",
     )  # fmt: skip
     axes.set_title(f"The last {len(rows)} prices and what had been forecast for them")
-    low, high = axes.get_ylim()
-    axes.set_ylim(top=high + 0.2 * (high - low))  # room for the legend
+    _room_for_legend(axes)
     axes.legend(loc="upper left", ncols=2)
     _concise(axes, result)
 
@@ -181,6 +188,7 @@ def _recent_volatility(axes: Any, result: Forecast, record: VolatilityEvaluation
     ):
         axes.plot(when, 100 * values[rows], color=colour, lw=1.2, label=label)
     axes.set_ylim(bottom=0)
+    _room_for_legend(axes)
     axes.set_ylabel("%")
     axes.set_title(f"The last {len(rows)} absolute returns and their forecasts")
     axes.legend(loc="upper left", ncols=2)
@@ -195,7 +203,8 @@ def _equity(axes: Any, result: Forecast, record: ReturnEvaluation) -> None:
     ):
         label = f"{label} {100 * (equity[-1] - 1):+,.0f}%"
         axes.plot(when, np.maximum(equity, 1e-12), color=colour, lw=1, label=label)
-    if min(record.equity.min(), record.equity_hold.min()) > 0:
+    worth = np.concatenate([record.equity, record.equity_hold])
+    if worth.max() > 3 * worth.min() > 0:
         _log_scale(axes)
     axes.axhline(1, color=INK, lw=0.6)
     axes.set_title(f"Worth of 1, costs of {100 * record.cost:g}% a position included")
@@ -238,8 +247,7 @@ def _error_bars(axes: Any, result: Forecast, exact: ExactComparison, bars: Error
         f"{result.num_features:,} features in the median"
     )
     axes.margins(x=0.005)
-    low, high = axes.get_ylim()
-    axes.set_ylim(top=high + 0.2 * (high - low))  # room for the legend
+    _room_for_legend(axes)
     axes.legend(loc="upper left", ncols=3)
     _concise(axes, result)
 
@@ -298,7 +306,7 @@ def _latency(axes: Any, replayed: Replay) -> None:
         value = 1e6 * float(np.percentile(replayed.seconds, share))
         axes.axvline(value, color=INK, lw=0.8)
         axes.annotate(
-            f"p{share} {value:.3g}", (value, 1), (3, -3), xycoords=axes.get_xaxis_transform(),
+            f"p{share} {value:,.3g}" if value < 1000 else f"p{share} {value:,.0f}", (value, 1), (3, -3), xycoords=axes.get_xaxis_transform(),
             textcoords="offset points", va="top",
         )  # fmt: skip
     longest = 1e6 * replayed.seconds.max()

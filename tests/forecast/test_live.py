@@ -5,6 +5,7 @@ import gc
 import math
 import pickle
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -129,8 +130,59 @@ def test_the_windows_of_the_calibration_are_forgotten():
         before = fitted.state.feature_map
         assert (plain.push(price) == fitted.push(price)) == (done < 33 + PREFIX)
         changed = fitted.state.feature_map is not before
-        assert changed == (done == 32 + PREFIX)
+        assert changed == (done == 33 + PREFIX)  # the price after the last of them
     assert fitted._prefix is plain._prefix is None
+
+
+def test_a_call_between_two_prices_calibrates_and_no_price_does():
+    early, late = LiveForecast(num_features=64), LiveForecast(num_features=64)
+    for done, price in enumerate(walk(600)):
+        before = early.state.feature_map
+        assert early.push(price) == late.push(price)
+        assert early.state.feature_map is before
+        assert early.calibrate() == (done == 32 + PREFIX)
+    assert not LiveForecast(num_features=64, calibration="none").calibrate()
+
+
+def test_one_thread_at_a_time(monkeypatch):
+    live, prices = LiveForecast(num_features=64), walk(100)
+    inside, go_on = threading.Event(), threading.Event()
+    take = live._take
+
+    def slow(price):
+        inside.set()
+        go_on.wait(60)
+        return take(price)
+
+    monkeypatch.setattr(live, "_take", slow)
+    first = threading.Thread(target=live.push, args=(prices[0],))
+    first.start()
+    inside.wait(60)
+    for call in (lambda: live.push(prices[1]), live.calibrate):
+        with pytest.raises(RuntimeError, match="in use by another thread"):
+            call()
+    go_on.set()
+    first.join(60)
+    expected = LiveForecast(num_features=64)
+    expected.push(prices[0])
+    assert [live.push(p) for p in prices[1:]] == [expected.push(p) for p in prices[1:]]
+
+
+def test_after_an_interrupt_it_refuses_to_go_on(monkeypatch):
+    live, prices = LiveForecast(num_features=64), walk(100)
+    for price in prices[:50]:
+        live.push(price)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live._stream, "value", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            live.push(prices[50])
+    for call in (lambda: live.push(prices[51]), live.calibrate):
+        with pytest.raises(RuntimeError, match="an earlier call was interrupted"):
+            call()
 
 
 def test_a_copy_goes_its_own_way():
@@ -199,6 +251,8 @@ def test_replay(target):
     assert seen == [("replay", 300, 300)]
     longer = replay(forecast(walk(600), target=target, window=8, num_features=64))
     assert longer.state_bytes == record.state_bytes
+    assert longer.calibration_seconds > 0  # and in no tick
+    assert record.calibration_seconds > 0
 
 
 def test_replay_sees_a_difference():
