@@ -90,6 +90,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@validation.own_error_state
 def diagnose(
     q: npt.ArrayLike,
     k: npt.ArrayLike,

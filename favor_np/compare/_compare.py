@@ -169,6 +169,7 @@ class Comparison:
         """Say in sentences when exact attention is to be preferred."""
         return [*_advice_on_time(self), *_advice_on_error(self)]
 
+    @validation.own_error_state
     def plot(self) -> Figure:
         """Draw error, time and memory, and beneath them the weights of both kinds of attention.
 
@@ -191,6 +192,7 @@ class Comparison:
             return draw(self)
 
 
+@validation.own_error_state
 def compare(
     setting: Setting | None = None,
     *,

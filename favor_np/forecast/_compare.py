@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from favor_np import measure
+from favor_np import measure, validation
 
 from ._forecast import Forecast, Progress, attend
 from ._maps import PREFIX, sections
@@ -70,6 +70,7 @@ class ExactComparison:
     calibration_seconds: float
 
 
+@validation.own_error_state
 def compare_with_exact(
     result: Forecast,
     *,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from favor_np import validation
+
 from ._forecast import Forecast, Progress
 from ._windows import F64
 
@@ -31,6 +33,7 @@ class ErrorBars:
     warnings: tuple[str, ...]
 
 
+@validation.own_error_state
 def error_bars(result: Forecast, *, progress: Progress | None = None) -> ErrorBars:
     """Estimate the errors of all forecasts from the spread between features: see `diagnose`.
 

@@ -124,6 +124,7 @@ class VolatilityEvaluation:
     ewma: F64 = field(repr=False)
 
 
+@validation.own_error_state
 def evaluate(
     result: Forecast, *, threshold: float | None = None, cost: float = DEFAULT_COST
 ) -> ReturnEvaluation | VolatilityEvaluation:

@@ -107,6 +107,7 @@ class Forecast:
         return math.sqrt(2 * (math.cosh(min(self.mean_s, 700)) - 1) / self.num_features)
 
 
+@validation.own_error_state
 def forecast(
     prices: Prices | npt.ArrayLike,
     *,

@@ -90,6 +90,7 @@ class LiveForecast:
     True
     """
 
+    @validation.own_error_state
     def __init__(
         self,
         *,
@@ -125,6 +126,7 @@ class LiveForecast:
         self._windows: deque[tuple[F32, float, float]] = deque(maxlen=horizon + 1)
         self._lock, self._broken = threading.Lock(), False
 
+    @validation.own_error_state
     def push(self, price: float) -> Tick | None:
         """Take the next price, and forecast what follows it.
 
@@ -152,6 +154,7 @@ class LiveForecast:
                 self._calibrate()
             return self._take(price)
 
+    @validation.own_error_state
     def calibrate(self) -> bool:
         """Calibrate the map now, if that is due: a call between prices, while nobody waits.
 
@@ -287,6 +290,7 @@ class Replay:
         return edges, np.bincount(np.maximum(bins, 0), minlength=len(edges))
 
 
+@validation.own_error_state
 def replay(
     result: Forecast, *, threshold: float = DEFAULT_COST, progress: Progress | None = None
 ) -> Replay:
@@ -342,10 +346,11 @@ def replay(
         if progress is not None and (done % 1024 == 0 or done == len(prices)):
             progress("replay", done, len(prices))
     predicted = np.array([tick.move for tick in ticks])
+    largest = float(abs(result.predicted).max()) or 1.0
     return Replay(
         predicted=predicted,
         signals=np.array([tick.signal for tick in ticks], np.int8),
-        difference=float(abs(predicted - result.predicted).max() / abs(result.predicted).max()),
+        difference=float(abs(predicted - result.predicted).max()) / largest,
         seconds=np.array(seconds),
         state_bytes=sum(array.nbytes for array in live.state.arrays),
         calibration_seconds=calibration,

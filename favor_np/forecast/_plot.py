@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from favor_np import validation
 from favor_np.figures import BLUE, GREEN, GREY, INK, ORANGE, RED, STYLE, require_matplotlib
 
 from ._compare import ExactComparison
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 RECENT = 90  # prices in the close-up
 
 
+@validation.own_error_state
 def plot(
     result: Forecast,
     record: ReturnEvaluation | VolatilityEvaluation,
@@ -278,6 +280,7 @@ def _advantage(
     outcome = result.outcome[judged]
     simple = record.constant[judged] if isinstance(record, VolatilityEvaluation) else 0.0
     baseline = (outcome - simple) ** 2
+    total = baseline.sum() or 1.0  # the simple forecast may have been right
     when = _time(result, result.index[judged])
     curves: list[tuple[F64, str, str]] = [
         (exact.predicted[record.start : min(exact.rows, record.stop)], ORANGE, "exact"),
@@ -287,7 +290,7 @@ def _advantage(
         curves.insert(0, (record.ewma[judged], GREY, "exponentially weighted"))
     for values, colour, label in curves:
         count = len(values)
-        gain = np.cumsum(baseline[:count] - (outcome[:count] - values) ** 2) / baseline.sum()
+        gain = np.cumsum(baseline[:count] - (outcome[:count] - values) ** 2) / total
         axes.plot(when[:count], 100 * gain, color=colour, lw=1, label=label)
     axes.axhline(0, color=INK, lw=0.6)
     name = "constant" if isinstance(record, VolatilityEvaluation) else "zero forecast"
