@@ -40,7 +40,7 @@ CALLS = {
     "attention": lambda: favor_np.favor_attention(30 * Q, 30 * K, V, FM, causal=True),
     "window": lambda: favor_np.favor_attention(30 * Q, 30 * K, V, FM, causal=True, window=9),
     "exact": lambda: favor_np.exact_attention(1e4 * Q, K, V),
-    "gradient": lambda: favor_np.favor_attention_vjp(30 * Q, 30 * K, V, FM)[1](V).dv,
+    "gradient": lambda: favor_np.favor_attention_vjp(30 * Q, 30 * K, V, FM)[1](V).v,
     "stream": stream,
     "returns": lambda: forecast("return"),
     "returns, sharp": lambda: forecast("return", scale=1e3, horizon=5),
