@@ -110,7 +110,7 @@ def error_of_mean_return(weights: F64, ratio: F64, steps: F64, horizon: int) -> 
     terms -= terms.sum() * share
     square = share @ share
     fitted = 1 + square - 2 * (share**3).sum() / square
-    return _error(terms @ terms, fitted), float(1 / (horizon * square))
+    return _error(float(terms @ terms), float(fitted)), float(1 / (horizon * square))
 
 
 def error_of_mean_size(weights: F64, sizes: F64, horizon: int) -> tuple[float, float]:
@@ -124,8 +124,9 @@ def error_of_mean_size(weights: F64, sizes: F64, horizon: int) -> tuple[float, f
     beside = np.convolve(weights, correlation)[horizon - 1 : horizon - 1 + len(weights)]
     overlap, square = weights @ beside, weights @ weights
     residuals = weights * (sizes - weights @ sizes)
-    fitted = 1 + overlap - 2 * weights**2 @ beside / square
-    return _error((residuals @ residuals) * overlap / square, fitted), float(1 / overlap)
+    fitted = float(1 + overlap - 2 * weights**2 @ beside / square)
+    variance = float((residuals @ residuals) * overlap / square)
+    return _error(variance, fitted), float(1 / overlap)
 
 
 def _moving_sum(values: F64, count: int) -> F64:
