@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ._prices import Prices, Times
 from ._windows import F64
+
+if TYPE_CHECKING:
+    from ._prices import Prices, Times
 
 HOUR, DAY = 3600.0, 86400.0
 WEEK, YEAR = 7 * DAY, 365.25 * DAY

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +69,6 @@ class LiveForecast:
     TypeError, ValueError
         If an option is of the wrong type or out of its range.
 
-    Notes
-    -----
-    One thread at a time: a call while another thread is in one raises RuntimeError.  So does every
-    call after one that was interrupted, by Ctrl-C perhaps: part of a price may be missing then.
-
     Examples
     --------
     >>> import numpy as np
@@ -124,7 +115,6 @@ class LiveForecast:
         self._log_price: float | None = None
         # Vector, unit and log price of the newest windows: the oldest is the next key.
         self._windows: deque[tuple[F32, float, float]] = deque(maxlen=horizon + 1)
-        self._lock, self._broken = threading.Lock(), False
 
     @validation.own_error_state
     def push(self, price: float) -> Tick | None:
@@ -145,23 +135,18 @@ class LiveForecast:
         ------
         TypeError, ValueError
             If `price` is no usable price; nothing is changed then.
-        RuntimeError
-            If another thread is in a call, or an earlier call was interrupted.
         """
-        price = validation.positive_float("price", price)
-        with self._alone():
-            if self._due():
-                self._calibrate()
-            return self._take(price)
+        return self._push(validation.positive_float("price", price))
 
     @validation.own_error_state
     def calibrate(self) -> bool:
         """Calibrate the map now, if that is due: a call between prices, while nobody waits.
 
-        It is due once, after the 256th forecast, and takes 0.1 s for 1,024 features and windows
-        of 32 (0.1 to 0.6 s of processor time, as other threads may take part; more in proportion
-        to both).  If it was not called in time, the next `push` does it first, and takes as long.
-        A feed that begins with a history of over 256 + `window` + `horizon` prices has it behind.
+        It is due once, after the 256th forecast, and takes about 0.1 s of processor time for 1,024
+        features and 0.3 s for 4,096; several times that where threads of BLAS contend for busy
+        processors.  If it was not called in time, the next `push` does it first, and takes as
+        long.  A feed that begins with over 256 + `window` + `horizon` prices of history has it
+        behind.
 
         Returns
         -------
@@ -179,38 +164,10 @@ class LiveForecast:
         >>> done
         [288]
         """
-        with self._alone():
-            if not self._due():
-                return False
-            self._calibrate()
-            return True
+        return self._calibrate()
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other threads out, and everybody after what broke off in the middle."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this LiveForecast is in use by another thread")
-        try:
-            if self._broken:
-                raise RuntimeError(
-                    "an earlier call was interrupted, so part of a price may be missing: make a "
-                    "new LiveForecast and feed it the history"
-                )
-            self._broken = True
-            yield
-            self._broken = False
-        finally:
-            self._lock.release()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles get a lock of their own."""
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up what was pickled."""
-        vars(self).update(state, _lock=threading.Lock())
-
-    def _take(self, price: float) -> Tick | None:
+    def _push(self, price: float) -> Tick | None:
+        self._calibrate()
         before, now = self._log_price, math.log(price)
         self._log_price = now
         window = None if before is None else self._stream.push(now - before)
@@ -231,17 +188,16 @@ class LiveForecast:
             signal = 0
         return Tick(price, move, spread, chance, chance_down, signal)
 
-    def _due(self) -> bool:
-        return self._prefix is not None and len(self._prefix) == PREFIX
-
-    def _calibrate(self) -> None:
-        """Fit the map to the first windows, and fold these anew."""
-        assert self._prefix is not None
+    def _calibrate(self) -> bool:
+        """If it is due, fit the map to the first windows and fold these anew."""
+        if self._prefix is None or len(self._prefix) < PREFIX:
+            return False
         queries, keys, values = (np.array(x, np.float32) for x in zip(*self._prefix, strict=True))
         fm = calibrated(self.state.feature_map, queries, keys, self._calibration)
         self.state = type(self.state).zeros(fm, self.state.value_dim)
         self.state.update(keys, values)
         self._prefix = None
+        return True
 
 
 @dataclass(frozen=True, eq=False)

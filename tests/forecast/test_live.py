@@ -5,7 +5,6 @@ import gc
 import math
 import pickle
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -142,47 +141,6 @@ def test_a_call_between_two_prices_calibrates_and_no_price_does():
         assert early.state.feature_map is before
         assert early.calibrate() == (done == 32 + PREFIX)
     assert not LiveForecast(num_features=64, calibration="none").calibrate()
-
-
-def test_one_thread_at_a_time(monkeypatch):
-    live, prices = LiveForecast(num_features=64), walk(100)
-    inside, go_on = threading.Event(), threading.Event()
-    take = live._take
-
-    def slow(price):
-        inside.set()
-        go_on.wait(60)
-        return take(price)
-
-    monkeypatch.setattr(live, "_take", slow)
-    first = threading.Thread(target=live.push, args=(prices[0],))
-    first.start()
-    inside.wait(60)
-    for call in (lambda: live.push(prices[1]), live.calibrate):
-        with pytest.raises(RuntimeError, match="in use by another thread"):
-            call()
-    go_on.set()
-    first.join(60)
-    expected = LiveForecast(num_features=64)
-    expected.push(prices[0])
-    assert [live.push(p) for p in prices[1:]] == [expected.push(p) for p in prices[1:]]
-
-
-def test_after_an_interrupt_it_refuses_to_go_on(monkeypatch):
-    live, prices = LiveForecast(num_features=64), walk(100)
-    for price in prices[:50]:
-        live.push(price)
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(live._stream, "value", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            live.push(prices[50])
-    for call in (lambda: live.push(prices[51]), live.calibrate):
-        with pytest.raises(RuntimeError, match="an earlier call was interrupted"):
-            call()
 
 
 def test_a_copy_goes_its_own_way():
