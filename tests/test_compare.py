@@ -17,7 +17,7 @@ from favor_np import compare, feature_map, measure
 from favor_np.cli import compare as program
 from favor_np.cli import main
 from favor_np.compare import _plot
-from favor_np.compare._methods import METHODS
+from favor_np.compare._methods import DEFAULT, METHODS
 
 SMALL = ["--features=16,256", "--lengths=64,128", "--time-features=16", "--dim=16", "--seeds=2"]
 
@@ -195,8 +195,8 @@ def test_tables_fit_a_terminal(capsys):
 def test_the_map_that_is_marked_is_the_default():
     tokens = compare.Setting("prices").tokens(50)
     default = feature_map("positive", dim=32, num_features=64, scale=tokens.scale, rng=3)
-    assert compare.DEFAULT in METHODS
-    assert compare.DEFAULT.feature_map(tokens, 64, 3) == default
+    assert DEFAULT in METHODS
+    assert DEFAULT.feature_map(tokens, 64, 3) == default
     assert len({method.name for method in METHODS}) == len(METHODS)
 
 

@@ -89,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, draw; return the exit status."""
-    from favor_np.compare import ERROR_LENGTH, Setting, compare
+    from favor_np.compare import Setting, compare
+    from favor_np.compare._compare import ERROR_LENGTH
 
     picture = picture_format(args.plot)
     setting = Setting(args.data, args.dim, args.std, args.causal, args.seed, args.threads)
@@ -157,7 +158,7 @@ def _error_table(result: Comparison) -> list[str]:
 
 
 def _marked(name: str) -> str:
-    from favor_np.compare import DEFAULT
+    from favor_np.compare._methods import DEFAULT
 
     return f"{name} *" if name == DEFAULT.name else name
 
@@ -172,7 +173,7 @@ def in_percent(row: ErrorRow) -> str:
 
 
 def _cost_table(result: Comparison, m: int) -> list[str]:
-    from favor_np.compare import DEFAULT
+    from favor_np.compare._methods import DEFAULT
 
     name = DEFAULT.name
     lines = [

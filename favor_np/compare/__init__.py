@@ -4,11 +4,9 @@ Errors are those of every kind of map on queries and keys that no map has seen: 
 knows earlier ones only.
 """
 
-from ._compare import ERROR_LENGTH as ERROR_LENGTH
 from ._compare import Comparison as Comparison
 from ._compare import CostRow as CostRow
 from ._compare import ErrorRow as ErrorRow
 from ._compare import Setting as Setting
 from ._compare import compare as compare
 from ._compare import crossing as crossing
-from ._methods import DEFAULT as DEFAULT
