@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -30,7 +31,8 @@ def run(argv: Sequence[str] | None) -> int:
     """Run a sub-command; see `favor_np.cli.main`."""
     if argv is None:  # this process is the program
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _stop)
+            with contextlib.suppress(ValueError):  # only the main thread may
+                signal.signal(signal.SIGINT, _stop)
         argv = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -69,7 +71,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
     """
     for path in unfinished:
         path.unlink(missing_ok=True)
-    os.write(2, b"favor-np: error: interrupted\n")
+    line = b"favor-np: error: interrupted\n"
+    os.write(2, b"\n" + line if os.isatty(2) else line)  # a progress bar has no end of line
     os._exit(130)
 
 

@@ -294,6 +294,7 @@ def _next_section(
     if isinstance(record, ReturnEvaluation):
         doubt = 2 * math.hypot(step.standard_error, noise / 2)
         clear = "stands out" if abs(step.move) > doubt else "does not stand out"
+        error = percent(step.standard_error) if math.isfinite(doubt) else "unknown"
         threshold = percent.plain(record.threshold)
         rows = [
             ("predicted move", f"{percent.signed(step.move)}, one standard deviation: "
@@ -301,8 +302,8 @@ def _next_section(
                                f"{percent.signed(step.move + step.spread)}"),
             ("P(up)", f"{100 * step.chance:.1f}{GLUE}%, P(down) "
                       f"{100 * step.chance_down:.1f}{GLUE}%"),
-            ("standard error", f"{percent(step.standard_error)}, from {step.precedents:,.0f} "
-                               f"effective past windows: the move {clear} from zero"),
+            ("standard error", f"{error}, from {step.precedents:,.0f} effective past windows: the "
+                               f"move {clear} from zero"),
             ("exact attention", percent.signed(step.exact)),
             features,
             alike,

@@ -181,6 +181,13 @@ def test_error_bars_that_do_not_hold_are_said_to_be_too_small(capsys):
     assert "hold here" not in text
 
 
+def test_one_window_that_decides_alone_has_no_standard_error(capsys, series):
+    out = " ".join(run(capsys, series(), "--scale", "10000", *QUICK).split())
+    assert "standard error unknown, from 1 effective past windows: the move does not" in out
+    data = json.loads(run(capsys, series(), "--scale", "10000", "--json", *QUICK))
+    assert data["next"]["standard_error"] is None
+
+
 def test_sessions_are_counted_and_a_constant_has_no_sharpe_ratio(capsys, tmp_path):
     path = tmp_path / "minutes.csv"
     times = np.datetime64("2024-03-04T14:30") + np.arange(390)
