@@ -98,7 +98,7 @@ def favor_attention(
     }
     if decay is not None:
         options["decay"] = np.asarray(decay)
-    attend = bridge.favor(feature_map, **options)
+    attend = bridge.Attend(feature_map, **options)
     arrays = [_real(x) for x in (q, k, v)]
     constants: dict[str, Any] = {}
     if key_mask is not None:
