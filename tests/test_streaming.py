@@ -330,6 +330,35 @@ def test_a_short_run_writes_its_checkpoint_once(tmp_path):
     assert naive.relative_error(call["out"], expected) < 1e-5
 
 
+@each_order
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("reads", [0, 1, 3, 6, 7])
+def test_an_interrupt_writes_the_checkpoint(tmp_path, causal, error, reads):
+    """Whenever it comes: what was done is not lost, and nothing counts twice."""
+    path = tmp_path / "checkpoint"
+    q, k, v = inputs(100, lead=(2,), dtype=np.float32)
+    whole, out = np.empty((2, 100, 5), np.float32), np.zeros((2, 100, 5), np.float32)
+    options = {"feature_map": FM, "causal": causal, "chunk_size": 30}
+    stream_attention(q, k, v, out=whole, **options)
+
+    class Interrupted(Broken):
+        def __getitem__(self, index):
+            try:
+                return super().__getitem__(index)
+            except Stop:
+                self.reads = 10**6  # once
+                raise error from None
+
+    interrupted = {"q": Interrupted(q, reads - 4), "k": k, "v": v}
+    if causal or reads < 4:
+        interrupted = {"q": q, "k": Interrupted(k, reads % 4), "v": v}
+    with pytest.raises(error):
+        stream_attention(**interrupted, out=out, checkpoint=path, **options)
+    assert storage.read(path)[1]["done"] == (reads % 4 if causal else reads)
+    stream_attention(q, k, v, out=out, checkpoint=path, **options)
+    assert np.array_equal(out, whole)
+
+
 def test_mapped_files_are_found_behind_views(tmp_path):
     mapped = np.memmap(tmp_path / "file", np.float32, "w+", shape=(4, 6))
     for view in (mapped, mapped[1:], mapped.T, np.asarray(mapped).reshape(2, 2, 6)[:, 1:]):
