@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from child import python
+from child import HANG, python
 
 import favor_np
 from favor_np import exact_attention
@@ -361,7 +361,7 @@ def test_two_processes_fill_a_cache_at_once(tmp_path):
         for dtype in ("f4", "f8")
     ]
     for process in team:
-        assert process.communicate(timeout=120)[0] == "compiled\n"
+        assert process.communicate(timeout=HANG)[0] == "compiled\n"
         assert process.returncode == 0
     assert len(files(tmp_path)) == 2
     for dtype in ("f4", "f8"):

@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
+from child import HANG
 
 import favor_np
 from favor_np.cli import COMMANDS, main
@@ -19,7 +19,7 @@ from favor_np.kernels import bfloat16
 def program(*arguments, **kwargs):
     command = [sys.executable, "-m", "favor_np.cli", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, **kwargs
+        command, capture_output=True, text=True, timeout=HANG, check=False, **kwargs
     )
 
 
@@ -34,16 +34,14 @@ def test_version_and_help(capsys):
         assert name in out
 
 
-def test_help_starts_quickly_and_imports_little():
+def test_help_imports_little():
     code = (
         "import sys; from favor_np.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('numpy', 'numba', 'matplotlib', 'tqdm') if m in sys.modules])"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 3  # about 0.05 s; a loaded machine may take longer
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -160,7 +158,7 @@ def test_a_closed_pipe_is_no_error():
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
     os.close(writer)
@@ -175,7 +173,7 @@ def test_a_full_disk_is_one_line():
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=HANG,
             check=False,
         )
     assert done.returncode == 2

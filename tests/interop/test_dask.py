@@ -569,7 +569,7 @@ def test_a_worker_that_is_killed(tmp_path):
         """The first worker to come to its third block waits there for its death."""
         import os
         import pathlib
-        import time
+        import signal
 
         here, me = pathlib.Path(folder), str(os.getpid())
         (here / f"{block_id[1]}-{me}").touch()
@@ -579,7 +579,7 @@ def test_a_worker_that_is_killed(tmp_path):
                 os.link(here / f"third.{me}", here / "victim")
             except FileExistsError:
                 return block
-            time.sleep(300)
+            signal.pause()
         return block
 
     slow = k.map_blocks(load, meta=np.empty((0, 0, 0), np.float32))
@@ -596,16 +596,16 @@ def test_a_worker_that_is_killed(tmp_path):
         held = wait_for(lambda: client.has_what()[address])
         assert result.status == "pending"
         os.kill(int(victim.read_text()), signal.SIGKILL)
-        assert np.array_equal(result.result(timeout=240), expected)
+        assert np.array_equal(result.result(timeout=child.HANG), expected)
         assert set(client.run(os.getpid).values()) != set(pids.values())
     assert held
     loads = [path.name.split("-")[0] for path in tmp_path.glob("*-*")]
     assert len(loads) > len(set(loads)) == 16  # what was lost was made again
 
 
-def wait_for(condition, seconds=240):
+def wait_for(condition):
     """Return what `condition` returns as soon as it is true."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + child.HANG
     while not (value := condition()):
         assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.02)
