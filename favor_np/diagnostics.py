@@ -90,6 +90,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
+@np.errstate(under="ignore")
 def diagnose(
     q: npt.ArrayLike,
     k: npt.ArrayLike,

@@ -60,3 +60,47 @@ print("fine")
         FAVOR_NP_NUM_THREADS="3",
     )
     assert out == "fine\n"
+
+
+def rows(std):
+    return (std * np.random.default_rng(0).standard_normal((3, 2, 200, 16))).astype(np.float32)
+
+
+def in_a_state(q, k, v, fm):
+    state = favor_np.AttentionState.zeros(fm, 16, 2, decay=0.5).update(k, v)
+    state.step(q[:, 0], k[:, 0], v[:, 0])
+    state.merge(state.copy())
+    return state.S, state.attend(q)
+
+
+def in_a_window(q, k, v, fm):
+    state = favor_np.WindowState(fm, 16, 20, 2).update(k, v)
+    state.step(q[:, 0], k[:, 0], v[:, 0])
+    return state.attend(q), favor_np.favor_attention(q, k, v, fm, causal=True, window=20)
+
+
+USES = {
+    "recommend": lambda q, k, v, fm: favor_np.recommend(q, k),
+    "calibrate": lambda q, k, v, fm: fm.calibrate(q, k),
+    "calibrate spherical": lambda q, k, v, fm: fm.calibrate(q, k, method="spherical"),
+    "diagnose": favor_np.diagnose,
+    "kernel_variance": lambda q, k, v, fm: favor_np.kernel_variance(fm, q[0], k[0]),
+    "weights": lambda q, k, v, fm: favor_np.attention_weights(q, k, fm),
+    "attention": lambda q, k, v, fm: favor_np.favor_attention(q, k, v, fm, causal=True),
+    "gradient": lambda q, k, v, fm: favor_np.favor_attention_vjp(q, k, v, fm)[1](v).projection,
+    "exact": lambda q, k, v, fm: favor_np.exact_attention_vjp(q, k, v)[1](v).k,
+    "features": lambda q, k, v, fm: (fm.query_features(q), fm.key_features(k)),
+    "state": in_a_state,
+    "window": in_a_window,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("std", [1, 20, 60])
+def test_underflow_is_no_error_whatever_numpy_was_told(use, std):
+    """Numbers too small to matter are everywhere in attention, and mean nothing."""
+    q, k, v = rows(std)
+    fm = favor_np.feature_map("positive", 16, 64)
+    with np.errstate(all="raise"):
+        use(q, k, v, fm)
+        assert set(np.geterr().values()) == {"raise"}
