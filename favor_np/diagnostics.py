@@ -90,7 +90,7 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-@np.errstate(under="ignore")
+@validation.own_error_state
 def diagnose(
     q: npt.ArrayLike,
     k: npt.ArrayLike,

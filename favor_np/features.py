@@ -204,7 +204,7 @@ class FeatureMap:
             scale = w.shape[-1] ** -0.5
         return cls(w, kind, scale, antithetic, kernel_epsilon)
 
-    @np.errstate(under="ignore")
+    @validation.own_error_state
     def calibrate(
         self, q: npt.ArrayLike, k: npt.ArrayLike, method: str = "auto", center: bool = True
     ) -> FeatureMap:

@@ -67,7 +67,7 @@ class Recommendation:
         return f"Use {self.num_features} features, calibrated: {self.reason}."
 
 
-@np.errstate(under="ignore")
+@validation.own_error_state
 def recommend(
     q: npt.ArrayLike, k: npt.ArrayLike, target_error: float = 0.1, causal: bool = False
 ) -> Recommendation:

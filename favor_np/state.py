@@ -464,7 +464,7 @@ class AttentionState:
         elif keys:
             self._advance(keys)
 
-    @np.errstate(under="ignore")
+    @validation.own_error_state
     def merge(self, other: AttentionState) -> AttentionState:
         """Add what another state has seen, in place: the fold of both sets of keys.
 

@@ -17,6 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+#: Decorates functions that compute with NumPy: whatever the caller's error state is (`np.seterr`),
+#: they see the one that NumPy begins with.
+own_error_state = np.errstate(divide="warn", over="warn", under="ignore", invalid="warn")
+
 # ----------------------------------------------------------------------------------------
 # Scalars and options
 # ----------------------------------------------------------------------------------------

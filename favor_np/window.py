@@ -82,7 +82,7 @@ def attend(
         )
 
 
-@np.errstate(under="ignore")
+@validation.own_error_state
 def _joined(a: Rows, b: Rows) -> Array:
     """Return the rows of attention to the keys of both; their own are used up."""
     highest = np.maximum(a[2], b[2])
