@@ -213,12 +213,12 @@ class AttentionState:
         c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
 
     def _real(self) -> tuple[Array, Array, Array]:
-        """Return copies of c, S and z without the kernels' padding, with the batch axes."""
+        """Return copies of c, S and z in C order, without the kernels' padding, with the batch axes."""
         c, s, z = launcher(self.place).without_padding(
             self.feature_map, self.dtype, self.value_dim, self.arrays
         )
         lead = self._slots
-        c, s, z = (x.reshape(*lead, *x.shape[1:]) for x in (c, s, z))
+        c, s, z = (np.ascontiguousarray(x).reshape(*lead, *x.shape[1:]) for x in (c, s, z))
         return c, s, z
 
     @property
@@ -465,6 +465,7 @@ class AttentionState:
         elif keys:
             self._advance(keys)
 
+    @validation.own_error_state
     def merge(self, other: AttentionState) -> AttentionState:
         """Add what another state has seen, in place: the fold of both sets of keys.
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from importlib.resources import files
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 Times = npt.NDArray[np.datetime64]
 
-BUNDLED = Path(__file__).parent / "data" / "wti-daily.csv"
+BUNDLED = files("favor_np.forecast") / "data" / "wti-daily.csv"  # in a zip file, too
 BUNDLED_NAME = "WTI crude oil, USD a barrel (bundled, US EIA)"
 
 PRICE_WORDS = {"price", "close", "closing", "last", "settle", "settlement", "value"}

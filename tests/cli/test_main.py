@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
+from child import HANG
 
 import favor_np
 from favor_np.cli import COMMANDS, main
@@ -19,7 +19,7 @@ from favor_np.kernels import bfloat16
 def program(*arguments, **kwargs):
     command = [sys.executable, "-m", "favor_np.cli", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, **kwargs
+        command, capture_output=True, text=True, timeout=HANG, check=False, **kwargs
     )
 
 
@@ -42,16 +42,14 @@ def test_the_program_alone_shows_its_help(capsys):
         assert name in captured.out
 
 
-def test_help_starts_quickly_and_imports_little():
+def test_help_imports_little():
     code = (
         "import sys; from favor_np.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('numpy', 'numba', 'matplotlib', 'tqdm') if m in sys.modules])"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 3  # about 0.05 s; a loaded machine may take longer
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -188,7 +186,7 @@ def test_an_interrupt_at_any_time_is_one_line(module, tmp_path):
     command = [sys.executable, "-c", code, "forecast", "--csv", str(out), "--features", "16"]
     if module.startswith("matplotlib"):
         command += ["--plot", str(tmp_path / "out.png")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 130
     lines = done.stderr.splitlines(keepends=True)
     assert [x for x in lines if "compiling" not in x] == ["favor-np: error: interrupted\n"]
@@ -209,7 +207,7 @@ def test_an_interrupt_removes_what_is_half_written(tmp_path):
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "favor-np: error: interrupted\n"
     assert list(tmp_path.iterdir()) == []
@@ -223,7 +221,7 @@ def test_a_closed_pipe_is_no_error():
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
     os.close(writer)
@@ -238,7 +236,7 @@ def test_a_full_disk_is_one_line():
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=HANG,
             check=False,
         )
     assert done.returncode == 2
