@@ -512,14 +512,14 @@ class AttentionState:
             launch.without_tail(*how, self.arrays)
             arrays = launch.without_tail(*how, launch.copied(arrays))
         if self.rates is not None:
-            from favor_np import plan
+            from favor_np.kernels.state import PAD
 
             before, fraction = self._raised()
             before, arrays = before + other._raised()[0], launch.raised(arrays, fraction)
             self._advance(other.tokens)
             # The sum of the integer parts may be one short of the integer part of the sum.
             short = self._raised()[0] - before
-            arrays[0][:, : -plan.PAD] -= short[:, None].astype(arrays[0].dtype)
+            arrays[0][:, : -PAD] -= short[:, None].astype(arrays[0].dtype)
         else:
             self._advance(other.tokens)
         launch.merge(self.arrays, arrays)
