@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
+from favor_np.threads import Guard
 from favor_np.validation import AttentionCall
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ class WindowState:
     ``window * (d + dv)`` numbers, and at most ``2 + 2 * sqrt(window)`` states of about
     ``M * (dv + 2)`` numbers of 4 bytes, or of 8 with float64.
 
+    Threads may share a state, as an `AttentionState`: calls are made one after the other, and an
+    interrupted `update` or `step` spoils it.
+
     Parameters
     ----------
     feature_map : FeatureMap
@@ -181,6 +185,7 @@ class WindowState:
         self._mask = np.zeros(rows, np.bool_)
         self._own = self._empty()
         self._forget()
+        self._guard = Guard("WindowState")
 
     def _empty(self) -> Any:
         from favor_np import launch
@@ -190,10 +195,9 @@ class WindowState:
 
     def _forget(self) -> None:
         #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window,
-        #: and of the last ``_whole * r`` and 0, 1, 2, ... more; made when they are needed.
+        #: and, beside their number n, of the last ``n * r`` and 0, 1, 2, ... more; made when they are needed.
         self._wholes: list[Any] = []
-        self._parts: list[Any] = []
-        self._whole = -1
+        self._parts: tuple[int, list[Any]] = (-1, [])
 
     @property
     def _begin(self) -> int:
@@ -259,19 +263,25 @@ class WindowState:
         whole, rest = divmod(seen, root)
         if not self._wholes:
             self._wholes = backwards(self._empty(), begin, root, whole)
-        if self._whole != whole:
-            self._parts = backwards(self._wholes[whole], begin - whole * root, 1, rest)
-            self._whole = whole
-        return self._parts[rest]
+        if self._parts[0] != whole:
+            start = begin - whole * root
+            self._parts = whole, backwards(self._wholes[whole], start, 1, rest)
+        return self._parts[1][rest]
 
     def _run(
-        self, q: Any, k: Any, v: Any, mask: Any, *, causal: bool, threads: int | None
-    ) -> Array:
+        self, q: Any, k: Any, v: Any, mask: Any, *, causal: bool, threads: int | None,
+        check_finite: object = False,
+    ) -> Array:  # fmt: skip
         call = validation.attention_call(
             q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
             state_shape=self.batch_shape, value_dim=self.value_dim,
         )  # fmt: skip
+        validation.finite_as(self.dtype, check_finite, q=call.q, k=call.k, v=call.v)
+        return self._guard.change(self._advance, call, spoils=call.keys > 0)
+
+    def _advance(self, call: AttentionCall) -> Array:
+        """Append tokens, if there are any, and read; what is made for reading is kept."""
         if call.keys and math.prod(self.batch_shape):
             self._append(call)
         if not math.prod(call.out_shape):
@@ -285,6 +295,7 @@ class WindowState:
         key_mask: npt.ArrayLike | None = None,
         *,
         num_threads: int | None = None,
+        check_finite: bool = False,
     ) -> WindowState:
         """Append tokens, in place.
 
@@ -298,6 +309,8 @@ class WindowState:
             True where a key takes part; others count as positions all the same.
         num_threads : int, optional
             Default: see `thread_limit`.
+        check_finite : bool, default False
+            Refuse NaN and infinity, in masked keys as well, before the state is touched.
 
         Returns
         -------
@@ -307,9 +320,14 @@ class WindowState:
         Raises
         ------
         TypeError, ValueError
-            As `favor_attention`.
+            As `favor_attention`; with `check_finite` a ValueError that names `k` or `v`.
+        RuntimeError
+            If an `update` or a `step` was interrupted, and spoiled the state.
         """
-        self._run(self._k[..., :0, :], k, v, key_mask, causal=False, threads=num_threads)
+        none = self._k[..., :0, :]
+        self._run(
+            none, k, v, key_mask, causal=False, threads=num_threads, check_finite=check_finite
+        )
         return self
 
     def attend(self, q: npt.ArrayLike, *, num_threads: int | None = None) -> Array:
@@ -331,6 +349,8 @@ class WindowState:
         ------
         TypeError, ValueError
             As `favor_attention`.
+        RuntimeError
+            If an `update` or a `step` was interrupted, and spoiled the state.
         """
         k, v = self._k[..., :0, :], self._v[..., :0, :]
         return self._run(q, k, v, None, causal=False, threads=num_threads)
@@ -342,6 +362,7 @@ class WindowState:
         v: npt.ArrayLike,
         *,
         num_threads: int | None = None,
+        check_finite: bool = False,
     ) -> Array:
         """Append one token and attend from it, in place.
 
@@ -355,6 +376,8 @@ class WindowState:
             Its value.
         num_threads : int, optional
             Default: see `thread_limit`.
+        check_finite : bool, default False
+            Refuse NaN and infinity before the state is touched.
 
         Returns
         -------
@@ -364,10 +387,12 @@ class WindowState:
         Raises
         ------
         TypeError, ValueError
-            As `favor_attention`.
+            As `favor_attention`; with `check_finite` a ValueError that names `q`, `k` or `v`.
+        RuntimeError
+            If an `update` or a `step` was interrupted, and spoiled the state.
         """
         rows, flat = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
-        out = self._run(*rows, None, causal=True, threads=num_threads)
+        out = self._run(*rows, None, causal=True, threads=num_threads, check_finite=check_finite)
         return out[..., 0, :] if flat else out
 
     def copy(self) -> WindowState:
@@ -380,7 +405,6 @@ class WindowState:
         """
         new = WindowState.__new__(WindowState)
         new.__setstate__(self.__getstate__())
-        new._k, new._v, new._mask = self._k.copy(), self._v.copy(), self._mask.copy()
         return new
 
     __copy__ = copy
@@ -390,12 +414,16 @@ class WindowState:
         return self.copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what any machine can lay out anew."""
+        """Return what any machine can lay out anew; copies of what changes."""
+        return self._guard.read(self._kept)
+
+    def _kept(self) -> dict[str, Any]:
         from favor_np import launch
 
         raw = launch.without_padding(self.feature_map, self.dtype, self.value_dim, self._own)
-        kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_whole")}
-        return kept | {"_own": raw}
+        kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
+        rows = {name: kept[name].copy() for name in ("_k", "_v", "_mask")}
+        return kept | rows | {"_own": raw}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""
@@ -404,6 +432,7 @@ class WindowState:
         vars(self).update(kept)
         self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, self._own)
         self._forget()
+        self._guard = Guard("WindowState")
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
