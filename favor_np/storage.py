@@ -8,6 +8,7 @@ sizes of entries are those of the bytes that are there, and shapes are checked b
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -29,6 +30,8 @@ Array: TypeAlias = npt.NDArray[Any]
 FORMAT = "favor_np.AttentionState"
 #: Raised when an older reader could no longer understand what is written: 2 has calibrated maps.
 VERSION = 2
+#: The largest that numbers can be: -log2 of the smallest decay; tokens, so that the sum of two fits.
+RATE, LONGEST = 1074.0, 2**62
 ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
 
 
@@ -58,7 +61,10 @@ def path_of(name: str, value: str | os.PathLike[str]) -> Path:
 
 
 def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | None = None) -> None:
-    """Write a state, and `extra` for whoever reads it (anything JSON can hold), atomically."""
+    """Write a state, and `extra` for whoever reads it (anything JSON can hold), atomically.
+
+    A file that is replaced leaves its mode to the new one and, where that is allowed, its owner.
+    """
     fm = parts.feature_map
     header = {
         "format": FORMAT,
@@ -92,9 +98,15 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     target = path_of("path", path).resolve()  # what a link points to, not the link
     if target.exists() and not target.is_file():
         raise ValueError(f"path must be a regular file, got {os.fspath(path)!r}")
+    before = target.stat() if target.exists() else None
     temporary = target.with_name(f".favor_np-{secrets.token_hex(8)}.tmp")
+    mode = 0o666 if before is None else before.st_mode & 0o777
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
+            if before is not None and os.name == "posix":
+                with contextlib.suppress(OSError):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), mode)
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -168,8 +180,13 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
     z = _array(file, "z", f"<f{size}", shape=features)
     rates = _array(file, "rates", "<f8", shape=(math.prod(slots),))
     lengths = _array(file, "lengths", "<i8", shape=(math.prod(slots),))
-    if not (np.isfinite(rates) & (rates >= 0)).all() or (lengths < 0).any():
-        raise ValueError("rates and lengths must be finite and not negative")
+    if not ((rates >= 0) & (rates <= RATE)).all():
+        raise ValueError(f"rates must be those of a decay in (0, 1], from 0 to {RATE}")
+    if not ((lengths >= 0) & (lengths <= LONGEST)).all():
+        raise ValueError(f"lengths must be from 0 to {LONGEST}")
+    exponent = 2 ** (8 * size - 2)  # so that differences fit
+    if not ((c >= -exponent) & (c <= exponent)).all():
+        raise ValueError(f"c must be from {-exponent} to {exponent}")
     parts = (c, s, z, sequences, rates if rates.any() else None, lengths)
     return Parts(fm, value_dim, batch, dtype.str, *parts), {**header["extra"]}
 

@@ -82,8 +82,8 @@ def stream_attention(
         As `favor_attention`; if `chunk_size` is not a positive integer; if `out` does not fit,
         is read-only or overlaps an input.
     ValueError
-        If `checkpoint` is damaged or belongs to a call with other shapes, dtypes, map, `causal`
-        or `chunk_size`, or an array no longer holds the last chunk that was done before.
+        If `checkpoint` is damaged, or was not written by this call (one with the same shapes, dtypes,
+        map, `causal` and `chunk_size`), or an array no longer holds the last chunk that was done before.
     OSError
         If an array or the checkpoint cannot be read or written.
     ImportError
@@ -143,22 +143,26 @@ def stream_attention(
                 arrays |= {"k": k, "v": v}
         return slice(start, min(start + size, length)), arrays
 
+    steps = folds + -(-queries // size)
     kept, done = None, 0
     if checkpoint is not None:
         kept = _Checkpoint(
             storage.path_of("checkpoint", checkpoint), _identity(call, feature_map, size)
         )
-        found = kept.load()
+        found = kept.load(steps)
         if found is None:
             kept.save(state, 0, {})  # if it cannot be written, then now
         else:
-            state, done, digests = found
+            after, done, digests = found
+            kept.check_state(after, state, min(done * size, queries if call.causal else keys))
+            if done:
+                state = after
             if done and digests != _digests(*part(done - 1)):
                 kept.refuse("q, k, v or out no longer hold what they held when it was written")
     written = time.monotonic()
     before = sum(_length(part(step)[0]) for step in range(done))
     with bar(initial=before, total=keys + queries) as shown:
-        for step in range(done, folds + -(-queries // size)):
+        for step in range(done, steps):
             rows, arrays = part(step)
             chunk = {name: a[..., rows, :] for name, a in arrays.items() if name != "out"}
             if step < folds:
@@ -299,8 +303,8 @@ class _Checkpoint:
         extra = {"stream_attention": self.identity, "done": done, "digests": digests}
         storage.write(self.path, storage.Parts(*state.__reduce__()[1]), extra)
 
-    def load(self) -> tuple[AttentionState, int, dict[str, str]] | None:
-        """Return what was saved, None if nothing was; ValueError if by another call."""
+    def load(self, steps: int) -> tuple[AttentionState, int, dict[str, str]] | None:
+        """Return what was saved, None if nothing was; ValueError if by another call, of other `steps`."""
         try:
             parts, extra = storage.read(self.path)
         except FileNotFoundError:
@@ -311,7 +315,25 @@ class _Checkpoint:
         for name, value in self.identity.items():
             if found.get(name) != value:
                 self.refuse(f"its {name} is {found.get(name)}, got {value}")
-        return _restore(*parts), extra["done"], extra["digests"]
+        done, digests = extra.get("done"), extra.get("digests")
+        if type(done) is not int or not 0 <= done <= steps:
+            self.refuse(f"it must have done 0 to {steps} steps, got {done!r}")
+        if not isinstance(digests, dict):
+            self.refuse("it has no digests")
+        return _restore(*parts), done, digests
+
+    def check_state(self, found: AttentionState, new: AttentionState, tokens: int) -> None:
+        """Refuse a state that is not of the kind of `new`, or has not seen so many tokens."""
+        if found.feature_map != new.feature_map:
+            self.refuse("its state has another feature map")
+        mine, its = (
+            (s.batch_shape, s.value_dim, s.dtype.name, s.sequences, s.rates is None)
+            for s in (new, found)
+        )
+        if its != mine:
+            self.refuse("its state is not one of this call")
+        if not (found.lengths == tokens).all():
+            self.refuse(f"its state must have seen {tokens} tokens")
 
     def refuse(self, reason: str) -> NoReturn:
         """Say why the file cannot be continued from."""
