@@ -9,7 +9,6 @@ keeps a state that grows, and states of the ends of the segment before.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,8 +27,8 @@ Array: TypeAlias = npt.NDArray[Any]
 #: Rows of a result, and their denominators w * 2**top.
 Rows: TypeAlias = tuple[Array, Array, Array]
 
-#: Positions whose rows are turned round at a time: as much extra memory.
-WAVE = 32_768
+#: Positions that are computed at a time, or one segment: as much extra memory.
+WAVE = 16_384
 
 
 def attend(
@@ -40,19 +39,15 @@ def attend(
     offsets: Array | None,
     rates: Array | None,
 ) -> None:
-    """Write causal attention to the last `window` positions to the C-ordered `out`."""
+    """Write causal attention to the last `window` positions to the C-ordered `out`, in pieces."""
     from favor_np import launch
 
-    def run(out: Array, offsets: Array, order: tuple[Array, Array] | None = None) -> Rows:
-        """Attend causally within `offsets`; with an `order` of queries and keys, backwards."""
-        q, k, v, mask = call.q, call.k, call.v, call.mask
+    def run(q: Array, k: Array, v: Array, mask: Array | None, offsets: Array, back: bool) -> Rows:
+        """Attend causally within `offsets`, whose rows are turned round or not."""
+        out = np.empty((*call.out_shape[:-2], q.shape[-2], call.out_shape[-1]), call.compute)
         clock = launch.clock(rates, offsets)
-        if order is not None:
-            queries, keys = order
-            q, k, v = q.take(queries, -2), k.take(keys, -2), v.take(keys, -2)
-            mask = None if mask is None else mask.take(keys, -1)
-            if clock is not None:  # by the distance to the beginning of the queries' segment
-                clock = launch.Clock(-clock.rate, -clock.rate)
+        if back and clock is not None:  # by the distance to the beginning of the queries' segment
+            clock = launch.Clock(-clock.rate, -clock.rate)
         w, top = launch.new_weights(out)
         launch.attend(
             feature_map, q, k, v, mask, out,
@@ -61,26 +56,35 @@ def attend(
         )  # fmt: skip
         return out, w, top
 
+    def taken(queries: Any, keys: Any) -> tuple[Array, Array, Array, Array | None]:
+        q, k, v = call.q[..., queries, :], call.k[..., keys, :], call.v[..., keys, :]
+        return q, k, v, None if call.mask is None else call.mask[..., keys]
+
     if offsets is None:
         offsets = np.array([0, call.keys])
-    starts = [np.arange(a, b, window) for a, b in itertools.pairwise(offsets)]
-    _, w, top = run(out, np.concatenate([*starts, offsets[-1:]]))
-    later = np.concatenate([start[1:] for start in starts])  # those with a segment before them
-    ends = np.minimum(later + window, offsets[np.searchsorted(offsets, later, side="right")])
-    step, back = max(1, WAVE // window), np.arange(window - 1, 0, -1)
-    for first in range(0, len(later) if window > 1 else 0, step):
-        begin, end = later[first : first + step, None], ends[first : first + step, None]
-        keys, queries = begin - window + back, begin + back - 1
-        real = (queries < end).ravel()
-        rows = np.minimum(queries, end - 1).ravel()
-        other = np.empty((*out.shape[:-2], rows.size, out.shape[-1]), out.dtype)
-        packs = np.arange(len(begin) + 1) * (window - 1)
-        _, w_other, top_other = run(other, packs, (rows, keys.ravel()))
-        rows = rows[real]
-        out[..., rows, :] = _joined(
-            (out.take(rows, -2), w.take(rows, -1), top.take(rows, -1)),
-            (other.compress(real, -2), w_other.compress(real, -1), top_other.compress(real, -1)),
-        )
+    firsts = np.cumsum([0, *-(-np.diff(offsets) // window)])  # segments before each sequence
+    step, back = max(1, WAVE // max(window, 8)), np.arange(window - 1, 0, -1)
+    for first in range(0, firsts[-1], step):
+        segment = np.arange(first, min(first + step, firsts[-1]))
+        owner = np.searchsorted(firsts, segment, side="right") - 1
+        begin = offsets[owner] + (segment - firsts[owner]) * window
+        end = np.minimum(begin + window, offsets[owner + 1])
+        piece = slice(begin[0], end[-1])
+        rows, w, top = run(*taken(piece, piece), np.append(begin, end[-1]) - begin[0], False)
+        later = (segment > firsts[owner]) & (window > 1)  # those with a segment before them
+        if later.any():
+            begin, end = begin[later, None], end[later, None]
+            queries, keys = begin + back - 1, begin - window + back
+            real = (queries < end).ravel()
+            packs = np.arange(len(begin) + 1) * (window - 1)
+            turned = taken(np.minimum(queries, end - 1).ravel(), keys.ravel())
+            others = run(*turned, packs, True)
+            at = queries.ravel()[real] - piece.start
+            rows[..., at, :] = _joined(
+                (rows[..., at, :], w[..., at], top[..., at]),
+                (others[0][..., real, :], others[1][..., real], others[2][..., real]),
+            )
+        out[..., piece, :] = rows
 
 
 def _joined(a: Rows, b: Rows) -> Array:
