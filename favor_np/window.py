@@ -56,9 +56,9 @@ def attend(
         )  # fmt: skip
         return out, w, top
 
-    def taken(queries: Any, keys: Any) -> tuple[Array, Array, Array, Array | None]:
-        q, k, v = call.q[..., queries, :], call.k[..., keys, :], call.v[..., keys, :]
-        return q, k, v, None if call.mask is None else call.mask[..., keys]
+    def turned(queries: Array, keys: Array) -> tuple[Array, Array, Array, Array | None]:
+        q, k, v = call.q.take(queries, -2), call.k.take(keys, -2), call.v.take(keys, -2)
+        return q, k, v, None if call.mask is None else call.mask.take(keys, -1)
 
     if offsets is None:
         offsets = np.array([0, call.keys])
@@ -70,19 +70,26 @@ def attend(
         begin = offsets[owner] + (segment - firsts[owner]) * window
         end = np.minimum(begin + window, offsets[owner + 1])
         piece = slice(begin[0], end[-1])
-        rows, w, top = run(*taken(piece, piece), np.append(begin, end[-1]) - begin[0], False)
+        q, k, v = (x[..., piece, :] for x in (call.q, call.k, call.v))
+        mask = None if call.mask is None else call.mask[..., piece]
+        rows, w, top = run(q, k, v, mask, np.append(begin, end[-1]) - begin[0], False)
         later = (segment > firsts[owner]) & (window > 1)  # those with a segment before them
         if later.any():
             begin, end = begin[later, None], end[later, None]
             queries, keys = begin + back - 1, begin - window + back
             real = (queries < end).ravel()
             packs = np.arange(len(begin) + 1) * (window - 1)
-            turned = taken(np.minimum(queries, end - 1).ravel(), keys.ravel())
-            others = run(*turned, packs, True)
+            other, other_w, other_top = run(
+                *turned(np.minimum(queries, end - 1).ravel(), keys.ravel()), packs, True
+            )
             at = queries.ravel()[real] - piece.start
             rows[..., at, :] = _joined(
-                (rows[..., at, :], w[..., at], top[..., at]),
-                (others[0][..., real, :], others[1][..., real], others[2][..., real]),
+                (rows.take(at, -2), w.take(at, -1), top.take(at, -1)),
+                (
+                    other.compress(real, -2),
+                    other_w.compress(real, -1),
+                    other_top.compress(real, -1),
+                ),
             )
         out[..., piece, :] = rows
 

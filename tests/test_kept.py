@@ -1,5 +1,6 @@
 """What is kept between calls: tables and workspaces of so many bytes, whatever comes."""
 
+import functools
 import sys
 import threading
 import weakref
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from child import python
 
-from favor_np import AttentionState, feature_map, plan
+from favor_np import AttentionState, favor_attention, feature_map, plan
+from favor_np.measure import peak_memory
 
 
 def table(made):
@@ -150,3 +152,19 @@ def test_a_spare_workspace_is_used_again():
     after = [array for arrays in plan._spare.kept.values() for array in arrays]
     assert {id(array) for array in before} == {id(array) for array in after}
     assert before
+
+
+def test_memory_of_a_window_does_not_grow_with_the_sequence():
+    """Neither with its positions nor with its segments."""
+    fm = feature_map("positive", 2, 4)
+    for window in (1, 8, 64, 1000):
+        peaks = []
+        for length in (50_000, 400_000):
+            x = np.ones((4, length, 2), np.float32)
+            out = np.empty_like(x)
+            call = functools.partial(
+                favor_attention, x, x, x, fm, causal=True, window=window, out=out
+            )
+            call()
+            peaks.append(peak_memory(call))
+        assert abs(peaks[1] - peaks[0]) < 2**20, window

@@ -305,3 +305,23 @@ def test_grouped_heads_and_heads_of_their_own(options):
     assert naive.relative_error(whole, oracle) < 1e-14
     mine = state.attend(q[:, ::3])
     assert naive.relative_error(mine, oracle[:, ::3]) < 1e-14
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999999, 1e-300])
+def test_a_decay_is_that_of_a_state_within_rounding_only(decay):
+    """A state tells its decay; what differs from that by more than rounding is another decay."""
+    fm, (q, k, v) = FeatureMap.from_projection(draw(17, 6)), inputs(20)
+    state = AttentionState.zeros(fm, 5, decay=decay, dtype=np.float64).update(k, v)
+    other = AttentionState.zeros(fm, 5, decay=float(state.decay), dtype=np.float64)
+    state.copy().merge(other)
+    favor_attention(q, k, v, fm, causal=True, state=state, decay=state.decay)
+    rate = -np.log2(decay)
+    for off in (1e-12, -1e-12):
+        near = 2.0 ** -(rate * (1 + off) + off)
+        if near == decay:
+            continue
+        near_state = AttentionState.zeros(fm, 5, decay=near, dtype=np.float64)
+        with pytest.raises(ValueError, match="other must have decay"):
+            state.merge(near_state)
+        with pytest.raises(ValueError, match="decay must be that of the state"):
+            favor_attention(q, k, v, fm, causal=True, state=state, decay=near)
