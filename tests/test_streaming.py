@@ -469,6 +469,46 @@ def test_killed_and_resumed(tmp_path, causal):
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@each_order
+def test_interrupted_again_and_again(tmp_path, causal):
+    """By Ctrl-C at any moment, in the midst of writing a checkpoint too: the bytes are the same."""
+    python(
+        f"""
+        import os, signal
+        import numpy as np
+        from favor_np import feature_map, stream_attention, streaming, threads
+        streaming.CHECKPOINT_SECONDS = 0.0
+        fm = feature_map("positive", dim=8, num_features=64)
+        q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6000, 8), np.float32)
+        whole, out = np.zeros_like(q), np.zeros_like(q)
+
+        def run(out, path):
+            stream_attention(q, k, v, fm, out, causal={causal}, chunk_size=100, checkpoint=path)
+
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
+
+        run(whole, "whole")
+        signal.signal(signal.SIGALRM, interrupt)
+        interrupts = 0
+        while True:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.011 + 0.0037 * (interrupts % 7 + interrupts // 7))
+                run(out, "checkpoint")
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts > 3, interrupts
+        assert np.array_equal(out, whole)
+        assert threads.POOL._active == 0
+        assert not os.path.exists("checkpoint")
+        """,
+        cwd=tmp_path,
+    )
+
+
 # -- Memory, progress -----------------------------------------------------------------------------
 
 
