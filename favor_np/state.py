@@ -498,9 +498,12 @@ class AttentionState:
                 self.feature_map, call.q, call.k, call.v, call.mask, out,
                 dtype=self.dtype, causal=call.causal, grouped=False, state=self.arrays,
                 state_shape=self.batch_shape, threads=call.threads, offsets=offsets,
-                clock=self._clock,
+                clock=None if self.rates is None else self._clock,
             )  # fmt: skip
-        self._count(keys, offsets)
+        if keys and offsets is None and self.rates is None:  # a token: sooner than by `_count`
+            self.tokens = self.tokens + keys
+        else:
+            self._count(keys, offsets)
         return out
 
     def _fold_copy(self, given: tuple[Any, Array | None, Place | None]) -> Any:

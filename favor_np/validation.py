@@ -310,7 +310,10 @@ def token(
     """Return one token (..., d) or (..., 1, d) as rows, and whether it was given without their axis."""
     q = tensor("q", q, 1)
     if q.ndim == len(batch) + 1:
-        k, v = tensor("k", k, 1), tensor("v", v, 1)
+        if type(k) is not np.ndarray or k.ndim == 0:  # what is an array is checked as rows
+            k = tensor("k", k, 1)
+        if type(v) is not np.ndarray or v.ndim == 0:
+            v = tensor("v", v, 1)
         return (q[..., None, :], k[..., None, :], v[..., None, :]), True
     if q.ndim != len(batch) + 2 or q.shape[-2] != 1:
         raise ValueError(f"q must be one token, of shape {(*batch, dim)}, got shape {q.shape}")
@@ -478,7 +481,9 @@ def attention_call(
 
     `dim` and `heads` are those of a feature map, `state_shape` and `value_dim` those of a state.
     """
-    is_causal, is_grouped = flag("causal", causal), flag("enable_gqa", grouped)
+    # A step is short: what is True or False need not be checked by a call.
+    is_causal = causal is True or (causal is not False and flag("causal", causal))
+    is_grouped = grouped is not False and flag("enable_gqa", grouped)
     q, k, v = tensor("q", q), tensor("k", k), tensor("v", v)
     mask = None if key_mask is None else mask_of(key_mask, k.shape[-2])
     state, out_shape = call_shapes(
