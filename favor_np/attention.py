@@ -221,6 +221,7 @@ class Prepared:
         """
         call = self.arrays
         following = self._following() if self.keeps else None
+        clock = self.clock if following is None or self.state is None else following._clock
         if target.size == 0 and (following is None or call.keys == 0):
             pass
         elif call.keys == 0 and self.state is None and self.place is None:
@@ -235,7 +236,7 @@ class Prepared:
                 dtype=call.compute, causal=call.causal, grouped=call.grouped,
                 state=None if following is None else following.arrays,
                 state_shape=None if following is None else following.batch_shape,
-                threads=call.threads, offsets=self.offsets, clock=self.clock, weights=weights,
+                threads=call.threads, offsets=self.offsets, clock=clock, weights=weights,
                 fast=self.fast,
             )  # fmt: skip
         if following is not None:
@@ -259,7 +260,8 @@ class Prepared:
     def _following(self) -> AttentionState:
         """Return the state that the keys are folded into."""
         if self.state is not None:
-            return self.state.copy()
+            following = self.state.copy()
+            return following if self.arrays.keys else following._without_tail()
         call = self.arrays
         sequences = None if self.offsets is None else len(self.offsets) - 1
         following = AttentionState._zeros(

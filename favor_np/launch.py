@@ -237,7 +237,7 @@ def attend(
         folds, reads = plan.segments(wave)
         call.fold(constants, folds, totals)
         call.run(constants, reads, totals)
-        if state is not None:
+        if state is not None and k.shape[-2]:
             for array, total in zip(state, totals, strict=True):
                 array[slots] = total
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from favor_np.kernels.state import PAD, TAIL
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Largest |log2-feature| kept, by itemsize: longer queries and keys are shortened to it.  The
 #: activations round by adding a large number, so it stays well below 2**22 and 2**51.
@@ -77,15 +79,18 @@ def aligned(shape: Shape, dtype: npt.DTypeLike) -> Array:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def state_shapes(count: int, features: int, columns: int) -> tuple[Shape, Shape, Shape]:
+    """Return the shapes of (c, S, z) for so many slots: see ``kernels.state``."""
+    rows = 2 * features + TAIL
+    return (count, features + PAD), (count, rows, columns), (count, (2 + TAIL) * features)
+
+
 def state_arrays(
     count: int, features: int, columns: int, dtype: np.dtype[Any]
 ) -> tuple[Array, ...]:
-    """Return zeros for the slots of (c, S, z): see ``kernels.state``."""
-    return (
-        aligned((count, features + PAD), integer_of(dtype)),
-        aligned((count, 2 * features + TAIL, columns), dtype),
-        aligned((count, (2 + TAIL) * features), dtype),
-    )
+    """Return zeros for so many slots."""
+    c, s, z = state_shapes(count, features, columns)
+    return aligned(c, integer_of(dtype)), aligned(s, dtype), aligned(z, dtype)
 
 
 def tail(of: Layout, s: Array, z: Array) -> tuple[Array, Array]:
@@ -110,6 +115,12 @@ class Workspace:
     ints: int
     state: tuple[int, int] | None  # features and columns, if each thread has one
 
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of one thread."""
+        shapes = () if self.state is None else state_shapes(1, *self.state)
+        return (self.floats + self.ints + sum(map(math.prod, shapes))) * self.dtype.itemsize
+
     def make(self, threads: int) -> tuple[Array, ...]:
         """Return the arrays: (c, S, z) if there is a state, floats and integers; a row a thread."""
         whole = integer_of(self.dtype)
@@ -118,6 +129,53 @@ class Workspace:
             state = state_arrays(threads, *self.state, self.dtype)
         floats = aligned((threads, self.floats), self.dtype)
         return *state, floats, aligned((threads, self.ints), whole)
+
+
+#: Bytes of the tables that one function keeps, if it made them of late: half of them of calls before.
+KEPT = 32 << 20
+#: Bytes of the workspaces that a Python thread keeps.
+SPARE = 128 << 20
+
+
+def kept(count: int, size: Callable[[Any], int]) -> Callable[[F], F]:
+    """Keep results as `functools.lru_cache` does, the last `count` or more of them, up to KEPT bytes.
+
+    What was used lies in one table and, when that is full, in another one, which goes when the first is
+    full again.  So there is no order to maintain, and no lock: a thread or a signal handler that comes
+    between makes a result once more, at worst.
+    """
+
+    def decorate(function: F) -> F:
+        recent: dict[Any, Any] = {}
+        older: dict[Any, Any] = {}
+        held = 0
+
+        @functools.wraps(function)
+        def look_up(*key: Any) -> Any:
+            nonlocal recent, older, held
+            try:
+                return recent[key]
+            except KeyError:
+                pass
+            found = older.get(key)
+            if found is None:
+                found = function(*key)
+            more = size(found)
+            if more <= KEPT // 2:
+                if held + more > KEPT // 2 or len(recent) >= count:
+                    recent, older, held = {}, recent, 0
+                recent[key] = found
+                held += more
+            return found
+
+        def clear() -> None:
+            nonlocal recent, older, held
+            recent, older, held = {}, {}, 0
+
+        look_up.cache_clear = clear  # type: ignore[attr-defined]
+        return look_up  # type: ignore[return-value]
+
+    return decorate
 
 
 @functools.lru_cache(maxsize=256)
@@ -460,13 +518,20 @@ def borrow(of: Workspace, threads: int) -> tuple[Array, ...]:
 
 
 def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...]) -> None:
-    """Keep arrays for the next call of this Python thread; the oldest of five go."""
+    """Keep arrays for the next call of this Python thread; the oldest of five go, or of too many bytes."""
     kept = _spare.kept
     kept[of, threads] = arrays
+    if len(kept) <= 4 and of.nbytes * threads <= SPARE // 4:
+        return
     # A signal handler may have called since, or call now: no iterator may be open.
-    if len(kept) > 4:
-        for oldest in list(kept)[:-4]:
-            kept.pop(oldest, None)
+    held = list(kept)
+    total = sum(space.nbytes * count for space, count in held)
+    for oldest in held:
+        if len(held) <= 4 and total <= SPARE:
+            break
+        held = held[1:]
+        total -= oldest[0].nbytes * oldest[1]
+        kept.pop(oldest, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -482,6 +547,11 @@ class Jobs:
     q_rows: Array
     out_rows: Array
     clocks: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in vars(self).values())
 
     def skip_keys(self, start: Any) -> None:
         """Let every job begin at its key number `start`, in place."""
@@ -512,7 +582,7 @@ def jobs_without_rows(slots: int, rows: int) -> Jobs:
     return Jobs(table, nothing, nothing, _NO_CLOCKS)
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256, lambda of: of.nbytes)
 def jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
     grouped: bool, q_length: int, k_length: int, blocks: int, rows: int,
@@ -568,7 +638,7 @@ class Schedule(NamedTuple):
     work: int  # multiply-adds of a job's projections
 
 
-@functools.lru_cache(maxsize=64)
+@kept(64, lambda of: of.jobs.nbytes)
 def schedule(
     feature_map: FeatureMap, dtype: np.dtype[Any], q: Shape, k: Shape, v: Shape,
     mask: Shape | None, causal: bool, grouped: bool, state: Shape | None, group: int | None = None,
@@ -675,7 +745,7 @@ def relay(of: Layout, length: int, threads: int) -> Relay:
     return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states, rows)
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256, lambda table: table.nbytes)
 def exact_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> Array:
@@ -715,7 +785,7 @@ class GradientJobs(NamedTuple):
     rows: int
 
 
-@functools.lru_cache(maxsize=256)
+@kept(256, lambda of: of.table.nbytes + of.q_rows.nbytes + of.out_rows.nbytes + of.dq_rows.nbytes)
 def exact_vjp_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> GradientJobs:

@@ -12,11 +12,16 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
+from favor_np.threads import Guard
 
 if TYPE_CHECKING:
     from favor_np.cuda.arrays import Place
 
 Array: TypeAlias = npt.NDArray[Any]
+
+#: Keys from which on an update works on a copy, which then costs nothing beside: an interrupted one
+#: leaves the state as it was.
+LONG = 1024
 
 
 class AttentionState:
@@ -26,6 +31,11 @@ class AttentionState:
     factor ``1 / sqrt(M)``, which cancels; with decay key j of n, from 0, counts ``decay**(n - j)``
     times.  Its size does not depend on how much was folded.  Make one with `zeros`, or with
     ``favor_attention(..., return_state=True)``.
+
+    Threads may share a state: calls that change it (`update`, `step`, `merge`) are made one after the
+    other, and what reads or copies it finds it as it is between two of them.  Whoever interrupts a
+    call that changes it finds it as it was or, from then on, a RuntimeError that says that it is
+    spoiled; so does a signal handler that uses a state in the midst of such a call.
 
     Attributes
     ----------
@@ -41,8 +51,8 @@ class AttentionState:
         Number of packed sequences, each with a state of its own.
     decay : ndarray of float64, shape `batch_shape`, or None
         What the weight of a key is multiplied with at every later token.
-    lengths : ndarray of int
-        Tokens folded, masked ones included: one entry a batch and head, and packed sequence, flat.
+    lengths : ndarray of int, shape `batch_shape`, for packed sequences (*batch_shape, sequences)
+        Tokens folded, masked ones included.
     c : ndarray of int, shape (..., M)
         Exponents of two; far below any exponent met in practice where nothing was folded.
     S : ndarray, shape (..., M, dv)
@@ -85,6 +95,7 @@ class AttentionState:
         self.tokens = tokens
         #: The CUDA device that the arrays lie on; None: in main memory.
         self.place = place
+        self._guard = Guard("AttentionState")
 
     @classmethod
     def zeros(
@@ -166,7 +177,10 @@ class AttentionState:
 
     @property
     def lengths(self) -> Array:
-        """Tokens folded, masked ones included; a copy."""
+        """Tokens folded, masked ones included, in the shape of the batch; a copy."""
+        return self._guard.read(self._lengths).reshape(self._slots)
+
+    def _lengths(self) -> Array:
         return np.full(len(self.arrays[0]), self.tokens, np.int64)
 
     @property
@@ -239,17 +253,17 @@ class AttentionState:
     @property
     def c(self) -> Array:
         """Exponents of two, integers of shape (..., M); a copy."""
-        return self._real()[0]
+        return self._guard.read(self._real)[0]
 
     @property
     def S(self) -> Array:
         """Values weighted by features over 2**c, shape (..., M, dv); a copy."""
-        return self._now(self._real()[1])
+        return self._guard.read(lambda: self._now(self._real()[1]))
 
     @property
     def z(self) -> Array:
         """Sums of features over 2**c, shape (..., M); a copy."""
-        return self._now(self._real()[2])
+        return self._guard.read(lambda: self._now(self._real()[2]))
 
     def same_map(self, feature_map: FeatureMap) -> None:
         """Refuse another feature map than the state's own."""
@@ -267,6 +281,7 @@ class AttentionState:
         *,
         cu_seqlens: npt.ArrayLike | None = None,
         num_threads: int | None = None,
+        check_finite: bool = False,
     ) -> AttentionState:
         """Fold keys and values into the state, in place.
 
@@ -282,6 +297,9 @@ class AttentionState:
             Where the rows of each packed sequence begin; for states with `sequences`.
         num_threads : int, optional
             Default: see `thread_limit`.
+        check_finite : bool, default False
+            Refuse NaN and infinity, in masked keys as well, before the state is touched: one such
+            key stays in it for ever.  For the CPU only.
 
         Returns
         -------
@@ -291,9 +309,21 @@ class AttentionState:
         Raises
         ------
         TypeError, ValueError
-            As `favor_attention`.
+            As `favor_attention`; with `check_finite` a ValueError that names `k` or `v`.
+        RuntimeError
+            If a call that changed the state was interrupted, and spoiled it.
         """
-        self._run(None, k, v, key_mask, cu_seqlens, causal=False, threads=num_threads)
+        validation.given(k=k, v=v)
+        self._run(
+            None,
+            k,
+            v,
+            key_mask,
+            cu_seqlens,
+            causal=False,
+            threads=num_threads,
+            check_finite=check_finite,
+        )
         return self
 
     def attend(
@@ -323,7 +353,10 @@ class AttentionState:
         ------
         TypeError, ValueError
             As `favor_attention`.
+        RuntimeError
+            If a call that changed the state was interrupted, and spoiled it.
         """
+        validation.given(q=q)
         return self._run(q, None, None, None, cu_seqlens, causal=False, threads=num_threads)
 
     def step(
@@ -333,6 +366,7 @@ class AttentionState:
         v: npt.ArrayLike,
         *,
         num_threads: int | None = None,
+        check_finite: bool = False,
     ) -> Array:
         """Append one token and attend from it, in place: O(M (d + dv)), whatever came before.
 
@@ -347,6 +381,9 @@ class AttentionState:
             Its value.
         num_threads : int, optional
             Default: see `thread_limit`.
+        check_finite : bool, default False
+            Refuse NaN and infinity before the state is touched: one such key stays in it for ever.
+            For the CPU only.
 
         Returns
         -------
@@ -356,13 +393,17 @@ class AttentionState:
         Raises
         ------
         TypeError, ValueError
-            As `favor_attention`.
+            As `favor_attention`; with `check_finite` a ValueError that names `q`, `k` or `v`.
+        RuntimeError
+            If a call that changed the state was interrupted, and spoiled it.
         """
         if self.place is not None:
-            return self._step_there(q, k, v)
+            return self._step_there(q, k, v, check_finite)
         if self.sequences is None:
             rows, flat = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
-            out = self._run(*rows, None, None, causal=True, threads=num_threads)
+            out = self._run(
+                *rows, None, None, causal=True, threads=num_threads, check_finite=check_finite
+            )
             return out[..., 0, :] if flat else out
         q, k, v = (validation.tensor(n, a, 1) for n, a in (("q", q), ("k", k), ("v", v)))
         if q.ndim < 2 or q.shape[-2] != self.sequences:
@@ -370,18 +411,22 @@ class AttentionState:
                 f"q must be one token of each of the {self.sequences} sequences, got shape {q.shape}"
             )
         ends = np.arange(self.sequences + 1)
-        return self._run(q, k, v, None, ends, causal=True, threads=num_threads)
+        return self._run(
+            q, k, v, None, ends, causal=True, threads=num_threads, check_finite=check_finite
+        )
 
-    def _step_there(self, *token: Any) -> Array:
+    def _step_there(self, q: Any, k: Any, v: Any, check_finite: object) -> Array:
         """Append one token on a device."""
-        where, arrays = self._taken(**dict(zip("qkv", token, strict=True)))
+        where, arrays = self._taken(q=q, k=k, v=v)
         lead, ends = arrays[0].shape[:-1], None
         if self.sequences is not None:
             ends = np.arange(self.sequences + 1)
         elif len(lead) == len(self.batch_shape):
             arrays = [x.reshape(*x.shape[:-1], 1, x.shape[-1]) for x in arrays]
         q, k, v = arrays
-        out: Array = self._run(q, k, v, None, ends, causal=True, threads=None, where=where)
+        out: Array = self._run(
+            q, k, v, None, ends, causal=True, threads=None, check_finite=check_finite, where=where
+        )
         return out.reshape(*lead, self.value_dim)
 
     def _fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
@@ -403,7 +448,7 @@ class AttentionState:
 
     def _run(
         self, q: Any, k: Any, v: Any, mask: Any, cu_seqlens: Any, *, causal: bool,
-        threads: int | None, where: Place | None = None,
+        threads: int | None, check_finite: object = False, where: Place | None = None,
     ) -> Array:  # fmt: skip
         """Fold keys and read with queries, None being none of them."""
         if self.place is not None and where is None:
@@ -430,17 +475,53 @@ class AttentionState:
             self._fits(offsets)
         if self.rates is not None:
             validation.decay_span(self.rates, call.keys)
-        launch = launcher(where)
+        if check_finite is not False:
+            if where is not None:
+                where.refuse(check_finite=check_finite)
+            validation.finite_as(self.dtype, check_finite, q=call.q, k=call.k, v=call.v)
+        out: Array
+        keys, given = call.k.shape[-2], (call, offsets, where)
+        if 0 < keys < LONG:
+            out = self._guard.change(self._attend, given)
+        elif keys:
+            out = self._guard.change(self._fold_copy, given, spoils=False)
+        else:
+            if self._has_tail():
+                self._guard.change(lambda state: state._without_tail(), self)
+            out = self._guard.read(self._attend, given, shared=True)
+        if where is not None:
+            out = where.give(out, call.result)
+        return out
+
+    def _attend(self, given: tuple[Any, Array | None, Place | None]) -> Any:
+        """Fold and read what was checked."""
+        call, offsets, where = given
+        keys, launch = call.k.shape[-2], _launch() if where is None else where.launch
         out = np.zeros(call.out_shape, self.dtype) if where is None else where.room(call)
-        if len(self.arrays[0]) and (out.size or call.keys):
+        arrays = self.arrays
+        if (
+            not keys and self._has_tail()
+        ):  # a token came since `_run` looked: what only reads changes nothing
+            arrays = self._copy()._without_tail().arrays
+        if len(self.arrays[0]) and (out.size or keys):
             launch.attend(
                 self.feature_map, call.q, call.k, call.v, call.mask, out,
-                dtype=self.dtype, causal=causal, grouped=False, state=self.arrays,
+                dtype=self.dtype, causal=call.causal, grouped=False, state=arrays,
                 state_shape=self.batch_shape, threads=call.threads, offsets=offsets,
-                clock=self._clock,
+                clock=None if self.rates is None else self._clock,
             )  # fmt: skip
-        self._count(call.keys, offsets)
-        return out if where is None else where.give(out, call.result)
+        if keys and offsets is None and self.rates is None:  # a token: sooner than by `_count`
+            self.tokens = self.tokens + keys
+        else:
+            self._count(keys, offsets)
+        return out
+
+    def _fold_copy(self, given: tuple[Any, Array | None, Place | None]) -> Any:
+        after = self._copy()
+        out = after._attend(given)
+        # One step, so that no interrupt comes between the two.
+        vars(self).update(arrays=after.arrays, tokens=after.tokens)
+        return out
 
     def _taken(self, **arrays: Any) -> tuple[Place, list[Any]]:
         """Return where arrays for this state, which lies on a device, are; and them, as views."""
@@ -505,12 +586,23 @@ class AttentionState:
             raise ValueError(f"other must have decay {self.decay}, got {other.decay}")
         if (self.place is None) != (other.place is None):
             raise TypeError("other must lie where the state does: in main memory, or on the device")
+        self._guard.change(self._merge, other.copy())
+        return self
+
+    def _has_tail(self) -> bool:
+        """Whether tokens wait to be folded: see ``kernels.state``."""
+        return self.place is None and bool(self.arrays[0][:, -_launch().PAD].any())
+
+    def _without_tail(self) -> AttentionState:
+        """Fold the tokens that wait, in place."""
+        if self._has_tail():
+            _launch().without_tail(self.feature_map, self.dtype, self.value_dim, self.arrays)
+        return self
+
+    def _merge(self, other: AttentionState) -> None:
         launch = launcher(self.place)
-        arrays = other.arrays
-        if self.place is None:
-            how = self.feature_map, self.dtype, self.value_dim
-            launch.without_tail(*how, self.arrays)
-            arrays = launch.without_tail(*how, launch.copied(arrays))
+        self._without_tail()
+        arrays = other._without_tail().arrays
         if self.rates is not None:
             from favor_np.kernels.state import PAD
 
@@ -519,14 +611,16 @@ class AttentionState:
             self._advance(other.tokens)
             # The sum of the integer parts may be one short of the integer part of the sum.
             short = self._raised()[0] - before
-            arrays[0][:, : -PAD] -= short[:, None].astype(arrays[0].dtype)
+            arrays[0][:, :-PAD] -= short[:, None].astype(arrays[0].dtype)
         else:
             self._advance(other.tokens)
         launch.merge(self.arrays, arrays)
-        return self
 
     def copy(self) -> AttentionState:
         """Return an independent copy: to continue one prefix in two ways."""
+        return self._guard.read(self._copy)
+
+    def _copy(self) -> AttentionState:
         return AttentionState(
             self.feature_map,
             self.value_dim,
@@ -618,12 +712,20 @@ class AttentionState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what any machine can lay out anew."""
         args = (self.feature_map, self.value_dim, self.batch_shape, self.dtype.str)
-        if self.place is not None:
-            return _restore, (*args, *self._real(), self.sequences, self.rates, self.lengths)
-        how = self.feature_map, self.dtype, self.value_dim
-        raw, rest = launcher(None).all_parts(*how, self.arrays)
-        raw = (x.reshape(*self._slots, *x.shape[1:]) for x in raw)
-        return _restore, (*args, *raw, self.sequences, self.rates, self.lengths, tuple(rest))
+
+        def content() -> tuple[Any, ...]:
+            if self.place is not None:
+                return *self._real(), self._lengths(), None
+            how = self.feature_map, self.dtype, self.value_dim
+            raw, rest = launcher(None).all_parts(*how, self.arrays)
+            return (
+                *(x.reshape(*self._slots, *x.shape[1:]) for x in raw),
+                self._lengths(),
+                tuple(rest),
+            )
+
+        c, s, z, lengths, rest = self._guard.read(content)
+        return _restore, (*args, c, s, z, self.sequences, self.rates, lengths, rest)
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -663,7 +765,7 @@ def _restore(
     more = None if rest is None else launch.Rest(*rest)
     arrays = launch.with_padding(feature_map, kind, value_dim, raw, more)
     return AttentionState(
-        feature_map, value_dim, batch_shape, kind, arrays, sequences, rates, lengths
+        feature_map, value_dim, batch_shape, kind, arrays, sequences, rates, np.ravel(lengths)
     )
 
 

@@ -8,6 +8,7 @@ sizes of entries are those of the bytes that are there, and shapes are checked b
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -30,6 +31,8 @@ FORMAT = "favor_np.AttentionState"
 #: Raised when an older reader could no longer understand what is written: 2 has calibrated maps, 3 what
 #: states hold beside (c, S, z).
 VERSION = 3
+#: The largest that numbers can be: -log2 of the smallest decay; tokens, so that the sum of two fits.
+RATE, LONGEST = 1074.0, 2**62
 ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
 REST = ("S_rest", "z_rest", "tail", "tail_features", "tail_values")
 
@@ -61,7 +64,10 @@ def path_of(name: str, value: str | os.PathLike[str]) -> Path:
 
 
 def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | None = None) -> None:
-    """Write a state, and `extra` for whoever reads it (anything JSON can hold), atomically."""
+    """Write a state, and `extra` for whoever reads it (anything JSON can hold), atomically.
+
+    A file that is replaced leaves its mode to the new one and, where that is allowed, its owner.
+    """
     fm = parts.feature_map
     header = {
         "format": FORMAT,
@@ -96,9 +102,15 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     target = path_of("path", path).resolve()  # what a link points to, not the link
     if target.exists() and not target.is_file():
         raise ValueError(f"path must be a regular file, got {os.fspath(path)!r}")
+    before = target.stat() if target.exists() else None
     temporary = target.with_name(f".favor_np-{secrets.token_hex(8)}.tmp")
+    mode = 0o666 if before is None else before.st_mode & 0o777
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
+            if before is not None and os.name == "posix":
+                with contextlib.suppress(OSError):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), mode)
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
@@ -173,24 +185,35 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
     z = _array(file, "z", f"<f{size}", shape=features)
     rates = _array(file, "rates", "<f8", shape=(math.prod(slots),))
     lengths = _array(file, "lengths", "<i8", shape=(math.prod(slots),))
-    if not (np.isfinite(rates) & (rates >= 0)).all() or (lengths < 0).any():
-        raise ValueError("rates and lengths must be finite and not negative")
-    rest = None
-    if exact:
-        count = _array(file, "tail", f"<i{size}", shape=(math.prod(slots),))
-        if (count < 0).any():
-            raise ValueError("tail must not be negative")
-        tail = (len(count), int(count.max(initial=0)))
-        rows = (len(count), fm.num_features)
-        rest = (
-            _array(file, "S_rest", f"<f{size}", shape=(*rows, value_dim)),
-            _array(file, "z_rest", f"<f{size}", shape=rows),
-            count,
-            _array(file, "tail_features", f"<f{size}", shape=(*tail, fm.num_features)),
-            _array(file, "tail_values", f"<f{size}", shape=(*tail, value_dim)),
-        )
+    if not ((rates >= 0) & (rates <= RATE)).all():
+        raise ValueError(f"rates must be those of a decay in (0, 1], from 0 to {RATE}")
+    if not ((lengths >= 0) & (lengths <= LONGEST)).all():
+        raise ValueError(f"lengths must be from 0 to {LONGEST}")
+    exponent = 2 ** (8 * size - 2)  # so that differences fit
+    if not ((c >= -exponent) & (c <= exponent)).all():
+        raise ValueError(f"c must be from {-exponent} to {exponent}")
+    rest = _rest(file, size, len(lengths), fm.num_features, value_dim) if exact else None
     parts = (c, s, z, sequences, rates if rates.any() else None, lengths, rest)
     return Parts(fm, value_dim, batch, dtype.str, *parts), {**header["extra"]}
+
+
+def _rest(
+    file: zipfile.ZipFile, size: int, slots: int, features: int, value_dim: int
+) -> tuple[Array, ...]:
+    """Return what a state holds beside (c, S, z): see ``kernels.state``."""
+    from favor_np.kernels.state import TAIL
+
+    kind, count = f"<f{size}", _array(file, "tail", f"<i{size}", shape=(slots,))
+    if not ((count >= 0) & (count <= TAIL)).all():
+        raise ValueError(f"tail must be from 0 to {TAIL}")
+    tail = (slots, int(count.max(initial=0)))
+    return (
+        _array(file, "S_rest", kind, shape=(slots, features, value_dim)),
+        _array(file, "z_rest", kind, shape=(slots, features)),
+        count,
+        _array(file, "tail_features", kind, shape=(*tail, features)),
+        _array(file, "tail_values", kind, shape=(*tail, value_dim)),
+    )
 
 
 def _array(

@@ -84,9 +84,9 @@ def stream_attention(
         cannot be written or overlaps an input; if an input has masked values (variables of netCDF4
         are searched for them before anything is computed).
     ValueError
-        If `checkpoint` is damaged or belongs to a call with other shapes, dtypes, map, `causal`
-        or `chunk_size`, or an array no longer holds the last chunk that was done before; if `out`
-        lies in a file that could not be opened again after a kill.
+        If `checkpoint` is damaged, or was not written by this call (one with the same shapes, dtypes,
+        map, `causal` and `chunk_size`), or an array no longer holds the last chunk that was done before;
+        if `out` lies in a file that could not be opened again after a kill.
     OSError
         If an array or the checkpoint cannot be read or written.
     ImportError
@@ -161,9 +161,12 @@ def stream_attention(
         kept = _Checkpoint(
             storage.path_of("checkpoint", checkpoint), _identity(call, feature_map, size)
         )
-        found = kept.load()
+        found = kept.load(steps)
         if found is not None:
-            state, done, digests = found
+            after, done, digests = found
+            kept.check_state(after, state, min(done * size, queries if call.causal else keys))
+            if done:
+                state = after
             if done and digests != _digests(*part(done - 1)):
                 kept.refuse("q, k, v or out no longer hold what they held when it was written")
     if any(map(_masks, (q, k, v))):
@@ -411,8 +414,8 @@ class _Checkpoint:
         extra = {"stream_attention": self.identity, "done": done, "digests": digests}
         storage.write(self.path, storage.Parts(*state.__reduce__()[1]), extra)
 
-    def load(self) -> tuple[AttentionState, int, dict[str, str]] | None:
-        """Return what was saved, None if nothing was; ValueError if by another call."""
+    def load(self, steps: int) -> tuple[AttentionState, int, dict[str, str]] | None:
+        """Return what was saved, None if nothing was; ValueError if by another call, of other `steps`."""
         try:
             parts, extra = storage.read(self.path)
         except FileNotFoundError:
@@ -423,7 +426,25 @@ class _Checkpoint:
         for name, value in self.identity.items():
             if found.get(name) != value:
                 self.refuse(f"its {name} is {found.get(name)}, got {value}")
-        return _restore(*parts), extra["done"], extra["digests"]
+        done, digests = extra.get("done"), extra.get("digests")
+        if type(done) is not int or not 0 <= done <= steps:
+            self.refuse(f"it must have done 0 to {steps} steps, got {done!r}")
+        if not isinstance(digests, dict):
+            self.refuse("it has no digests")
+        return _restore(*parts), done, digests
+
+    def check_state(self, found: AttentionState, new: AttentionState, tokens: int) -> None:
+        """Refuse a state that is not of the kind of `new`, or has not seen so many tokens."""
+        if found.feature_map != new.feature_map:
+            self.refuse("its state has another feature map")
+        mine, its = (
+            (s.batch_shape, s.value_dim, s.dtype.name, s.sequences, s.rates is None)
+            for s in (new, found)
+        )
+        if its != mine:
+            self.refuse("its state is not one of this call")
+        if not (found.lengths == tokens).all():
+            self.refuse(f"its state must have seen {tokens} tokens")
 
     def refuse(self, reason: str) -> NoReturn:
         """Say why the file cannot be continued from."""

@@ -199,27 +199,38 @@ Shape: TypeAlias = tuple[int, ...]
 _FLOATS = tuple(np.dtype(order + size) for order in "=<>" for size in ("f4", "f8"))
 
 
+def given(**values: object) -> None:
+    """Refuse None, which inside a state stands for no rows at all."""
+    for name, value in values.items():
+        if value is None:
+            raise TypeError(f"{name} must be an array, got None")
+
+
+def array_of(name: str, value: object) -> Array:
+    """Return `value` as an array of any dtype; refuse what would lose a mask, or is not rectangular."""
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            instead = "fill it" if name == "key_mask" else "use key_mask instead"
+            raise TypeError(f"{name} is a masked array with a mask set; {instead}")
+        value = value.data
+    if isinstance(value, np.matrix):
+        raise TypeError(f"{name} must be an array, got numpy.matrix; use numpy.asarray")
+    if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
+        try:
+            value = np.from_dlpack(value)
+        except (BufferError, RuntimeError, ValueError) as error:
+            raise TypeError(f"{name} does not lie in this machine's memory: {error}") from None
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a rectangular array: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(f"{name} cannot be read as an array: {error}") from None
+
+
 def tensor(name: str, value: object, axes: int = 2) -> Array:
     """Return `value` as an array of real numbers with at least `axes` axes, in its own dtype."""
-    if type(value) is not np.ndarray:
-        if isinstance(value, np.ma.MaskedArray):
-            if np.ma.is_masked(value):
-                raise TypeError(f"{name} is a masked array with a mask set; use key_mask instead")
-            value = value.data
-        if isinstance(value, np.matrix):
-            raise TypeError(f"{name} must be an array, got numpy.matrix; use numpy.asarray")
-        if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
-            try:
-                value = np.from_dlpack(value)
-            except (BufferError, RuntimeError, ValueError) as error:
-                raise TypeError(f"{name} does not lie in this machine's memory: {error}") from None
-        try:
-            value = np.asarray(value)
-        except ValueError as error:
-            raise ValueError(f"{name} is not a rectangular array: {error}") from None
-        except (RuntimeError, TypeError) as error:
-            raise TypeError(f"{name} cannot be read as an array: {error}") from None
-    array: Array = value
+    array: Array = value if type(value) is np.ndarray else array_of(name, value)
     if array.dtype not in _FLOATS:
         if array.dtype.kind in "biu":
             array = array.astype(np.float64)
@@ -267,11 +278,9 @@ def last_axis(name: str, shape: Shape, length: int, of: str) -> None:
         )
 
 
-def mask_of(value: object, keys: int) -> Array | None:
-    """Return a key mask (..., keys) of bool, or None."""
-    if value is None:
-        return None
-    mask = np.asarray(value)
+def mask_of(value: object, keys: int) -> Array:
+    """Return a key mask (..., keys) of bool."""
+    mask = array_of("key_mask", value)
     if mask.dtype != np.bool_:
         raise TypeError(f"key_mask must be boolean, True where a key takes part, got {got(mask)}")
     if mask.ndim < 1 or mask.shape[-1] != keys:
@@ -285,7 +294,7 @@ def sequence_offsets(value: object, length: int, queries: int | None = None) -> 
         raise ValueError(
             f"cu_seqlens needs as many queries as keys, got {queries} rows of q and {length} of k"
         )
-    offsets = np.asarray(value)
+    offsets = array_of("cu_seqlens", value)
     if offsets.dtype.kind not in "iu":
         raise TypeError(f"cu_seqlens must hold integers, got {got(offsets)}")
     if offsets.ndim != 1 or offsets.size < 2:
@@ -305,7 +314,10 @@ def token(
     """Return one token (..., d) or (..., 1, d) as rows, and whether it was given without their axis."""
     q = tensor("q", q, 1)
     if q.ndim == len(batch) + 1:
-        k, v = tensor("k", k, 1), tensor("v", v, 1)
+        if type(k) is not np.ndarray or k.ndim == 0:  # what is an array is checked as rows
+            k = tensor("k", k, 1)
+        if type(v) is not np.ndarray or v.ndim == 0:
+            v = tensor("v", v, 1)
         return (q[..., None, :], k[..., None, :], v[..., None, :]), True
     if q.ndim != len(batch) + 2 or q.shape[-2] != 1:
         raise ValueError(f"q must be one token, of shape {(*batch, dim)}, got shape {q.shape}")
@@ -332,7 +344,7 @@ def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -
         return None
     if not causal:
         raise ValueError("decay needs causal=True")
-    decay = np.asarray(value)
+    decay = array_of("decay", value)
     if decay.dtype.kind not in "fiu":
         raise TypeError(f"decay must be a real number or an array of them, got {got(value)}")
     decay = decay.astype(np.float64)
@@ -374,6 +386,13 @@ def finite(**arrays: Array) -> None:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def finite_as(dtype: np.dtype[Any], check: object, **arrays: Array) -> None:
+    """If `check`, refuse arrays that are not finite or, as this dtype, would not be."""
+    if flag("check_finite", check):
+        with np.errstate(over="ignore"):
+            finite(**{name: array.astype(dtype, copy=False) for name, array in arrays.items()})
 
 
 def output(value: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -435,7 +454,8 @@ class AttentionCall:
     @property
     def keys(self) -> int:
         """Number of keys."""
-        return int(self.k.shape[-2])
+        keys: int = self.k.shape[-2]
+        return keys
 
     def targets(self, out: object) -> tuple[Array, Array]:
         """Return the array of the result, and the C-ordered one that a kernel may write to."""
@@ -445,7 +465,8 @@ class AttentionCall:
         else:
             result = output(out, self.out_shape, self.result)
             direct &= result.flags.c_contiguous and result.flags.aligned
-            direct &= not any(np.may_share_memory(result, a) for a in (self.q, self.k, self.v))
+            inputs = (self.q, self.k, self.v, *(() if self.mask is None else (self.mask,)))
+            direct &= not any(np.may_share_memory(result, array) for array in inputs)
         return result, result if direct else np.empty(self.out_shape, self.compute)
 
 
@@ -468,14 +489,16 @@ def attention_call(
 
     `dim` and `heads` are those of a feature map, `state_shape` and `value_dim` those of a state.
     """
-    is_causal, is_grouped = flag("causal", causal), flag("enable_gqa", grouped)
+    # A step is short: what is True or False need not be checked by a call.
+    is_causal = causal is True or (causal is not False and flag("causal", causal))
+    is_grouped = grouped is not False and flag("enable_gqa", grouped)
     q, k, v = tensor("q", q), tensor("k", k), tensor("v", v)
-    mask = mask_of(key_mask, k.shape[-2])
+    mask = None if key_mask is None else mask_of(key_mask, k.shape[-2])
     state, out_shape = call_shapes(
         q.shape, k.shape, v.shape, None if mask is None else mask.shape, dim, heads, state_shape,
         value_dim, is_causal, is_grouped,
     )  # fmt: skip
-    if flag("check_finite", check_finite):
+    if check_finite is not False and flag("check_finite", check_finite):
         finite(q=q, k=k, v=v)
     result, compute = dtypes(q, k, v)
     return AttentionCall(
@@ -539,7 +562,7 @@ def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
 
 def row_positions(name: str, value: object, rows: int) -> npt.NDArray[np.int64]:
     """Return the positions of `rows` queries in a sequence, integers from 0."""
-    array = np.asarray(value)
+    array = array_of(name, value)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} must be integers, got {got(array)}")
     if array.shape != (rows,):

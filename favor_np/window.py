@@ -9,7 +9,6 @@ keeps a state that grows, and states of the ends of the segment before.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
+from favor_np.threads import Guard
 from favor_np.validation import AttentionCall
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ Array: TypeAlias = npt.NDArray[Any]
 #: Rows of a result, and their denominators w * 2**top.
 Rows: TypeAlias = tuple[Array, Array, Array]
 
-#: Positions whose rows are turned round at a time: as much extra memory.
-WAVE = 32_768
+#: Positions that are computed at a time, or one segment: as much extra memory.
+WAVE = 16_384
 
 
 def attend(
@@ -39,19 +39,15 @@ def attend(
     offsets: Array | None,
     rates: Array | None,
 ) -> None:
-    """Write causal attention to the last `window` positions to the C-ordered `out`."""
+    """Write causal attention to the last `window` positions to the C-ordered `out`, in pieces."""
     from favor_np import launch
 
-    def run(out: Array, offsets: Array, order: tuple[Array, Array] | None = None) -> Rows:
-        """Attend causally within `offsets`; with an `order` of queries and keys, backwards."""
-        q, k, v, mask = call.q, call.k, call.v, call.mask
+    def run(q: Array, k: Array, v: Array, mask: Array | None, offsets: Array, back: bool) -> Rows:
+        """Attend causally within `offsets`, whose rows are turned round or not."""
+        out = np.empty((*call.out_shape[:-2], q.shape[-2], call.out_shape[-1]), call.compute)
         clock = launch.clock(rates, offsets)
-        if order is not None:
-            queries, keys = order
-            q, k, v = q.take(queries, -2), k.take(keys, -2), v.take(keys, -2)
-            mask = None if mask is None else mask.take(keys, -1)
-            if clock is not None:  # by the distance to the beginning of the queries' segment
-                clock = launch.Clock(-clock.rate, -clock.rate)
+        if back and clock is not None:  # by the distance to the beginning of the queries' segment
+            clock = launch.Clock(-clock.rate, -clock.rate)
         w, top = launch.new_weights(out)
         launch.attend(
             feature_map, q, k, v, mask, out,
@@ -60,26 +56,42 @@ def attend(
         )  # fmt: skip
         return out, w, top
 
+    def turned(queries: Array, keys: Array) -> tuple[Array, Array, Array, Array | None]:
+        q, k, v = call.q.take(queries, -2), call.k.take(keys, -2), call.v.take(keys, -2)
+        return q, k, v, None if call.mask is None else call.mask.take(keys, -1)
+
     if offsets is None:
         offsets = np.array([0, call.keys])
-    starts = [np.arange(a, b, window) for a, b in itertools.pairwise(offsets)]
-    _, w, top = run(out, np.concatenate([*starts, offsets[-1:]]))
-    later = np.concatenate([start[1:] for start in starts])  # those with a segment before them
-    ends = np.minimum(later + window, offsets[np.searchsorted(offsets, later, side="right")])
-    step, back = max(1, WAVE // window), np.arange(window - 1, 0, -1)
-    for first in range(0, len(later) if window > 1 else 0, step):
-        begin, end = later[first : first + step, None], ends[first : first + step, None]
-        keys, queries = begin - window + back, begin + back - 1
-        real = (queries < end).ravel()
-        rows = np.minimum(queries, end - 1).ravel()
-        other = np.empty((*out.shape[:-2], rows.size, out.shape[-1]), out.dtype)
-        packs = np.arange(len(begin) + 1) * (window - 1)
-        _, w_other, top_other = run(other, packs, (rows, keys.ravel()))
-        rows = rows[real]
-        out[..., rows, :] = _joined(
-            (out.take(rows, -2), w.take(rows, -1), top.take(rows, -1)),
-            (other.compress(real, -2), w_other.compress(real, -1), top_other.compress(real, -1)),
-        )
+    firsts = np.cumsum([0, *-(-np.diff(offsets) // window)])  # segments before each sequence
+    step, back = max(1, WAVE // max(window, 8)), np.arange(window - 1, 0, -1)
+    for first in range(0, firsts[-1], step):
+        segment = np.arange(first, min(first + step, firsts[-1]))
+        owner = np.searchsorted(firsts, segment, side="right") - 1
+        begin = offsets[owner] + (segment - firsts[owner]) * window
+        end = np.minimum(begin + window, offsets[owner + 1])
+        piece = slice(begin[0], end[-1])
+        q, k, v = (x[..., piece, :] for x in (call.q, call.k, call.v))
+        mask = None if call.mask is None else call.mask[..., piece]
+        rows, w, top = run(q, k, v, mask, np.append(begin, end[-1]) - begin[0], False)
+        later = (segment > firsts[owner]) & (window > 1)  # those with a segment before them
+        if later.any():
+            begin, end = begin[later, None], end[later, None]
+            queries, keys = begin + back - 1, begin - window + back
+            real = (queries < end).ravel()
+            packs = np.arange(len(begin) + 1) * (window - 1)
+            other, other_w, other_top = run(
+                *turned(np.minimum(queries, end - 1).ravel(), keys.ravel()), packs, True
+            )
+            at = queries.ravel()[real] - piece.start
+            rows[..., at, :] = _joined(
+                (rows.take(at, -2), w.take(at, -1), top.take(at, -1)),
+                (
+                    other.compress(real, -2),
+                    other_w.compress(real, -1),
+                    other_top.compress(real, -1),
+                ),
+            )
+        out[..., piece, :] = rows
 
 
 @validation.own_error_state
@@ -110,6 +122,9 @@ class WindowState:
     Memory does not grow with the sequence: for each batch and head the last `window` keys and values,
     ``window * (d + dv)`` numbers, and at most ``2 + 2 * sqrt(window)`` states of about
     ``M * (dv + 2)`` numbers of 4 bytes, or of 8 with float64.
+
+    Threads may share a state, as an `AttentionState`: calls are made one after the other, and an
+    interrupted `update` or `step` spoils it.
 
     Parameters
     ----------
@@ -182,6 +197,7 @@ class WindowState:
         self._mask = np.zeros(rows, np.bool_)
         self._own = self._empty()
         self._forget()
+        self._guard = Guard("WindowState")
 
     def _empty(self) -> Any:
         from favor_np import launch
@@ -191,10 +207,9 @@ class WindowState:
 
     def _forget(self) -> None:
         #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window,
-        #: and of the last ``_whole * r`` and 0, 1, 2, ... more; made when they are needed.
+        #: and, beside their number n, of the last ``n * r`` and 0, 1, 2, ... more; made when they are needed.
         self._wholes: list[Any] = []
-        self._parts: list[Any] = []
-        self._whole = -1
+        self._parts: tuple[int, list[Any]] = (-1, [])
 
     @property
     def _begin(self) -> int:
@@ -260,19 +275,25 @@ class WindowState:
         whole, rest = divmod(seen, root)
         if not self._wholes:
             self._wholes = backwards(self._empty(), begin, root, whole)
-        if self._whole != whole:
-            self._parts = backwards(self._wholes[whole], begin - whole * root, 1, rest)
-            self._whole = whole
-        return self._parts[rest]
+        if self._parts[0] != whole:
+            start = begin - whole * root
+            self._parts = whole, backwards(self._wholes[whole], start, 1, rest)
+        return self._parts[1][rest]
 
     def _run(
-        self, q: Any, k: Any, v: Any, mask: Any, *, causal: bool, threads: int | None
-    ) -> Array:
+        self, q: Any, k: Any, v: Any, mask: Any, *, causal: bool, threads: int | None,
+        check_finite: object = False,
+    ) -> Array:  # fmt: skip
         call = validation.attention_call(
             q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
             num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
             state_shape=self.batch_shape, value_dim=self.value_dim,
         )  # fmt: skip
+        validation.finite_as(self.dtype, check_finite, q=call.q, k=call.k, v=call.v)
+        return self._guard.change(self._advance, call, spoils=call.keys > 0)
+
+    def _advance(self, call: AttentionCall) -> Array:
+        """Append tokens, if there are any, and read; what is made for reading is kept."""
         if call.keys and math.prod(self.batch_shape):
             self._append(call)
         if not math.prod(call.out_shape):
@@ -286,6 +307,7 @@ class WindowState:
         key_mask: npt.ArrayLike | None = None,
         *,
         num_threads: int | None = None,
+        check_finite: bool = False,
     ) -> WindowState:
         """Append tokens, in place.
 
@@ -299,6 +321,8 @@ class WindowState:
             True where a key takes part; others count as positions all the same.
         num_threads : int, optional
             Default: see `thread_limit`.
+        check_finite : bool, default False
+            Refuse NaN and infinity, in masked keys as well, before the state is touched.
 
         Returns
         -------
@@ -308,9 +332,14 @@ class WindowState:
         Raises
         ------
         TypeError, ValueError
-            As `favor_attention`.
+            As `favor_attention`; with `check_finite` a ValueError that names `k` or `v`.
+        RuntimeError
+            If an `update` or a `step` was interrupted, and spoiled the state.
         """
-        self._run(self._k[..., :0, :], k, v, key_mask, causal=False, threads=num_threads)
+        none = self._k[..., :0, :]
+        self._run(
+            none, k, v, key_mask, causal=False, threads=num_threads, check_finite=check_finite
+        )
         return self
 
     def attend(self, q: npt.ArrayLike, *, num_threads: int | None = None) -> Array:
@@ -332,6 +361,8 @@ class WindowState:
         ------
         TypeError, ValueError
             As `favor_attention`.
+        RuntimeError
+            If an `update` or a `step` was interrupted, and spoiled the state.
         """
         k, v = self._k[..., :0, :], self._v[..., :0, :]
         return self._run(q, k, v, None, causal=False, threads=num_threads)
@@ -343,6 +374,7 @@ class WindowState:
         v: npt.ArrayLike,
         *,
         num_threads: int | None = None,
+        check_finite: bool = False,
     ) -> Array:
         """Append one token and attend from it, in place.
 
@@ -356,6 +388,8 @@ class WindowState:
             Its value.
         num_threads : int, optional
             Default: see `thread_limit`.
+        check_finite : bool, default False
+            Refuse NaN and infinity before the state is touched.
 
         Returns
         -------
@@ -365,10 +399,12 @@ class WindowState:
         Raises
         ------
         TypeError, ValueError
-            As `favor_attention`.
+            As `favor_attention`; with `check_finite` a ValueError that names `q`, `k` or `v`.
+        RuntimeError
+            If an `update` or a `step` was interrupted, and spoiled the state.
         """
         rows, flat = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
-        out = self._run(*rows, None, causal=True, threads=num_threads)
+        out = self._run(*rows, None, causal=True, threads=num_threads, check_finite=check_finite)
         return out[..., 0, :] if flat else out
 
     def copy(self) -> WindowState:
@@ -381,7 +417,6 @@ class WindowState:
         """
         new = WindowState.__new__(WindowState)
         new.__setstate__(self.__getstate__())
-        new._k, new._v, new._mask = self._k.copy(), self._v.copy(), self._mask.copy()
         return new
 
     __copy__ = copy
@@ -391,12 +426,16 @@ class WindowState:
         return self.copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what any machine can lay out anew."""
+        """Return what any machine can lay out anew; copies of what changes."""
+        return self._guard.read(self._kept)
+
+    def _kept(self) -> dict[str, Any]:
         from favor_np import launch
 
         raw = launch.all_parts(self.feature_map, self.dtype, self.value_dim, self._own)
-        kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_whole")}
-        return kept | {"_own": raw}
+        kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
+        rows = {name: kept[name].copy() for name in ("_k", "_v", "_mask")}
+        return kept | rows | {"_own": raw}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Take what `__getstate__` gave."""
@@ -405,6 +444,7 @@ class WindowState:
         vars(self).update(kept)
         self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, *self._own)
         self._forget()
+        self._guard = Guard("WindowState")
 
     def __repr__(self) -> str:
         """Describe the state in one line."""

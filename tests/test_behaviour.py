@@ -42,8 +42,12 @@ def namespace():
     return globals() | {"q": q, "k": k, "v": v, "z": np.zeros}
 
 
-def new_state():
-    return AttentionState.zeros(FM, value_dim=3, batch_shape=(2,), dtype=np.float64)
+def new_state(batch=2):
+    return AttentionState.zeros(FM, value_dim=3, batch_shape=(batch,), dtype=np.float64)
+
+
+def window_state(batch):
+    return favor_np.WindowState(FM, 3, 5, batch, dtype=np.float64)
 
 
 # -- Refused: a builtin error that names the argument, what was got and what was expected --------
@@ -117,6 +121,40 @@ REFUSED = [
     ("exact_attention(q, k, v, scale=0)", ValueError, "scale must be finite and greater than 0"),
     ("exact_attention(q, k, v, scale=np.nan)", ValueError, "scale must be finite"),
     ("exact_attention(q, k, v, scale='1')", TypeError, "scale must be a real number, got '1'"),
+    # masks, offsets and decays that NumPy would read without a word, or without their name
+    (
+        "favor(q, k, v, key_mask=masked_mask())",
+        TypeError,
+        "key_mask is a masked array with a mask set",
+    ),
+    ("exact_attention(q, k, v, key_mask=masked_mask())", TypeError, "key_mask is a masked array"),
+    ("new_state().update(k, v, masked_mask())", TypeError, "key_mask is a masked array"),
+    (
+        "favor(q, k, v, key_mask=[[True], [True, False]])",
+        ValueError,
+        "key_mask is not a rectangular",
+    ),
+    ("favor(q, k, v, key_mask=Elsewhere())", TypeError, "key_mask does not lie in this machine"),
+    (
+        "favor(q, k, v, cu_seqlens=[[0], [3, 6]])",
+        ValueError,
+        "cu_seqlens is not a rectangular array",
+    ),
+    (
+        "favor(q, k, v, cu_seqlens=np.ma.masked_equal([0, 3, 6], 3))",
+        TypeError,
+        "cu_seqlens is a masked array",
+    ),
+    (
+        "favor(q, k, v, causal=True, decay=[[0.5], [0.5, 0.6]])",
+        ValueError,
+        "decay is not a rectangular array",
+    ),
+    (
+        "favor(q, k, v, causal=True, decay=np.ma.masked_less([0.5, 0.9], 0.6))",
+        TypeError,
+        "decay is a masked array",
+    ),
     # feature maps and states
     ("favor_attention(q, k, v, None)", TypeError, "feature_map must be a FeatureMap, got None"),
     ("favor_attention(q, k, v, z((7, 4)))", TypeError, "feature_map must be a FeatureMap, got"),
@@ -145,6 +183,39 @@ REFUSED = [
     ("new_state().update(z((3, 6, 4)), v)", ValueError, "k|broadcast"),
     ("new_state().update(k, v, key_mask=z(5, bool))", ValueError, "key_mask"),
     ("new_state().update(k + 1j, v)", TypeError, "k must hold"),
+    ("new_state().update(None, v)", TypeError, "k must be an array, got None"),
+    ("new_state().update(k, None)", TypeError, "v must be an array, got None"),
+    ("new_state().attend(None)", TypeError, "q must be an array, got None"),
+    ("new_state().step(q[:, 0], None, v[:, 0])", TypeError, "k must hold real numbers"),
+    ("new_state().update(k, v, check_finite=1)", TypeError, "check_finite must be True or False"),
+    # more axes than the state has, or longer ones: kernels would write behind its arrays
+    *(
+        (f"new_state().{call}", ValueError, r"state has batch_shape \(2,\), but k and v need")
+        for call in (
+            "update(z((3, 2, 6, 4)), v)",
+            "update(k, z((3, 2, 6, 3)))",
+            "update(k, v, z((3, 2, 6), bool))",
+            "update(z((3, 1, 6, 4)), z((3, 1, 6, 3)))",
+        )
+    ),
+    *(
+        (f"favor({arrays}, state=new_state())", ValueError, r"state has batch_shape \(2,\), but")
+        for arrays in (
+            "q, z((3, 2, 6, 4)), v",
+            "q, k, z((3, 2, 6, 3))",
+            "q, k, v, key_mask=z((3, 2, 6), bool)",
+        )
+    ),
+    (
+        "new_state(1).update(k, v)",
+        ValueError,
+        r"state has batch_shape \(1,\), but k and v need \(2,\)",
+    ),
+    (
+        "window_state(1).update(k, v)",
+        ValueError,
+        r"state has batch_shape \(1,\), but k and v need \(2,\)",
+    ),
     ("new_state().attend(q[..., :3])", ValueError, "q must have shape"),
     ("new_state().attend(q + 1j)", TypeError, "q must hold"),
     ("new_state().step(q[:, 0, :3], k[:, 0], v[:, 0])", ValueError, "q must have shape"),
@@ -167,6 +238,10 @@ def read_only():
     out = np.zeros((2, 6, 3))
     out.setflags(write=False)
     return out
+
+
+def masked_mask():
+    return np.ma.array(np.ones(6, bool), mask=np.arange(6) == 2)
 
 
 def per_head(heads):
@@ -202,7 +277,7 @@ import sys, warnings
 warnings.simplefilter("ignore")
 from test_behaviour import EMPTY, REFUSED, namespace
 for call, error, _ in REFUSED:
-    if "new_state()" in call:
+    if "_state(" in call:
         continue  # making a state loads the kernels' module
     try:
         eval(call, namespace())
@@ -426,6 +501,70 @@ def test_out_that_overlaps_an_input(causal, dtype):
     memory[:, 1:] = v
     favor(q, k, memory[:, 1:], causal=causal, out=memory[:, ::-1][:, :-1])
     assert np.array_equal(memory[:, ::-1][:, :-1], expected)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_out_that_overlaps_the_mask(window, dtype):
+    """Its bytes are those of the first rows of the result, or lie among them."""
+    q, k, v = (np.repeat(x, 40, axis=-2)[..., :4] for x in inputs(dtype=dtype))
+    mask = np.random.default_rng(0).random(240) < 0.5
+    options = {"causal": window is not None, "window": window}
+    expected = favor(q, k, v[..., :3], key_mask=mask, **options)
+    for start in (0, 7, 1000):
+        out = np.zeros((240, 3), dtype)
+        inside = out.view(np.bool_).reshape(-1)[start : start + 240]
+        inside[:] = mask
+        favor(q, k, v[..., :3], key_mask=inside, out=out, **options)
+        assert np.array_equal(out, expected)
+
+
+def test_a_masked_array_without_a_mask_set_is_a_mask():
+    q, k, v = inputs(2)
+    mask = np.arange(6) != 2
+    expected = favor(q, k, v, key_mask=mask)
+    assert np.array_equal(favor(q, k, v, key_mask=np.ma.array(mask)), expected)
+    assert np.array_equal(favor(q, k, v, key_mask=mask.tolist()), expected)
+
+
+# -- Keys that a state refuses ---------------------------------------------------------------------
+
+
+def states():
+    options = {"batch_shape": (2,), "dtype": np.float32}
+    plain = AttentionState.zeros(FM, 3, decay=[0.9, 1], **options)
+    packed = AttentionState.zeros(FM, 3, sequences=2, **options)
+    return plain, packed, favor_np.WindowState(FM, 3, 4, **options)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e200])
+@pytest.mark.parametrize("which", range(3))
+def test_a_state_refuses_what_is_not_finite_before_it_is_touched(which, bad):
+    """1e200 is finite, but not in the dtype of the state."""
+    state = states()[which]
+    packed = {"cu_seqlens": [0, 2, 6]} if which == 1 else {}
+    step = np.s_[:, :2] if which == 1 else np.s_[:, 0]
+    q, k, v = inputs(2)
+    state.update(k, v, **packed)
+    before = state.copy()
+    for name, array in {"q": q, "k": k, "v": v}.items():
+        arrays = {"q": q, "k": k, "v": v, name: array.copy()}
+        arrays[name][1, 1 if which == 1 else 0, 2] = bad
+        token = {n: a[step] for n, a in arrays.items()}
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            state.step(**token, check_finite=True)
+        if name != "q":
+            del arrays["q"]
+            with pytest.raises(ValueError, match=f"{name} must be finite"):
+                state.update(**arrays, **packed, check_finite=True)
+            with pytest.raises(ValueError, match=f"{name} must be finite"):  # a masked one as well
+                state.update(**arrays, key_mask=np.zeros(6, bool), **packed, check_finite=True)
+    expected = before.step(q[step], k[step], v[step])
+    assert np.array_equal(state.step(q[step], k[step], v[step], check_finite=True), expected)
+    assert np.isfinite(expected).all()
+    state.update(k, v, **packed, check_finite=True)
+    before.update(k, v, **packed)
+    assert np.array_equal(state.attend(q, **packed), before.attend(q, **packed))
 
 
 # -- Errors are never half a result -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ import compileall
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -199,9 +200,28 @@ print(favor_np.exact_attention(x, x, x)[0, 0], len(exact.attend_exact.stats.cach
     assert text.count("one / inverse") == 1
     path.write_text(text.replace("one / inverse", "(one + one) / inverse"))
     assert run() == "2.0 0\n"
-    (second,) = entries()  # and what is stale is removed
-    assert second != first
     assert run() == "2.0 1\n"
+    (second,) = set(entries()) - {first}
+    path.write_text(text)
+    assert run() == "1.0 1\n"  # code of both versions is kept, for programs that share the folder
+    assert entries() == sorted([first, second])
+
+
+def test_old_versions_are_forgotten(warm):
+    """Of each kernel: all but those whose code was written last.  Drafts of a killed process go with them."""
+    (path,) = files(warm)
+    others = [path.with_name(path.name.replace(jit.SOURCES, f"{n:016x}")) for n in range(7)]
+    for age, other in enumerate(others):
+        other.write_bytes(b"code")
+        os.utime(other, (1e9 - age, 1e9 - age))
+    draft = others[6].with_suffix(".0123")
+    draft.write_bytes(b"half")
+    os.utime(draft, (0, 0))
+    kin = path.with_name(path.name.replace("attend_exact-", "attend_exact_words-"))
+    kin.write_bytes(b"another kernel")
+    path.unlink()
+    assert call(warm) == "compiled\n"
+    assert files(warm) == sorted([path, kin, *others[: jit._VERSIONS - 1]])
 
 
 @pytest.mark.parametrize("kept", ["sources", "bytecode"])
@@ -373,31 +393,106 @@ def test_two_processes_fill_a_cache_at_once(tmp_path):
 # ----------------------------------------------------------------------------------------
 
 
+root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+
+
 @posix
-def test_folder_that_anybody_can_write_is_not_used(warm):
+@pytest.mark.parametrize("mode", [0o777, 0o757, 0o775, 0o1777, 0o770])
+def test_folder_that_others_can_write_is_not_used(mode, warm):
     (path,) = files(warm)
     assert load(path) is not None
-    path.parent.chmod(0o777)
+    path.parent.chmod(mode)
     assert load(path) is None
     assert not jit._writable(path.parent)
+    with pytest.raises(PermissionError, match="others can write to"):
+        jit._write(path.parent, "new", b"code")
+    assert files(warm) == [path]
 
 
 @posix
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
-def test_folder_of_somebody_else_is_not_used(warm):
+@pytest.mark.parametrize("mode", [0o666, 0o664, 0o646, 0o620])
+def test_file_that_others_can_write_is_not_used(mode, warm):
     (path,) = files(warm)
+    content = path.read_bytes()
+    path.chmod(mode)
+    assert load(path) is None
+    jit._write(path.parent, path.name, content)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert load(path) is not None
+    assert files(warm) == [path]
+
+
+@posix
+@root
+def test_what_somebody_else_owns_is_not_used(warm):
+    (path,) = files(warm)
+    os.chown(path, 12345, 12345)
+    assert load(path) is None
+    os.chown(path, 0, 0)
+    assert load(path) is not None
     os.chown(path.parent, 12345, 12345)
     assert load(path) is None
     assert not jit._writable(path.parent)
 
 
 @posix
-def test_folder_is_not_open_whatever_the_umask(tmp_path):
-    before = os.umask(0)
+def test_links_are_not_followed(warm):
+    """To the file, or to the folder: who made the link may change what it leads to."""
+    (path,) = files(warm)
+    real = path.rename(path.with_name("elsewhere"))
+    path.symlink_to(real)
+    assert load(path) is None
+    path.unlink()
+    real.rename(path)
+    assert load(path) is not None
+    folder = path.parent.rename(warm / "elsewhere")
+    path.parent.symlink_to(folder)
+    assert load(path) is None
+    assert not jit._writable(path.parent)
+
+
+@posix
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_only_files_are_read(kind, warm):
+    (path,) = files(warm)
+    path.unlink()
+    (os.mkfifo if kind == "fifo" else os.mkdir)(path)
+    before = os.listdir("/proc/self/fd") if sys.platform == "linux" else None
+    assert load(path) is None
+    if before is not None:
+        assert os.listdir("/proc/self/fd") == before
+
+
+@posix
+@pytest.mark.parametrize("umask", [0, 0o002, 0o077])
+def test_nothing_is_open_to_others_whatever_the_umask(umask, tmp_path):
+    folder, before = tmp_path / "one" / "two", os.umask(umask)
     try:
-        assert jit._writable(tmp_path / "new")
+        assert jit._writable(folder)
+        jit._write(folder, "entry", b"code")
     finally:
         os.umask(before)
+    assert stat.S_IMODE((folder / "entry").stat().st_mode) == 0o644
+    for made in (folder, folder.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o755 & ~umask
+    assert jit._read(folder, "entry") == b"code"
+
+
+@posix
+def test_the_package_s_own_folder_is_as_safe_as_the_package(copied):
+    """Whoever may write to the package need not write to its cache; but nobody else may."""
+    code = """
+from favor_np.kernels import exact
+print(exact.attend_exact._cache.cache_path)
+"""
+    kernels = copied / "favor_np" / "kernels"
+    inside = kernels / "__pycache__"
+    inside.mkdir()
+    for package, cache, used in [(0o755, 0o755, True), (0o775, 0o775, True), (0o755, 0o775, False)]:
+        kernels.chmod(package)
+        inside.chmod(cache)
+        path = python(code, cwd=copied, unset=["NUMBA_CACHE_DIR"], PYTHONPATH=str(copied))
+        assert (path.strip() == str(inside)) == used
 
 
 def test_default_folders(monkeypatch):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_attention import draw
 
 from favor_np import (
     AttentionState,
@@ -11,6 +12,7 @@ from favor_np import (
     favor_attention_vjp,
     feature_map,
 )
+from favor_np.features import Calibration
 
 METHODS = ["oprf", "sderf", "aderf+sderf", "spherical"]
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -123,3 +125,25 @@ def test_earlier_rows_keep_their_bits():
     after = favor_attention(q, k, v, fm, causal=True)
     assert np.array_equal(before[:, :100], after[:, :100])
     assert np.isnan(after[:, 100:]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("change", [None, 1.2 * np.eye(4)], ids=["plain", "changed"])
+@pytest.mark.parametrize(
+    ("center", "size", "wins"), [(1e6, 5e3, 0), (-1e6, 5e3, 1), (0.0, 1e9, 2), (0.0, -1e9, 2)]
+)
+def test_keys_out_of_reach(dtype, change, center, size, wins):
+    """Their heights are far below or above what exponents can hold: they win, or lose, and no more."""
+    calibration = Calibration(np.full(4, center), np.zeros(4), change, np.full(4, 0.05))
+    fm = FeatureMap(draw(8, 4), "positive", 1.0, False, 1.0, calibration)
+    k = np.array([[size], [-size], [0.1]], dtype).repeat(4, axis=1)
+    v, q = np.array([[1.0], [2], [4]], dtype), np.zeros((3, 4), dtype)
+    state = AttentionState.zeros(fm, 1, dtype=dtype)
+    for i in range(3):
+        alone = favor_attention(q, k[i : i + 1], v[i : i + 1], fm)
+        assert np.allclose(alone, v[i], rtol=1e-5)
+        state.update(k[i : i + 1], v[i : i + 1])
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        whole = favor_attention(q, k[order], v[order], fm)
+        assert np.allclose(whole, v[wins], rtol=1e-5)
+    assert np.allclose(state.attend(q), v[wins], rtol=1e-5)

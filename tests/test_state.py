@@ -1,5 +1,7 @@
 """AttentionState: fold, merge, read."""
 
+import pickle
+
 import naive
 import numpy as np
 import pytest
@@ -94,13 +96,12 @@ def test_whole_calls_of_one_token(case, dtype):
     out, state = favor_attention(q, k, v, fm, causal=True, return_state=True, **options)
     assert out.dtype == dtype
     assert np.allclose(out, expected, rtol=20 * np.finfo(dtype).eps, atol=0)
-    assert np.array_equal(
-        state.lengths, [1, 1, 0, 1, 1, 1, 1] if case == "packed" else [1] * len(k)
-    )
+    lengths = [[1, 1, 0, 1, 1, 1, 1]] if case == "packed" else [1] * len(k)
+    assert np.array_equal(state.lengths, lengths)
     if case != "masked":
-        parts = [AttentionState.zeros(fm, 5, dtype=dtype) for _ in state.lengths]
+        parts = [AttentionState.zeros(fm, 5, dtype=dtype) for _ in state.lengths.flat]
         for part, one, value in zip(
-            [p for p, n in zip(parts, state.lengths, strict=True) if n],
+            [p for p, n in zip(parts, state.lengths.flat, strict=True) if n],
             k.reshape(-1, 1, 6), v.reshape(-1, 1, 5), strict=True,
         ):  # fmt: skip
             part.update(one, value)
@@ -194,6 +195,46 @@ def test_merge_of_parts_far_apart(far, dtype):
         assert naive.relative_error(state.attend(q), oracle) < 1e4 * np.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+@pytest.mark.parametrize(
+    ("batch", "sequences", "shape"),
+    [
+        ((), None, ()),
+        (3, None, (3,)),
+        ((2, 3), 4, (2, 3, 4)),
+        ((), 1, (1,)),
+        ((0, 2), None, (0, 2)),
+    ],
+)
+def test_lengths_have_the_shape_of_the_batch(batch, sequences, shape, decay):
+    fm = FeatureMap.from_projection(draw(17, 6))
+    state = AttentionState.zeros(fm, 5, batch, sequences=sequences, decay=decay, dtype=np.float64)
+    assert np.array_equal(state.lengths, np.zeros(shape, np.int64))
+    ends = None if sequences is None else [0, *range(3, 3 + sequences)]
+    _, k, v = inputs(2 + (sequences or 5), lead=state.batch_shape)
+    state.update(k, v, cu_seqlens=ends)
+    expected = np.full(shape, 7 if sequences is None else 1)
+    if sequences is not None:
+        expected[..., 0] = 3
+    assert np.array_equal(state.lengths, expected)
+    state.lengths[...] = 0  # a copy
+    for twin in (state.copy(), pickle.loads(pickle.dumps(state)), state.merge(state)):
+        assert twin.lengths.shape == shape
+    assert np.array_equal(state.lengths, 2 * expected)
+
+
+def test_states_pickled_before_lengths_had_a_shape_load():
+    fm = FeatureMap.from_projection(draw(17, 6))
+    _, k, v = inputs(7, lead=(2, 3))
+    state = AttentionState.zeros(fm, 5, (2, 3), dtype=np.float64).update(k, v)
+    restore, (*args, lengths, _) = state.__reduce__()
+    old, shaped = restore(*args, lengths.ravel()), restore(*args, state.lengths)
+    for twin in (old, shaped):
+        assert np.array_equal(twin.lengths, np.full((2, 3), 7))
+        assert np.array_equal(twin.step(k[..., 0, :], k[..., 0, :], v[..., 0, :]),
+                              state.copy().step(k[..., 0, :], k[..., 0, :], v[..., 0, :]))  # fmt: skip
+
+
 def test_copy_is_independent():
     fm = FeatureMap.from_projection(draw(17, 6))
     q, k, v = inputs(L)
@@ -264,3 +305,23 @@ def test_grouped_heads_and_heads_of_their_own(options):
     assert naive.relative_error(whole, oracle) < 1e-14
     mine = state.attend(q[:, ::3])
     assert naive.relative_error(mine, oracle[:, ::3]) < 1e-14
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999999, 1e-300])
+def test_a_decay_is_that_of_a_state_within_rounding_only(decay):
+    """A state tells its decay; what differs from that by more than rounding is another decay."""
+    fm, (q, k, v) = FeatureMap.from_projection(draw(17, 6)), inputs(20)
+    state = AttentionState.zeros(fm, 5, decay=decay, dtype=np.float64).update(k, v)
+    other = AttentionState.zeros(fm, 5, decay=float(state.decay), dtype=np.float64)
+    state.copy().merge(other)
+    favor_attention(q, k, v, fm, causal=True, state=state, decay=state.decay)
+    rate = -np.log2(decay)
+    for off in (1e-12, -1e-12):
+        near = 2.0 ** -(rate * (1 + off) + off)
+        if near == decay:
+            continue
+        near_state = AttentionState.zeros(fm, 5, decay=near, dtype=np.float64)
+        with pytest.raises(ValueError, match="other must have decay"):
+            state.merge(near_state)
+        with pytest.raises(ValueError, match="decay must be that of the state"):
+            favor_attention(q, k, v, fm, causal=True, state=state, decay=near)

@@ -159,6 +159,31 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
     assert_equal(AttentionState.load(tmp_path / "target"), state)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_saving_keeps_the_mode_of_a_file(tmp_path, umask):
+    """A secret stays one; a new file has the mode that the umask leaves."""
+    state = folded(FeatureMap.from_projection(draw(17, 6)))
+    path, link = tmp_path / "state", tmp_path / "link"
+    before = os.umask(umask)
+    try:
+        state.save(path)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+        link.symlink_to(path)
+        for mode in (0o600, 0o640, 0o666, 0o400, 0o755):
+            path.chmod(mode)
+            for way in (path, link):
+                state.save(way)
+                assert path.stat().st_mode & 0o777 == mode
+        if os.geteuid() == 0:
+            os.chown(path, 12345, 54321)
+            state.save(path)
+            assert (path.stat().st_uid, path.stat().st_gid) == (12345, 54321)
+    finally:
+        os.umask(before)
+    assert_equal(AttentionState.load(path), state)
+
+
 # -- Refused --------------------------------------------------------------------------------------
 
 
@@ -245,7 +270,13 @@ WRONG = {
     "objects": ({"entries": {"z": np.full((2, 17), None)}}, r"z must have dtype <f8, got \|O"),
     "object header": ({"entries": {"header": np.array([{}])}}, r"header must have dtype \|u1"),
     "lengths": ({"entries": {"lengths": np.zeros(3, np.int64)}}, r"lengths must have shape \(2,\)"),
-    "negative rates": ({"entries": {"rates": np.array([0.1, -0.1])}}, "rates and lengths must be"),
+    "negative rates": ({"entries": {"rates": np.array([0.1, -0.1])}}, "rates must be those of a decay"),
+    "large rates": ({"entries": {"rates": np.array([0.1, 1e300])}}, "rates must be those of a decay"),
+    "rates nan": ({"entries": {"rates": np.array([0.1, np.nan])}}, "rates must be those of a decay"),
+    "negative lengths": ({"entries": {"lengths": np.array([3, -1])}}, "lengths must be from 0 to"),
+    "large lengths": ({"entries": {"lengths": np.array([3, 2**63 - 1])}}, "lengths must be from 0 to"),
+    "high exponents": ({"entries": {"c": np.full((2, 17), 2**63 - 1)}}, "c must be from -4611"),
+    "low exponents": ({"entries": {"c": np.full((2, 17), -(2**63))}}, "c must be from -4611"),
 }  # fmt: skip
 
 

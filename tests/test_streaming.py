@@ -307,6 +307,84 @@ def test_a_file_that_is_no_checkpoint_is_left_alone(tmp_path):
         path.write_bytes(before[:-9])
 
 
+@each_order
+def test_other_first_chunks_are_refused(each_chunk, tmp_path, causal):
+    """One step is done: its keys, or its queries and what was written for them, are compared."""
+    path = tmp_path / "checkpoint"
+    q, k, v = inputs(100)
+    out = np.zeros((100, 5))
+    options = {"causal": causal, "chunk_size": 30, "checkpoint": path}
+    with pytest.raises(Stop):
+        stream_attention(q, Broken(k, 2), v, FM, out, **options)
+    assert storage.read(path)[1]["done"] == 1
+    before = path.read_bytes()
+    for which in range(3 if causal else 2):
+        arrays = [q, k.copy(), v.copy(), out.copy()]
+        arrays[which + 1][3] += 1
+        with pytest.raises(ValueError, match="no longer hold"):
+            stream_attention(*arrays[:3], FM, arrays[3], **options)
+        assert path.read_bytes() == before
+    stream_attention(q, k, v, FM, out, **options)
+    assert naive.relative_error(out, favor_attention(q, k, v, FM, causal=causal)) < 1e-13
+
+
+@each_order
+def test_forged_checkpoints_are_refused(each_chunk, tmp_path, causal):
+    """Their extra says what no run would, or their state is another one's."""
+    path = tmp_path / "checkpoint"
+    call = interrupted(path, causal, 7 if causal else 5)
+    parts, extra = storage.read(path)
+    out, steps = call["out"].copy(), 4 if causal else 8
+    assert extra["done"] < steps
+    fewer = parts._replace(lengths=parts.lengths - 1)
+    wide = AttentionState.zeros(FM, 6, 2, dtype=np.float32)
+    other = AttentionState.zeros(FeatureMap.from_projection(draw(17, 6, seed=1)), 5, 2)
+    single = AttentionState.zeros(FM, 5, 1, dtype=np.float32)
+    double = AttentionState.zeros(FM, 5, 2, dtype=np.float64)
+    packed = AttentionState.zeros(FM, 5, 2, dtype=np.float32, sequences=1)
+    fading = AttentionState.zeros(FM, 5, 2, dtype=np.float32, decay=[0.5, 0.6])
+    forged = [
+        *((parts, {n: x for n, x in extra.items() if n != lost}) for lost in extra),
+        *(
+            (parts, extra | {"done": done})
+            for done in (None, "3", 2.0, True, -1, steps + 1, 10**30, [1])
+        ),
+        *((parts, extra | {"digests": digests}) for digests in (None, [], "x", {}, {"q": 1})),
+        *((parts, extra | {"stream_attention": whose}) for whose in (None, [], {})),
+        (fewer, extra),
+        (parts, extra | {"done": 0}),
+        (parts, extra | {"done": 1}),
+        *(
+            (storage.Parts(*state.__reduce__()[1])._replace(lengths=parts.lengths), extra)
+            for state in (wide, other, single, double, packed, fading)
+        ),
+    ]
+    for wrong, about in forged:
+        if wrong.batch_shape == (1,):
+            wrong = wrong._replace(lengths=parts.lengths[:1])
+        storage.write(path, wrong, about)
+        with pytest.raises(ValueError, match="does not belong to this call") as caught:
+            stream_attention(**call)
+        assert caught.type is ValueError
+        assert np.array_equal(call["out"], out)
+    storage.write(path, parts, extra)
+    stream_attention(**call)
+    expected = favor_attention(call["q"], call["k"], call["v"], FM, causal=causal)
+    assert naive.relative_error(call["out"], expected) < 1e-5
+
+
+def test_the_state_of_a_checkpoint_of_nothing_is_not_believed(tmp_path):
+    """It says that nothing was folded: so the run begins with nothing."""
+    path = tmp_path / "checkpoint"
+    call = interrupted(path, reads=2)
+    parts, extra = storage.read(path)
+    assert extra["done"] == 0
+    storage.write(path, parts._replace(s=parts.s + 1, z=parts.z + 1, c=parts.c * 0), extra)
+    stream_attention(**call)
+    expected = favor_attention(call["q"], call["k"], call["v"], FM)
+    assert naive.relative_error(call["out"], expected) < 1e-5
+
+
 def test_the_state_of_a_checkpoint_can_be_loaded(each_chunk, tmp_path):
     path = tmp_path / "checkpoint"
     call = interrupted(path, causal=True, reads=7)  # each chunk is read twice: once to be hashed
@@ -433,6 +511,46 @@ def test_killed_and_resumed(tmp_path, causal):
     assert run(tmp_path, "out", causal) == 0
     assert not checkpoint.exists()
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@each_order
+def test_interrupted_again_and_again(tmp_path, causal):
+    """By Ctrl-C at any moment, in the midst of writing a checkpoint too: the bytes are the same."""
+    python(
+        f"""
+        import os, signal
+        import numpy as np
+        from favor_np import feature_map, stream_attention, streaming, threads
+        streaming.CHECKPOINT_SECONDS = 0.0
+        fm = feature_map("positive", dim=8, num_features=64)
+        q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6000, 8), np.float32)
+        whole, out = np.zeros_like(q), np.zeros_like(q)
+
+        def run(out, path):
+            stream_attention(q, k, v, fm, out, causal={causal}, chunk_size=100, checkpoint=path)
+
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
+
+        run(whole, "whole")
+        signal.signal(signal.SIGALRM, interrupt)
+        interrupts = 0
+        while True:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.011 + 0.0037 * (interrupts % 7 + interrupts // 7))
+                run(out, "checkpoint")
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts > 3, interrupts
+        assert np.array_equal(out, whole)
+        assert threads.POOL._active == 0
+        assert not os.path.exists("checkpoint")
+        """,
+        cwd=tmp_path,
+    )
 
 
 # -- Memory, progress -----------------------------------------------------------------------------

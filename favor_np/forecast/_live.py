@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
+from favor_np.threads import Guard
 
 from ._evaluate import DEFAULT_COST, Signals, non_negative
 from ._forecast import Forecast, Progress, checked, predictions
@@ -50,6 +53,8 @@ class LiveForecast:
     What `forecast` computes from a whole series, within rounding: it uses nothing that was not
     known at the time, and what it knows of the past is a state of fixed size.  A history is
     given like the feed, price after price.
+
+    Threads may share one: prices are taken one after the other.  An interrupted `push` spoils it.
 
     Parameters
     ----------
@@ -115,6 +120,7 @@ class LiveForecast:
         self._log_price: float | None = None
         # Vector, unit and log price of the newest windows: the oldest is the next key.
         self._windows: deque[tuple[F32, float, float]] = deque(maxlen=horizon + 1)
+        self._guard = Guard("LiveForecast")
 
     @validation.own_error_state
     def push(self, price: float) -> Tick | None:
@@ -135,8 +141,10 @@ class LiveForecast:
         ------
         TypeError, ValueError
             If `price` is no usable price; nothing is changed then.
+        RuntimeError
+            If a `push` was interrupted before.
         """
-        return self._push(validation.positive_float("price", price))
+        return self._guard.change(self._push, validation.positive_float("price", price))
 
     @validation.own_error_state
     def calibrate(self) -> bool:
@@ -164,7 +172,7 @@ class LiveForecast:
         >>> done
         [288]
         """
-        return self._calibrate()
+        return self._guard.change(lambda _: self._calibrate(), None)
 
     def _push(self, price: float) -> Tick | None:
         self._calibrate()
@@ -187,6 +195,14 @@ class LiveForecast:
         if math.isnan(chance_down):
             signal = 0
         return Tick(price, move, spread, chance, chance_down, signal)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return a deep copy of all that is not this object's own guard."""
+        return self._guard.read(lambda: copy.deepcopy(vars(self)))
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        """Take what `__getstate__` gave, of this version or of one without guards."""
+        vars(self).update({"_guard": Guard("LiveForecast")} | kept)
 
     def _calibrate(self) -> bool:
         """If it is due, fit the map to the first windows and fold these anew."""

@@ -95,7 +95,8 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
             attend_relay(par, p, relay, job, c, s, z, floats, t)
         else:
             slot = begin(par, row, me, c, s, z, width)
-            fold_tail(c, s, z, slot, width, t.spare)
+            if row[3] > 0 or row[6] == 0:  # who only reads changes nothing: others may read, too
+                fold_tail(c, s, z, slot, width, t.spare)
             attend_one(par, p, c, s, z, slot, t)
         end_unit(unit)
         finished += 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import pickle
 import pkgutil
@@ -91,21 +92,89 @@ def _folders() -> list[Path]:
     return [*beside, *([home] if home.is_absolute() else [])]
 
 
-def _trusted(folder: Path) -> bool:
-    """Tell if nobody can put code there who could not change this package itself."""
-    if os.name != "posix" or _PACKAGE in folder.parents:
-        return True
-    found = folder.stat()
+#: Modes of what is made here: nobody else may write, whatever the umask; others may read, as who runs a
+#: container does what was compiled when its image was built.
+_FOLDER, _FILE = 0o755, 0o644
+#: Versions of the sources whose code is kept for a kernel: programs that use two of them share a cache.
+_VERSIONS = 4
+
+
+def _safe(found: os.stat_result) -> bool:
+    """Tell if nobody can write there who could not change this package itself."""
     owners = (os.geteuid(), 0, _PLACE.stat().st_uid)
-    return found.st_uid in owners and not found.st_mode & stat.S_IWOTH
+    return found.st_uid in owners and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int | None]:
+    """Open a folder, itself and no link to it, if it is safe, so that nobody can exchange it; else OSError.
+
+    None where there are no such descriptors: paths must do.
+    """
+    if os.name != "posix":
+        yield None
+        return
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(at)
+        package = _PACKAGE.stat() if _PACKAGE in folder.parents else None
+        if package is not None and package.st_uid == found.st_uid:  # no safer than the sources
+            found = os.stat_result((found.st_mode & ~package.st_mode, *found[1:]))
+        if not _safe(found):
+            raise PermissionError(f"others can write to {folder}")
+        yield at
+    finally:
+        os.close(at)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it that are missing."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(_FOLDER, exist_ok=True)
 
 
 def _writable(folder: Path) -> bool:
     try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        return os.access(folder, os.W_OK) and _trusted(folder)
+        _make(folder)
+        with _opened(folder):
+            return os.access(folder, os.W_OK)
     except OSError:
         return False
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """Return the content of a file that nobody else could write, or OSError."""
+    with _opened(folder) as at:
+        if at is None:
+            return (folder / name).read_bytes()
+        entry = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
+        try:
+            found = os.fstat(entry)
+            if not (stat.S_ISREG(found.st_mode) and _safe(found)):
+                raise PermissionError(f"others can write to {folder / name}")
+            with open(entry, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(entry)
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with _opened(folder) as at:
+        where = "" if at is not None else folder
+        draft, target = (os.path.join(where, each) for each in (f"{name}.{uuid.uuid4().hex}", name))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        entry = os.open(draft, flags, _FILE, dir_fd=at)
+        try:
+            with open(entry, "wb") as file:
+                if at is not None:
+                    os.fchmod(entry, _FILE)
+                file.write(data)
+            os.replace(draft, target, src_dir_fd=at, dst_dir_fd=at)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft, dir_fd=at)
 
 
 class _Store:
@@ -136,9 +205,9 @@ class _Store:
         target_context.refresh()
         for folder in self._folders:
             try:
-                content = (folder / self.entry(signature, target_context.codegen())).read_bytes()
+                content = _read(folder, self.entry(signature, target_context.codegen()))
                 seal, data = content[:32], content[32:]
-                if _trusted(folder) and hashlib.sha256(data).digest() == seal:
+                if hashlib.sha256(data).digest() == seal:
                     return CompileResult._rebuild(target_context, *pickle.loads(data))
             except Exception:  # no such file, no permission, ...: compile
                 pass
@@ -151,21 +220,27 @@ class _Store:
         for folder in filter(_writable, self._folders):
             try:
                 data = serialize.dumps(result._reduce())
-                self._write(folder / self.entry(signature, result.codegen), data)
+                seal = hashlib.sha256(data).digest()
+                _write(folder, self.entry(signature, result.codegen), seal + data)
+                with contextlib.suppress(OSError):  # somebody else removed it first
+                    self._forget(folder)
                 return
             except Exception:  # disk full, folder gone, ...: this process has its code already
                 pass
 
-    def _write(self, path: Path, data: bytes) -> None:
-        draft = path.with_suffix(f".{uuid.uuid4().hex}")
-        try:
-            draft.write_bytes(hashlib.sha256(data).digest() + data)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-        for old in path.parent.glob(f"{self._stem}*"):
-            if not old.name.startswith(f"{self._stem}{SOURCES}"):
-                old.unlink()
+    def _forget(self, folder: Path) -> None:
+        """Remove the code of all but these sources and the versions that were compiled last."""
+        written: dict[str, float] = {}
+        entries = [
+            (path, path.name[len(self._stem) :][:16]) for path in folder.glob(f"{self._stem}*")
+        ]
+        for path, sources in entries:
+            written[sources] = max(written.get(sources, 0), path.stat().st_mtime)
+        written[SOURCES] = math.inf
+        kept = sorted(written, key=written.__getitem__)[-_VERSIONS:]
+        for path, sources in entries:
+            if sources not in kept:
+                path.unlink(missing_ok=True)
 
 
 class _Part(JITCodeLibrary):  # type: ignore[misc]  # Numba's classes have no types
