@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def other_mark(table: Table, price: int) -> str | None:
     for index in table.of_kind("number"):
         if index != price and (mark := decimal_mark(table.sample(index))):
             return mark
-    return "." if table.separator == "," else None
+    comma = any("," in cell for cell in table.sample(price))
+    return "." if table.separator == "," or (table.separator != ";" and not comma) else None
 
 
 # ----------------------------------------------------------------------------------------
@@ -184,7 +186,8 @@ def _looks_like_time(table: Table, index: int) -> bool:
     steps = np.diff(numbers)
     monotone = bool((steps >= 0).all() or (steps <= 0).all())
     whole = (numbers == np.floor(numbers)).all()
-    if whole and numbers.min() > 1e7 and _readable(table, index):
+    padded = any(re.match(r"0\d", cell) for cell in cells)
+    if whole and (padded or numbers.min() > 1e7) and _readable(table, index):
         return monotone or bool((numbers < 1e8).all())
     unknown = not table.named or not words.known(table.header[index])
     first = index == 0 and unknown and len(table.of_kind("number")) > 1
@@ -272,20 +275,21 @@ def _clocks(cells: Sequence[str]) -> list[str] | None:
             width += width % 2
             pairs = [re.findall("..", text.zfill(width)) if text else [] for text in texts]
             texts = [":".join(pair) for pair in pairs]
-            return texts if all(p <= ["24"] for p in pairs) else None
+            return texts if all(not p or p[0] <= "24" for p in pairs) else None
         if max(map(int, given)) > 25:
             return None
     return texts
 
 
 def _tells_apart(table: Table, date: TimeColumn, index: int) -> bool:
-    """Whether a column counts hours: 0 to 24, and no two rows of a day have the same."""
-    cells = table.column(index)
-    if not all(re.fullmatch(r"(1?\d|2[0-5])(\.0)?", cell) for cell in cells):
+    """Whether a column of numbers is a clock: within each day it only rises, or only falls."""
+    clocks = _clocks(table.column(index))
+    if clocks is None or len(set(date.texts)) > 0.6 * len(clocks) or len(set(clocks)) < 3:
         return False
-    if len(set(date.texts)) > 0.6 * len(cells) or len(set(cells)) < 3:
-        return False
-    return len(set(zip(date.texts, cells, strict=True))) > 0.99 * len(cells)
+    minutes = [60 * int(h or 0) + int(m or 0) for h, _, m in (c[:5].partition(":") for c in clocks)]
+    same = np.array([one == other for one, other in itertools.pairwise(date.texts)])
+    steps = np.diff(minutes)[same]
+    return bool(max((steps > 0).mean(), (steps < 0).mean()) > 0.99)
 
 
 # ----------------------------------------------------------------------------------------

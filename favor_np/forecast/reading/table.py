@@ -18,7 +18,7 @@ from .words import known
 Lines = npt.NDArray[np.intp]
 Row = list[str]
 
-BLANKS = " "  # the separator of columns that stand one beside the other
+BLANKS, WIDE = " ", "  "  # columns that stand one beside the other, with or without single blanks
 HEAD = 200  # rows that decide what a file looks like
 
 
@@ -189,16 +189,18 @@ def find_separator(text: str) -> str:
     best = max("\t|;,", key=agreeing)  # of equal ones the first: commas are also decimal marks
     if agreeing(best) >= len(lines) / 2:
         return best
-    if agreeing(BLANKS) >= max(agreeing(best), len(lines) / 2):
-        return BLANKS
+    blanks = max((WIDE, BLANKS), key=agreeing)
+    if agreeing(blanks) >= max(agreeing(best), len(lines) / 2):
+        return blanks
     return best if agreeing(best) else ","
 
 
 def _split(text: str, separator: str) -> Iterator[tuple[Row, int]]:
     """Rows that are not empty, with the lines they end in."""
     lines: Iterable[str] = text.splitlines(keepends=True) if "\x85" not in text else _plain(text)
-    if separator == BLANKS:
-        lines = (re.sub(r"[^\S\n]+", " ", line.strip()) + "\n" for line in lines)
+    if separator in (BLANKS, WIDE):
+        gap = re.compile(r"[ \t\u00a0]" + ("{2,}" if separator == WIDE else "+"))
+        lines, separator = (gap.sub("\t", line.strip()) + "\n" for line in lines), "\t"
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     return ((row, reader.line_num) for row in reader if row)
 

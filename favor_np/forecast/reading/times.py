@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 FORMATS = [
     *("%Y-%m-%d", "%d-%m-%Y", "%m-%d-%Y", "%y-%m-%d", "%d-%m-%y", "%m-%d-%y"),
     *("%d %b %Y", "%b %d %Y", "%d %b %y", "%b %d %y", "%Y %b %d"),
-    *("%Y-%m", "%m-%Y", "%b %Y", "%Y %b", "%b %y", "%YM%m", "%YQ%q", "Q%q %Y", "%YW%V", "%YW%V-%u"),
+    *("%Y-%m", "%m-%Y", "%b %Y", "%Y %b", "%b %y", "%Y:%m", "%YM%m", "%YQ%q", "Q%q %Y", "%YW%V", "%YW%V-%u"),
 ]
 DIGITS = ["%Y%m%d", "%d%m%Y", "%m%d%Y", "%y%m%d", "%d%m%y", "%m%d%y", "%Y%m", "%Y"]
 
@@ -48,38 +48,39 @@ _PARTS = {
     "M": r"(?P<M>\d{2})",
     "S": r"(?P<S>\d{2})",
     "f": r"(?P<f>\d{1,9})",
-    "p": r"(?P<p>[AaPp]\.?\s?[Mm]\.?)",
+    "p": r"(?P<p>[AaPp]\.? ?[Mm]\.?)",
     "z": r"(?P<z>Z|(?:UTC|GMT)?[+-]\d\d:?\d\d|UTC|GMT)",
     "%": "%",
 }
 _PARTS["B"] = _PARTS["b"]
 _DIRECTIVES = "%Y %y %m %d %b %H %I %M %S %f %p %z"
 _LOOSE = {  # what a separator of our own formats stands for
-    " ": r"[-/.,'\s]*(?:de\s+|of\s+)?",
-    "M": r"-?M",
-    "Q": r"[-\s/]?[QqKkTt]",
-    "W": r"[-\s]?[Ww]",
+    " ": r"(?:[-/.,' ]+|(?<!\d)|(?!\d))(?:de +|of +)?",
+    ":": ":",
+    "M": r"[- ]?M",
+    "Q": r"[- /]?[QqKkTt]",
+    "W": r"[- ]?[Ww]",
 }
 _ORDINAL = r"(?P<d>\d{1,2})(?:st|nd|rd|th|er|º)?"
 _WEEKDAY = (
-    r"(?:(?:mo|tu|we|th|fr|sa|su|lu|ma|me|mi|je|jue|ve|vi|di|do|so|sá|dom|seg|ter|qua|qui|sex)"
-    r"[^\W\d_]*\.?,?\s+)?"
+    r"(?:(?i:mo|tu|we|th|fr|sa|su|lu|ma|me|mi|je|jue|ve|vi|di|do|so|sá|dom|seg|ter|qua|qui|sex)"
+    r"[^\W\d_]*\.?,? +)?"
 )
 _ZONE = (
-    r"(?P<z>[Zz]|[A-Z]{3,4}|(?:UTC|GMT)?\s?[+-]\d\d?(?::?\d\d)?)?(?:\s+[A-Z]{3,4})?\s*(?:\(.*\)|\[.*\])?"
+    r"(?P<z>[Zz]|[A-Z]{3,4}|(?:UTC|GMT)? ?[+-]\d\d?(?::?\d\d)?)?(?: +[A-Z]{3,4})? *(?:\(.*\)|\[.*\])?"
 )
-_HALF = r"(?:[\s-]*(?P<p>[AaPp]\.?\s?[Mm]\.?))?"
+_HALF = r"(?:[ -]*(?P<p>[AaPp]\.? ?[Mm]\.?))?"
 _CLOCK = (
-    r"(?:(?:[Tt]|[\s,;_:-]+)(?P<H>\d{1,2})(?:[:.hH](?P<M>\d\d)(?:[:.](?P<S>\d\d)"
-    r"(?:[.,:](?P<f>\d{1,9})\d*)?)?)?" + _HALF + r")?\s*" + _ZONE
+    r"(?:(?:[Tt]|[ ,;_:-]+)(?P<H>\d{1,2})(?:[:.hH](?P<M>\d\d)(?:[:.](?P<S>\d\d)"
+    r"(?:[.,:](?P<f>\d{1,9})\d*)?)?)?" + _HALF + r")? *" + _ZONE
 )
 _DIGIT_CLOCK = (  # the separators may be left out
-    r"(?:[Tt\s,;_:-]{0,2}(?P<H>\d\d|\d(?=:))(?::?(?P<M>\d\d)(?::?(?P<S>\d\d)"
-    r"(?:[.,:]?(?P<f>(?<=[.,:])\d{1,9}|\d{9}|\d{6}|\d{3}))?)?)?" + _HALF + r")?\s*" + _ZONE
+    r"(?:[Tt ,;_:-]{0,2}(?P<H>\d\d|\d(?=:))(?::?(?P<M>\d\d)(?::?(?P<S>\d\d)"
+    r"(?:[.,:]?(?P<f>(?<=[.,:])\d{1,9}|\d{9}|\d{6}|\d{3}))?)?)?" + _HALF + r")? *" + _ZONE
 )
 _CLOCK_ALONE = re.compile(
-    r"[Tt]?\d{1,2}([:hH]\d\d([:.]\d\d([.,:]\d+)?)?)(\s*[AaPp]\.?\s?[Mm]\.?)?\s*(Z|UTC|GMT|[+-]\d\d:?\d\d)?"
-    r"|\d{1,2}\s*[AaPp]\.?[Mm]\.?"
+    r"[Tt]?\d{1,2}([:hH]\d\d([:.]\d\d([.,:]\d+)?)?)( *[AaPp]\.? ?[Mm]\.?)? *(Z|UTC|GMT|[+-]\d\d:?\d\d)?"
+    r"|\d{1,2} *[AaPp]\.?[Mm]\.?"
 )
 
 _MONTHS = [
@@ -127,9 +128,15 @@ class Reading:
 
 def is_time(text: str) -> bool:
     """Whether a cell that is no plain number is a time: a date, or a clock."""
+    text = _one_line(text)
     if not any(map(str.isdigit, text)) or len(text) > 70:
         return False
     return is_clock_text(text) or any(_pattern(f).fullmatch(text) for f in (*FORMATS, *DIGITS))
+
+
+def _one_line(text: str) -> str:
+    """Blanks of any kind as blanks."""
+    return text if text.isascii() and text.isprintable() else " ".join(text.split())
 
 
 def is_clock_text(text: str) -> bool:
@@ -162,6 +169,7 @@ def read_times(
     PriceError
         If the cells can be read in several ways, or not at all.
     """
+    texts = [_one_line(text) for text in texts]
     text = "\n".join(texts)
     if date_format is not None:
         found = [_read(text, _pattern(date_format, True))]
@@ -214,7 +222,7 @@ def _pattern(form: str, literal: bool = False) -> re.Pattern[str]:
         elif literal:
             found += re.escape(token)
         elif token == "-":  # the same separator at all places
-            found += r"(?P=s)\s?" if "(?P<s>" in found else r"(?P<s>[-/.\s])\s?"
+            found += "(?P=s) ?" if "(?P<s>" in found else "(?P<s>[-/. ]) ?"
         else:
             found += _LOOSE[token]
     if literal:
@@ -226,7 +234,7 @@ def _pattern(form: str, literal: bool = False) -> re.Pattern[str]:
         if "%y" in form:  # 24010207 is no hour of a day
             clock = clock.replace(r"(?::?(?P<M>", r"(?:(?::?)(?P<M>").replace(")?)?)?" + _HALF, ")?)?)" + _HALF)
         return re.compile(found + clock)
-    return re.compile(_WEEKDAY + found + _CLOCK, re.I)
+    return re.compile(_WEEKDAY + found + _CLOCK)
 
 
 def _read(text: str, pattern: re.Pattern[str]) -> Reading:
@@ -334,12 +342,10 @@ def _settled(
 
     if different(readings):
         order = {f: "".join(re.findall("%([dmyY])", f)).lower() for f in readings}
-        if len({frozenset(o) for o in order.values()}) > 1 or any(o[0] == "y" for o in order.values()):
-            sorted_ones = {f: r for f, r in readings.items() if _sorted(r)}
-            readings = sorted_ones or readings
+        readings = _evener(readings, {f: o.endswith("y") for f, o in order.items()})
         dotted = bool(some) and all(re.match(r"\d+\. ?\d+\.", text) for text in some)
         if day_first is not None or dotted:
-            first = "d" if day_first or day_first is None else "m"
+            first = "m" if day_first is False else "d"
             readings = {f: r for f, r in readings.items() if order[f][0] == first} or readings
     if different(readings):
         shown = re.match(r"\S+(\s+\S+)?", next(iter(some), ""))
@@ -361,6 +367,16 @@ def _settled(
     usual = form.startswith(("%Y", "Q%q")) or "b" in form
     said = "" if usual else f"dates as {form.replace('-', _mark(some))}"
     return Reading(reading.nanoseconds, "; ".join(filter(None, [said, reading.said])))
+
+
+def _evener(readings: dict[str, Reading], last: dict[str, bool]) -> dict[str, Reading]:
+    """Those with the year first, or last, where the others have gaps far beyond theirs."""
+    gaps = {f: np.abs(np.diff(r.nanoseconds[r.nanoseconds != NONE])).max(initial=0) for f, r in readings.items()}
+    least = {where: min(gap for f, gap in gaps.items() if last[f] == where) for where in set(last.values())}
+    if len(least) < 2 or max(least.values()) < 3 * min(least.values()):
+        return readings
+    best = min(least, key=lambda where: least[where])
+    return {f: r for f, r in readings.items() if last[f] == best}
 
 
 def _mark(some: Sequence[str]) -> str:
@@ -396,8 +412,8 @@ def _numeric(texts: Sequence[str], name: str, day_first: bool | None) -> Reading
         calendar = _calendar([cell for cell, _ in found], name, day_first)
         if calendar is not None:
             return calendar
-    elif decimals <= 2 and all(len(cell) == 4 for cell in cells):  # 1871.01, ..., 1871.1
-        months = [f"{cell}-{rest:0<2}" if cell else "" for cell, rest in found]
+    elif decimals in (1, 2, 4):  # 1871.01, ..., 1871.1, or 01.1871
+        months = [f"{a}-{b:0<2}" if len(a) == 4 else f"{b:0<4}-{a}" if a else "" for a, b in found]
         reading = _read("\n".join(months), _pattern("%Y-%m"))
         if reading.good > 0.9 * len(cells):
             return reading
@@ -455,7 +471,8 @@ def _unix(
         return np.where(good, np.where(good, whole, 0) * factor + part * factor // 10**9, NONE)
 
     nano, used = read(unit), set(unit[there].tolist())
-    if len(used) > 1 and not _sorted(Reading(nano)):  # milliseconds of 1970 are small numbers
+    lost = (nano[there] == NONE).any()
+    if len(used) > 1 and (lost or not _sorted(Reading(nano))):  # milliseconds of 1970 are small
         largest = Reading(read(np.full_like(unit, max(used))))
         if _sorted(largest):
             nano, used = largest.nanoseconds, {max(used)}

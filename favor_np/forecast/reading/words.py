@@ -15,7 +15,7 @@ CLOSE = set(
     "letzt zuletzt cloture dernier derniere cierre ultimo ultima chiusura fechamento fecho slot "
     "slotkoers laatste slut slutkurs stangning stangningskurs senaste lukket sluttkurs siste sidste "
     "seneste zamkniecie ostatni ostatnio posledni zaveraci kapanis simdi son zaro utolso закрытие "
-    "закр последняя "
+    "закр последняя zaver zaverecna paatos paatoskurssi inchidere lukning "
     "收盘 收盘价 終値 종가".split()
 )
 PRICE = set(
@@ -32,6 +32,7 @@ OTHER_PRICE = set(
     "eroffnung eroffnungs eroeffnung eroffn hoch hochst tief tiefst geld brief start startkurs apertura "
     "maximo minimo massimo minimo ouverture ouv haut bas abertura maxima minima hoog laag hogst lagst oppning "
     "hogsta lagsta otwarcie najwyzszy najnizszy max min opn acilis yuksek dusuk nyito откр макс мин "
+    "otevreni otvirani avaus ylin alin abning høj lav hoyeste laveste deschidere maxim minim åpning apning "
     "开盘 最高 最低 始値 高値 安値 durchschnitt mittelkurs moyenne moyen promedio media medio ponderado wma "
     "sma ema".split()
 )
@@ -43,6 +44,7 @@ NOT_PRICE = set(
     "interest oi openint amount amt betrag stuck stucke stuecke dividend dividends div splits split spread ratio factor "
     "coefficient volatility sigma id number num no nr row rank weight "
     "trend signal flag flags status zeit datum uhrzeit fecha hora heure tarih "
+    "objem obrat forgalom omzet volumul vaihto "
     "成交量 成交额 涨跌幅 出来高 거래량".split()
 )
 DATE = set(
