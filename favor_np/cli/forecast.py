@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from favor_np import __version__
 from favor_np.calibration import METHODS
 
-from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real
+from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real, share
 
 if TYPE_CHECKING:
     from favor_np.forecast import (
@@ -46,9 +46,11 @@ beside exact attention.
 """
 
 EPILOG = """\
-PRICES.csv needs a column of prices (price, close, last, settle, value, or the only one of
-numbers) and should have one of times (ISO 8601 or Unix seconds), in any order. Rows without a
-usable price, negative ones included, are dropped and counted. BUY is one unit long until the
+PRICES.csv needs a column of prices (price, close, last, settle, value, in the usual European
+languages, or the only one of numbers) and should have one of times, in any order. It may be
+packed (.gz, .xz, .zip), or .xlsx, .parquet or .feather ("favor_np[files]"). How numbers and times
+are written is found out, and said in the report. Rows without a usable price, negative ones
+included, are dropped and counted. BUY is one unit long until the
 next signal, SELL one short, HOLD no position. This is a demonstration, not financial advice.
 """
 
@@ -59,6 +61,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prices", nargs="?", metavar="PRICES.csv", help="default: daily WTI crude oil; - is stdin")
     add("--column", metavar="NAME", help="the price column: its name, or its number from 1")
+    add(
+        "--symbol",
+        action="append",
+        metavar="NAME",
+        help="where the file has several series: the rows that have NAME in a column, or the "
+        "columns called so; may be given again",
+    )
+    add("--date-format", metavar="FORMAT", help="how times are written, such as %%d.%%m.%%Y")
+    add(
+        "--day-first",
+        action=argparse.BooleanOptionalAction,
+        help="03/04/2024 is the 3rd of April (or not), where no day above 12 tells",
+    )
+    add("--decimal", choices=[".", ","], help='the decimal mark, where "1,036" could be either')
+    add(
+        "--allow-missing",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="share of rows that may be unusable, from 0 to 1 (0.05)",
+    )
     add(
         "--target",
         choices=["return", "volatility"],
@@ -131,7 +154,15 @@ def run(args: argparse.Namespace) -> int:
     picture = picture_format(args.plot)
     with contextlib.ExitStack() as stack:
         try:
-            prices = read_prices(args.prices, args.column)
+            prices = read_prices(
+                args.prices,
+                args.column,
+                symbol=args.symbol,
+                date_format=args.date_format,
+                day_first=args.day_first,
+                decimal=args.decimal,
+                allow_missing=args.allow_missing,
+            )
             table = stack.enter_context(output_file(args.csv, args.prices))
             figure = stack.enter_context(output_file(args.plot, args.prices, args.csv))
             progress = stack.enter_context(ProgressBar())
@@ -218,6 +249,12 @@ def _read_section(prices: Prices) -> Section:
         ("used", f"{len(prices):,} of {prices.rows:,} rows, {prices.time_label(0)} to "
                  f"{prices.time_label(-1)}, {prices.step} apart{order}"),
     ]  # fmt: skip
+    uneven, longest = prices.gaps
+    if uneven:
+        rows.append(
+            ("uneven", f"{uneven:,} of {len(prices) - 1:,} steps are at least twice as long, up to "
+                       f"{longest:,.4g} times; {prices.steps_per_year:,.0f} steps a year are counted")
+        )  # fmt: skip
     rows += [
         ("dropped", f"{count:,} x {reason} (line {line:,}{' on' * (count > 1)}); returns span gaps")
         for reason, (count, line) in prices.dropped.items()
@@ -331,9 +368,9 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
             ("against zero", f"R² {record.r2:+.5f} (z{GLUE}={GLUE}{record.z:+.1f}): "
                              + _verdict(record.z, "the zero forecast")),
             ("strategy", f"{_growth(record.equity)} after costs of {percent.plain(record.cost)},"
-                         f" Sharpe {record.sharpe:.2f}{a_year}; {counts[1]:,}{GLUE}BUY, "
+                         f" Sharpe {_sharpe(record.sharpe, a_year)}; {counts[1]:,}{GLUE}BUY, "
                          f"{counts[-1]:,}{GLUE}SELL, {counts[0]:,}{GLUE}HOLD"),
-            ("buy and hold", f"{_growth(record.equity_hold)}, Sharpe {record.sharpe_hold:.2f}"),
+            ("buy and hold", f"{_growth(record.equity_hold)}, Sharpe {_sharpe(record.sharpe_hold)}"),
             ("in short", _honest_words(record)),
         ]  # fmt: skip
     else:
@@ -467,12 +504,13 @@ def _verdict(z: float, rival: str) -> str:
 def _honest_words(record: ReturnEvaluation) -> str:
     skill = record.hit_low > max(record.up_share, 1 - record.up_share) or record.z > 2
     gain, hold = record.equity[-1], record.equity_hold[-1]
-    earned = "more" if gain > hold else "less"
+    same = math.isclose(gain, hold, rel_tol=1e-9)
+    earned = "as much as" if same else "more than" if gain > hold else "less than"
     if skill:
-        return f"There is some skill here; the strategy earned {earned} than buying and holding."
+        return f"There is some skill here; the strategy earned {earned} buying and holding."
     return (
         "No skill that chance could not explain: past patterns did not tell the direction; the "
-        f"strategy earned {earned} than buying and holding" + (", by luck." if gain > hold else ".")
+        f"strategy earned {earned} buying and holding" + (", by luck." if gain > hold and not same else ".")
     )
 
 
@@ -496,6 +534,10 @@ class _Percent:
 
     def signed(self, value: float) -> str:
         return f"{100 * math.expm1(value):+.{self._digits}f}{GLUE}%"
+
+
+def _sharpe(value: float, unit: str = "") -> str:
+    return "undefined" if math.isnan(value) else f"{value:.2f}{unit}"
 
 
 def _growth(equity: Any) -> str:
@@ -573,6 +615,8 @@ def _as_dict(
             },
             "order": prices.order,
             "step": prices.step,
+            "uneven_steps": prices.gaps[0],
+            "steps_per_year": prices.steps_per_year,
             "first": prices.time_label(0),
             "last": prices.time_label(-1),
             "note": prices.note,
@@ -618,11 +662,11 @@ def _write_csv(
     from favor_np.forecast import ReturnEvaluation
 
     prices = result.prices
-    columns: dict[str, Any] = {"price": prices.values[result.index]}
+    columns: dict[str, Any] = {"price": [repr(x) for x in prices.values[result.index].tolist()]}
     if prices.times is None:
         columns = {"row": result.index + 1} | columns
     else:
-        columns = {"time": np.datetime_as_string(prices.times[result.index], unit="s")} | columns
+        columns = {"time": prices.time_texts(result.index)} | columns
     if isinstance(record, ReturnEvaluation):
         columns |= {
             "predicted_move": result.predicted,

@@ -54,7 +54,8 @@ class ReturnEvaluation:
     turnover : float
         Sum of all changes of position.
     sharpe, sharpe_hold : float
-        Mean over standard deviation of a step's return, times the root of `steps_per_year`.
+        Mean over standard deviation of a step's return, times the root of `steps_per_year`; NaN
+        where all returns are equal.
     steps_per_year : float
         From the times of the series; 1 where they are not known.
     """
@@ -158,7 +159,8 @@ def evaluate(
     squares, zero = (outcome - predicted) ** 2, outcome**2
     signals = signals_of(result.predicted, threshold)
     equity, equity_hold, turnover = _trade(result, signals, start, cost)
-    per_year = _steps_per_year(result)
+    per_year = result.prices.steps_per_year
+    per_year = 1.0 if math.isnan(per_year) else per_year
     return ReturnEvaluation(
         start=start,
         stop=stop,
@@ -270,15 +272,9 @@ def _sharpe(equity: F64, per_year: float) -> float:
     alive = equity[:-1] > 0
     returns = equity[1:][alive] / equity[:-1][alive] - 1
     spread = float(np.std(returns)) if len(returns) else 0.0
-    return float(np.mean(returns)) / spread * math.sqrt(per_year) if spread > 0 else 0.0
-
-
-def _steps_per_year(result: Forecast) -> float:
-    times = result.prices.times
-    if times is None:
-        return 1.0
-    span = (times[-1] - times[0]) / np.timedelta64(1, "s")
-    return float((len(times) - 1) / (span / (365.25 * 86400)))
+    if spread <= 1e-9 * float(np.max(np.abs(returns), initial=0.0)):  # constant, but for rounding
+        return math.nan
+    return float(np.mean(returns)) / spread * math.sqrt(per_year)
 
 
 def non_negative(name: str, value: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike, fspath
@@ -107,8 +108,21 @@ class Prices:
         """Time of one price, as short as the series allows."""
         if self.times is None:
             return f"price {index % len(self) + 1:,}"
-        times = self.times.astype(f"datetime64[{_shortest_unit(self.times)}]")
-        return str(times[index]).replace("T", " ")
+        return str(self.times[index].astype(f"M8[{self._unit}]")).replace("T", " ")
+
+    def time_texts(self, indices: npt.NDArray[np.intp]) -> list[str]:
+        """Times of some prices in ISO 8601, to the second or finer where the series is finer."""
+        assert self.times is not None
+        unit = self._unit if self._unit in ("ms", "us", "ns") else "s"
+        return np.datetime_as_string(self.times[indices], unit=unit).tolist()
+
+    @functools.cached_property
+    def _unit(self) -> str:
+        """The coarsest unit that tells all times."""
+        assert self.times is not None
+        nano = self.times.astype("M8[ns]").astype(np.int64)
+        sizes = {"D": DAY, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "us": 1000}
+        return next((unit for unit, size in sizes.items() if not (nano % size).any()), "ns")
 
     @property
     def steps_per_year(self) -> float:
@@ -501,9 +515,3 @@ def _largest_step(values: F64, times: Times | None) -> str:
         f"one step is {moves[at] / max(others.max(), 1e-300):,.0f} times all others: from "
         f"{values[at]:g} to {values[at + 1]:g} ({when})"
     )
-
-
-def _shortest_unit(times: Times) -> str:
-    nano = times.astype("M8[ns]").astype(np.int64)
-    sizes = {"D": DAY, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "us": 1000}
-    return next((unit for unit, size in sizes.items() if not (nano % size).any()), "ns")

@@ -262,7 +262,7 @@ def _with_clock(table: Table, date: TimeColumn, others: list[int]) -> TimeColumn
 
 def _clocks(cells: Sequence[str]) -> list[str] | None:
     """Clocks as 07:00 or 7, from 070000, 700, HE07, "07:00 - 08:00" and the like; None if not."""
-    found = [re.fullmatch(r"\D{0,6}(\d[\d:.]*(?:\s*[AaPp]\.?[Mm]\.?)?)(\s*[-–].*|\D*)", c) for c in cells]
+    found = [re.fullmatch(r"\D{0,6}(\d{1,6}(?:[:.]\d\d){0,2}(?:\.\d+)?(?:\s*[AaPp]\.?[Mm]\.?)?)(\s*[-–].*|\D*)", c) for c in cells]
     texts = [match[1].removesuffix(".0").rstrip(".") if match else "" for match in found]
     given = [text for text in texts if text]
     if len(given) < 0.9 * len(cells):
@@ -286,10 +286,12 @@ def _tells_apart(table: Table, date: TimeColumn, index: int) -> bool:
     clocks = _clocks(table.column(index))
     if clocks is None or len(set(date.texts)) > 0.6 * len(clocks) or len(set(clocks)) < 3:
         return False
-    minutes = [60 * int(h or 0) + int(m or 0) for h, _, m in (c[:5].partition(":") for c in clocks)]
+    if not all(re.fullmatch(r"\d\d?(:\d\d)*", clock) for clock in clocks):
+        return False
+    minutes = [60 * int(h) + int(m or 0) for h, _, m in (c[:5].partition(":") for c in clocks)]
     same = np.array([one == other for one, other in itertools.pairwise(date.texts)])
     steps = np.diff(minutes)[same]
-    return bool(max((steps > 0).mean(), (steps < 0).mean()) > 0.99)
+    return len(steps) > 0 and bool(max((steps > 0).mean(), (steps < 0).mean()) > 0.99)
 
 
 # ----------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def decimal_mark(texts: Sequence[str]) -> str | None:
 
 def _roughness(values: F64) -> float:
     """Mean size of the steps of the logarithm."""
-    logs = np.log(values[values > 0])
+    logs = np.log(values[(values > 0) & np.isfinite(values)])
     return float(np.abs(np.diff(logs)).mean()) if len(logs) > 1 else 0.0
 
 

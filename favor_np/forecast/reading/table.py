@@ -96,6 +96,7 @@ class Table:
     def line(self, index: int = 0) -> str:
         """A row as it stands in the file, for messages."""
         shown = (self.separator + " " * (self.separator == ",")).join(self.rows[index])
+        shown = "".join(c if c.isprintable() else "?" for c in " ".join(shown.split()))
         return f"line {self.lines[index]}: {shown if len(shown) <= 70 else shown[:67] + '...'}"
 
 

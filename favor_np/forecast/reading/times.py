@@ -417,9 +417,11 @@ def _numeric(texts: Sequence[str], name: str, day_first: bool | None) -> Reading
         reading = _read("\n".join(months), _pattern("%Y-%m"))
         if reading.good > 0.9 * len(cells):
             return reading
-    there = np.array([bool(cell) for cell, _ in found])
-    whole = np.array([int(cell) if len(cell) < 20 else 0 for cell, _ in found]).astype(np.int64)
+    there = np.array([0 < len(cell) < 20 and abs(int(cell)) < 2**63 for cell, _ in found])
+    whole = np.array([int(cell) if ok else 0 for (cell, _), ok in zip(found, there, strict=True)])
     part = np.array([int(f"{rest:0<9}"[:9]) for _, rest in found], np.int64)
+    if not there.any():
+        raise _unreadable(texts, name)
     if SERIALS[0] <= whole[there].min() and whole[there].max() < SERIALS[1]:
         unit = 60.0 if decimals < 6 else 1.0 if decimals < 9 else 1e-3  # seconds they can tell apart
         seconds = (whole - SERIALS[0] + part / 1e9) * 86_400
