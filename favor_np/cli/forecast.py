@@ -510,7 +510,8 @@ def _honest_words(record: ReturnEvaluation) -> str:
         return f"There is some skill here; the strategy earned {earned} buying and holding."
     return (
         "No skill that chance could not explain: past patterns did not tell the direction; the "
-        f"strategy earned {earned} buying and holding" + (", by luck." if gain > hold and not same else ".")
+        f"strategy earned {earned} buying and holding"
+        + (", by luck." if gain > hold and not same else ".")
     )
 
 

@@ -22,11 +22,13 @@ from .reading.columns import (
     separating_column,
     time_column,
 )
-from .reading.errors import PriceError as PriceError
-from .reading.errors import quote
+from .reading.errors import PriceError, quote
+from .reading.formats import DAY, NONE, Ints
 from .reading.numbers import is_missing, is_undefined, read_numbers
 from .reading.table import Table, read_table
-from .reading.times import DAY, NONE, Ints, read_times
+from .reading.times import read_times
+
+__all__ = ["PriceError", "Prices", "read_prices"]
 
 F64 = npt.NDArray[np.float64]
 Times = npt.NDArray[np.datetime64]
@@ -114,7 +116,7 @@ class Prices:
         """Times of some prices in ISO 8601, to the second or finer where the series is finer."""
         assert self.times is not None
         unit = self._unit if self._unit in ("ms", "us", "ns") else "s"
-        return np.datetime_as_string(self.times[indices], unit=unit).tolist()
+        return [str(time) for time in self.times[indices].astype(f"M8[{unit}]")]
 
     @functools.cached_property
     def _unit(self) -> str:
@@ -134,7 +136,7 @@ class Prices:
         if self.times is None or len(self) < 2:
             return float("nan")
         span = (self.times[-1] - self.times[0]) / np.timedelta64(1, "s")
-        days, counts = np.unique(self.times.astype("M8[D]"), return_counts=True)
+        _, counts = np.unique(self.times.astype("M8[D]"), return_counts=True)
         if span < 28 * 86_400 and counts.max() > 1:
             nights = np.diff(self.times)[np.diff(self.times.astype("M8[D]")) > np.timedelta64(0)]
             if (nights > 1.5 * np.median(np.diff(self.times))).all():
@@ -194,6 +196,8 @@ class Prices:
             return values
         table = frames.table_of(values)
         if table is not None:
+            if column is None and getattr(values, "ndim", 2) == 1:  # a series, whatever its name
+                column = str(len(table.header))
             with _named(name):
                 return _series(table, name, _Options(column, _symbols(symbol), allow_missing=1.0))
         array = frames.real_numbers(values)
@@ -356,7 +360,10 @@ def _series(table: Table, name: str, options: _Options) -> Prices:
     _count(dropped, NO_TIME, table.lines[~there])
     keep = there.copy()
     keep[there] = _usable(
-        values[there], table.lines[there], dropped, [t for t, x in zip(texts, there, strict=True) if x]
+        values[there],
+        table.lines[there],
+        dropped,
+        [t for t, x in zip(texts, there, strict=True) if x],
     )
     if not keep.any():
         first = int(np.argmax(there))
@@ -393,7 +400,7 @@ def _usable(
     undefined = is_undefined(values)
     if texts is not None:
         missing = np.zeros(len(values), bool)
-        missing[~number] = [is_missing(texts[i]) for i in np.flatnonzero(~number)]
+        missing[~number] = [is_missing(texts[i]) for i in np.flatnonzero(~number).tolist()]
         _count(dropped, "price missing", lines[missing])
         number |= missing
     _count(dropped, "price not a number", lines[~number])
@@ -404,9 +411,7 @@ def _usable(
     return keep
 
 
-def _sorted(
-    values: F64, nano: Ints, lines: Lines, dropped: Dropped
-) -> tuple[F64, Ints, str]:
+def _sorted(values: F64, nano: Ints, lines: Lines, dropped: Dropped) -> tuple[F64, Ints, str]:
     """Sort by time; of equal times keep the one furthest down the file."""
     steps = np.diff(nano)
     order = "unsorted"

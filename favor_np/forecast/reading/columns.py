@@ -11,9 +11,10 @@ import numpy as np
 
 from . import words
 from .errors import PriceError, listed, quote
+from .formats import NONE, Ints
 from .numbers import F64, decimal_mark, is_missing
 from .table import Table
-from .times import NONE, Ints, Unreadable, is_clock_text, read_times
+from .times import Unreadable, is_clock, read_times
 
 # ----------------------------------------------------------------------------------------
 # The price
@@ -59,9 +60,7 @@ def price_column(
     if not found:
         found = [i for i in numeric if not _is_no_price(table, i)]
         if not found:
-            raise PriceError(
-                f"no column of prices among {listed(header)}; name it with --column"
-            )
+            raise PriceError(f"no column of prices among {listed(header)}; name it with --column")
     if len(found) > 1:
         raise PriceError(
             f"the price could be column {listed([header[i] for i in found], 'or')}; "
@@ -142,25 +141,26 @@ def time_column(table: Table, price: int, *, date_format: str | None = None) -> 
     parts = _calendar_parts(table, others)
     if parts is not None:
         return _with_clock(table, parts, others)
-    dated = [i for i in others if table.kind(i) == "time" and not _is_clock_column(table, i)]
     named = [i for i in others if table.named and words.is_date(table.header[i])]
-    dated += [i for i in others if i in named and i not in dated and table.kind(i) == "number"]
-    dated += [i for i in others if i not in dated and _looks_like_time(table, i)]
     if date_format is not None:
-        dated = [i for i in (*named, *others) if _readable(table, i, date_format)] or dated
-    order = [(not _readable(table, i, date_format), i not in named, i) for i in dated]
-    for unreadable, _, index in sorted(order)[:1]:
-        found = TimeColumn(table.header[index], table.column(index), indices=(index,))
-        clock = [i for i in others if _is_clock_column(table, i) and words.is_date(table.header[i])]
-        if unreadable and not table.kind(index) == "time" and clock:
-            return TimeColumn(table.header[clock[0]], table.column(clock[0]), indices=(clock[0],))
-        return _with_clock(table, found, [i for i in others if i != index])
-    doubtful = [i for i in others if _is_clock_column(table, i)]
-    doubtful += [i for i in named if table.kind(i) == "text"]
-    doubtful += [i for i in others if _could_be_time(table, i)]
-    if doubtful:  # reading it tells what is wrong
-        index = doubtful[0]
-        return TimeColumn(table.header[index], table.column(index), indices=(index,))
+        found = [i for i in others if _readable(table, i, date_format)]
+    else:
+        found = [
+            i
+            for i in others
+            if (table.kind(i) == "time" and not _is_clock_column(table, i))
+            or (table.kind(i) == "number" and i in named)
+            or _looks_like_time(table, i)
+        ]
+    if found:
+        index = min(found, key=lambda i: (not _readable(table, i, date_format), i not in named, i))
+        date = TimeColumn(table.header[index], table.column(index), indices=(index,))
+        return _with_clock(table, date, others)
+    found = [i for i in others if _is_clock_column(table, i)]
+    found += [i for i in named if table.kind(i) == "text"]
+    found += [i for i in others if _could_be_time(table, i)]
+    if found:  # reading it tells what is wrong
+        return TimeColumn(table.header[found[0]], table.column(found[0]), indices=(found[0],))
     return None
 
 
@@ -170,7 +170,7 @@ def _readable(table: Table, index: int, date_format: str | None = None) -> bool:
     if len(cells) > 1 and len(set(cells)) == 1:
         return False
     try:
-        return read_times(cells, "", date_format=date_format).good > 0.9 * len(cells)
+        return len(read_times(cells, "", date_format=date_format).known) > 0.9 * len(cells)
     except Unreadable:
         return False
     except PriceError:  # more than one way
@@ -231,18 +231,20 @@ def _calendar_parts(table: Table, others: list[int]) -> TimeColumn | None:
 
 def _is_clock_column(table: Table, index: int) -> bool:
     cells = table.sample(index)
-    return table.kind(index) == "time" and sum(map(is_clock_text, cells)) > 0.9 * len(cells)
+    return table.kind(index) == "time" and sum(map(is_clock, cells)) > 0.9 * len(cells)
 
 
 def _with_clock(table: Table, date: TimeColumn, others: list[int]) -> TimeColumn:
     """Add the column of clocks or hours, if days stand alone and there is one."""
     others = [i for i in others if i not in date.indices]
     days = [date.texts[i] for i in range(0, len(date.texts), max(1, len(date.texts) // 100))]
-    if any(re.search(r"\d[T ,;]+\d\d?[:.h]?\d\d|T\d\d", day) for day in days):
+    midnight = re.compile(r"[T ]0?0:00(:00(\.0+)?)?Z?$|[T ]12:00(:00)? AM$", re.IGNORECASE)
+    if any(re.search(r"\d[T ,;]+\d\d?[:.h]?\d\d|T\d\d", midnight.sub("", day)) for day in days):
         return date
     clocks = [i for i in others if _is_clock_column(table, i)]
     clocks.sort(key=lambda i: not words.is_clock(table.header[i]))
     named = [i for i in others if table.named and words.is_clock(table.header[i])]
+    named = [i for i in named if table.kind(i) != "time"]
     texts = None
     for i in (*clocks, *(i for i in named if i not in clocks)):
         texts = _clocks(table.column(i))
@@ -250,26 +252,34 @@ def _with_clock(table: Table, date: TimeColumn, others: list[int]) -> TimeColumn
             break
     else:
         for i in table.of_kind("number"):
-            texts = _clocks(table.column(i)) if i in others and _tells_apart(table, date, i) else None
+            texts = (
+                _clocks(table.column(i)) if i in others and _tells_apart(table, date, i) else None
+            )
             if texts is not None:
                 break
     if texts is None or re.fullmatch(r"\d{9,}", days[0]):
         return date
-    joined = [f"{day} {clock}" if clock else "" for day, clock in zip(date.texts, texts, strict=True)]
+    days = date.texts if not midnight.search(days[0]) else [midnight.sub("", d) for d in date.texts]
+    joined = [f"{day} {clock}" if clock else "" for day, clock in zip(days, texts, strict=True)]
     said = f"time of day from column {quote(table.header[i])}"
     return TimeColumn(date.name, joined, said, (*date.indices, i))
 
 
 def _clocks(cells: Sequence[str]) -> list[str] | None:
     """Clocks as 07:00 or 7, from 070000, 700, HE07, "07:00 - 08:00" and the like; None if not."""
-    found = [re.fullmatch(r"\D{0,6}(\d{1,6}(?:[:.]\d\d){0,2}(?:\.\d+)?(?:\s*[AaPp]\.?[Mm]\.?)?)(\s*[-–].*|\D*)", c) for c in cells]
+    found = [
+        re.fullmatch(
+            r"\D{0,6}(\d{1,6}(?:[:.]\d\d){0,2}(?:\.\d+)?(?:\s*[AaPp]\.?[Mm]\.?)?)(\s*[-–].*|\D*)", c
+        )
+        for c in cells
+    ]
     texts = [match[1].removesuffix(".0").rstrip(".") if match else "" for match in found]
     given = [text for text in texts if text]
     if len(given) < 0.9 * len(cells):
         return None
     if all(map(str.isdigit, given)):
         width = max(map(len, given))
-        if width > 6 or len(set(given)) == 1 and width < 3 and len(given) > 24:
+        if width > 6 or (width < 3 and len(given) > 24 and len(set(given)) == 1):
             return None
         if width > 2:  # 700, 70000
             width += width % 2
@@ -321,9 +331,7 @@ def chosen_series(table: Table, symbols: Sequence[str]) -> tuple[Table, list[int
                 said.append(f"rows with {symbol.strip()} in column {quote(table.header[i])}")
                 break
         else:
-            among = [
-                i for i, name in enumerate(table.header) if wanted in name.casefold().split()
-            ]
+            among = [i for i, name in enumerate(table.header) if wanted in name.casefold().split()]
             if not among:
                 several = [i for i in columns if _several(table, i)]
                 found = f"; column {_values(table, several[0])}" if several else ""
@@ -331,9 +339,7 @@ def chosen_series(table: Table, symbols: Sequence[str]) -> tuple[Table, list[int
     return table, among, ", ".join(said)
 
 
-def check_one_series(
-    table: Table, values: F64, times: Ints | None, used: Sequence[int]
-) -> None:
+def check_one_series(table: Table, values: F64, times: Ints | None, used: Sequence[int]) -> None:
     """Refuse prices of several things in one column.
 
     That is so where a column called symbol, ticker, ... has several values, or one of texts
@@ -345,8 +351,7 @@ def check_one_series(
         named = table.named and words.is_symbol(table.header[i])
         if named or (table.kind(i) == "text" and _jumps(table.column(i), values, times)):
             raise PriceError(
-                f"several series in one file: column {_values(table, i)}; "
-                "choose one with --symbol"
+                f"several series in one file: column {_values(table, i)}; choose one with --symbol"
             )
 
 
@@ -354,7 +359,8 @@ def separating_column(table: Table, times: Ints, used: Sequence[int]) -> str:
     """The column that tells rows of the same time apart, as words for a message; or ""."""
     for i in range(len(table.header)):
         if i not in used and _several(table, i):
-            if len(set(zip(times.tolist(), table.column(i), strict=True))) > 0.99 * len(times):
+            pairs = set(zip(times.tolist(), table.column(i), strict=True))
+            if len(pairs) > 0.99 * len(times):
                 return f"; column {_values(table, i)}: choose with --symbol"
     return ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import decimal
 import io
+import math
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
@@ -96,7 +97,8 @@ def _index(index: Any) -> list[Column]:
         return [column for level in levels for column in _index(level)]
     if isinstance(index, pd.PeriodIndex):
         index = index.to_timestamp()
-    title = "time" if index.name is None else str(index.name)
+    unnamed = "time" if index.dtype.kind == "M" else "index"
+    title = unnamed if index.name is None else str(index.name)
     return [(title, _cells(_naive_pandas(index.to_series())))]
 
 
@@ -186,16 +188,16 @@ def _cells(array: npt.NDArray[Any]) -> list[str]:
         texts = np.datetime_as_string(array).tolist()
         return ["" if text == "NaT" else text for text in texts]
     if array.dtype.kind == "f":
-        return ["" if x != x else repr(x) for x in array.astype(np.float64).tolist()]  # noqa: PLR0124
+        return ["" if math.isnan(x) else repr(x) for x in array.astype(np.float64).tolist()]
     if array.dtype.kind == "c":
         raise TypeError(f"prices must be real numbers, got {array.dtype}")
     return [_cell(item) for item in array.tolist()]
 
 
 def _cell(item: Any) -> str:
-    if item is None or item != item or str(item) == "<NA>":
-        return ""
     text = str(item)
+    if text in ("None", "nan", "NaT", "<NA>"):
+        return ""
     return text.removesuffix(" 00:00:00") if hasattr(item, "isoformat") else text
 
 
@@ -221,7 +223,7 @@ def read_frame(kind: str, data: bytes) -> Table:
         raise PriceError(f"to read .{kind} files needs {needed}: {INSTALL}") from None
     except (PriceError, MemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - each library has errors of its own
         raise PriceError(f"a .{kind} file that cannot be read ({error})") from None
     if table is None or not len(table):
         raise PriceError("no rows")

@@ -16,40 +16,43 @@ from .errors import PriceError, quote
 
 F64 = npt.NDArray[np.float64]
 
-MISSING = set(
-    "|.|..|...|-|--|---|–|—|n/a|na|#n/a|#na|#n/a n/a|n.a.|n.a|null|none|nil|n.v.|n.v|nv|k.a.|nd|n.d.|n.d|<na>|"
-    "nat|#value!|#div/0!|#ref!|#num!|not available|no data|missing|kein wert|kein wert vorhanden|:|*|x|?|(na)|"
-    "\\n|undefined|closed|holiday".split("|")
-)
+MISSING = {
+    *("", ".", "..", "...", "-", "--", "---", "–", "—", ":", "*", "?", "x", "\\n"),
+    *("n/a", "na", "#n/a", "#na", "#n/a n/a", "n.a.", "n.a", "(na)", "<na>", "nat", "nd", "n.d."),
+    *("null", "none", "nil", "n.v.", "n.v", "nv", "k.a.", "kein wert", "kein wert vorhanden"),
+    *("not available", "no data", "missing", "undefined", "closed", "holiday"),
+    *("#value!", "#div/0!", "#ref!", "#num!"),
+}
 
 # Largest numbers of integer and floating types, which stand for "undefined".
-UNDEFINED = [2.0**63, 2.0**64, 2.0**31 - 1, 2.0**32 - 1, np.finfo(np.float64).max]
+UNDEFINED = [2.0**63, 2.0**64, 2.0**31 - 1, 2.0**32 - 1, 2.0**63 / 1e9, np.finfo(np.float64).max]
 UNDEFINED += [float(np.finfo(np.float32).max), 3.4e38, 1.7e308]
 
-_BLANK = "[ \u00a0\u2009\u202f]"
+_BLANKS = " \u00a0\u2009\u202f"
+_BLANK = f"[{_BLANKS}]"
 _UNIT = (
     r"(?:US\$|[ACR]\$|[$€£¥₹₽₿¢%]|kr\.?|zł|Kč|Rs\.?|USDT?|EUR|GBP|GBX|CHF|JPY|CAD|AUD|NZD|SEK|NOK|"
     r"DKK|PLN|CZK|HUF|CNY|HKD|INR|BRL|RUB|TRY|ZAR|KRW|MXN|BTC|ETH)"
 )
-_SUFFIXES = {"K": 1e3, "k": 1e3, "M": 1e6, "m": 1e6, "B": 1e9, "T": 1e12, "Mio": 1e6, "Mrd": 1e9}
-_MARKS = r"(?:\([a-z]\)|\(?[pre]\)?|[*†]{1,3})"  # preliminary, revised, estimated
+_FACTORS = {"K": 1e3, "k": 1e3, "M": 1e6, "m": 1e6, "B": 1e9, "T": 1e12, "Mio": 1e6, "Mrd": 1e9}
+_NOTES = r"(?:\([a-z]\)|\(?[pre]\)?|[*†]{1,3})"  # preliminary, revised, estimated
 
 
 def _shape(decimal: str, thousands: str) -> str:
-    """A cell with such marks: groups unit, number, multiplier, unit, mark."""
+    """A cell with such marks: groups: sign and unit, number, factor, unit, note."""
     groups = "|".join(rf"\d{{1,3}}(?:{mark}\d{{3}})+" for mark in (thousands, _BLANK, "['’]"))
     whole = rf"(?:{groups}|\d+)"
     number = rf"(?:{whole}(?:{decimal}\d*)?|{decimal}\d+)(?:[eE][+-]?\d+)?"
     sign = "[+−-]?"
     return (
         rf"^({sign}(?:{_UNIT}{_BLANK}?)?)({sign}{number}){_BLANK}?"
-        rf"(Mio\.?|Mrd\.?|[KkMmBT](?![A-Za-z]))?{_BLANK}?({_UNIT})?{_BLANK}?({_MARKS})?$"
+        rf"(Mio\.?|Mrd\.?|[KkMmBT](?![A-Za-z]))?{_BLANK}?({_UNIT})?{_BLANK}?({_NOTES})?$"
     )
 
 
 SHAPES = {".": _shape(r"\.", ","), ",": _shape(",", r"\.")}
 _ANY = re.compile("|".join(SHAPES.values()))
-_WORDS = re.compile(r"[+-]?(nan|inf|infinity)", re.I)
+_WORDS = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
 def is_missing(text: str) -> bool:
@@ -96,7 +99,9 @@ def read_numbers(
             f"column {quote(name)} holds {quote(sample)}, which may be a whole number or have "
             "three decimals: --decimal . or --decimal , says which"
         )
-    values, said = _parse(texts, mark or ".")
+    values, units, said = _parse(texts, mark or ".")
+    if len(units - {"%"}) > 1:
+        raise PriceError(f"prices in several currencies: {', '.join(sorted(units))}")
     if mark == ",":
         said = ["decimal comma", *said]
     return values, ", ".join(said)
@@ -107,17 +112,18 @@ def decimal_mark(texts: Sequence[str]) -> str | None:
     text = "\n".join(texts)
     if "," not in text and not re.search(r"\d\.\d{3}(?!\d)", text):
         return "." if "." in text else ""
-    counts = {mark: len(re.findall(shape, text, re.M)) for mark, shape in SHAPES.items()}
+    counts = {mark: len(re.findall(shape, text, re.MULTILINE)) for mark, shape in SHAPES.items()}
     if counts["."] != counts[","]:
         return max(counts, key=lambda mark: counts[mark])
     values = {mark: _parse(texts, mark)[0] for mark in SHAPES}
     if np.array_equal(values["."], values[","], equal_nan=True):
         return ""
+    below_one = re.search(r"(?<![\d.,])0([.,])\d", text)
+    if below_one:  # no whole number begins with 0
+        return below_one[1]
     roughness = {mark: _roughness(values[mark]) for mark in SHAPES}
     if max(roughness.values()) > 3 * min(roughness.values()):
         return min(roughness, key=lambda mark: roughness[mark])
-    if re.search(r"(?<![\d.,])0[.,]\d", text):  # no whole number begins with 0
-        return "." if re.search(r"(?<![\d.,])0\.\d", text) else ","
     return None
 
 
@@ -127,38 +133,33 @@ def _roughness(values: F64) -> float:
     return float(np.abs(np.diff(logs)).mean()) if len(logs) > 1 else 0.0
 
 
-def _parse(texts: Sequence[str], mark: str) -> tuple[F64, list[str]]:
-    """Numbers with that decimal mark, and what had to be taken off them."""
+def _parse(texts: Sequence[str], mark: str) -> tuple[F64, set[str], list[str]]:
+    """Numbers with that decimal mark, their units, and what had to be taken off them."""
     if mark == ".":
         try:
-            return np.array(list(map(float, texts)), np.float64), []
+            return np.array(list(map(float, texts)), np.float64), set(), []
         except ValueError:
             pass
-    text = "\n".join(text.replace("\n", " ") for text in texts)
-    found = re.findall(f"(?:{SHAPES[mark]})|^.*$", text, re.M)
-    before, numbers, suffixes, after, marks = zip(*found, strict=True) if found else ((),) * 5
-    other = "," if mark == "." else "."
-    clean = "\n".join(numbers).translate(
-        str.maketrans(mark + "−", ".-", other + " \u00a0\u2009\u202f'’")
-    )
-    values = np.array([float(cell) if cell else np.nan for cell in clean.split("\n")][: len(texts)])
-    for i in np.flatnonzero(np.isnan(values)):
+    text = "\n".join(" ".join(cell.split()) if "\n" in cell else cell for cell in texts)
+    found = re.findall(f"(?:{SHAPES[mark]})|^.*$", text, re.MULTILINE)
+    before, cells, factors, after, notes = zip(*found, strict=True)
+    drop = ("," if mark == "." else ".") + _BLANKS + "'’"
+    clean = "\n".join(cells).translate(str.maketrans(mark + "−", ".-", drop)).split("\n")
+    values = np.array([float(cell) if cell else np.nan for cell in clean])
+    for i in np.flatnonzero(np.isnan(values)).tolist():
         if _WORDS.fullmatch(texts[i]):
             values[i] = float(texts[i])
+    values[["-" in cell or "−" in cell for cell in before]] *= -1
     said = []
-    units = {cell.strip("+−- \u00a0\u2009\u202f") for cell in {*before, *after}} - {""}
-    if len(units - {"%"}) > 1:
-        raise PriceError(f"prices in several currencies: {', '.join(sorted(units))}")
+    if any(factors):
+        values *= [_FACTORS.get(factor.rstrip("."), 1.0) for factor in factors]
+        said.append("K, M and B multiplied out")
+    if any(notes):
+        said.append(f"marks such as {quote(next(filter(None, notes)))} left out")
+    units = {cell.strip("+−-" + _BLANKS) for cell in {*before, *after}} - {""}
     if "%" in units:
         said.append("numbers in %")
-    if any("-" in cell or "−" in cell for cell in set(before)):
-        values[[("-" in cell or "−" in cell) for cell in before]] *= -1
-    if any(suffixes):
-        said.append("K, M and B multiplied out")
-        values *= [_SUFFIXES.get(suffix.rstrip("."), 1.0) for suffix in suffixes]
-    if any(marks):
-        said.append(f"marks such as {quote(next(filter(None, marks)))} left out")
-    return values, said
+    return values, units, said
 
 
 def is_undefined(values: F64) -> npt.NDArray[np.bool_]:

@@ -89,9 +89,7 @@ class Table:
         """The table of some of the rows."""
         rows = [row for row, there in zip(self.rows, wanted, strict=True) if there]
         lines = self.lines[wanted]
-        return Table(
-            self.header, rows, lines, self.named, self.separator, self.said, self.left_out
-        )
+        return Table(self.header, rows, lines, self.named, self.separator, self.said, self.left_out)
 
     def line(self, index: int = 0) -> str:
         """A row as it stands in the file, for messages."""
@@ -107,7 +105,9 @@ def read_table(text: str) -> Table:
     words for columns; lines above it, repetitions of it, comments (#) and footers are left out.
     """
     separator, text, skipped = _separator(text)
-    cells, lines, comments = [], [], {}
+    cells: list[Row] = []
+    lines: list[int] = []
+    comments: dict[int, Row] = {}
     try:
         for row, line in _split(text, separator):
             if row[0].startswith("#"):
@@ -116,9 +116,9 @@ def read_table(text: str) -> Table:
                 cells.append(row)
                 lines.append(line + skipped)
     except csv.Error as error:
-        raise PriceError(f"{error}") from None
+        raise PriceError(str(error)) from None
     if not cells:
-        raise PriceError(f"no rows")
+        raise PriceError("no rows")
     if text.count('"') % 2 and any("\n" in cell for cell in cells[-1]):
         raise PriceError(f"line {lines[-1]}: a quote is opened and never closed")
     return tabulate(cells, np.array(lines, np.intp), separator, comments)
@@ -155,7 +155,7 @@ def tabulate(
             )
     rows, lines = cells[first:], lines[first:]
     if not rows:
-        raise PriceError(f"a header and no rows")
+        raise PriceError("a header and no rows")
     header = _names(levels) if levels else [f"column {i + 1}" for i in range(width)]
     table = Table(header, rows, lines, bool(levels), separator)
     _leave_out(table, levels, kinds)
@@ -169,7 +169,7 @@ def tabulate(
 
 def _separator(text: str) -> tuple[str, str, int]:
     """The separator, the text without the line that names it, and how many lines that were."""
-    told = re.match(r'\s*"?sep=(.)"?;*,*[^\S\n]*\n', text, re.I)
+    told = re.match(r'\s*"?sep=(.)"?;*,*[^\S\n]*\n', text, re.IGNORECASE)
     if told:
         return told[1], text[told.end() :], text.count("\n", 0, told.end())
     return find_separator(text), text, 0
@@ -307,7 +307,7 @@ def _leave_out(table: Table, levels: list[Row], kinds: list[str]) -> None:
         table.rows = [row for row, there in zip(table.rows, keep, strict=True) if there]
         table.lines = table.lines[keep]
     if not table.rows:
-        raise PriceError(f"a header and no rows")
+        raise PriceError("a header and no rows")
 
 
 def _begins(cells: Row, kinds: list[str]) -> bool:

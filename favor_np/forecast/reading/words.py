@@ -10,70 +10,76 @@ import functools
 import re
 import unicodedata
 
-CLOSE = set(
-    "close closes closing closed last latest settle settlement schluss schlusskurs schlusswert letzter letzte "
-    "letzt zuletzt cloture dernier derniere cierre ultimo ultima chiusura fechamento fecho slot "
-    "slotkoers laatste slut slutkurs stangning stangningskurs senaste lukket sluttkurs siste sidste "
-    "seneste zamkniecie ostatni ostatnio posledni zaveraci kapanis simdi son zaro utolso закрытие "
-    "закр последняя zaver zaverecna paatos paatoskurssi inchidere lukning "
-    "收盘 收盘价 終値 종가".split()
-)
-PRICE = set(
-    "price prices value kurs preis prix cours precio prezzo quotazione preco cotacao cotizacion koers "
-    "prijs pris cena fiyat wert valeur valor valore цена 价格 価格 가격".split()
-)
-ADJUSTED = set(
-    "adj adjusted adjust bereinigt bereinigter ajuste ajustee ajustado ajustada rettificato justerad "
-    "gecorrigeerd".split()
-)
-# A price, but not the one at the end of the bar: taken only where it is the only one.
-OTHER_PRICE = set(
-    "open opening high low bid ask mid weighted average avg typical mean vwap wap median erster "
-    "eroffnung eroffnungs eroeffnung eroffn hoch hochst tief tiefst geld brief start startkurs apertura "
-    "maximo minimo massimo minimo ouverture ouv haut bas abertura maxima minima hoog laag hogst lagst oppning "
-    "hogsta lagsta otwarcie najwyzszy najnizszy max min opn acilis yuksek dusuk nyito откр макс мин "
-    "otevreni otvirani avaus ylin alin abning høj lav hoyeste laveste deschidere maxim minim åpning apning "
-    "开盘 最高 最低 始値 高値 安値 durchschnitt mittelkurs moyenne moyen promedio media medio ponderado wma "
-    "sma ema".split()
-)
-NOT_PRICE = set(
-    "volume volumes vol volumen volum volym volumi wolumen wol hac hacim change changes chg changed percent pct "
-    "perc date time datetime timestamp prev previous prior vortag qty quantity size count trades "
-    "transactions cap turnover umsatz umsatze omsattning obrot return returns ret yield rendite rendement diff difference "
-    "differenz variation variazione variacion variacao var veranderung verschil zmiana zmena fark изм объем объём "
-    "interest oi openint amount amt betrag stuck stucke stuecke dividend dividends div splits split spread ratio factor "
-    "coefficient volatility sigma id number num no nr row rank weight "
-    "trend signal flag flags status zeit datum uhrzeit fecha hora heure tarih "
-    "objem obrat forgalom omzet volumul vaihto "
-    "成交量 成交额 涨跌幅 出来高 거래량".split()
-)
-DATE = set(
-    "date datetime timestamp day days month months period unix epoch ts year years week quarter time times "
-    "datum tag tage periode periodo okres monat jahr zeit zeitpunkt zeitraum woche fecha dia mes ano anio data giorno mese anno jour mois "
-    "annee dato tidpunkt tid dag maned manad ar dzien miesiac rok datetimes pvm paivays tarih gun ay "
-    "datumi nap idopont tijd tijdstip maand jaar дата время день месяц год 日期 时间 日付 日時 날짜 "
-    "observation snapped uhrzeit hora heure ora czas saat aika stunde hour hours hr".split()
-)
-CLOCK = set(
-    "time times hour hours hr hrs he stunde stunden std uhrzeit zeit hora heure ora godzina uur timme "
-    "time saat czas tid tijd aika clock minute ending interval время час".split()
-)
-YEAR = set("year yr jahr annee ano anio anno rok jaar ar год".split())
-MONTH = set("month mon monat mois mes mese miesiac maand manad maned месяц period".split())
-DAY = set("day tag jour dia giorno dzien dag день".split())
-SYMBOL = set(
-    "symbol symbols ticker tickers instrument instruments asset coin pair isin wkn cusip sedol ric "
-    "security securities stock commodity contract secid country region location area zone hub node "
-    "series name wertpapier kurzel kuerzel titre titolo simbolo accion activo walor instrumento".split()
-)
-_NEUTRAL = {"market", "trade", "index", "rate", "spot", "day", "adj"}
-_KNOWN = CLOSE | PRICE | ADJUSTED | OTHER_PRICE | NOT_PRICE | DATE | CLOCK | SYMBOL | _NEUTRAL
-
 
 def plain(text: str) -> str:
     """Without capitals and accents."""
     text = unicodedata.normalize("NFKD", text.casefold())
     return "".join(c for c in text if not unicodedata.combining(c)).replace("ł", "l")
+
+
+def _words(text: str) -> set[str]:
+    return {plain(word) for word in text.split()}
+
+
+CLOSE = _words("""
+    close closes closing closed last latest settle settlement
+    schluss schlusskurs schlusswert letzt letzte letzter zuletzt slot slotkoers laatste
+    slut slutkurs stängning stängningskurs senaste sluttkurs siste lukket sidste seneste lukning
+    clôture dernier dernière cierre último última chiusura ultimo fechamento fecho închidere
+    zamknięcie ostatni ostatnio závěr závěrečná poslední záró utolsó päätös päätöskurssi
+    kapanış şimdi son закрытие закр последняя 收盘 收盘价 終値 종가
+""")
+PRICE = _words("""
+    price prices value kurs preis wert koers prijs pris prix cours valeur precio cotización valor
+    prezzo quotazione valore preço cotação cena fiyat цена 价格 価格 가격
+""")
+ADJUSTED = _words("""
+    adj adjust adjusted bereinigt bereinigter gecorrigeerd justerad ajusté ajustée ajustado ajustada
+    rettificato
+""")
+# Prices, but not the one at the end of a bar: taken only where there is no other.
+OTHER_PRICE = _words("""
+    open opening high low bid ask mid mean median average avg weighted typical vwap wap wma sma ema
+    erster start startkurs eröffn eröffnung eröffnungs eroeffnung eroeffnungs hoch höchst tief tiefst
+    geld brief mittelkurs durchschnitt hoog laag öppning högst lägst högsta lägsta åpning åbning høj
+    lav høyeste laveste ouv ouverture haut bas moyen moyenne apertura máximo mínimo medio media
+    promedio ponderado massimo minimo abertura máxima mínima deschidere maxim minim otwarcie
+    najwyższy najniższy otevření otvírání nyitó avaus ylin alin max min açılış yüksek düşük
+    откр макс мин 开盘 最高 最低 始値 高値 安値 시가 고가 저가
+""")
+NOT_PRICE = _words("""
+    volume volumes vol volumen volum volym volumi volumul wolumen wol hacim hac объем 成交量 出来高 거래량
+    turnover umsatz umsätze omzet omsättning obrót objem obrat forgalom vaihto 成交额 amount amt betrag
+    qty quantity size count stück stücke stuecke trades transactions interest oi openint cap
+    change changes chg changed percent pct perc return returns ret yield rendite rendement diff
+    difference differenz variation variazione variación variação var veränderung verschil zmiana změna
+    fark изм 涨跌幅 대비 prev previous prior vortag dividend dividends div split splits
+    spread ratio factor coefficient volatility sigma trend signal flag flags status
+    id no nr num number row rank weight
+    date time datetime timestamp datum zeit uhrzeit fecha hora heure tarih
+""")
+DATE = _words("""
+    date datetime timestamp time times day days week month months quarter year years period epoch unix
+    ts observation snapped hour hours hr
+    datum tag tage woche monat jahr zeit zeitpunkt zeitraum uhrzeit periode stunde dag maand jaar tijd
+    tijdstip tid tidpunkt dato månad år fecha hora día mes año periodo data giorno mese anno ora jour
+    mois année heure ano czas dzień miesiąc rok okres idopont nap pvm päivä aika tarih gün ay saat
+    дата время день месяц год 日期 时间 日付 日時 날짜 일자
+""")
+CLOCK = _words("""
+    time times clock hour hours hr hrs he minute ending interval zeit uhrzeit stunde stunden std uur
+    tijd tid timme aika hora heure ora czas godzina saat время час
+""")
+YEAR = _words("year years yr jahr jaar år année año ano anno rok год")
+MONTH = _words("month months mon monat maand månad mois mes mese miesiąc period месяц")
+DAY = _words("day tag dag jour día dia giorno dzień день")
+SYMBOL = _words("""
+    symbol symbols ticker tickers instrument instruments asset coin pair isin wkn cusip sedol ric
+    security securities secid stock commodity contract series name country region location area
+    zone hub node kürzel kuerzel wertpapier titre titolo símbolo acción activo walor
+""")
+_OTHERS = _words("market trade index rate spot")  # of compounds such as "marketcap"
+_KNOWN = CLOSE | PRICE | ADJUSTED | OTHER_PRICE | NOT_PRICE | DATE | CLOCK | SYMBOL | _OTHERS
 
 
 @functools.lru_cache(maxsize=1024)
