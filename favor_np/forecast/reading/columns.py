@@ -144,6 +144,9 @@ def time_column(table: Table, price: int, *, date_format: str | None = None) -> 
     named = [i for i in others if table.named and words.is_date(table.header[i])]
     if date_format is not None:
         found = [i for i in others if _readable(table, i, date_format)]
+        found = found or named or [i for i in others if table.kind(i) == "time"]
+        if not found:
+            raise PriceError(f"no column holds times as {quote(date_format)}")
     else:
         found = [
             i

@@ -110,7 +110,8 @@ class Reading:
     @property
     def known(self) -> Ints:
         """Those that could be read."""
-        return self.nanoseconds[self.nanoseconds != NONE]
+        known: Ints = self.nanoseconds[self.nanoseconds != NONE]
+        return known
 
     @property
     def ordered(self) -> bool:

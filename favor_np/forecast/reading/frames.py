@@ -142,7 +142,7 @@ def _arrow(values: Any) -> list[Column] | None:
             if pc.all(pc.equal(pc.floor_temporal(local, unit="day"), local)).as_py():
                 column = local
         if pa.types.is_decimal(column.type):
-            column = column.cast(pa.float64())
+            column = column.cast(pa.string())  # as a float it is not always the nearest
         array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
         return array.to_numpy(zero_copy_only=False)
 

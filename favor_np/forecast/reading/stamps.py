@@ -13,22 +13,23 @@ from .numbers import is_missing
 from .words import is_date
 
 SERIALS = (25_569, 73_051)  # 1970 to 2100, as spreadsheets count days
+_NUMBER = re.compile(r"([+-]?\d+)(?:[.,](\d+))?")
+_CUT = re.compile(r"\d[.,]\d+[eE]\+\d+")
 UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 
 
 def stamp_readings(texts: Sequence[str], name: str) -> dict[str, Reading] | None:
-    """The ways to read a column of numbers as times, none perhaps; None if most cells are none."""
-    text = "\n".join(texts)
-    given = sum(not is_missing(cell) for cell in texts)
-    found = re.findall(r"^([+-]?\d+)(?:[.,](\d+))?$|^.*$", text, re.MULTILINE)
-    cells = [whole for whole, _ in found]
-    if sum(map(bool, cells)) <= given / 2:
-        if len(re.findall(r"^\d[.,]\d+[eE]\+\d+$", text, re.MULTILINE)) > given / 2:
+    """The ways to read a column of numbers as times, none perhaps; None if they hardly are numbers."""
+    some = [cell for cell in (*texts[:100], *texts[-100:]) if not is_missing(cell)]
+    if 2 * sum(_NUMBER.fullmatch(cell) is not None for cell in some) <= len(some):
+        if 2 * sum(_CUT.fullmatch(cell) is not None for cell in some) > len(some):
             raise PriceError(
-                f"column {quote(name)} holds {quote(next(filter(None, texts)))}: a spreadsheet has "
-                "cut the last digits off these times"
+                f"column {quote(name)} holds {quote(some[0])}: a spreadsheet has cut the last digits "
+                "off these times"
             )
         return None
+    found = re.findall(rf"^{_NUMBER.pattern}$|^.*$", "\n".join(texts), re.MULTILINE)
+    cells = [whole for whole, _ in found]
     decimals = max(len(rest.rstrip("0")) for _, rest in found)
     readings = _calendar(cells) if decimals == 0 else _months(found)
     if readings:

@@ -130,9 +130,8 @@ def settle(
             readings = {f: r for f, r in readings.items() if order[f][0] == first} or readings
     form, reading = next(iter(readings.items()))
     if _differ(readings):
-        options = (
-            "--day-first, --no-day-first or " if {o[0] for o in order.values()} == {*"dm"} else ""
-        )
+        firsts = {order[form][0] for form in readings}
+        options = "--day-first, --no-day-first or " if firsts == {"d", "m"} else ""
         raise PriceError(
             f"column {quote(name)} holds {quote(some[0])}, which may be written as "
             f"{' or '.join(readings)}: {options}--date-format says which, as in "
