@@ -74,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="03/04/2024 is the 3rd of April (or not), where no day above 12 tells",
     )
-    add("--decimal", choices=[".", ","], help='the decimal mark, where "1,036" could be either')
+    add(
+        "--decimal",
+        choices=[".", ","],
+        metavar="MARK",
+        help='the decimal mark, "." or ",", where "1,036" could be either',
+    )
     add(
         "--allow-missing",
         type=share,
