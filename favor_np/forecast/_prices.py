@@ -78,12 +78,25 @@ class Prices:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Take a series of another library as `from_array` does."""
-        if type(self.values) is not np.ndarray or self.values.dtype != np.float64:
-            made = Prices.from_array(self.values, self.name)
-            for name, value in vars(made).items():
-                if name != "times" or self.times is None:
-                    object.__setattr__(self, name, value)
+        """Take a series of another library as `from_array` does; refuse what is no series."""
+        values, times = self.values, self.times
+        if type(values) is not np.ndarray or values.dtype != np.float64:
+            if times is None:
+                vars(self).update(vars(Prices.from_array(values, self.name)))
+                return
+            values = frames.real_numbers(values)
+            vars(self).update(values=values)
+        if values.ndim != 1 or not (np.isfinite(values) & (values > 0)).all():
+            raise PriceError(
+                "prices must be one-dimensional, finite and above 0; Prices.from_array drops others"
+            )
+        if times is not None:
+            times = np.asarray(times, dtype=None if hasattr(times, "dtype") else "M8[us]")
+            vars(self).update(times=times)
+            if times.shape != values.shape or not (np.diff(times) > np.timedelta64(0)).all():
+                raise PriceError(
+                    f"times must increase and be as many as prices, got {len(times)} for {len(values)}"
+                )
 
     def __repr__(self) -> str:
         """One line: how many, from when to when."""
@@ -181,7 +194,8 @@ class Prices:
         Raises
         ------
         PriceError
-            If `values` is not one-dimensional or fewer than two prices can be used.
+            If `values` is not one-dimensional, fewer than two prices can be used, or a frame has
+            more than one series.
         TypeError
             If `values` are masked, complex, dates or anything else than real numbers.
 

@@ -226,6 +226,29 @@ def test_standard_input(monkeypatch):
     assert len(read_prices("-")) == 2
 
 
+@pytest.mark.parametrize(
+    ("values", "times"),
+    [
+        (np.array([1.0, -2.0]), None),
+        (np.array([1.0, np.nan]), None),
+        (np.ones((2, 2)), None),
+        (np.array([1.0, 2.0]), np.array(DAYS, "M8[D]")),
+        (np.array([1.0, 2.0, 3.0]), np.array(DAYS[::-1], "M8[D]")),
+        ([1.0, 2.0, np.nan], np.array(DAYS, "M8[D]")),
+    ],
+    ids=str,
+)
+def test_what_is_no_series_is_refused(values, times):
+    with pytest.raises(PriceError, match=r"must (be one-dimensional|increase)"):
+        Prices(values, times)
+
+
+def test_a_series_of_numbers_and_times():
+    prices = Prices([1, 2, 3], DAYS)
+    assert prices.values.dtype == np.float64
+    assert prices.step == "1 day"
+
+
 def test_from_array_checks():
     with pytest.raises(PriceError, match="one-dimensional"):
         Prices.from_array(np.ones((2, 2)))

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import words
 from .errors import PriceError, listed, quote
-from .formats import NONE, Ints
+from .formats import DAY, NONE, Ints
 from .numbers import F64, decimal_mark, is_missing
 from .table import Table
 from .times import Unreadable, is_clock, read_times
@@ -138,9 +138,10 @@ def time_column(table: Table, price: int, *, date_format: str | None = None) -> 
         Where the only column that could hold times holds none.
     """
     others = [i for i in range(len(table.header)) if i != price]
-    parts = _calendar_parts(table, others)
+    dates = [i for i in others if table.kind(i) == "time" and not _is_clock_column(table, i)]
+    parts = None if dates else _calendar_parts(table, others)
     if parts is not None:
-        return _with_clock(table, parts, others)
+        return _with_clock(table, parts, others, None)
     named = [i for i in others if table.named and words.is_date(table.header[i])]
     if date_format is not None:
         found = [i for i in others if _readable(table, i, date_format)]
@@ -148,17 +149,12 @@ def time_column(table: Table, price: int, *, date_format: str | None = None) -> 
         if not found:
             raise PriceError(f"no column holds times as {quote(date_format)}")
     else:
-        found = [
-            i
-            for i in others
-            if (table.kind(i) == "time" and not _is_clock_column(table, i))
-            or (table.kind(i) == "number" and i in named)
-            or _looks_like_time(table, i)
-        ]
+        found = [*dates, *(i for i in named if table.kind(i) == "number")]
+        found += [i for i in others if i not in found and _looks_like_time(table, i)]
     if found:
         index = min(found, key=lambda i: (not _readable(table, i, date_format), i not in named, i))
         date = TimeColumn(table.header[index], table.column(index), indices=(index,))
-        return _with_clock(table, date, others)
+        return _with_clock(table, date, others, date_format)
     found = [i for i in others if _is_clock_column(table, i)]
     found += [i for i in named if table.kind(i) == "text"]
     found += [i for i in others if _could_be_time(table, i)]
@@ -224,11 +220,8 @@ def _calendar_parts(table: Table, others: list[int]) -> TimeColumn | None:
         return None
     day = find(words.DAY, r"(0?[1-9]|[12]\d|3[01])(\.0)?")
     indices = (year, month) if day is None else (year, month, day)
-    columns = [[cell.removesuffix(".0").lstrip("M") for cell in table.column(i)] for i in indices]
-    if columns[1][0].isalpha():
-        columns[1] = [f"-{cell.removesuffix('.')}-" for cell in table.column(month)]
+    columns = [[re.sub(r"^M(?=\d)|\.0$", "", cell) for cell in table.column(i)] for i in indices]
     texts = ["-".join(cells) if all(cells) else "" for cells in zip(*columns, strict=True)]
-    texts = [text.replace("--", "-").strip("-") for text in texts]
     return TimeColumn(" ".join(table.header[i] for i in indices), texts, indices=indices)
 
 
@@ -237,35 +230,43 @@ def _is_clock_column(table: Table, index: int) -> bool:
     return table.kind(index) == "time" and sum(map(is_clock, cells)) > 0.9 * len(cells)
 
 
-def _with_clock(table: Table, date: TimeColumn, others: list[int]) -> TimeColumn:
+_MIDNIGHT = re.compile(
+    r"[T ](0?0:00(:00(\.0+)?)?|12:00(:00)? AM) *(Z|[+-]\d\d:?\d\d)?$", re.IGNORECASE
+)
+
+
+def _with_clock(
+    table: Table, date: TimeColumn, others: list[int], date_format: str | None
+) -> TimeColumn:
     """Add the column of clocks or hours, if days stand alone and there is one."""
+    if not _days_alone(date.texts, date_format):
+        return date
     others = [i for i in others if i not in date.indices]
-    days = [date.texts[i] for i in range(0, len(date.texts), max(1, len(date.texts) // 100))]
-    midnight = re.compile(r"[T ]0?0:00(:00(\.0+)?)?Z?$|[T ]12:00(:00)? AM$", re.IGNORECASE)
-    if any(re.search(r"\d[T ,;]+\d\d?[:.h]?\d\d|T\d\d", midnight.sub("", day)) for day in days):
-        return date
     clocks = [i for i in others if _is_clock_column(table, i)]
-    clocks.sort(key=lambda i: not words.is_clock(table.header[i]))
     named = [i for i in others if table.named and words.is_clock(table.header[i])]
-    named = [i for i in named if table.kind(i) != "time"]
-    texts = None
-    for i in (*clocks, *(i for i in named if i not in clocks)):
+    candidates = [i for i in clocks if i in named] + [i for i in clocks if i not in named]
+    candidates += [i for i in named if table.kind(i) in ("number", "text")]
+    if len(set(date.texts)) < 0.6 * len(date.texts):  # several rows a day
+        candidates += [i for i in table.of_kind("number") if i in others and i not in named]
+    for i in candidates:
         texts = _clocks(table.column(i))
-        if texts is not None:
-            break
-    else:
-        for i in table.of_kind("number"):
-            texts = (
-                _clocks(table.column(i)) if i in others and _tells_apart(table, date, i) else None
-            )
-            if texts is not None:
-                break
-    if texts is None or re.fullmatch(r"\d{9,}", days[0]):
-        return date
-    days = date.texts if not midnight.search(days[0]) else [midnight.sub("", d) for d in date.texts]
-    joined = [f"{day} {clock}" if clock else "" for day, clock in zip(days, texts, strict=True)]
-    said = f"time of day from column {quote(table.header[i])}"
-    return TimeColumn(date.name, joined, said, (*date.indices, i))
+        if texts is not None and (i in named or i in clocks or _in_order(date.texts, texts)):
+            days = [_MIDNIGHT.sub("", day) for day in date.texts]
+            texts = [f"{day} {text}" if text else "" for day, text in zip(days, texts, strict=True)]
+            said = f"time of day from column {quote(table.header[i])}"
+            return TimeColumn(date.name, texts, said, (*date.indices, i))
+    return date
+
+
+def _days_alone(texts: Sequence[str], date_format: str | None) -> bool:
+    """Whether times are days without a clock, or with one that is always midnight."""
+    some = texts[:: max(1, len(texts) // 100)]
+    try:
+        reading = read_times(some, "", date_format=date_format, day_first=True)
+    except PriceError:
+        return False
+    stamps = any(re.fullmatch(r"\d{9,}", text) for text in some)
+    return not stamps and not (reading.known % DAY).any()
 
 
 def _clocks(cells: Sequence[str]) -> list[str] | None:
@@ -294,15 +295,12 @@ def _clocks(cells: Sequence[str]) -> list[str] | None:
     return texts
 
 
-def _tells_apart(table: Table, date: TimeColumn, index: int) -> bool:
-    """Whether a column of numbers is a clock: within each day it only rises, or only falls."""
-    clocks = _clocks(table.column(index))
-    if clocks is None or len(set(date.texts)) > 0.6 * len(clocks) or len(set(clocks)) < 3:
-        return False
-    if not all(re.fullmatch(r"\d\d?(:\d\d)*", clock) for clock in clocks):
+def _in_order(days: Sequence[str], clocks: Sequence[str]) -> bool:
+    """Whether what may be clocks only rises within each day, or only falls."""
+    if len(set(clocks)) < 3 or not all(re.fullmatch(r"\d\d?(:\d\d)*", clock) for clock in clocks):
         return False
     minutes = [60 * int(h) + int(m or 0) for h, _, m in (c[:5].partition(":") for c in clocks)]
-    same = np.array([one == other for one, other in itertools.pairwise(date.texts)])
+    same = np.array([one == other for one, other in itertools.pairwise(days)])
     steps = np.diff(minutes)[same]
     return len(steps) > 0 and bool(max((steps > 0).mean(), (steps < 0).mean()) > 0.99)
 
@@ -334,7 +332,8 @@ def chosen_series(table: Table, symbols: Sequence[str]) -> tuple[Table, list[int
                 said.append(f"rows with {symbol.strip()} in column {quote(table.header[i])}")
                 break
         else:
-            among = [i for i, name in enumerate(table.header) if wanted in name.casefold().split()]
+            word = re.compile(rf"(?<![^\W_]){re.escape(wanted)}(?![^\W_])")
+            among = [i for i, name in enumerate(table.header) if word.search(name.casefold())]
             if not among:
                 several = [i for i in columns if _several(table, i)]
                 found = f"; column {_values(table, several[0])}" if several else ""
@@ -352,7 +351,7 @@ def check_one_series(table: Table, values: F64, times: Ints | None, used: Sequen
         if i in used or not _several(table, i):
             continue
         named = table.named and words.is_symbol(table.header[i])
-        if named or (table.kind(i) == "text" and _jumps(table.column(i), values, times)):
+        if named or _jumps(table.column(i), values, times):
             raise PriceError(
                 f"several series in one file: column {_values(table, i)}; choose one with --symbol"
             )
@@ -370,9 +369,7 @@ def separating_column(table: Table, times: Ints, used: Sequence[int]) -> str:
 
 def _several(table: Table, index: int) -> bool:
     """Whether a column has some values that come again and again."""
-    if table.kind(index) not in ("text", "number"):
-        return False
-    if table.kind(index) == "number" and not words.is_symbol(table.header[index]):
+    if table.kind(index) != "text" and not (table.named and words.is_symbol(table.header[index])):
         return False
     different = {cell for cell in table.column(index) if not is_missing(cell)}
     return 2 <= len(different) <= max(2, len(table) // 2)

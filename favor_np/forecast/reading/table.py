@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,11 +135,9 @@ def tabulate(
     kinds, width = _body(cells)
     first = next((i for i, row in enumerate(cells) if _is_data(row, kinds)), len(cells))
     above = cells[:first]
-    if first == len(cells):
-        if len(cells) == 1 or not any(kinds):
-            above, first = cells[:1], 1
-        else:
-            above, first = [], 0
+    if first == len(cells):  # nothing looks like data
+        first = int(len(cells) == 1 or not any(kinds))
+        above = cells[:first]
     levels = [row for row in above if len(row) >= width]
     if not levels:
         levels = [
@@ -147,7 +146,8 @@ def tabulate(
             if place <= first and len(_trimmed(row)) == width and sum(map(known, row)) > 1
         ][-1:]
     if not levels:
-        narrow = [i for i, row in enumerate(above) if len(row) > 1 and sum(map(known, row)) > 1]
+        told = [sum(map(known, row)) * (len(row) > 1) for row in above]
+        narrow = [i for i, words in enumerate(told) if words > 1 or (words and i == len(above) - 1)]
         if narrow:
             raise PriceError(
                 f"the rows have {width} cells (line {lines[first]}), the header in line "
@@ -178,7 +178,7 @@ def _separator(text: str) -> tuple[str, str, int]:
 def find_separator(text: str) -> str:
     """The separator that cuts most lines into equally many cells; blanks if no other does."""
     lines = [s for s in text[: 2**16].split("\n") if s.strip() and not s.startswith("#")]
-    lines = [*lines[:HEAD], *lines[HEAD : 2 * HEAD]]
+    lines = lines[: 2 * HEAD]
 
     def agreeing(separator: str) -> int:
         try:
@@ -198,16 +198,12 @@ def find_separator(text: str) -> str:
 
 def _split(text: str, separator: str) -> Iterator[tuple[Row, int]]:
     """Rows that are not empty, with the lines they end in."""
-    lines: Iterable[str] = text.splitlines(keepends=True) if "\x85" not in text else _plain(text)
+    lines: Iterable[str] = io.StringIO(text)
     if separator in (BLANKS, WIDE):
         gap = re.compile(r"[ \t\u00a0]" + ("{2,}" if separator == WIDE else "+"))
         lines, separator = (gap.sub("\t", line.strip()) + "\n" for line in lines), "\t"
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     return ((row, reader.line_num) for row in reader if row)
-
-
-def _plain(text: str) -> list[str]:
-    return [line + "\n" for line in text.split("\n")]
 
 
 # ----------------------------------------------------------------------------------------
@@ -242,7 +238,7 @@ def _body(cells: list[Row]) -> tuple[list[str], int]:
     begin = max(1, len(cells) // 3) if len(cells) > 1 else 0
     step = max(1, (len(cells) - begin) // HEAD)
     rows = [_trimmed(row) for row in cells[begin::step]]
-    widest, count = 0, Counter(map(len, rows))
+    count = Counter(map(len, rows))
     usual = max(count, key=lambda width: (count[width], width))
     rows = [row for row in rows if len(row) <= usual or count[len(row)] > len(rows) / 5]
     widest = max(map(len, rows))

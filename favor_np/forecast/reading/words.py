@@ -55,7 +55,8 @@ NOT_PRICE = _words("""
     difference differenz variation variazione variación variação var veränderung verschil zmiana změna
     fark изм 涨跌幅 대비 prev previous prior vortag dividend dividends div split splits
     spread ratio factor coefficient volatility sigma trend signal flag flags status
-    id no nr num number row rank weight
+    id no nr num number row rank weight shares lots orders load demand supply generation production
+    growth gain loss pnl profit drawdown beta correlation score probability
     date time datetime timestamp datum zeit uhrzeit fecha hora heure tarih
 """)
 DATE = _words("""
@@ -76,7 +77,7 @@ DAY = _words("day tag dag jour día dia giorno dzień день")
 SYMBOL = _words("""
     symbol symbols ticker tickers instrument instruments asset coin pair isin wkn cusip sedol ric
     security securities secid stock commodity contract series name country region location area
-    zone hub node kürzel kuerzel wertpapier titre titolo símbolo acción activo walor
+    zone hub node maturity expiry expiration tenor strike kürzel kuerzel wertpapier titre titolo símbolo acción activo walor
 """)
 _OTHERS = _words("market trade index rate spot")  # of compounds such as "marketcap"
 _KNOWN = CLOSE | PRICE | ADJUSTED | OTHER_PRICE | NOT_PRICE | DATE | CLOCK | SYMBOL | _OTHERS
@@ -104,8 +105,8 @@ def _parts(word: str) -> list[str]:
 
 
 def known(name: str) -> bool:
-    """Whether a name says what its column is."""
-    return not _KNOWN.isdisjoint(words(name))
+    """Whether a name says what its column is: a price, a time or another quantity."""
+    return not (_KNOWN - SYMBOL).isdisjoint(words(name))
 
 
 def is_close(name: str) -> bool:
