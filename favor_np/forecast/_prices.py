@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -303,11 +304,11 @@ def read_prices(
     options = _Options(column, _symbols(symbol), date_format, day_first, decimal, allow_missing)
     if path is None:
         return _parse(BUNDLED.read_bytes(), BUNDLED.name, BUNDLED_NAME, options)
-    stdin = fspath(path) == "-"
-    file = "standard input" if stdin else str(fspath(path))
+    name = os.fsdecode(path)
+    file = "standard input" if name == "-" else name
     with _named(file):
-        data = files.load(path)
-    return _parse(data, file, file if stdin else Path(path).name, options)
+        data = files.load(name)
+    return _parse(data, file, file if name == "-" else Path(name).name, options)
 
 
 # ----------------------------------------------------------------------------------------

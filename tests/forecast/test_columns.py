@@ -179,10 +179,12 @@ def test_two_prices_for_one_time(read):
         ("adj_close", {"adj", "close"}),
         ("ADJCLOSE", {"adj", "close"}),
         ("Schlußkurs", {"schlusskurs"}),
-        ("Vortageskurs", {"vortageskurs"}),
+        ("Vortageskurs", {"vortageskurs", "vortag"}),
+        ("Handelsvolumen", {"handelsvolumen", "volumen"}),
         ("marketCap", {"market", "cap"}),
         ("closetime", {"close", "time"}),
         ("Clôture", {"cloture"}),
+        ("Exchange", {"exchange"}),
         ("52W H", {"w", "h"}),
     ],
 )

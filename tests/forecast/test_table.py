@@ -74,6 +74,7 @@ def test_rows_wider_than_the_header_are_refused(read):
         ("Date        Close", "{t:%Y-%m-%d}  {p:>9}"),
         ("Date     Open    Adj Close", "{t:%Y-%m-%d}  1.5   {p}"),
         ('"Date" "Close"', '"{t:%Y-%m-%d}" {p}'),
+        ("'Date','Close'", "'{t:%Y-%m-%d}','{p}'"),
         ("| Date | Close |\n|------|-----|", "| {t:%Y-%m-%d} | {p} |"),
         (",Date,Close", "{t.day},{t:%Y-%m-%d},{p}"),
         (",WTI", "{t:%Y-%m-%d},{p}"),

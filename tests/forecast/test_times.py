@@ -289,6 +289,7 @@ def test_days_with_points_are_day_first(read):
         ("When,Close", "d{t.day}m{t.month},{p}", 'no time can be read from column "When"'),
         ("Time,Close", "{t.day}:{t:%m},{p}", "a clock without a date"),
         ("Date,Close", "{t:%d %b},{p}", "no time"),
+        ("Date,Close", "{t:%b-%d},{p}", "months of years or days without a year"),
         ("Date,Close", "3024{t:-%m-%d},{p}", "no time"),
         ("Date,Close", "1724{t:-%m-%d},{p}", "no time"),
         ("Date,Close", "1970-01-01 00:00:00.0000{t:%m%d},{p}", "microseconds apart"),

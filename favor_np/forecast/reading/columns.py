@@ -179,7 +179,9 @@ def _readable(table: Table, index: int, date_format: str | None = None) -> bool:
 def _looks_like_time(table: Table, index: int) -> bool:
     """Whether a column of numbers under an unknown name is one of times."""
     cells = table.sample(index)
-    if table.kind(index) != "number" or not all(re.fullmatch(r"-?\d+(\.\d+)?", c) for c in cells):
+    if table.kind(index) != "number" or not all(
+        re.fullmatch(r"-?\d{1,19}(\.\d+)?", c) for c in cells
+    ):
         return False
     numbers = np.array([float(cell) for cell in cells])
     steps = np.diff(numbers)

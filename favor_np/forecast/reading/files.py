@@ -12,7 +12,6 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
-from os import PathLike, fspath
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,14 +36,13 @@ NOT_TEXT = {
 }
 
 
-def load(path: str | PathLike[str]) -> bytes:
+def load(name: str) -> bytes:
     """The bytes of a file, or of standard input for "-"."""
-    name = fspath(path)
     if name == "-":
         return sys.stdin.buffer.read()
     if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
         raise PriceError("a web address; download the file first, and name that")
-    return Path(path).read_bytes()
+    return Path(name).read_bytes()
 
 
 def contents(data: bytes) -> str | tuple[str, bytes]:

@@ -77,7 +77,7 @@ def _digit_clock(minutes: str) -> str:
     """A clock behind digits, whose separators may be left out, with minutes or ("?") without."""
     fraction = r"(?:[.,:]?(?P<f>(?<=[.,:])\d{1,9}|\d{9}|\d{6}|\d{3}))?"
     rest = rf"(?::?(?P<M>\d\d)(?::?(?P<S>\d\d){fraction})?){minutes}"
-    return rf"(?:[Tt ,;_:-]{{0,2}}(?P<H>\d\d|\d(?=:)){rest}{_HALF})?{_ZONE}"
+    return rf"(?:[Tt ,;_:-]{{0,2}}(?P<H>\d\d|(?<=\D)\d){rest}{_HALF})?{_ZONE}"
 
 
 _MONTHS = [  # beginnings of their names

@@ -40,7 +40,9 @@ _NOTES = r"(?:\([a-z]\)|\(?[pre]\)?|[*†]{1,3})"  # preliminary, revised, estim
 
 def _shape(decimal: str, thousands: str) -> str:
     """A cell with such marks: groups: sign and unit, number, factor, unit, note."""
-    groups = "|".join(rf"\d{{1,3}}(?:{mark}\d{{3}})+" for mark in (thousands, _BLANK, "['’]"))
+    groups = "|".join(
+        rf"\d{{1,3}}(?:{mark}\d{{2,3}})*{mark}\d{{3}}" for mark in (thousands, _BLANK, "['’]")
+    )
     whole = rf"(?:{groups}|\d+)"
     number = rf"(?:{whole}(?:{decimal}\d*)?|{decimal}\d+)(?:[eE][+-]?\d+)?"
     sign = "[+−-]?"

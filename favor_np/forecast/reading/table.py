@@ -202,7 +202,8 @@ def _split(text: str, separator: str) -> Iterator[tuple[Row, int]]:
     if separator in (BLANKS, WIDE):
         gap = re.compile(r"[ \t\u00a0]" + ("{2,}" if separator == WIDE else "+"))
         lines, separator = (gap.sub("\t", line.strip()) + "\n" for line in lines), "\t"
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+    quotes = "'" if re.match(rf"\s*'[^'\n]*'{re.escape(separator)}", text) else '"'
+    reader = csv.reader(lines, delimiter=separator, quotechar=quotes, skipinitialspace=True)
     return ((row, reader.line_num) for row in reader if row)
 
 

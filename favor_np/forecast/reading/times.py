@@ -16,6 +16,7 @@ from .formats import DIGITS, FORMATS, Reading, literal_pattern, month_number, pa
 from .numbers import is_missing
 from .stamps import stamp_readings
 
+LONGEST = 100  # characters of a cell
 _EASTERN = str.maketrans("年月년월", "----", "日일")
 _CLOCK = re.compile(
     r"[Tt]?\d\d?[:hH]\d\d([:.]\d\d([.,:]\d+)?)?( *[AaPp]\.? ?[Mm]\.?)? *(Z|UTC|GMT|[+-]\d\d:?\d\d)?"
@@ -30,7 +31,7 @@ class Unreadable(PriceError):
 def is_time(text: str) -> bool:
     """Whether a cell that is no plain number is a time: a date, or a clock."""
     text = _one_line(text)
-    if len(text) > 70 or not any(map(str.isdigit, text)):
+    if not any(map(str.isdigit, text)):
         return False
     matches = (pattern(form).fullmatch(text) for form in (*FORMATS, *DIGITS))
     return is_clock(text) or any(
@@ -44,7 +45,9 @@ def is_clock(text: str) -> bool:
 
 
 def _one_line(text: str) -> str:
-    """Blanks of any kind as blanks, and 2024年1月2日 as 2024-1-2."""
+    """Blanks of any kind as blanks, and 2024年1月2日 as 2024-1-2; nothing longer than a time."""
+    if len(text) > LONGEST:
+        return ""
     if text.isascii() and text.isprintable():
         return text
     return " ".join(text.translate(_EASTERN).split()).rstrip("-")

@@ -53,7 +53,7 @@ NOT_PRICE = _words("""
     qty quantity size count stück stücke stuecke trades transactions interest oi openint cap
     change changes chg changed percent pct perc return returns ret yield rendite rendement diff
     difference differenz variation variazione variación variação var veränderung verschil zmiana změna
-    fark изм 涨跌幅 대비 prev previous prior vortag dividend dividends div split splits
+    fark изм 涨跌幅 대비 prev previous prior yesterday vortag dividend dividends div split splits
     spread ratio factor coefficient volatility sigma trend signal flag flags status
     id no nr num number row rank weight shares lots orders load demand supply generation production
     growth gain loss pnl profit drawdown beta correlation score probability
@@ -79,7 +79,7 @@ SYMBOL = _words("""
     security securities secid stock commodity contract series name country region location area
     zone hub node maturity expiry expiration tenor strike kürzel kuerzel wertpapier titre titolo símbolo acción activo walor
 """)
-_OTHERS = _words("market trade index rate spot")  # of compounds such as "marketcap"
+_OTHERS = _words("market trade exchange index rate spot")  # of compounds such as "marketcap"
 _KNOWN = CLOSE | PRICE | ADJUSTED | OTHER_PRICE | NOT_PRICE | DATE | CLOCK | SYMBOL | _OTHERS
 
 
@@ -93,15 +93,16 @@ def words(name: str) -> frozenset[str]:
 
 
 def _parts(word: str) -> list[str]:
-    """The known words that a compound is made of; the compound where it is not made of such."""
-    if word in _KNOWN:
+    """The known words that a compound is made of, or itself, and what it begins or ends with."""
+    if word in _KNOWN or len(word) > 60:
         return [word]
     for cut in range(len(word) - 2, 2, -1):
         if word[:cut] in _KNOWN:
             rest = _parts(word[cut:])
             if _KNOWN.issuperset(rest):
                 return [word[:cut], *rest]
-    return [word]
+    long = (part for part in NOT_PRICE if len(part) > 5)  # as in Handelsvolumen, Vortageskurs
+    return [word, *(part for part in long if word.startswith(part) or word.endswith(part))]
 
 
 def known(name: str) -> bool:
