@@ -60,6 +60,7 @@ def test_the_price_has_many_names(read, head):
         ),
         *("close,adjusted_close", "close,adjustedClose", "Close,Adj-Close", "Last,Adj Last"),
         "Schluss,Schluss bereinigt",
+        "Close Close price adjusted for splits.,Adj Close Price adjusted for splits and dividends.",
     ],
 )
 def test_adjusted_prices_win(read, names):

@@ -45,7 +45,9 @@ def test_numbers(read, way, separator):
     np.testing.assert_allclose(prices.values, values, rtol=1e-12)
 
 
-@pytest.mark.parametrize("mark", ["", ".", "-", "--", "N/A", "null", "n.v.", "#N/A", "..", "nan"])
+@pytest.mark.parametrize(
+    "mark", ["", ".", "-", "--", "N/A", "NA", "null", "n.v.", "#N/A", "..", "nan"]
+)
 @pytest.mark.parametrize("write", [comma, str])
 def test_what_is_missing_does_not_change_the_numbers(read, mark, write):
     def row(t, p):

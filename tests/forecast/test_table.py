@@ -5,7 +5,7 @@ import lzma
 import zipfile
 
 import pytest
-from layouts import DAYS, HIGH, check, comma, table
+from layouts import COUNT, DAYS, HIGH, check, comma, table
 
 from favor_np.forecast import PriceError, read_prices
 from favor_np.forecast.reading.table import find_separator, kind_of, read_table
@@ -37,6 +37,12 @@ def test_lines_above_the_header(read, above):
 )
 def test_lines_below_the_rows(read, below):
     check(read(BODY + below))
+
+
+def test_a_repeated_header_is_not_a_row(read):
+    prices = read(BODY + BODY.partition("\n")[0])
+    assert prices.dropped == {"header repeated": (1, COUNT + 2)}
+    assert prices.rows == COUNT + 1
 
 
 def test_headers_of_several_lines(read):

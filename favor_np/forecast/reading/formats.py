@@ -146,6 +146,18 @@ def pattern(form: str) -> re.Pattern[str]:
     return re.compile(_WEEKDAY + found + _CLOCK)
 
 
+def spread(cells: Sequence[str]) -> Sequence[str]:
+    """Two to four hundred cells from all over a column."""
+    return cells[:: max(1, len(cells) // 200)]
+
+
+def viable(forms: Sequence[str], cells: Sequence[str]) -> list[str]:
+    """The formats that read at least half of some cells, which all can be read in then."""
+    some = [cell for cell in spread(cells) if cell]
+    text = "\n".join(some)
+    return [f for f in forms if 2 * len(read_as(text, pattern(f)).known) >= len(some) > 0]
+
+
 def literal_pattern(form: str) -> re.Pattern[str]:
     """The expression of a format that the user gives; a clock may follow where it has none."""
     found = ""

@@ -8,7 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from .errors import PriceError, quote
-from .formats import DAY, DIGITS, LAST, NONE, Bools, Ints, Reading, pattern, read_as
+from .formats import (
+    DAY,
+    DIGITS,
+    LAST,
+    NONE,
+    Bools,
+    Ints,
+    Reading,
+    pattern,
+    read_as,
+    spread,
+    viable,
+)
 from .numbers import is_missing
 from .words import is_date
 
@@ -20,7 +32,7 @@ UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 
 def stamp_readings(texts: Sequence[str], name: str) -> dict[str, Reading] | None:
     """The ways to read a column of numbers as times, none perhaps; None if they hardly are numbers."""
-    some = [cell for cell in (*texts[:100], *texts[-100:]) if not is_missing(cell)]
+    some = [cell for cell in spread(texts) if not is_missing(cell)]
     if 2 * sum(_NUMBER.fullmatch(cell) is not None for cell in some) <= len(some):
         if 2 * sum(_CUT.fullmatch(cell) is not None for cell in some) > len(some):
             raise PriceError(
@@ -57,7 +69,7 @@ def _calendar(cells: list[str]) -> dict[str, Reading]:
     enough = (0.99 if longest == 10 else 0.9) * len(given)  # Unix seconds have 10 as well
 
     def readings(forms: list[str]) -> dict[str, Reading]:
-        found = {form: read_as(text, pattern(form)) for form in forms}
+        found = {form: read_as(text, pattern(form)) for form in viable(forms, cells)}
         return {form: r for form, r in found.items() if len(r.known) >= enough}
 
     long = readings([f for f in DIGITS if "%Y" in f])

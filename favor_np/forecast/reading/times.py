@@ -12,7 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from .errors import PriceError, quote
-from .formats import DIGITS, FORMATS, Reading, literal_pattern, month_number, pattern, read_as
+from .formats import (
+    DIGITS,
+    FORMATS,
+    Reading,
+    literal_pattern,
+    month_number,
+    pattern,
+    read_as,
+    spread,
+    viable,
+)
 from .numbers import is_missing
 from .stamps import stamp_readings
 
@@ -80,7 +90,7 @@ def read_times(
     """
     texts = [_one_line(text) for text in texts]
     text = "\n".join(texts)
-    some = [t for t in (*texts[:100], *texts[-100:]) if not is_missing(t)]
+    some = [t for t in spread(texts) if not is_missing(t)]
     if date_format is not None:
         reading = read_as(text, literal_pattern(date_format))
         if not len(reading.known):
@@ -91,11 +101,8 @@ def read_times(
         return reading
     readings = stamp_readings(texts, name)
     if readings is None:
-        readings = {
-            form: read_as(text, pattern(form))
-            for form in (*FORMATS, *DIGITS)
-            if 2 * sum(pattern(form).fullmatch(t) is not None for t in some) > len(some)
-        }
+        forms = viable((*FORMATS, *DIGITS), some)
+        readings = {form: read_as(text, pattern(form)) for form in forms}
     best = max((len(r.known) for r in readings.values()), default=0)
     if best:
         readings = {form: r for form, r in readings.items() if len(r.known) == best}

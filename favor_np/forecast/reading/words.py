@@ -87,6 +87,7 @@ _KNOWN = CLOSE | PRICE | ADJUSTED | OTHER_PRICE | NOT_PRICE | DATE | CLOCK | SYM
 def words(name: str) -> frozenset[str]:
     """Split a column's name: "AdjClose", "adj_close" and "adjclose" are all adj and close."""
     found: set[str] = set()
+    name = re.sub(r"\badjusted for .*", "", name, flags=re.IGNORECASE)  # splits and dividends
     for word in re.findall(r"[^\W\d_]+", re.sub(r"([^\W\d_A-Z])([A-Z])", r"\1 \2", name)):
         found.update(_parts(plain(word)))
     return frozenset(found)
