@@ -25,12 +25,12 @@ def serial(time):
 
 
 def table(head, row, times=DAYS, prices=PRICES):
-    """A file: `row` makes a line of a time and a price, or is a format with {t} and {p}."""
+    """A file: `row` makes a line of a time t and a price p, or is a format of t, p and Unix u."""
+    pairs = zip(times, prices, strict=True)
     if isinstance(row, str):
-        row = row.format if "{" in row else row
-        lines = [row(t=t, p=p, u=unix(t)) for t, p in zip(times, prices, strict=True)]
+        lines = [row.format(t=t, p=p, u=unix(t)) for t, p in pairs]
     else:
-        lines = [row(t, p) for t, p in zip(times, prices, strict=True)]
+        lines = [row(t, p) for t, p in pairs]
     return "\n".join([head] * bool(head) + lines) + "\n"
 
 

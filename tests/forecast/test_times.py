@@ -227,6 +227,21 @@ def test_clocks_that_lost_their_zeros(read):
         check(read(table("<DATE>,<TIME>,<CLOSE>", row, HOURS)), HOURS)
 
 
+MONDAYS = [dt.datetime(2024, 1, 1) + dt.timedelta(weeks=i) for i in range(COUNT)]
+
+
+def test_year_and_quarter_apart(read):
+    for quarter in ("{}", "Q{}"):
+        text = table(
+            "Year,Quarter,Price",
+            lambda t, p, quarter=quarter: f"{t.year},{quarter.format(t.month // 3 + 1)},{p}",
+            QUARTERS,
+        )
+        check(read(text), QUARTERS)
+    with pytest.raises(PriceError, match="another price for a time"):  # but no hours of a year
+        read(text.replace("Quarter", "x").replace("Q", ""))
+
+
 @pytest.mark.parametrize(
     ("head", "row", "times"),
     [
@@ -234,6 +249,9 @@ def test_clocks_that_lost_their_zeros(read):
         ("Year,Month,Day,Hour,Price", "{t.year},{t.month},{t.day},{t.hour},{p}", HOURS),
         ("Year,Month,Price", "{t.year},{t:%B},{p}", MONTHS),
         ("Jahr;Monat;Preis", "{t.year};{t.month};{p}", MONTHS),
+        ("Year;Month;Day;Close", "{t.year};{t:%b};{t.day};{p}", DAYS),
+        ("Year,Week,Price", "{t:%G},{t:%V},{p}", MONDAYS),
+        ("Date,Year,Month,Close", "{t:%Y-%m-%d},{t.year},{t.month},{p}", DAYS),
         ("Series ID,Year,Period,Value", "X,{t.year},M{t:%m},{p}", MONTHS),
     ],
 )

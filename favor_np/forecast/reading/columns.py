@@ -206,25 +206,31 @@ def _could_be_time(table: Table, index: int) -> bool:
 
 
 def _calendar_parts(table: Table, others: list[int]) -> TimeColumn | None:
-    """Year, month and day that stand in columns of their own."""
+    """Year, month and day, or quarter, or week, that stand in columns of their own."""
 
-    def find(kind: set[str], shape: str) -> int | None:
+    def find(kind: set[str], shape: str) -> list[int]:
         for i in others:
             if words.words(table.header[i]) & kind and table.named:
                 cells = table.sample(i)
-                if cells and all(re.fullmatch(shape, cell) for cell in cells):
-                    return i
-        return None
+                if cells and all(re.fullmatch(rf"{shape}(\.0)?", cell) for cell in cells):
+                    return [i]
+        return []
 
-    year = find(words.YEAR, r"(1[89]|20)\d\d(\.0)?")
-    month = find(words.MONTH, r"M?(0?[1-9]|1[0-2])(\.0)?|[^\W\d_]{3,}\.?")
-    if year is None or month is None:
+    year = find(words.YEAR, r"(1[89]|20)\d\d")
+    month = find(words.MONTH, r"(M?(0?[1-9]|1[0-2])|[^\W\d_]{3,}\.?)")
+    if not year:
         return None
-    day = find(words.DAY, r"(0?[1-9]|[12]\d|3[01])(\.0)?")
-    indices = (year, month) if day is None else (year, month, day)
-    columns = [[re.sub(r"^M(?=\d)|\.0$", "", cell) for cell in table.column(i)] for i in indices]
-    texts = ["-".join(cells) if all(cells) else "" for cells in zip(*columns, strict=True)]
-    return TimeColumn(" ".join(table.header[i] for i in indices), texts, indices=indices)
+    if month:
+        between, indices = "-", year + month + find(words.DAY, r"(0?[1-9]|[12]\d|3[01])")
+    elif quarter := find(words.QUARTER, "Q?[1-4]"):
+        between, indices = "Q", year + quarter
+    elif week := find(words.WEEK, r"(0?[1-9]|[1-4]\d|5[0-3])"):
+        between, indices = "W", year + week
+    else:
+        return None
+    columns = [[re.sub(r"^[MQ](?=\d)|\.0$", "", c) for c in table.column(i)] for i in indices]
+    texts = [between.join(cells) if all(cells) else "" for cells in zip(*columns, strict=True)]
+    return TimeColumn(" ".join(table.header[i] for i in indices), texts, indices=tuple(indices))
 
 
 def _is_clock_column(table: Table, index: int) -> bool:
@@ -267,8 +273,12 @@ def _days_alone(texts: Sequence[str], date_format: str | None) -> bool:
         reading = read_times(some, "", date_format=date_format, day_first=True)
     except PriceError:
         return False
-    stamps = any(re.fullmatch(r"\d{9,}", text) for text in some)
-    return not stamps and not (reading.known % DAY).any()
+    if any(re.fullmatch(r"\d{9,}|\d{4}(\.0)?", text) for text in some):  # Unix time, years
+        return False
+    days = np.unique(reading.known)
+    firsts = days.view("M8[ns]").astype("M8[M]").astype("M8[ns]") == days.view("M8[ns]")
+    months = len(days) > 1 and bool(firsts.all())
+    return not months and not (days % DAY).any()
 
 
 def _clocks(cells: Sequence[str]) -> list[str] | None:

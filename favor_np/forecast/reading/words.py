@@ -73,6 +73,8 @@ CLOCK = _words("""
 """)
 YEAR = _words("year years yr jahr jaar år année año ano anno rok год")
 MONTH = _words("month months mon monat maand månad mois mes mese miesiąc period месяц")
+QUARTER = _words("quarter qtr quartal kwartaal kwartał kvartal trimestre")
+WEEK = _words("week woche vecka uke uge semana semaine settimana tydzień")
 DAY = _words("day tag dag jour día dia giorno dzień день")
 SYMBOL = _words("""
     symbol symbols ticker tickers instrument instruments asset coin pair isin wkn cusip sedol ric
