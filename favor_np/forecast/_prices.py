@@ -209,12 +209,15 @@ class Prices:
         """
         if isinstance(values, Prices):
             return values
-        table = frames.table_of(values)
-        if table is not None:
-            if column is None and getattr(values, "ndim", 2) == 1:  # a series, whatever its name
-                column = str(len(table.header))
-            with _named(name):
-                return _series(table, name, _Options(column, _symbols(symbol), allow_missing=1.0))
+        with _named(name):
+            table = frames.table_of(values)
+            if table is not None:
+                if (
+                    column is None and getattr(values, "ndim", 2) == 1
+                ):  # a series, whatever its name
+                    column = str(len(table.header))
+                options = _Options(column, _symbols(symbol), allow_missing=1.0)
+                return _series(table, name, options)
         array = frames.real_numbers(values)
         if array.ndim != 1:
             raise PriceError(f"prices must be one-dimensional, got shape {array.shape}")

@@ -122,6 +122,25 @@ def test_gaps_of_a_frame_are_dropped_and_said():
     assert "the last row is unusable" in prices.note
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        pd.Series([], pd.DatetimeIndex([]), dtype=float),
+        pd.DataFrame(),
+        FRAME[:0],
+        FRAME[[]],
+        pl.DataFrame({"date": [], "close": []}),
+        pa.table({}),
+        xr.DataArray([], {"time": []}, "time"),
+        [],
+    ],
+    ids=lambda values: f"{type(values).__name__} {np.shape(values)}",
+)
+def test_nothing_is_an_error(values):
+    with pytest.raises(PriceError, match=r"^prices"):
+        Prices.from_array(values)
+
+
 def test_a_frame_of_several_series():
     both = pd.concat({"AAA": FRAME, "BBB": 2 * FRAME})
     with pytest.raises(PriceError, match='"AAA" and "BBB"; choose one with --symbol'):

@@ -31,6 +31,8 @@ def table_of(values: Any) -> Table | None:
 
     Raises
     ------
+    PriceError
+        If there are no rows or columns.
     TypeError
         If the values are no real numbers.
     """
@@ -39,6 +41,8 @@ def table_of(values: Any) -> Table | None:
     if not columns:
         return None
     rows = list(zip(*(cells for _, cells in columns), strict=True))
+    if not rows:
+        raise PriceError("no rows")
     lines = np.arange(1, len(rows) + 1)
     return Table([title for title, _ in columns], rows, lines, separator=",")
 
@@ -79,6 +83,8 @@ def _pandas(values: Any) -> list[Column] | None:
         return [*_index(values.index), (title, _cells(_naive_pandas(values)))]
     if not isinstance(values, pd.DataFrame):
         return None
+    if not len(values.columns):
+        raise PriceError("a frame without columns")
     names = [name if isinstance(name, tuple) else (name,) for name in values.columns]
     telling = [i for i in range(len(names[0])) if len({name[i] for name in names}) > 1] or [0]
     titles = [" ".join(str(name[i]) for i in telling if str(name[i])) for name in names]
@@ -225,8 +231,8 @@ def read_frame(kind: str, data: bytes) -> Table:
         raise
     except Exception as error:  # noqa: BLE001 - each library has errors of its own
         raise PriceError(f"a .{kind} file that cannot be read ({error})") from None
-    if table is None or not len(table):
-        raise PriceError("no rows")
+    if table is None:
+        raise PriceError("no columns")
     return table
 
 
