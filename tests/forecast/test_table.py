@@ -5,7 +5,7 @@ import lzma
 import zipfile
 
 import pytest
-from layouts import COUNT, DAYS, HIGH, check, comma, table
+from layouts import COUNT, DAYS, HIGH, PRICES, check, comma, table
 
 from favor_np.forecast import PriceError, read_prices
 from favor_np.forecast.reading.table import find_separator, kind_of, read_table
@@ -37,6 +37,14 @@ def test_lines_above_the_header(read, above):
 )
 def test_lines_below_the_rows(read, below):
     check(read(BODY + below))
+
+
+@pytest.mark.parametrize("head", ["Date,Close", "a title\nDate,Close\nday,USD", ""])
+def test_a_first_row_without_a_time_is_no_header(read, head):
+    prices = read(table(head, lambda t, p: f"{'n/a' if t == DAYS[0] else t.date()},{p}"))
+    check(prices, DAYS[1:], PRICES[1:])
+    line = 1 + head.count("\n") + bool(head)
+    assert prices.dropped == {"time missing or not written as the others": (1, line)}
 
 
 def test_a_repeated_header_is_not_a_row(read):

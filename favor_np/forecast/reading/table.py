@@ -139,6 +139,10 @@ def tabulate(
         first = int(len(cells) == 1 or not any(kinds))
         above = cells[:first]
     levels = [row for row in above if len(row) >= width]
+    rows_among = _rows_among(levels, kinds)
+    if rows_among:  # whose time cannot be read
+        first = next(i for i, row in enumerate(cells) if row is rows_among[0])
+        above, levels = cells[:first], levels[: len(levels) - len(rows_among)]
     if not levels:
         levels = [
             [row[0].lstrip("# "), *row[1:]]
@@ -256,6 +260,17 @@ def _is_data(row: Row, kinds: list[str]) -> bool:
     cells = [(cell, kind) for cell, kind in cells if kind == "number" and cell]
     found = [numbers.is_number(cell) or numbers.is_missing(cell) for cell, _ in cells]
     return bool(found) and all(found) and any(numbers.is_number(cell) for cell, _ in cells)
+
+
+def _rows_among(levels: list[Row], kinds: list[str]) -> list[Row]:
+    """The lines from the first on that is no header but has numbers where the body has."""
+    told = [sum(map(known, row)) for row in levels]
+    head = told.index(max(told)) if any(told) else -1
+    for i, row in enumerate(levels[head + 1 :], head + 1):
+        cells = zip(row, kinds, strict=False)
+        if row[0].strip() and any(k == "number" and numbers.is_number(c) for c, k in cells):
+            return levels[i:]
+    return []
 
 
 def _names(levels: list[Row]) -> list[str]:
