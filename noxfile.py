@@ -27,9 +27,16 @@ def tests(session: nox.Session) -> None:
 def interop(session: nox.Session) -> None:
     """Test the bridges to JAX and PyTorch, which take minutes to install."""
     install(session, "interop")
-    session.run(
-        "pytest", "tests/interop", *session.posargs, env={"FAVOR_NP_TEST_INTEROP": "require"}
-    )
+    files = session.posargs or ["tests/interop"]
+    session.run("pytest", *files, env={"FAVOR_NP_TEST_INTEROP": "require"})
+
+
+@nox.session(default=False)
+def cuda(session: nox.Session) -> None:
+    """Test the kernels for GPUs where there is none: compiled, and executed from their PTX."""
+    install(session, "cuda")
+    files = session.posargs or ["tests/cuda"]
+    session.run("pytest", *files, env={"FAVOR_NP_TEST_CUDA": "require"})
 
 
 @nox.session
@@ -55,9 +62,23 @@ def bench(session: nox.Session) -> None:
     """Run the benchmark suite once, quickly, without recording it."""
     install(session, "bench")
     session.chdir("asv_benchmarks")
-    session.run("asv", "machine", "--yes")
+    home = {"HOME": str(session.create_tmp())}  # asv notes the machine there
+    session.run("asv", "check", "-E", "existing")
+    session.run("asv", "machine", "--yes", env=home)
     quick = ("--quick", "--dry-run", "--show-stderr", "--launch-method", "forkserver")
-    session.run("asv", "run", "-E", "existing", *quick, *session.posargs)
+    session.run("asv", "run", "-E", "existing", *quick, *session.posargs, env=home)
+
+
+@nox.session(default=False)
+def frozen(session: nox.Session) -> None:
+    """Freeze a program with PyInstaller, and run it twice: once it compiles, then it need not."""
+    session.install(".", *nox.project.dependency_groups(PROJECT, "frozen"))
+    folder = session.create_tmp()
+    places = [f"--{name}path={folder}/{name}" for name in ("dist", "work", "spec")]
+    session.run("pyinstaller", "--log-level=WARN", "--noconfirm", *places, "tests/frozen.py")
+    environ = {"XDG_CACHE_HOME": f"{folder}/cache", "NUMBA_CACHE_DIR": ""}
+    for expected in ("compiled", "loaded"):
+        session.run(f"{folder}/dist/frozen/frozen", expected, env=environ, external=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python asv_benchmarks/publish.py amx --cpu "what the machine calls its processor"
 
 The first argument names the part of the page, between comments: there is one for each machine.  Run it
-where the suite ran: versions are those of this environment.
+where the suite ran: versions are those of this environment.  The suite records what is better when it is
+lower, as asv wants it; rates and speed-ups are inverses of that.
 """
 
 import argparse
@@ -45,6 +46,11 @@ class Results:
     def get(self, name, *key):
         return self.values.get(name, {}).get(key, math.nan)
 
+    def inverse(self, name, *key):
+        """What is better when it is higher, of what is recorded the other way round."""
+        value = self.get(name, *key)
+        return 1 / value if value else math.nan
+
 
 def text(value, form="{:.2f}"):
     return "–" if math.isnan(value) else form.format(value)
@@ -68,17 +74,23 @@ def table(header, rows):
 def rates(results):
     """Rates as shares of the matrix product's, and as numbers."""
     rows = []
-    limit = {t: results.get("bench_figures.Gemm.track_gflops", t) for t in ("float32", "float64")}
-    sizes = dict.fromkeys(size for _, size in results.values["bench_figures.Rate.track_of_gemm"])
+    limit = {
+        t: 1000 * results.inverse("bench_figures.Gemm.track_picoseconds", t)
+        for t in ("float32", "float64")
+    }
+    sizes = dict.fromkeys(size for _, size in results.values["bench_figures.Rate.track_over_gemm"])
     for size in sizes:
-        shares = [results.get("bench_figures.Rate.track_of_gemm", kind, size) for kind in KINDS]
+        shares = [
+            results.inverse("bench_figures.Rate.track_over_gemm", kind, size) for kind in KINDS
+        ]
         peak = limit[size.rsplit(" ", 1)[1]]
         rows.append(
             [f"FAVOR+, {size}", *(f"{text(s)} ({text(s * peak, '{:.0f}')})" for s in shares)]
         )
     for length in (1024, 8192):
         shares = [
-            results.get("bench_figures.ExactRate.track_of_gemm", length, kind) for kind in KINDS
+            results.inverse("bench_figures.ExactRate.track_over_gemm", length, kind)
+            for kind in KINDS
         ]
         rows.append(
             [
@@ -99,40 +111,45 @@ def rates(results):
 def others(results):
     rows = []
 
-    def add(label, name, *, unit="", form="{:.2f}", factor=1.0, key=(), kinds=True):
+    def add(label, name, *, unit="", form="{:.2f}", factor=1.0, key=(), kinds=True, inverse=False):
         keys = [(kind, *key) for kind in KINDS] if kinds else [key]
-        values = [text(results.get(name, *k) * factor, form) for k in keys]
+        get = results.inverse if inverse else results.get
+        values = [text(get(name, *k) * factor, form) for k in keys]
         rows.append([label, *(f"{v} {unit}".strip() for v in values), *[""] * (2 - len(values))])
 
     figures = "bench_figures."
     size = "L=8192 d=64 m=256"
     add(
         "antithetic over plain features",
-        f"{figures}Antithetic.track_speedup",
+        f"{figures}Antithetic.track_over_plain",
         unit="×",
         key=(size,),
+        inverse=True,
     )
     for signs in ("plain", "antithetic"):
-        add(f"bfloat16 over float32, {signs} features", f"{figures}Bfloat16.track_speedup",
-            unit="×", key=(signs,))  # fmt: skip
-    add("bfloat16 over float32, exact, L = 8,192", f"{figures}ExactBfloat16.track_speedup",
-        unit="×", key=(8192,))  # fmt: skip
+        add(f"bfloat16 over float32, {signs} features", f"{figures}Bfloat16.track_over_float32",
+            unit="×", key=(signs,), inverse=True)  # fmt: skip
+    add("bfloat16 over float32, exact, L = 8,192", f"{figures}ExactBfloat16.track_over_float32",
+        unit="×", key=(8192,), inverse=True)  # fmt: skip
     for what in ("plain", "antithetic", "gradient", "exact"):
-        name = f"{figures}MatrixUnit.track_speedup"
+        name = f"{figures}MatrixUnit.track_over_vectors"
         if all(abs(results.get(name, kind, what) - 1) < 0.01 for kind in KINDS):
             continue  # there is no matrix unit
         label = {"plain": "plain features", "antithetic": "antithetic features"}.get(what, what)
-        add(f"float32 with the matrix unit over without, {label}", name, unit="×", key=(what,))
+        label = f"float32 with the matrix unit over without, {label}"
+        add(label, name, unit="×", key=(what,), inverse=True)
     add("error bars and output over output alone", f"{figures}ErrorBars.track_ratio",
         unit="×", key=(size,))  # fmt: skip
     for size in ("H=4 L=8192 d=64 m=256", "H=1 L=65536 d=64 m=256"):
         add(
             f"two threads over one, {size}",
-            f"{figures}Threads.track_speedup",
+            f"{figures}Threads.track_over_one",
             unit="×",
             key=(size,),
+            inverse=True,
         )
-        add("… CPU time over wall time", f"{figures}Threads.track_cpu_over_wall", key=(size,))
+        add("… CPU time over wall time", f"{figures}Threads.track_wall_over_cpu", key=(size,),
+            inverse=True)  # fmt: skip
     add(
         "time a token, L = 1k to 1M, greatest over least",
         f"{figures}Growth.track_ratio",
@@ -187,7 +204,8 @@ def pictures(results, part):
             made.append(
                 (f"bench_token_{part}.png", figure, "Time a token against the number of tokens")
             )
-        shares = results.values["bench_figures.Rate.track_of_gemm"]
+        name = "bench_figures.Rate.track_over_gemm"
+        shares = {key: results.inverse(name, *key) for key in results.values[name]}
         sizes = list(dict.fromkeys(size for _, size in shares))
         figure, axes = plt.subplots(figsize=(6, 2.8), layout="constrained")
         for i, (kind, name) in enumerate(KINDS.items()):

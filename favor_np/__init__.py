@@ -12,8 +12,7 @@ The names below are loaded when first used: ``import favor_np`` imports NumPy on
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # nothing is imported here: an interrupt would find no program yet
 
 __version__ = "0.1.0"
 
@@ -55,6 +54,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from favor_np.attention import favor_attention as favor_attention
     from favor_np.diagnostics import diagnose as diagnose
     from favor_np.exact import exact_attention as exact_attention
@@ -74,6 +75,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        import importlib
+
         value = getattr(importlib.import_module(f"favor_np.{_HOMES[name]}"), name)
         globals()[name] = value
         return value

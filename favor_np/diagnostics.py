@@ -85,11 +85,13 @@ class Diagnosis:
             lines += [f"Warning: {text}." for text in self.warnings]
             lines.append(
                 "What helps: calibrate the map on data like this (FeatureMap.calibrate); more "
-                "features (twice as many divide the error by 1.4); or exact_attention."
+                "features (twice as many divide the error by 1.4); or exact_attention. None of it "
+                "if the model was trained with this very map: the map belongs to its weights then."
             )
         return "\n".join(lines)
 
 
+@validation.own_error_state
 def diagnose(
     q: npt.ArrayLike,
     k: npt.ArrayLike,
@@ -134,6 +136,12 @@ def diagnose(
     counts beside it.  Errors that all features share are in no difference between them.  Where
     rows of one length ("spherical", "sqrt") bring such a bias, some rows are compared with exact
     attention, and all standard errors enlarged by the same factor.
+
+    All rows share one draw of the features, so far more or fewer than 95% of the errors of one call may
+    be within 1.96 standard errors; the share is right in the mean over draws.
+
+    Errors are distances from softmax attention.  A model that was trained with FAVOR+ itself does not
+    approximate that: it is tied to its own projection, see `recommend`.
 
     Examples
     --------

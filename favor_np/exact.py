@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -12,8 +12,9 @@ from favor_np import validation
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: Beyond it a logit in float32 has an error of several per cent, and is computed in float64.
-LARGEST_LOGIT = 2.0**19
+#: Beyond it a logit has an error of about a per cent: from float32 it is computed in float64, and from there
+#: row by row.
+LARGEST_LOGIT = {4: 2.0**19, 8: 2.0**47}
 
 
 def exact_attention(
@@ -163,7 +164,7 @@ def exact_attention_vjp(
            [0.    , 0.7311]])
     """
     call, factor = _checked(q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite)
-    out, saved, weights = _attend(call, factor, keep=True)
+    out, saved, weights, rows = _attend(call, factor, keep=True)
 
     def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
         g = validation.cotangent(grad_out, call.out_shape, check_finite=check_finite)
@@ -171,18 +172,25 @@ def exact_attention_vjp(
         keys = (*call.state_shape, call.keys)
         leads = call.out_shape[:-1], keys, keys
         shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             if weights is None:
                 grads = [np.zeros(shape) for shape in shapes]
             else:
                 from favor_np import launch
 
                 grads = [np.empty(shape, saved.dtype) for shape in shapes]
+                queries, w = call.q, weights[0]
+                if len(rows):  # the kernel sees no key of theirs
+                    queries = np.broadcast_to(call.q, shapes[0]).copy()
+                    queries[tuple(rows.T)] = 0
+                    w = w.copy()
+                    w[tuple(rows.T)] = 0
                 launch.differentiate_exact(
-                    *inputs, call.mask, saved, weights, g, grads,
+                    queries, *inputs[1:], call.mask, saved, (w, weights[1]), g, grads,
                     dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
                     threads=call.threads,
                 )  # fmt: skip
+                _add_rows(call, factor, rows, g, grads)
             return AttentionGradients(*map(sum_to, grads, inputs))
 
     return out, pullback
@@ -204,13 +212,13 @@ def _checked(
 
 def _attend(
     call: validation.AttentionCall, scale: float, *, keep: bool = False, words: bool = False
-) -> tuple[Array, Array, tuple[Array, Array] | None]:
+) -> tuple[Array, Array, tuple[Array, Array] | None, Array]:
     """Return the result and, for a gradient, the same as computed and the rows' denominators.
 
-    There are none where nothing was computed.
+    There are none where nothing was computed.  Last come the rows whose logits are beyond the kernels.
     """
     result, target = call.targets(None)
-    saved, weights = target, None
+    saved, weights, rows = target, None, np.empty((0, len(call.out_shape) - 1), np.intp)
     if target.size and not call.keys:
         target[...] = 0
     elif target.size:
@@ -228,11 +236,67 @@ def _attend(
         fits, weights = compute(target)
         if not fits and target.dtype == np.float32:
             saved = np.empty(target.shape)
-            _, weights = compute(saved)
-            np.copyto(target, saved, where=_too_large(call, scale)[..., None], casting="same_kind")
+            fits, weights = compute(saved)
+            with np.errstate(all="ignore"):  # what is beyond the kernels is computed below
+                large = _too_large(call, scale, 4)[..., None]
+                np.copyto(target, saved, where=large, casting="same_kind")
+        if not fits:
+            rows = np.argwhere(_too_large(call, scale, 8))
+            for row in _each_row(call, scale, rows):
+                target[row.at] = row.weights @ row.v
     if target is not result:
         result[...] = target
-    return result, saved, weights
+    return result, saved, weights, rows
+
+
+class _Row(NamedTuple):
+    """One row of queries, the keys and values it sees, and its softmax weights, all in float64."""
+
+    at: tuple[int, ...]
+    of: tuple[int, ...]
+    seen: Array
+    q: Array
+    k: Array
+    v: Array
+    weights: Array
+
+
+def _each_row(call: validation.AttentionCall, scale: float, rows: Array) -> Iterator[_Row]:
+    """Go through some rows of the result, computed as the formula says."""
+    lead, own = call.out_shape[:-2], call.state_shape
+    queries = np.broadcast_to(call.q, (*lead, *call.q.shape[-2:]))
+    keys, values = (np.broadcast_to(x, (*own, *x.shape[-2:])) for x in (call.k, call.v))
+    mask = None if call.mask is None else np.broadcast_to(call.mask, (*own, call.keys))
+    for at in map(tuple, rows.tolist()):
+        *head, i = at
+        if call.grouped:
+            head[-1] //= lead[-1] // own[-1]
+        of = tuple(
+            n if count > 1 else 0
+            for n, count in zip(head[len(lead) - len(own) :], own, strict=True)
+        )
+        seen = np.arange(i + 1 if call.causal else call.keys)
+        if mask is not None:
+            seen = seen[mask[of][seen]]
+        q, k, v = (x.astype(np.float64) for x in (queries[at], keys[of][seen], values[of][seen]))
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            logits = k @ (q * scale)
+            weights = np.exp(logits - logits.max())
+        yield _Row(at, of, seen, q, k, v, weights / weights.sum())
+
+
+def _add_rows(
+    call: validation.AttentionCall, scale: float, rows: Array, g: Array, grads: list[Array]
+) -> None:
+    """Add what some rows have in the gradients: of all query heads, and of the keys' problems."""
+    dq, dk, dv = grads
+    for row in _each_row(call, scale, rows):
+        cotangent = g[row.at].astype(np.float64)
+        of_values = row.v @ cotangent
+        of_logits = row.weights * (of_values - row.weights @ of_values) * scale
+        dq[row.at] = of_logits @ row.k
+        dk[row.of][row.seen] += np.outer(of_logits, row.q)
+        dv[row.of][row.seen] += np.outer(row.weights, cotangent)
 
 
 def sum_to(grad: Array, like: Array) -> Array:
@@ -244,17 +308,33 @@ def sum_to(grad: Array, like: Array) -> Array:
     return grad.reshape(like.shape).astype(like.dtype.newbyteorder("="), copy=False)
 
 
-def _too_large(call: validation.AttentionCall, scale: float) -> npt.NDArray[np.bool_]:
-    """Return which rows see a logit that float32 cannot resolve.
+def _too_large(call: validation.AttentionCall, scale: float, size: int) -> npt.NDArray[np.bool_]:
+    """Return which rows see a logit that floats of so many bytes cannot resolve.
 
     Row by row: no later key decides how an earlier row is computed.
     """
-    q, k = (np.sqrt((x.astype(np.float64) ** 2).sum(-1)) for x in (call.q, call.k))
+    from favor_np import plan
+
+    q, k = map(_norms, (call.q, call.k))
     k = np.where(np.isfinite(k), k, 0.0)
     if call.mask is not None:
         k = np.where(call.mask, k, 0.0)
     if call.grouped:
         k = np.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)
     longest = np.maximum.accumulate(k, axis=-1) if call.causal else k.max(-1, keepdims=True)
-    rows = q * longest > LARGEST_LOGIT / scale
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        limit = plan.longest_row(size, scale)
+        rows = (q * longest > LARGEST_LOGIT[size] / scale) | (q >= limit) | (longest >= limit)
+        rows &= np.isfinite(q)
     return np.broadcast_to(rows, call.out_shape[:-1])
+
+
+def _norms(x: Array) -> Array:
+    """Return the norms of rows, whose squares may be too large for float64; NaN if one is not finite."""
+    x = x.astype(np.float64)
+    with np.errstate(invalid="ignore", under="ignore"):
+        largest = abs(x).max(-1, keepdims=True)
+        norms: Array = (
+            np.sqrt(((x / np.where(largest > 0, largest, 1)) ** 2).sum(-1)) * largest[..., 0]
+        )
+    return norms

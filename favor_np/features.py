@@ -204,6 +204,7 @@ class FeatureMap:
             scale = w.shape[-1] ** -0.5
         return cls(w, kind, scale, antithetic, kernel_epsilon)
 
+    @validation.own_error_state
     def calibrate(
         self, q: npt.ArrayLike, k: npt.ArrayLike, method: str = "auto", center: bool = True
     ) -> FeatureMap:
@@ -347,6 +348,7 @@ class FeatureMap:
                 digest.update((array + 0.0).astype("<f8").tobytes())  # + 0.0: no negative zeros
         return digest.hexdigest()
 
+    @validation.own_error_state
     def query_features(self, x: npt.ArrayLike) -> F64:
         """Compute the features of queries, in float64 and without any stabiliser.
 
@@ -381,6 +383,7 @@ class FeatureMap:
         """
         return self._features(*self._projections(validation.feature_input("x", x, self.dim)), 0.0)
 
+    @validation.own_error_state
     def key_features(self, x: npt.ArrayLike) -> F64:
         """Compute the features of keys: as `query_features`, with the keys' `bias` added.
 
@@ -522,6 +525,7 @@ def _affine(projection: F64, scale: float, calibration: Calibration | None) -> d
     return form
 
 
+@validation.own_error_state
 def feature_map(
     kind: str,
     dim: int,

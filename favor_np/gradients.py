@@ -119,12 +119,27 @@ num_threads, check_finite, device
     if call.place is not None:
         call.place.refuse(state=state, return_state=return_state)
     result, target = call.targets(whole=True)  # what is rounded would round the gradient, too
-    launch = call.launch
-    weights = launch.new_weights(target)
-    following = call.run(target, weights)
+    weights, following = attend(call, target)
     result = call.finished(result, target)
     if call.place is not None:
         return result, _pullback_on_device(call, target, weights)
+    if not return_state:
+        return result, pullback_of(call, target, weights)
+    return (result, following), pullback_of(call, target, weights, following)
+
+
+def attend(call: Prepared, target: Any) -> tuple[tuple[Any, Any], AttentionState | None]:
+    """Write the result to `target`; the denominators of its rows, and the state if one is kept."""
+    weights = call.launch.new_weights(target)
+    return weights, call.run(target, weights)
+
+
+def pullback_of(
+    call: Prepared, result: Array, weights: tuple[Array, Array],
+    following: AttentionState | None = None,
+) -> Callable[..., Gradients]:  # fmt: skip
+    """Return the pullback from what `attend` left behind: all it needs beside the arguments."""
+    feature_map, state, launch = call.feature_map, call.state, call.launch
 
     def pullback(grad_out: npt.ArrayLike, grad_state: Any = None) -> Gradients:
         grad = validation.tensor("grad_out", grad_out)
@@ -132,15 +147,14 @@ num_threads, check_finite, device
             raise ValueError(f"grad_out must have shape {result.shape}, got {grad.shape}")
         suffix = None
         if grad_state is not None:
-            if not return_state:
+            if following is None:
                 raise ValueError("grad_state needs return_state=True")
-            assert following is not None
             suffix = _suffix(call, following, grad_state)
 
         def pull(projection: bool) -> Any:
             arrays = call.arrays
             return launch.attend_vjp(
-                feature_map, arrays.q, arrays.k, arrays.v, arrays.mask, target, weights, grad,
+                feature_map, arrays.q, arrays.k, arrays.v, arrays.mask, result, weights, grad,
                 dtype=arrays.compute, causal=arrays.causal, grouped=arrays.grouped,
                 state=None if state is None else state.arrays, suffix=suffix,
                 state_shape=arrays.state_shape, threads=arrays.threads, offsets=call.offsets,
@@ -155,10 +169,10 @@ num_threads, check_finite, device
             _onto(k, like.k, kept),
             _onto(v, like.v, kept),
             None if state is None else _state_gradient(state, first),
-            lambda: _projection(feature_map, *pull(True)),
+            lambda: _projection(feature_map, *pull(True)).astype(like.compute, copy=False),
         )
 
-    return ((result, following) if return_state else result), pullback
+    return pullback
 
 
 def _pullback_on_device(
@@ -223,7 +237,7 @@ def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Arr
         total = total + 4 * of_heads(bias)[0][..., None] * quadratic * projection
     if feature_map.projection.ndim == 2:
         total = total.sum(0)
-    return total.astype(weight.dtype, copy=False)
+    return total
 
 
 def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:

@@ -18,6 +18,7 @@ from favor_np.kernels import favor_vjp as vjp
 from favor_np.kernels.jobs import TROUBLE
 from favor_np.kernels.pack import CHUNK
 from favor_np.kernels.spread import Spread
+from favor_np.kernels.state import PAD
 from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
 
@@ -45,10 +46,9 @@ def new_state(feature_map: FeatureMap, dtype: np.dtype[Any], count: int, value_d
 
 
 def _empty(layout: plan.Layout, count: int) -> Any:
-    c = plan.aligned((count, layout.features), layout.fresh.dtype)
-    c[:] = layout.fresh
-    s = plan.aligned((count, layout.features, layout.value_columns), layout.dtype)
-    return c, s, plan.aligned((count, layout.features), layout.dtype)
+    arrays = plan.state_arrays(count, layout.features, layout.value_columns, layout.dtype)
+    arrays[0][:, : layout.features] = layout.fresh
+    return arrays
 
 
 def copied(arrays: Any) -> Any:
@@ -60,32 +60,94 @@ def without_padding(
     feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: Any
 ) -> tuple[Array, Array, Array]:
     """Return a copy of states (c, S, z) as any machine would have them."""
-    real = plan.layout(feature_map, dtype, value_dim).real
+    layout = plan.layout(feature_map, dtype, value_dim)
     c, s, z = arrays
-    return c[:, real], s[:, real, :value_dim], z[:, real]
+    if c[:, layout.features].any():
+        c, s, z = without_tail(feature_map, dtype, value_dim, copied(arrays))
+    return c[:, layout.real], s[:, layout.real, :value_dim], z[:, layout.real]
+
+
+def without_tail(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: Any) -> Any:
+    """Return the states, in which the tokens of their tails are folded now."""
+    layout = plan.layout(feature_map, dtype, value_dim)
+    keys, values = np.empty((0, feature_map.dim), dtype), np.empty((0, value_dim), dtype)
+    rows = (rows_of(keys, dtype), rows_of(keys, dtype), rows_of(values, dtype))
+    call = _Call(layout, (*rows, _NO_MASK, *layout.arrays), _result(values, None), 1, None, False)
+    call.fold_tails(arrays)
+    return arrays
+
+
+class Rest(NamedTuple):
+    """What states hold beside (c, S, z): see ``kernels.state``."""
+
+    s_rest: Array  # what rounding has taken from S and z
+    z_rest: Array
+    tail: Array  # how many tokens are in the tail; their features and values
+    tail_features: Array
+    tail_values: Array
+
+
+def all_parts(
+    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: Any
+) -> tuple[tuple[Array, Array, Array], Rest]:
+    """Return a copy of everything that states hold, as any machine would have it."""
+    layout = plan.layout(feature_map, dtype, value_dim)
+    (c, s, z), real, low = arrays, layout.real, layout.features + layout.real
+    count = c[:, layout.features].copy()
+    alive = np.arange(count.max(initial=0)) < count[:, None]
+    keys, values = plan.tail(layout, s, z)
+    keys = keys[:, : alive.shape[1], real]
+    values = values[:, : alive.shape[1], :value_dim].copy()
+    keys[~alive], values[~alive] = 0, 0
+    rest = Rest(s[:, low, :value_dim], z[:, low], count, keys, values)
+    return (c[:, real], s[:, real, :value_dim], z[:, real]), rest
 
 
 def with_padding(
-    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, raw: tuple[Array, Array, Array]
-) -> Any:
-    """Return states as the kernels lay them out from what `without_padding` returned."""
-    real = plan.layout(feature_map, dtype, value_dim).real
-    c, s, z = arrays = new_state(feature_map, dtype, len(raw[0]), value_dim)
+    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, raw: tuple[Array, Array, Array],
+    rest: Rest | None = None,
+) -> Any:  # fmt: skip
+    """Return states as the kernels lay them out from what `without_padding` or `all_parts` returned."""
+    layout = plan.layout(feature_map, dtype, value_dim)
+    c, s, z = arrays = _empty(layout, len(raw[0]))
+    real, low = layout.real, layout.features + layout.real
     c[:, real], s[:, real, :value_dim], z[:, real] = raw
+    if rest is not None:
+        s[:, low, :value_dim], z[:, low], c[:, layout.features] = (
+            rest.s_rest,
+            rest.z_rest,
+            rest.tail,
+        )
+        keys, values = plan.tail(layout, s, z)
+        keys[:, : rest.tail_features.shape[1], real] = rest.tail_features
+        values[:, : rest.tail_values.shape[1], :value_dim] = rest.tail_values
     return arrays
 
 
 def merge(into: Any, other: Any) -> None:
-    """Add the states `other` to the states `into`: arrays (c, S, z) of equal shapes."""
+    """Add the states `other` to the states `into`: arrays (c, S, z) of equal shapes, without tails."""
     (c, s, z), (other_c, other_s, other_z) = into, other
-    top = np.maximum(c, other_c)
-    keep = np.ldexp(1.0, c - top).astype(z.dtype)
-    add = np.ldexp(1.0, other_c - top).astype(z.dtype)
-    s *= keep[..., None]
-    s += add[..., None] * other_s
-    z *= keep
-    z += add * other_z
-    c[...] = top
+    features = c.shape[-1] - PAD
+    mine, theirs = c[..., :features], other_c[..., :features]
+    top = np.maximum(mine, theirs)
+    with np.errstate(all="ignore"):  # what is much smaller vanishes; values may be infinite
+        keep, add = (np.ldexp(1.0, x - top).astype(z.dtype) for x in (mine, theirs))
+        _add_pairs(z[..., None], other_z[..., None], keep[..., None], add[..., None])
+        _add_pairs(s, other_s, keep[..., None], add[..., None])
+    mine[...] = top
+
+
+def _add_pairs(sums: Array, other: Array, keep: Array, add: Array) -> None:
+    """Scale sums and add others, each with what rounding has taken from it, as the kernels do."""
+    features = keep.shape[-2]
+    high, low = sums[..., :features, :], sums[..., features : 2 * features, :]
+    more, rest = other[..., :features, :], other[..., features : 2 * features, :]
+    high *= keep
+    value = add * more + (add * rest + keep * low)
+    total = high + value
+    moved = total - high
+    low[...] = (high - (total - moved)) + (value - moved)
+    high[...] = total
 
 
 class Clock(NamedTuple):
@@ -171,6 +233,7 @@ def attend(
             totals = _empty(layout, len(slots))
         else:
             totals = tuple(array[slots] for array in state)
+            call.fold_tails(totals)
         folds, reads = plan.segments(wave)
         call.fold(constants, folds, totals)
         call.run(constants, reads, totals)
@@ -232,9 +295,9 @@ def attend_vjp(
     heads = 0 if projection else math.prod(batch)
     rows = [np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v)]
     weight = plan.aligned(
-        (count if projection else 0, layout.half, layout.natural.key.shape[-1]), dtype
+        (count if projection else 0, layout.half, layout.natural.key.shape[-1]), np.float64
     )
-    bias = plan.aligned((count if projection else 0, layout.half), dtype)
+    bias = plan.aligned((count if projection else 0, layout.half), np.float64)
     to = vjp.Gradients(rows[0], rows[1], rows[2], weight, bias)
     states = None
     if own is not None:  # first those of the keys' sides, then those of the queries'
@@ -300,6 +363,8 @@ class _Call:
     def share(self, constants: Array, jobs: plan.Jobs, state: Any) -> plan.Jobs:
         """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
         few, space = plan.few(jobs, self.threads), self.layout.stateful
+        if few and state is not None:
+            self.fold_tails(state)
         for i in range(few):
             job = jobs.take(slice(i, i + 1))
             slot = int(job.table[0, 5])
@@ -308,8 +373,9 @@ class _Call:
             arrays = plan.borrow(space, relay.rows)
             try:
                 c, s, z = arrays[:3]
-                none = self.layout.fresh, 0, 0
-                c[total], s[total], z[total] = none if state is None else [a[slot] for a in state]
+                new = _empty(self.layout, 1) if state is None else [a[slot, None] for a in state]
+                for array, mine in zip(arrays, new, strict=False):
+                    array[total] = mine[0]
                 kernel, args = self._kernel(constants, job, relay.words, self.threads)
                 POOL.call(kernel, (*args, *arrays), relay.count, self.threads)
                 if state is not None:
@@ -319,6 +385,12 @@ class _Call:
             finally:
                 plan.give_back(space, relay.rows, arrays)
         return jobs.take(slice(few, None))
+
+    def fold_tails(self, state: Any) -> None:
+        """Fold the tokens that states keep in their tails."""
+        if state[0][:, self.layout.features].any():
+            jobs = plan.jobs_without_rows(len(state[0]), self.layout.rows)
+            self.run(self.layout.bidirectional, jobs, state)
 
     def _kernel(
         self, constants: Array, jobs: plan.Jobs, relay: Array | None, workers: int

@@ -24,6 +24,7 @@ from favor_np.kernels import relay as relay_kernel
 from favor_np.kernels.chunk import FOLD
 from favor_np.kernels.pack import CHUNK, Map
 from favor_np.kernels.simd import VECTOR_BYTES
+from favor_np.kernels.state import PAD, TAIL
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
@@ -72,6 +73,23 @@ def aligned(shape: Shape, dtype: npt.DTypeLike) -> Array:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def state_arrays(
+    count: int, features: int, columns: int, dtype: np.dtype[Any]
+) -> tuple[Array, ...]:
+    """Return zeros for the slots of (c, S, z): see ``kernels.state``."""
+    return (
+        aligned((count, features + PAD), integer_of(dtype)),
+        aligned((count, 2 * features + TAIL, columns), dtype),
+        aligned((count, (2 + TAIL) * features), dtype),
+    )
+
+
+def tail(of: Layout, s: Array, z: Array) -> tuple[Array, Array]:
+    """Return the tails of states: features (slots, TAIL, F) and values (slots, TAIL, X), both views."""
+    keys = z[:, 2 * of.features :].reshape(len(z), of.features, TAIL)
+    return keys.swapaxes(1, 2), s[:, 2 * of.features :]
+
+
 def aligned_copy(array: Array) -> Array:
     """Return a copy in C order that begins on a cache line."""
     new = aligned(array.shape, array.dtype)
@@ -93,12 +111,7 @@ class Workspace:
         whole = integer_of(self.dtype)
         state: tuple[Array, ...] = ()
         if self.state is not None:
-            features, columns = self.state
-            state = (
-                aligned((threads, features), whole),
-                aligned((threads, features, columns), self.dtype),
-                aligned((threads, features), self.dtype),
-            )
+            state = state_arrays(threads, *self.state, self.dtype)
         floats = aligned((threads, self.floats), self.dtype)
         return *state, floats, aligned((threads, self.ints), whole)
 
@@ -322,9 +335,14 @@ def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -
     )
 
 
+def longest_row(size: int, scale: float) -> float:
+    """Return the norm from which on a row of exact attention, once scaled or squared, may overflow."""
+    return 2.0**100 / max(scale, 1.0) if size == 4 else 1e150
+
+
 def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
     """Return the constants of exact attention."""
-    far, limit = (2.0**20, 1e150) if dtype.itemsize == 4 else (2.0**48, math.sqrt(2.0**46 / scale))
+    far, limit = 2.0**20 if dtype.itemsize == 4 else 2.0**48, longest_row(dtype.itemsize, scale)
     return exact_kernels.ExactParameters(
         kind=activate.POSITIVE,
         kernel_epsilon=0.0,
@@ -480,6 +498,14 @@ def skip_rows(table: Array, start: Any) -> None:
 
 
 _NO_CLOCKS = np.zeros((0, 2))
+
+
+def jobs_without_rows(slots: int, rows: int) -> Jobs:
+    """Return jobs that only fold the tail of each slot."""
+    table = np.zeros((slots, 8), np.int64)
+    table[:, 2], table[:, 5], table[:, 7] = -1, np.arange(slots), rows
+    nothing = np.empty((slots, 0), np.int64)
+    return Jobs(table, nothing, nothing, _NO_CLOCKS)
 
 
 @functools.lru_cache(maxsize=256)

@@ -125,7 +125,7 @@ def sample_projection(
     else:
         directions = _orthogonal_blocks(rows, simplex=kind == "simplex")
     result = directions * (own_lengths if norms == "chi" else np.sqrt(float(dim)))
-    rounded: npt.NDArray[np.floating[Any]] = result.astype(np.float32).astype(out_dtype)
+    rounded: npt.NDArray[np.floating[Any]] = result.astype(np.float32, order="C").astype(out_dtype)
     return rounded
 
 

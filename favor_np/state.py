@@ -206,18 +206,19 @@ class AttentionState:
         self.tokens = self.tokens + tokens
         ahead = self._raised()[0] - before
         c = self.arrays[0]
-        rows: Any = slice(None)
+        layout = plan.layout(self.feature_map, self.dtype, self.value_dim)
+        rows: Any = slice(layout.features)
         if self.feature_map.kind == "positive":  # padding is out of reach, and stays there
-            rows = plan.layout(self.feature_map, self.dtype, self.value_dim).real
+            rows = layout.real
         c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
 
     def _real(self) -> tuple[Array, Array, Array]:
-        """Return copies of c, S and z without the kernels' padding, with the batch axes."""
+        """Return copies of c, S and z in C order, without the kernels' padding, with the batch axes."""
         c, s, z = launcher(self.place).without_padding(
             self.feature_map, self.dtype, self.value_dim, self.arrays
         )
         lead = self._slots
-        c, s, z = (x.reshape(*lead, *x.shape[1:]) for x in (c, s, z))
+        c, s, z = (np.ascontiguousarray(x).reshape(*lead, *x.shape[1:]) for x in (c, s, z))
         return c, s, z
 
     @property
@@ -464,6 +465,7 @@ class AttentionState:
         elif keys:
             self._advance(keys)
 
+    @validation.own_error_state
     def merge(self, other: AttentionState) -> AttentionState:
         """Add what another state has seen, in place: the fold of both sets of keys.
 
@@ -503,6 +505,10 @@ class AttentionState:
             raise TypeError("other must lie where the state does: in main memory, or on the device")
         launch = launcher(self.place)
         arrays = other.arrays
+        if self.place is None:
+            how = self.feature_map, self.dtype, self.value_dim
+            launch.without_tail(*how, self.arrays)
+            arrays = launch.without_tail(*how, launch.copied(arrays))
         if self.rates is not None:
             before, fraction = self._raised()
             before, arrays = before + other._raised()[0], launch.raised(arrays, fraction)
@@ -608,7 +614,12 @@ class AttentionState:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what any machine can lay out anew."""
         args = (self.feature_map, self.value_dim, self.batch_shape, self.dtype.str)
-        return _restore, (*args, *self._real(), self.sequences, self.rates, self.lengths)
+        if self.place is not None:
+            return _restore, (*args, *self._real(), self.sequences, self.rates, self.lengths)
+        how = self.feature_map, self.dtype, self.value_dim
+        raw, rest = launcher(None).all_parts(*how, self.arrays)
+        raw = (x.reshape(*self._slots, *x.shape[1:]) for x in raw)
+        return _restore, (*args, *raw, self.sequences, self.rates, self.lengths, tuple(rest))
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -634,6 +645,7 @@ def _launch() -> Any:
 def _restore(
     feature_map: FeatureMap, value_dim: int, batch_shape: tuple[int, ...], dtype: str,
     c: Array, s: Array, z: Array, sequences: int | None, rates: Array | None, lengths: Array,
+    rest: tuple[Array, ...] | None = None,
 ) -> AttentionState:  # fmt: skip
     from favor_np import launch
 
@@ -644,7 +656,8 @@ def _restore(
         z.reshape(count, features),
     )
     kind = np.dtype(dtype)
-    arrays = launch.with_padding(feature_map, kind, value_dim, raw)
+    more = None if rest is None else launch.Rest(*rest)
+    arrays = launch.with_padding(feature_map, kind, value_dim, raw, more)
     return AttentionState(
         feature_map, value_dim, batch_shape, kind, arrays, sequences, rates, lengths
     )

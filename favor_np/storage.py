@@ -27,9 +27,11 @@ from favor_np.features import Calibration, FeatureMap
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMAT = "favor_np.AttentionState"
-#: Raised when an older reader could no longer understand what is written: 2 has calibrated maps.
-VERSION = 2
+#: Raised when an older reader could no longer understand what is written: 2 has calibrated maps, 3 what
+#: states hold beside (c, S, z).
+VERSION = 3
 ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
+REST = ("S_rest", "z_rest", "tail", "tail_features", "tail_values")
 
 
 class Parts(NamedTuple):
@@ -45,6 +47,7 @@ class Parts(NamedTuple):
     sequences: int | None
     rates: Array | None
     lengths: Array
+    rest: tuple[Array, ...] | None = None
 
 
 def path_of(name: str, value: str | os.PathLike[str]) -> Path:
@@ -62,7 +65,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     fm = parts.feature_map
     header = {
         "format": FORMAT,
-        "version": 1 if fm.calibration is None else 2,
+        "version": VERSION,
         "favor_np": favor_np.__version__,
         "dtype": np.dtype(parts.dtype).name,
         "batch_shape": parts.batch_shape,
@@ -87,6 +90,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     if fm.calibration is not None:
         parts_of_map = fm.calibration._asdict()
         arrays |= {name: array for name, array in parts_of_map.items() if array is not None}
+    arrays |= zip(REST, parts.rest or (), strict=parts.rest is not None)
     for name, array in arrays.items():
         arrays[name] = np.require(array, array.dtype.newbyteorder("<"), "C")
     target = path_of("path", path).resolve()  # what a link points to, not the link
@@ -136,7 +140,8 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
         )
     names = sorted(file.namelist())
     calibrated = [name for name in Calibration._fields if f"{name}.npy" in names]
-    known = sorted(f"{name}.npy" for name in (*ENTRIES, *calibrated))
+    exact = REST if version >= 3 else ()
+    known = sorted(f"{name}.npy" for name in (*ENTRIES, *exact, *calibrated))
     if names != known:
         raise ValueError(f"it must have the entries {known}, got {names}")
     calibration = None
@@ -170,7 +175,21 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
     lengths = _array(file, "lengths", "<i8", shape=(math.prod(slots),))
     if not (np.isfinite(rates) & (rates >= 0)).all() or (lengths < 0).any():
         raise ValueError("rates and lengths must be finite and not negative")
-    parts = (c, s, z, sequences, rates if rates.any() else None, lengths)
+    rest = None
+    if exact:
+        count = _array(file, "tail", f"<i{size}", shape=(math.prod(slots),))
+        if (count < 0).any():
+            raise ValueError("tail must not be negative")
+        tail = (len(count), int(count.max(initial=0)))
+        rows = (len(count), fm.num_features)
+        rest = (
+            _array(file, "S_rest", f"<f{size}", shape=(*rows, value_dim)),
+            _array(file, "z_rest", f"<f{size}", shape=rows),
+            count,
+            _array(file, "tail_features", f"<f{size}", shape=(*tail, fm.num_features)),
+            _array(file, "tail_values", f"<f{size}", shape=(*tail, value_dim)),
+        )
+    parts = (c, s, z, sequences, rates if rates.any() else None, lengths, rest)
     return Parts(fm, value_dim, batch, dtype.str, *parts), {**header["extra"]}
 
 

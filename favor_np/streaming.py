@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +47,7 @@ def stream_attention(
     ----------
     q : array_like, shape (..., L_q, d)
         Queries.  They, keys and values may be numpy.memmap or anything else that has `shape` and
-        `dtype` and gives arrays for slices, such as data sets of h5py and zarr.
+        `dtype` and gives arrays for slices, such as data sets of h5py, netCDF4, tensorstore and zarr.
     k : array_like, shape (..., L_k, d)
         Keys.  Leading axes of all arrays broadcast as in NumPy.
     v : array_like, shape (..., L_k, dv)
@@ -55,16 +55,17 @@ def stream_attention(
     feature_map : FeatureMap
         Of dimension d; any kind but "trig".
     out : array_like, shape (..., L_q, dv)
-        Where slices of the result are written; of the dtype that `favor_attention` returns.  It
-        must not overlap an input.
+        Where slices of the result are written; of the dtype that `favor_attention` returns (in a
+        file, of either byte order).  It must not overlap an input.
     causal : bool, default False
         Query i sees keys up to i only.
     chunk_size : int, default 65536
         Positions of a chunk, of all leading axes together; the last one may be shorter.
     checkpoint : str or os.PathLike, optional
-        A file in which the progress is kept: written at the start and then every 10 seconds, or
-        after every chunk that takes longer, each time after `out` was flushed; removed at the
-        end.  If it exists, the call continues from it.  `AttentionState.load` can read it.
+        A file in which the progress is kept: written at the start, then every 10 seconds or
+        after every chunk that takes longer, and at an interrupt, each time after `out` was
+        flushed; removed at the end.  If it exists, the call continues from it.
+        `AttentionState.load` can read it.
     progress : bool, optional
         Whether to show a bar on standard error (needs tqdm).  Default: if that is a terminal,
         tqdm is there, and the work lasts over two seconds.
@@ -80,10 +81,12 @@ def stream_attention(
     ------
     TypeError, ValueError
         As `favor_attention`; if `chunk_size` is not a positive integer; if `out` does not fit,
-        is read-only or overlaps an input.
+        cannot be written or overlaps an input; if an input has masked values (variables of netCDF4
+        are searched for them before anything is computed).
     ValueError
         If `checkpoint` is damaged or belongs to a call with other shapes, dtypes, map, `causal`
-        or `chunk_size`, or an array no longer holds the last chunk that was done before.
+        or `chunk_size`, or an array no longer holds the last chunk that was done before; if `out`
+        lies in a file that could not be opened again after a kill.
     OSError
         If an array or the checkpoint cannot be read or written.
     ImportError
@@ -132,6 +135,7 @@ def stream_attention(
     )
     keys, queries = 0 if call.causal else call.keys, call.out_shape[-2]  # rows of the two passes
     folds = -(-keys // size)
+    steps = folds + -(-queries // size)
 
     def part(step: int) -> tuple[slice, dict[str, Any]]:
         """Return the positions that a step works on, and the arrays."""
@@ -143,43 +147,68 @@ def stream_attention(
                 arrays |= {"k": k, "v": v}
         return slice(start, min(start + size, length)), arrays
 
-    kept, done = None, 0
+    def read(step: int) -> dict[str, Any]:
+        rows, arrays = part(step)
+        return {
+            name: _read(name, array, rows).astype(getattr(call, name).dtype, copy=False)
+            for name, array in arrays.items()
+            if name != "out"
+        }
+
+    kept, found, done = None, None, 0
     if checkpoint is not None:
+        _check_reopens(out)
         kept = _Checkpoint(
             storage.path_of("checkpoint", checkpoint), _identity(call, feature_map, size)
         )
         found = kept.load()
-        if found is None:
-            kept.save(state, 0, {})  # if it cannot be written, then now
-        else:
+        if found is not None:
             state, done, digests = found
             if done and digests != _digests(*part(done - 1)):
                 kept.refuse("q, k, v or out no longer hold what they held when it was written")
-    written = time.monotonic()
+    if any(map(_masks, (q, k, v))):
+        for step in range(done, steps):
+            read(step)
+    _check_writes(out)
+    if kept is not None and found is None:
+        _flush_file(out)  # what was made for this call must outlive it
+        kept.save(state, 0, {})  # if it cannot be written, then now
+    written, saved = time.monotonic(), done
+
+    def save() -> None:
+        nonlocal written, saved
+        if kept is not None and saved < done:
+            _flush(out)  # first: what the checkpoint calls done must be on the disk
+            kept.save(state, done, _digests(*part(done - 1)))
+            written, saved = time.monotonic(), done
+
     before = sum(_length(part(step)[0]) for step in range(done))
-    with bar(initial=before, total=keys + queries) as shown:
-        for step in range(done, folds + -(-queries // size)):
-            rows, arrays = part(step)
-            chunk = {name: a[..., rows, :] for name, a in arrays.items() if name != "out"}
-            if step < folds:
-                state.update(**chunk, num_threads=num_threads)
-            else:
-                if call.causal:
-                    result, state = favor_attention(
-                        **chunk, feature_map=feature_map, causal=True, state=state,
-                        return_state=True, num_threads=num_threads,
-                    )  # fmt: skip
+    try:
+        with bar(initial=before, total=keys + queries) as shown:
+            for step in range(done, steps):
+                rows, arrays = part(step)
+                chunk = read(step)
+                if step < folds:
+                    after = state.copy().update(**chunk, num_threads=num_threads)
                 else:
-                    result = state.attend(**chunk, num_threads=num_threads)
-                out[..., rows, :] = result.astype(call.result, copy=False)
-            if kept is not None and time.monotonic() - written >= CHECKPOINT_SECONDS:
-                _flush(out)  # first: what the checkpoint calls done must be on the disk
-                kept.save(state, step + 1, _digests(rows, arrays))
-                written = time.monotonic()
-            for array in arrays.values():
-                _release(array)
-            if shown is not None:
-                shown.update(_length(rows))
+                    if call.causal:
+                        result, after = favor_attention(
+                            **chunk, feature_map=feature_map, causal=True, state=state,
+                            return_state=True, num_threads=num_threads,
+                        )  # fmt: skip
+                    else:
+                        result, after = state.attend(**chunk, num_threads=num_threads), state
+                    out[..., rows, :] = result.astype(call.result, copy=False)
+                state, done = after, step + 1  # together: no interrupt comes between
+                if time.monotonic() - written >= CHECKPOINT_SECONDS:
+                    save()
+                for array in arrays.values():
+                    _release(array)
+                if shown is not None:
+                    shown.update(_length(rows))
+    except (KeyboardInterrupt, SystemExit):
+        save()
+        raise
     if kept is not None:
         _flush(out)
         kept.path.unlink(missing_ok=True)
@@ -191,6 +220,8 @@ def _outline(name: str, array: Any) -> Any:
     shape, dtype = _form(name, array)
     if isinstance(array, (np.matrix, np.ma.MaskedArray)):
         validation.tensor(name, array)
+    if _library(array) == "netCDF4":  # what it unpacks is of another dtype than what it stores
+        dtype = np.asarray(array[..., :1, :]).dtype.newbyteorder("=")
     if dtype.kind in "biu":
         dtype = np.dtype(np.float64)  # what it is converted to, chunk by chunk
     return np.broadcast_to(np.zeros((), dtype), shape)
@@ -198,7 +229,8 @@ def _outline(name: str, array: Any) -> Any:
 
 def _form(name: str, array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     try:
-        return tuple(array.shape), np.dtype(array.dtype)
+        # A dtype of tensorstore names the one of NumPy.
+        return tuple(array.shape), np.dtype(getattr(array.dtype, "numpy_dtype", array.dtype))
     except (AttributeError, TypeError):
         raise TypeError(
             f"{name} must have shape and dtype as an array has, got {validation.got(array)}"
@@ -207,16 +239,66 @@ def _form(name: str, array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def _check_out(out: Any, call: validation.AttentionCall, inputs: dict[str, Any]) -> None:
     shape, dtype = _form("out", out)
-    if dtype != call.result:
+    in_memory = isinstance(out, np.ndarray)
+    if dtype != call.result and (in_memory or dtype.newbyteorder("=") != call.result):
         raise TypeError(f"out must have dtype {call.result}, got {dtype}")
     if shape != call.out_shape:
         raise ValueError(f"out must have shape {call.out_shape}, got {shape}")
-    if isinstance(out, np.ndarray):
-        if not out.flags.writeable:
-            raise ValueError("out must be writeable, got a read-only array")
-        for name, array in inputs.items():
-            if isinstance(array, np.ndarray) and np.may_share_memory(out, array):
-                raise ValueError(f"out must not overlap an input, got memory of {name}")
+    if in_memory and not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    for name, array in inputs.items():
+        if in_memory and isinstance(array, np.ndarray):
+            same = np.may_share_memory(out, array)
+        else:
+            same = out is array or (_library(out) == _library(array) == "h5py" and out == array)
+        if same:
+            raise ValueError(f"out must not overlap an input, got that of {name}")
+
+
+def _check_writes(out: Any) -> None:
+    """Refuse what cannot be written to: write what is there already."""
+    if not hasattr(out, "__getitem__"):  # it only takes rows, and may send them anywhere
+        return
+    first = (..., slice(0, 1), slice(None))
+    try:
+        out[first] = np.asarray(out[first])
+    except Exception as error:  # every library has its own
+        raise ValueError(f"out must be writeable: {error}") from error
+
+
+def _check_reopens(out: Any) -> None:
+    """Refuse files that nobody could open after a kill, and what never gets to a file."""
+    if _library(out) == "h5py" and out.file.id.get_create_plist().get_version()[0] >= 3:
+        raise ValueError(
+            "with a checkpoint out must lie in a file that HDF5 opens after a kill: not in one that "
+            "was made with libver='latest' or 'v110', got such a file; 'v108' or 'earliest' will do"
+        )
+    if type(getattr(out, "store", None)).__name__ == "ZipStore":
+        raise ValueError(
+            "with a checkpoint out must lie in a store that zarr opens after a kill, got a ZipStore"
+        )
+    mapped = _mapped(out) if isinstance(out, np.ndarray) else None
+    if mapped is not None and mapped.mode == "c":
+        raise ValueError(
+            "with a checkpoint out must be written to its file, got a copy-on-write memory map"
+        )
+
+
+def _masks(array: Any) -> bool:
+    """Whether an array may give masked chunks: netCDF4 compares all it reads with _FillValue."""
+    return _library(array) == "netCDF4" and bool(array.mask)
+
+
+def _read(name: str, array: Any, rows: slice) -> Any:
+    """Return these rows as they lie in memory or are read from a file."""
+    chunk = array[..., rows, :]
+    if np.ma.is_masked(chunk):
+        raise TypeError(
+            f"{name} has masked values in rows {rows.start} to {rows.stop}, which stand for no "
+            "numbers: fill them, or leave the rows out (netCDF4 masks what equals _FillValue, "
+            "unless told by set_auto_mask(False))"
+        )
+    return np.asarray(chunk)
 
 
 def _length(rows: slice) -> int:
@@ -256,9 +338,38 @@ def _mapped(array: Any) -> Any:
 
 def _flush(array: Any) -> None:
     """Write to the disk what was written to the array."""
-    array = _mapped(array) if isinstance(array, np.ndarray) else array
-    if hasattr(array, "flush"):
+    if isinstance(array, np.ndarray):
+        array = _mapped(array)
+    if not _flush_file(array) and hasattr(array, "flush"):
         array.flush()
+
+
+def _flush_file(array: Any) -> bool:
+    """Write all of the file in which h5py or netCDF4 keep an array; whether there is one.
+
+    Without its other parts, the array's own would lie in a file that nobody can open.
+    """
+    library = _library(array)
+    if library == "h5py":
+        array.file.flush()
+        path = array.file.filename
+    elif library == "netCDF4":
+        array.group().sync()
+        path = array.group().filepath()
+    else:
+        return False
+    with suppress(OSError):  # not every path is one of the system's
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # both leave it to the system when
+        finally:
+            os.close(handle)
+    return True
+
+
+def _library(array: Any) -> str:
+    """Return the name of the package that an array is of."""
+    return type(array).__module__.partition(".")[0]
 
 
 def _release(array: Any) -> None:
@@ -280,10 +391,11 @@ def _identity(call: validation.AttentionCall, feature_map: FeatureMap, size: int
 
 
 def _digests(rows: slice, arrays: dict[str, Any]) -> dict[str, str]:
-    """Return a hash of these rows of each array, as it holds them now."""
+    """Return a hash of these rows of each array, as it holds them now, in any byte order."""
+    chunks = {name: np.asarray(array[..., rows, :]) for name, array in arrays.items()}
     return {
-        name: hashlib.sha256(np.ascontiguousarray(array[..., rows, :]).tobytes()).hexdigest()
-        for name, array in arrays.items()
+        name: hashlib.sha256(chunk.astype(chunk.dtype.newbyteorder("<")).tobytes()).hexdigest()
+        for name, chunk in chunks.items()
     }
 
 

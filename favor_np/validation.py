@@ -17,6 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+#: Decorates functions that compute with NumPy: whatever the caller's error state is (`np.seterr`),
+#: they see the one that NumPy begins with.
+own_error_state = np.errstate(divide="warn", over="warn", under="ignore", invalid="warn")
+
 # ----------------------------------------------------------------------------------------
 # Scalars and options
 # ----------------------------------------------------------------------------------------
@@ -227,8 +231,8 @@ def tensor(name: str, value: object, axes: int = 2) -> Array:
 
 
 def _is_small_float(dtype: np.dtype[Any]) -> bool:
-    """Whether dtype is float16, or bfloat16 or a like of it from ml_dtypes."""
-    if dtype.kind not in "fV" or dtype.itemsize > 2 or dtype.names is not None:
+    """Whether dtype is float16, or bfloat16 of ml_dtypes: not its numbers of 8 bits and fewer."""
+    if dtype.kind not in "fV" or dtype.itemsize != 2 or dtype.names is not None:
         return False
     return bool(np.can_cast(dtype, np.float32))
 

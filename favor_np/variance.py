@@ -15,6 +15,7 @@ NODES = 64
 TOLERANCE = 1e-4
 
 
+@validation.own_error_state
 def kernel_variance(
     feature_map: FeatureMap, q: npt.ArrayLike, k: npt.ArrayLike, *, relative: bool = False
 ) -> F64:

@@ -82,6 +82,7 @@ def attend(
         )
 
 
+@validation.own_error_state
 def _joined(a: Rows, b: Rows) -> Array:
     """Return the rows of attention to the keys of both; their own are used up."""
     highest = np.maximum(a[2], b[2])
@@ -393,7 +394,7 @@ class WindowState:
         """Return what any machine can lay out anew."""
         from favor_np import launch
 
-        raw = launch.without_padding(self.feature_map, self.dtype, self.value_dim, self._own)
+        raw = launch.all_parts(self.feature_map, self.dtype, self.value_dim, self._own)
         kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_whole")}
         return kept | {"_own": raw}
 
@@ -402,7 +403,7 @@ class WindowState:
         from favor_np import launch
 
         vars(self).update(kept)
-        self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, self._own)
+        self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, *self._own)
         self._forget()
 
     def __repr__(self) -> str:

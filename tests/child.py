@@ -6,6 +6,10 @@ import subprocess
 import sys
 import textwrap
 
+#: Seconds after which a test hangs: the one limit of time in this suite, far beyond what a busy
+#: machine needs.
+HANG = 1200
+
 #: Two Python threads share this call, and a helper is there after it.
 BEGIN = """
 import os, signal, sys, threading, time
@@ -29,7 +33,7 @@ def check(threads=2):
 """
 
 
-def python(code, *options, timeout=120, cwd=None, unset=(), **environ):
+def python(code, *options, timeout=HANG, cwd=None, unset=(), **environ):
     """Run ``code`` in a fresh interpreter; what it printed.  It must end well and say no more."""
     env = {name: value for name, value in os.environ.items() if name not in unset} | environ
     process = subprocess.Popen(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from child import HANG
 
 import favor_np
 from favor_np import (
@@ -218,7 +219,7 @@ print("done")
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG,
         check=False,
     )
     assert run.returncode == 0, run.stderr

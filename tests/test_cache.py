@@ -1,5 +1,6 @@
 """The cache of compiled kernels: used when it can be, never in the way, never wrong."""
 
+import compileall
 import hashlib
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from child import python
+from child import HANG, python
 
 import favor_np
 from favor_np import exact_attention
@@ -203,17 +204,63 @@ print(favor_np.exact_attention(x, x, x)[0, 0], len(exact.attend_exact.stats.cach
     assert run() == "2.0 1\n"
 
 
-def test_unreadable_sources_mean_no_cache(copied, tmp_path):
-    """Code that nobody can tell to be stale is not kept."""
-    archive = shutil.make_archive(str(tmp_path / "zipped"), "zip", copied)
+@pytest.mark.parametrize("kept", ["sources", "bytecode"])
+def test_a_zip_file_keeps_its_code_between_processes(copied, tmp_path, kept):
+    """As zipapp makes them, with sources or with bytecode alone; another archive is other code."""
+
+    def zipped(name):
+        if kept == "bytecode":
+            compileall.compile_dir(copied, quiet=2, legacy=True, force=True)
+            for source in copied.rglob("*.py"):
+                source.rename(source.with_suffix(".was"))
+        archive = shutil.make_archive(str(tmp_path / name), "zip", copied)
+        for source in copied.rglob("*.was"):
+            source.rename(source.with_suffix(".py"))
+        return archive
+
+    def sources(archive):
+        code = f"import sys; sys.path.insert(0, {archive!r})\n"
+        return python(code + "from favor_np.kernels.jit import SOURCES as s; print(s); assert s")
+
+    def run(archive):
+        code = f"import sys; sys.path.insert(0, {archive!r})\n" + CALL
+        code += "from favor_np.kernels import jit; assert '.zip' in jit.__file__\n"
+        code += "from favor_np.forecast import read_prices; assert len(read_prices()) > 9000\n"
+        return call(tmp_path / "cache", code, PYTHONHASHSEED="random")
+
+    archive = zipped("package")
+    assert run(archive) == "compiled\n"
+    assert run(archive) == "loaded\n"
+    before = sources(archive)
+    pack = copied / "favor_np" / "kernels" / "pack.py"
+    pack.write_text(pack.read_text().replace("one / inverse", "(one * one) / inverse"))
+    assert zipped("package") == archive
+    assert sources(archive) != before
+
+
+def test_code_that_nobody_can_tell_to_be_stale_is_not_kept(copied, tmp_path):
+    """From a place that does not list its modules."""
     code = f"""
-import sys
-sys.path.insert(0, {archive!r})
+import importlib.abc, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("favor_np"):
+            return importlib.util.spec_from_loader(name, self, is_package=self.is_package(name))
+    def is_package(self, name):
+        return name in ("favor_np", "favor_np.kernels")
+    def get_source(self, name):
+        tail = "/__init__.py" if self.is_package(name) else ".py"
+        return open({str(copied)!r} + "/" + name.replace(".", "/") + tail).read()
+    def exec_module(self, module):
+        module.__file__ = "nowhere/" + module.__name__ + ".py"
+        super().exec_module(module)
+
+sys.meta_path.insert(0, Finder())
 from favor_np.kernels import exact, jit
-assert ".zip" in jit.__file__
 print(repr(jit.SOURCES), type(exact.attend_exact._cache).__name__)
 """
-    assert python(code) == "'' NullCache\n"
+    assert python(code, cwd=tmp_path) == "'' NullCache\n"
 
 
 # ----------------------------------------------------------------------------------------
@@ -314,7 +361,7 @@ def test_two_processes_fill_a_cache_at_once(tmp_path):
         for dtype in ("f4", "f8")
     ]
     for process in team:
-        assert process.communicate(timeout=120)[0] == "compiled\n"
+        assert process.communicate(timeout=HANG)[0] == "compiled\n"
         assert process.returncode == 0
     assert len(files(tmp_path)) == 2
     for dtype in ("f4", "f8"):

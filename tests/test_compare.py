@@ -2,10 +2,13 @@
 
 import dataclasses
 import gc
+import io
 import json
 import math
 import sys
-import time
+import tracemalloc
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from favor_np import compare, feature_map, measure
 from favor_np.cli import compare as program
 from favor_np.cli import main
 from favor_np.compare import _plot
-from favor_np.compare._methods import METHODS
+from favor_np.compare._methods import DEFAULT, METHODS
 
 SMALL = ["--features=16,256", "--lengths=64,128", "--time-features=16", "--dim=16", "--seeds=2"]
 
@@ -169,11 +172,15 @@ def test_peak_memory_without_linux(monkeypatch):
     test_peak_memory_sees_an_array_that_is_gone_again()
 
 
-def test_best_time_is_that_of_the_fastest_call():
-    seconds = iter([0.03, 0.001, 0.02])
-    assert (
-        0.001 <= measure.best_time(lambda: time.sleep(next(seconds)), budget=0.02, least=3) < 0.02
-    )
+def test_best_time_is_that_of_the_fastest_call(monkeypatch):
+    clock, seconds = [0.0], iter([0.03, 0.001, 0.02])
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def call():
+        clock[0] += next(seconds)
+
+    assert measure.best_time(call, budget=0.02, least=3) == pytest.approx(0.001)
+    assert next(seconds, None) is None
 
 
 def test_tables_fit_a_terminal(capsys):
@@ -184,6 +191,17 @@ def test_tables_fit_a_terminal(capsys):
     assert "At L = 128, L²d is 8 times Lmd in operations; measured: " in out
     assert "Prefer exact attention" in out
     assert all(f"\n{method.name} " in out for method in METHODS)
+    assert out.count("\nantithetic * ") == out.count("\n* the default of feature_map\n") == 1
+    assert "Time, and extra memory with the result: antithetic *, m = 16" in out
+    assert "antithetic       exact    faster  antithetic       exact" in out
+
+
+def test_the_map_that_is_marked_is_the_default():
+    tokens = compare.Setting("prices").tokens(50)
+    default = feature_map("positive", dim=32, num_features=64, scale=tokens.scale, rng=3)
+    assert DEFAULT in METHODS
+    assert DEFAULT.feature_map(tokens, 64, 3) == default
+    assert len({method.name for method in METHODS}) == len(METHODS)
 
 
 def test_wide_numbers_still_fit(result):
@@ -208,7 +226,7 @@ def test_advice(result):
     def words(crossings, *errors):
         rows = [
             compare.ErrorRow(64, name, e, 0.0)
-            for name, e in zip(("FAVOR+", "auto"), errors, strict=False)
+            for name, e in zip(("antithetic", "auto"), errors, strict=False)
         ]
         return " ".join(dataclasses.replace(result, crossings=crossings, errors=rows).advice())
 
@@ -216,7 +234,7 @@ def test_advice(result):
     assert "below 256 at least (m = 16)" in words({16: None})
     good = words({}, 0.2, 0.05)
     assert "an error of 5.0% of the output is too much" in good
-    assert "An error of 10% takes over 64 with FAVOR+ and 64 with auto" in good
+    assert "An error of 10% takes over 64 with antithetic (the default) and 64 with auto" in good
     assert "An error of" not in words({}, 0.3, 0.2)
     assert "at any length for queries and keys like these" in words({}, 9.0, 0.5)
 
@@ -240,6 +258,9 @@ def test_a_file_of_queries_and_keys(tmp_path, capsys):
     assert "6 heads, L = 20, d = 16" in out
 
 
+KNOWN = np.ones((9, 4))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -248,13 +269,23 @@ def test_a_file_of_queries_and_keys(tmp_path, capsys):
         ({"q": np.ones((9, 4)), "k": np.ones((9, 5))}, "must have one shape"),
         ({"q": np.ones((1, 4)), "k": np.ones((1, 4))}, "two tokens at least"),
         ({"q": np.full((9, 4), np.nan), "k": np.ones((9, 4))}, "q must be finite"),
+        ({"q": np.full((9, 4), 1e300), "k": np.ones((9, 4))}, "numbers up to 1e+300 are no"),
+        ({"q": np.ones((9, 4), complex), "k": np.ones((9, 4))}, "real numbers up to float64"),
+        ({"q": np.ones((9, 4), "M8[s]"), "k": np.ones((9, 4))}, "real numbers up to float64"),
+        ({"q": np.ones(9), "k": np.ones(9)}, "at least 2 axes"),
+        ({"q": np.ones((9, 0)), "k": np.ones((9, 0))}, "must not be empty"),
+        ({"q": np.ones((0, 9, 4)), "k": np.ones((0, 9, 4))}, "must not be empty"),
+        (
+            {"q": KNOWN, "k": KNOWN[:5], "known_q": KNOWN, "known_k": KNOWN},
+            "causal attention needs as many queries as keys, got 9 and 5",
+        ),
     ],
-    ids=["no k", "three", "sizes", "one token", "nan"],
+    ids=str,
 )
 def test_bad_files_are_one_line(arrays, message, tmp_path, capsys):
     path = tmp_path / "bad.npz"
     np.savez(path, **arrays)
-    assert run(f"--data={path}") == 2
+    assert run(f"--data={path}", "--causal") == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -277,6 +308,88 @@ def test_what_is_no_file_of_arrays_is_one_line(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def npy(header=b"{'descr': '<f4', 'fortran_order': False, 'shape': (8, 4)}\n", content=b"1" * 128):
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+DAMAGED = {
+    "text": b"hello world",
+    "no magic": b"\x93NUMPY\x09\x00aaaa",
+    "object": npy(b"{'descr': '|O', 'fortran_order': False, 'shape': (8, 4)}\n"),
+    "huge": npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 8)}\n"),
+    "negative": npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-8, -4)}\n"),
+    "not closed": npy(b"{'descr': '<f4'"),
+    "deep": npy(b"(" * 300),
+    "not unicode": npy(b"\xff\xfe\n"),
+    "short": npy(content=b"1" * 127),
+    "long": npy(content=b"1" * 132),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_arrays_are_one_line(name, tmp_path, capsys):
+    path = tmp_path / "bad.npz"
+    for content, status in ((npy(), 0), (DAMAGED[name], 2)):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("q.npy", npy())
+            file.writestr("k.npy", content)
+        assert run(f"--data={path}", "--lengths=64") == status
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"favor-np: error: {path}: not an .npz file of numbers: ")
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damaged_archives_are_one_line(kind, tmp_path, capsys):
+    """Any byte may be wrong: what the archive says of itself, and what is compressed."""
+    path, q = tmp_path / "bad.npz", np.random.default_rng(0).integers(0, 9, (30, 4)).astype(float)
+    with zipfile.ZipFile(path, "w", kind) as file:
+        for name in "qk":
+            stream = io.BytesIO()
+            np.lib.format.write_array(stream, q)
+            file.writestr(f"{name}.npy", stream.getvalue())
+    content = path.read_bytes()
+    compare.Setting(str(path)).tokens(10)
+    refused = 0
+    for at in range(0, len(content), 3):
+        for value in (0, content[at] ^ 0x41):
+            path.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+            try:
+                compare.Setting(str(path)).tokens(10)
+            except ValueError as error:
+                refused += str(error).startswith(f"{path}: ")
+    assert refused > len(content) / 5
+    path.write_bytes(content[:-30])
+    assert run(f"--data={path}") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_small_file_does_not_become_a_large_array(tmp_path, capsys):
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, q=np.zeros((4_200_000, 4), np.float32), k=np.zeros((9, 4)))
+    assert path.stat().st_size < 2**17
+    assert run(f"--data={path}") == 2
+    error = capsys.readouterr().err
+    assert "MiB would expand to 64 MiB" in error
+    assert error.count("\n") == 1
+    size, less = (n.to_bytes(4, "little") for n in (16 * 4_200_000 + 128, 16 * 4 + 128))
+    assert path.read_bytes().count(size) > 0
+    path.write_bytes(path.read_bytes().replace(size, less))  # what it says of itself may be false
+    tracemalloc.start()
+    try:
+        assert run(f"--data={path}") == 2
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert "not an .npz file of numbers" in capsys.readouterr().err
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("q.npy", npy())
+        file.writestr("k.npy", npy())
+    assert run(f"--data={path}") == 2
+    assert "q is not compressed as NumPy does it" in capsys.readouterr().err
+    np.savez_compressed(path, q=np.zeros((400_000, 4), np.float32), k=np.zeros((9, 4)))
+    assert compare.Setting(str(path)).tokens(100).q.shape == (1, 4, 4)
+
+
 def test_json(capsys):
     assert run("--json", "--causal", "--seed=5", "--threads=1") == 0
     data = json.loads(capsys.readouterr().out)
@@ -285,6 +398,7 @@ def test_json(capsys):
     }  # fmt: skip
     assert data["tokens"] == [1, 1024, 32]
     assert data["advice"]
+    assert data["default"] == "antithetic"
     assert [row["length"] for row in data["costs"]] == [64, 128]
     assert {"speedup", "matrix_bytes", "favor_bytes"} <= set(data["costs"][0])
     assert len(data["errors"]) == 2 * len(METHODS)

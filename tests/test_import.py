@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from child import HANG
 
 
 def run(code, *options):
     done = subprocess.run(
-        [sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=120,
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=HANG,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import sys
 import llvmlite.binding
 import numpy as np
 import pytest
+from child import HANG
 
 import favor_np
 
@@ -100,7 +101,7 @@ def compiled(request, processes):
     if name not in processes:
         pytest.skip("this machine cannot run its code")
     folder, process = processes[name]
-    error = process.communicate(timeout=300)[1] if process.returncode is None else ""
+    error = process.communicate(timeout=HANG)[1] if process.returncode is None else ""
     assert (process.returncode, error) == (0, "")
     with np.load(folder / "results.npz") as found:
         return name, dict(found), (folder / "assembly").read_text()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child import HANG
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs mmap and mprotect")
 
@@ -15,7 +16,7 @@ def run(*arguments):
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         check=False,
     )
 

@@ -41,6 +41,7 @@ def test_peaked_attention_needs_the_exact_one(std, reason):
     assert advice.feature_map is None
     assert advice.predicted_error == 0
     assert str(advice).startswith("Use exact_attention: ")
+    assert "keep the feature map that they were trained with" in str(advice)
     assert any(part in advice.reason for part in reason.split("|"))
 
 

@@ -138,7 +138,7 @@ def test_the_file(tmp_path):
             assert np.array_equal(file[name], getattr(state, name))
         assert np.array_equal(file["projection"], fm.projection)
     assert header["format"] == "favor_np.AttentionState"
-    assert header["version"] == 1
+    assert header["version"] == 3
     assert float.fromhex(header["scale"]) == 0.1
     assert header["fingerprint"] == fm.fingerprint
     assert header["favor_np"] == favor_np.__version__
@@ -208,8 +208,8 @@ def rewrite(path, edit=None, drop=(), /, **entries):
 
 WRONG = {
     "newer": (
-        {"header": lambda h: h | {"version": 3, "favor_np": "9.1"}},
-        r"written by a newer favor_np \(9.1\).*version 3.*up to 2",
+        {"header": lambda h: h | {"version": 4, "favor_np": "9.1"}},
+        r"written by a newer favor_np \(9.1\).*version 4.*up to 3",
     ),
     "no version": ({"header": lambda h: h | {"version": None}}, "version must be an integer"),
     "other format": ({"header": lambda h: h | {"format": "model"}}, "format"),

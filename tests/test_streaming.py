@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import naive
 import numpy as np
 import pytest
-from child import python
+from child import HANG, python
 from test_attention import draw, each_dtype, each_map, inputs
 
 from favor_np import (
@@ -112,6 +111,20 @@ def test_reads_and_writes_one_chunk_at_a_time(causal, tmp_path):
     assert out.flushed
     expected = favor_attention(*arrays, FM, causal=causal)
     assert naive.relative_error(out.array, expected) < 1e-13
+
+
+def test_out_may_be_something_that_only_takes_rows():
+    q, k, v = inputs(100)
+    rows = []
+
+    class Sink:
+        shape, dtype = v.shape, v.dtype
+
+        def __setitem__(self, index, value):
+            rows.append(value)
+
+    stream_attention(q, k, v, FM, Sink(), chunk_size=30)
+    assert naive.relative_error(np.concatenate(rows, -2), favor_attention(q, k, v, FM)) < 1e-13
 
 
 @each_order
@@ -330,6 +343,35 @@ def test_a_short_run_writes_its_checkpoint_once(tmp_path):
     assert naive.relative_error(call["out"], expected) < 1e-5
 
 
+@each_order
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("reads", [0, 1, 3, 6, 7])
+def test_an_interrupt_writes_the_checkpoint(tmp_path, causal, error, reads):
+    """Whenever it comes: what was done is not lost, and nothing counts twice."""
+    path = tmp_path / "checkpoint"
+    q, k, v = inputs(100, lead=(2,), dtype=np.float32)
+    whole, out = np.empty((2, 100, 5), np.float32), np.zeros((2, 100, 5), np.float32)
+    options = {"feature_map": FM, "causal": causal, "chunk_size": 30}
+    stream_attention(q, k, v, out=whole, **options)
+
+    class Interrupted(Broken):
+        def __getitem__(self, index):
+            try:
+                return super().__getitem__(index)
+            except Stop:
+                self.reads = 10**6  # once
+                raise error from None
+
+    interrupted = {"q": Interrupted(q, reads - 4), "k": k, "v": v}
+    if causal or reads < 4:
+        interrupted = {"q": q, "k": Interrupted(k, reads % 4), "v": v}
+    with pytest.raises(error):
+        stream_attention(**interrupted, out=out, checkpoint=path, **options)
+    assert storage.read(path)[1]["done"] == (reads % 4 if causal else reads)
+    stream_attention(q, k, v, out=out, checkpoint=path, **options)
+    assert np.array_equal(out, whole)
+
+
 def test_mapped_files_are_found_behind_views(tmp_path):
     mapped = np.memmap(tmp_path / "file", np.float32, "w+", shape=(4, 6))
     for view in (mapped, mapped[1:], mapped.T, np.asarray(mapped).reshape(2, 2, 6)[:, 1:]):
@@ -339,25 +381,37 @@ def test_mapped_files_are_found_behind_views(tmp_path):
 
 
 RUN = """
-    import sys
+    import os, signal, sys, threading
     import numpy as np
-    from favor_np import feature_map, stream_attention, streaming
+    from favor_np import feature_map, storage, stream_attention, streaming
     streaming.CHECKPOINT_SECONDS = 0.0
     fm = feature_map("positive", dim=8, num_features=64)
     q, k, v = (np.load(name + ".npy", mmap_mode="r") for name in "qkv")
     out = np.load(sys.argv[1] + ".npy", mmap_mode="r+")
-    causal = sys.argv[2] == "causal"
+    causal, target = sys.argv[2] == "causal", float(sys.argv[3])
+    write, killer = storage.write, threading.Thread(
+        target=lambda: os.kill(os.getpid(), signal.SIGKILL)
+    )
+
+    def writing(path, parts, extra):
+        write(path, parts, extra)
+        if extra["done"] >= target and killer.ident is None:
+            killer.start()  # whatever this thread is at when the other one comes to it
+        if extra["done"] >= target + 20:
+            killer.join()
+
+    storage.write = writing
     stream_attention(
         q, k, v, fm, out, causal=causal, chunk_size=500, checkpoint=sys.argv[1] + ".checkpoint"
     )
 """
 
 
-def start(folder, name, causal):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(RUN), name, "causal" if causal else "both"],
-        cwd=folder,
-    )
+def run(folder, name, causal, kill_at=np.inf):
+    """Run to the end, or until so many steps are done; how it ended."""
+    arguments = name, "causal" if causal else "both", str(kill_at)
+    command = [sys.executable, "-c", textwrap.dedent(RUN), *arguments]
+    return subprocess.run(command, cwd=folder, timeout=HANG, check=False).returncode
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
@@ -369,24 +423,14 @@ def test_killed_and_resumed(tmp_path, causal):
         np.save(tmp_path / f"{name}.npy", rng.standard_normal((2, 100_000, 8), np.float32))
     for name in ("whole", "out"):
         np.save(tmp_path / f"{name}.npy", np.full((2, 100_000, 8), np.nan, np.float32))
-    assert start(tmp_path, "whole", causal).wait(300) == 0
+    assert run(tmp_path, "whole", causal) == 0
     checkpoint = tmp_path / "out.checkpoint"
-    done, steps = 0, 200 if causal else 400
+    steps = 200 if causal else 400
     for target in (0.05, 0.2, 0.4):
-        process = start(tmp_path, "out", causal)
-        try:
-            while done < target * steps:
-                assert process.poll() is None, "it ended before it could be killed"
-                time.sleep(0.002)
-                if checkpoint.exists():
-                    done = storage.read(checkpoint)[1]["done"]
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        at = storage.read(checkpoint)[1]["done"]
-        assert target * steps <= at < steps
-        done = at
-    assert start(tmp_path, "out", causal).wait(300) == 0
+        assert run(tmp_path, "out", causal, target * steps) == -signal.SIGKILL
+        done = storage.read(checkpoint)[1]["done"]
+        assert target * steps <= done < steps
+    assert run(tmp_path, "out", causal) == 0
     assert not checkpoint.exists()
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 

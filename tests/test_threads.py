@@ -9,7 +9,7 @@ import weakref
 
 import numpy as np
 import pytest
-from child import BEGIN, python
+from child import BEGIN, HANG, python
 
 import favor_np
 from favor_np import exact_attention, favor_attention, launch, thread_limit, threads
@@ -60,7 +60,7 @@ def test_caller_waits_for_what_a_helper_has_claimed():
             helping.set()
             threading.Event().wait(0.2)
         else:
-            assert helping.wait(10)
+            assert helping.wait(HANG)
         done.append(number)
 
     pool = threads.TilePool()
@@ -76,26 +76,30 @@ def test_caller_waits_for_what_a_helper_has_claimed():
 @posix
 def test_interrupts_wait_for_what_a_helper_has_claimed():
     """Every one of them: people press Ctrl-C twice."""
-    helping, done = threading.Event(), []
+    helping, handled, enough, done = *(threading.Event() for _ in range(3)), []
 
     def job(number, helper):
         if helper:
             helping.set()
-            threading.Event().wait(0.3)
+            assert enough.wait(HANG)
         else:
-            assert helping.wait(10)
+            assert helping.wait(HANG)
         done.append(number)
 
     main = threading.get_ident()
 
     def interrupt():
-        assert helping.wait(10)
+        assert helping.wait(HANG)
         for _ in range(3):
-            threading.Event().wait(0.05)
+            threading.Event().wait(0.05)  # the caller has begun to wait again
             signal.pthread_kill(main, signal.SIGUSR1)
+            assert handled.wait(HANG)
+            handled.clear()
+        enough.set()
 
     def handler(number, frame):
         done.append("interrupted")
+        handled.set()
         raise InterruptedError
 
     before = signal.signal(signal.SIGUSR1, handler)
@@ -120,7 +124,7 @@ def test_interrupt_right_after_the_kernel_waits_too():
             helping.set()
             threading.Event().wait(0.2)
         else:
-            assert helping.wait(10)
+            assert helping.wait(HANG)
         done.append(number)
 
     class Interrupted(Kernel):
@@ -143,11 +147,11 @@ def test_call_ends_without_helpers():
 
     def hold(number, helper):
         busy.set()
-        assert free.wait(10)
+        assert free.wait(HANG)
 
     other = threading.Thread(target=pool.call, args=(Kernel(hold), (np.ones(1),), 2, 2))
     other.start()
-    assert busy.wait(10)
+    assert busy.wait(HANG)
     kernel, array = Kernel(), np.ones(3)
     gone = weakref.ref(array)
     assert pool.call(kernel, (array,), 4, 3)[8] == 4
@@ -156,7 +160,7 @@ def test_call_ends_without_helpers():
     gc.collect()
     assert gone() is None, "a job in the queue keeps the arrays of a finished call"
     free.set()
-    other.join(10)
+    other.join(HANG)
     pool.stop()
 
 
@@ -173,14 +177,14 @@ def test_forks_are_watched_once(monkeypatch):
     pool, barrier = threads.TilePool(), threading.Barrier(8)
 
     def work():
-        barrier.wait(10)
+        barrier.wait(HANG)
         pool.call(Kernel(), (np.ones(1),), 1, 1)
 
     team = [threading.Thread(target=work) for _ in range(8)]
     for thread in team:
         thread.start()
     for thread in team:
-        thread.join(10)
+        thread.join(HANG)
     assert len(hooks) == 1
 
 
@@ -232,14 +236,14 @@ def test_error_in_a_kernel_reaches_the_caller():
 def test_concurrent_callers_share_the_threads():
     """With as many callers as threads nobody gets a helper."""
     pool, barrier = threads.TilePool(), threading.Barrier(3)
-    kernels = [Kernel(lambda number, helper: number == 0 and barrier.wait(10)) for _ in range(3)]
+    kernels = [Kernel(lambda number, helper: number == 0 and barrier.wait(HANG)) for _ in range(3)]
     team = [
         threading.Thread(target=pool.call, args=(kernel, (np.ones(1),), 2, 2)) for kernel in kernels
     ]
     for thread in team:
         thread.start()
     for thread in team:
-        thread.join(20)
+        thread.join(HANG)
     assert sum(len(kernel.runs) for kernel in kernels) <= 3 * 2 + 1
     assert len(pool._threads) <= 1
     pool.stop()

@@ -1,5 +1,8 @@
 """What the documentation states, as ratios measured in turns within one process.
 
+asv takes the lower of two figures for the better one, whatever they are: so a figure is time over time,
+never a rate or a speed-up.
+
 Of one thread the processor time counts, which other programs disturb less than wall time.
 """
 
@@ -30,7 +33,7 @@ KINDS = ["causal", "full"]
 
 
 class Rate:
-    """Useful operations a second over those of NumPy's matrix product, plain features, one thread.
+    """Time of a useful operation over that of one of NumPy's matrix product: plain features, one thread.
 
     Four heads.  Antithetic features do less work for the same figure: see `Antithetic`.
     """
@@ -46,13 +49,13 @@ class Rate:
     )
     param_names = ("kind", "size")
 
-    def track_of_gemm(self, kind, size):
+    def track_over_gemm(self, kind, size):
         size, dtype = size.rsplit(" ", 1)
         causal = kind == "causal"
         times = interleave(favor(size, dtype, causal=causal, threads=1), gemm(dtype))
-        return operations(size, causal=causal) / GEMM / ratio(*times.T)
+        return ratio(*times.T) * GEMM / operations(size, causal=causal)
 
-    track_of_gemm.unit = "of GEMM"
+    track_over_gemm.unit = "times GEMM's"
 
 
 class Gemm:
@@ -61,30 +64,30 @@ class Gemm:
     params = (["float32", "float64"],)
     param_names = ("dtype",)
 
-    def track_gflops(self, dtype):
-        return GEMM / float(np.median(interleave(gemm(dtype)))) / 1e9
+    def track_picoseconds(self, dtype):
+        return 1e12 * float(np.median(interleave(gemm(dtype)))) / GEMM
 
-    track_gflops.unit = "GFLOP/s"
+    track_picoseconds.unit = "ps an operation"
 
 
 class Antithetic:
-    """How many times faster antithetic features are than plain ones, at equal m."""
+    """Time of antithetic features over that of plain ones, at equal m."""
 
     params = (KINDS, ["L=8192 d=64 m=256"])
     param_names = ("kind", "size")
 
-    def track_speedup(self, kind, size):
+    def track_over_plain(self, kind, size):
         plain, pairs = (
             favor(size, kind=signs, causal=kind == "causal", threads=1)
             for signs in ("plain", "antithetic")
         )
-        return ratio(*interleave(plain, pairs).T)
+        return ratio(*interleave(pairs, plain).T)
 
-    track_speedup.unit = "times"
+    track_over_plain.unit = "times"
 
 
 class Bfloat16:
-    """How many times faster products in bfloat16 are, one thread, and the error that they add.
+    """Time with products in bfloat16 over that with float32, one thread, and the error that they add.
 
     The error is relative to the estimate's own, both root mean square, with queries and keys of
     standard deviation 1.
@@ -99,8 +102,8 @@ class Bfloat16:
             *arrays, fm, causal=kind == "causal", precision=precision, num_threads=1
         )
 
-    def track_speedup(self, kind, signs):
-        calls = (self.call(kind, signs, precision) for precision in ("full", "bfloat16"))
+    def track_over_float32(self, kind, signs):
+        calls = (self.call(kind, signs, precision) for precision in ("bfloat16", "full"))
         return ratio(*interleave(*calls).T)
 
     def track_added_error(self, kind, signs):
@@ -110,12 +113,12 @@ class Bfloat16:
         exact = favor_np.exact_attention(*inputs(1024, std=1.0), causal=kind == "causal")
         return float(np.std(half - full) / np.std(full - exact))
 
-    track_speedup.unit = "times"
+    track_over_float32.unit = "times"
     track_added_error.unit = "of the estimate's"
 
 
 class ExactBfloat16:
-    """How many times faster exact attention is with products in bfloat16, one thread."""
+    """Time of exact attention with products in bfloat16 over that with float32, one thread."""
 
     params = (KINDS, [1024, 8192])
     param_names = ("kind", "L")
@@ -123,16 +126,16 @@ class ExactBfloat16:
     def setup(self, kind, length):
         full_only(length > 1024)
 
-    def track_speedup(self, kind, length):
+    def track_over_float32(self, kind, length):
         calls = (
             lambda precision=precision: favor_np.exact_attention(
                 *inputs(length), causal=kind == "causal", precision=precision, num_threads=1
             )
-            for precision in ("full", "bfloat16")
+            for precision in ("bfloat16", "full")
         )
         return ratio(*interleave(*calls).T)
 
-    track_speedup.unit = "times"
+    track_over_float32.unit = "times"
 
 
 def without_planes(call):
@@ -149,7 +152,7 @@ def without_planes(call):
 
 
 class MatrixUnit:
-    """How many times faster float32 is where the matrix unit may help, one thread; 1 if there is none."""
+    """Time of float32 where the matrix unit may help over that without, one thread; 1 if there is none."""
 
     params = (KINDS, ["plain", "antithetic", "gradient", "exact"])
     param_names = ("kind", "what")
@@ -166,11 +169,11 @@ class MatrixUnit:
             return lambda: pull(*arrays, fm, causal=causal, num_threads=1)[1](arrays[2])
         return lambda: favor_np.favor_attention(*arrays, fm, causal=causal, num_threads=1)
 
-    def track_speedup(self, kind, what):
+    def track_over_vectors(self, kind, what):
         calls = self.call(kind, what, 0), without_planes(self.call(kind, what, 1))
-        return 1 / ratio(*interleave(*calls).T)
+        return ratio(*interleave(*calls).T)
 
-    track_speedup.unit = "times"
+    track_over_vectors.unit = "times"
 
 
 class ErrorBars:
@@ -202,16 +205,16 @@ class ExactRate:
     def setup(self, length, kind):
         full_only(length > 1024)
 
-    def track_of_gemm(self, length, kind):
+    def track_over_gemm(self, length, kind):
         arrays = inputs(length)
         causal = kind == "causal"
         times = interleave(
             lambda: favor_np.exact_attention(*arrays, causal=causal, num_threads=1), gemm()
         )
         count = 4 * 4 * length * length * 64 // (2 if causal else 1)
-        return count / GEMM / ratio(*times.T)
+        return ratio(*times.T) * GEMM / count
 
-    track_of_gemm.unit = "of GEMM"
+    track_over_gemm.unit = "times GEMM's"
 
 
 class Crossing:
@@ -240,7 +243,7 @@ class Crossing:
 
 
 class Threads:
-    """Two threads against one, and how busy the two were."""
+    """Time of two threads over that of one, and wall time over processor time of the two."""
 
     params = (KINDS, ["H=4 L=8192 d=64 m=256", "H=1 L=65536 d=64 m=256"])
     param_names = ("kind", "size")
@@ -253,17 +256,17 @@ class Threads:
             favor(size, causal=kind == "causal", threads=threads) for threads in (1, 2)
         )
 
-    def track_speedup(self, kind, size):
-        return ratio(*interleave(self.one, self.two, clock=time.perf_counter).T)
+    def track_over_one(self, kind, size):
+        return ratio(*interleave(self.two, self.one, clock=time.perf_counter).T)
 
-    def track_cpu_over_wall(self, kind, size):
+    def track_wall_over_cpu(self, kind, size):
         self.two()
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(20 if FULL else 5):
             self.two()
-        return (time.process_time() - cpu) / (time.perf_counter() - wall)
+        return (time.perf_counter() - wall) / (time.process_time() - cpu)
 
-    track_speedup.unit = track_cpu_over_wall.unit = "times"
+    track_over_one.unit = track_wall_over_cpu.unit = "times"
 
 
 class Long:

@@ -46,7 +46,7 @@ class Favor:
 
 
 class Rate:
-    """Useful operations a second over those of NumPy's matrix product, plain features, one thread."""
+    """Time of a useful operation over that of one of NumPy's matrix product: plain features, one thread."""
 
     params = (KINDS, SIZES)
     param_names = ("kind", "size")
@@ -54,26 +54,26 @@ class Rate:
     def setup(self, kind, size):
         full_only(size != SIZES[0])
 
-    def track_of_gemm(self, kind, size):
+    def track_over_gemm(self, kind, size):
         causal = kind == "causal"
         call = gradient(size, kind="plain", causal=causal, threads=1)
         times = interleave(call, gemm())
-        return operations(size, causal=causal) / GEMM / ratio(*times.T)
+        return ratio(*times.T) * GEMM / operations(size, causal=causal)
 
-    track_of_gemm.unit = "of GEMM"
+    track_over_gemm.unit = "times GEMM's"
 
 
 class Threads:
-    """One thread over two, four heads."""
+    """Time of two threads over that of one, four heads."""
 
     def setup(self):
         full_only(True)
 
-    def track_two_over_one(self):
-        calls = (gradient(SIZES[1], causal=True, threads=n) for n in (1, 2))
+    def track_over_one(self):
+        calls = (gradient(SIZES[1], causal=True, threads=n) for n in (2, 1))
         return ratio(*interleave(*calls, clock=time.perf_counter).T)
 
-    track_two_over_one.unit = "x"
+    track_over_one.unit = "times"
 
 
 class Exact:

@@ -1,21 +1,14 @@
 """The program ``favor-np``: one module a sub-command, loaded only when it is asked for.
 
 A sub-command module has two functions: ``add_arguments(parser)`` and ``run(args) -> int``.
+Nothing is imported here, so that an interrupt finds `main` running, and no traceback is shown.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import io
-import os
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
-
-from favor_np import __version__
-
-from ._options import CommandError
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COMMANDS = {
     "forecast": "forecast a price series from its own past, and judge it honestly",
@@ -23,14 +16,6 @@ COMMANDS = {
     "info": "versions, processor, threads, cache and GPU of this installation",
     "warmup": "compile the kernels now, so that the first call is quick",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        _complain(f"{message} (see {self.prog} --help)")
-        raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,50 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["forecast", "no-such-file.csv"])                  # and one line on stderr
     2
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without × or ² still gets its text
-    args = _parser(argv).parse_args(argv)
-    module = importlib.import_module(f"favor_np.cli.{args.command}")
     try:
-        status: int = module.run(args)
-        sys.stdout.flush()
-    except CommandError as error:
-        return _complain(str(error))
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{name}{error.strerror or error}")
-    except MemoryError as error:
-        return _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
-    except ImportError as error:
-        if error.name not in ("matplotlib", "tqdm"):
-            raise
-        return _complain(str(error))
+        from ._program import run
+
+        return run(argv)
     except KeyboardInterrupt:
-        _complain("interrupted")
+        import sys
+
+        print("favor-np: error: interrupted", file=sys.stderr)
         return 130
-    return status
-
-
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="favor-np",
-        description="Linear-time attention (FAVOR+) on NumPy arrays.",
-        epilog="favor-np COMMAND --help tells the options of a command.",
-    )
-    parser.add_argument("--version", action="version", version=f"favor-np {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary)
-        if name in argv:  # only its module is needed, and importing the others takes time
-            importlib.import_module(f"favor_np.cli.{name}").add_arguments(command)
-    return parser
-
-
-def _complain(message: str) -> int:
-    print(f"favor-np: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2

@@ -14,6 +14,8 @@ from typing import IO, Any, Self
 
 from favor_np.figures import require_matplotlib
 
+#: Files that an interrupt has to remove.
+unfinished: set[Path] = set()
 PICTURES = ("png", "pdf", "svg")
 
 
@@ -90,6 +92,7 @@ def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
         raise CommandError(f"{path}: cannot be written: {error.strerror}") from None
     os.close(handle)
     temporary = Path(name)
+    unfinished.add(temporary)
     try:
         yield temporary
         umask = os.umask(0)
@@ -98,6 +101,7 @@ def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+        unfinished.discard(temporary)
 
 
 def picture_format(path: str | None) -> str:
@@ -109,6 +113,35 @@ def picture_format(path: str | None) -> str:
     if suffix not in PICTURES:
         raise CommandError(f"{path}: a picture is one of .{', .'.join(PICTURES)}")
     return suffix
+
+
+@contextlib.contextmanager
+def compilation_told() -> Iterator[None]:
+    """Say on standard error, once, that kernels are being compiled, if any are."""
+    from numba.core import event
+
+    from favor_np.kernels import favor
+
+    class Told(event.Listener):  # type: ignore[misc]  # Numba's classes have no types
+        told = False
+
+        def on_start(self, compiled: object) -> None:  # noqa: ARG002
+            if not self.told:
+                self.told = True
+                folder = getattr(getattr(favor.attend, "_cache", None), "cache_path", None)
+                kept = f"kept in {folder}" if folder else "not kept, as there is no cache"
+                print(
+                    "favor-np: compiling the kernels of attention for this processor, up to a "
+                    f"minute; they are {kept}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        def on_end(self, compiled: object) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Told()):
+        yield
 
 
 class ProgressBar:

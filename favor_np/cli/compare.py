@@ -9,7 +9,15 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real
+from ._options import (
+    CommandError,
+    ProgressBar,
+    compilation_told,
+    integer,
+    output_file,
+    picture_format,
+    real,
+)
 
 if TYPE_CHECKING:
     from favor_np.compare import Comparison, ErrorRow
@@ -55,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=even,
         default=[64, 256],
         metavar="M,M,...",
-        help="numbers of features of the timed maps (64,256)",
+        help="numbers of features of the timed maps, of the default kind (64,256)",
     )
     add(
         "--dim",
@@ -82,12 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, draw; return the exit status."""
     from favor_np.compare import Setting, compare
+    from favor_np.compare._compare import ERROR_LENGTH
 
     picture = picture_format(args.plot)
     setting = Setting(args.data, args.dim, args.std, args.causal, args.seed, args.threads)
-    with output_file(args.plot) as figure, ProgressBar() as progress:
+    with output_file(args.plot) as figure, compilation_told(), ProgressBar() as progress:
         try:
-            setting.tokens(1)
+            setting.tokens(ERROR_LENGTH)
         except ValueError as error:
             raise CommandError(str(error)) from None
         result = compare(
@@ -115,7 +124,7 @@ def _report(result: Comparison) -> list[str]:
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     kind = "causal" if setting.causal else "bidirectional"
     lines = [
-        f"FAVOR+ against exact softmax attention, {kind}",
+        f"Random features against exact softmax attention, {kind}",
         f"{machine['processor']}, {machine['cpus']} CPUs, {machine['system']}"[:80],
         f"Python {machine['python']}, numpy {machine['numpy']}, numba {machine['numba']}; "
         f"float32, {threads}",
@@ -144,8 +153,14 @@ def _error_table(result: Comparison) -> list[str]:
         lines.append(f"{'m':<{NAME}}" + "".join(f"{m:>{CELL}}" for m in part))
         for name in methods:
             cells = (f"{in_percent(result.error(name, m)):>{CELL}}" for m in part)
-            lines.append(f"{name:<{NAME}}" + "".join(cells))
-    return lines
+            lines.append(f"{_marked(name):<{NAME}}" + "".join(cells))
+    return [*lines, "* the default of feature_map"]
+
+
+def _marked(name: str) -> str:
+    from favor_np.compare._methods import DEFAULT
+
+    return f"{name} *" if name == DEFAULT.name else name
 
 
 def in_percent(row: ErrorRow) -> str:
@@ -158,12 +173,14 @@ def in_percent(row: ErrorRow) -> str:
 
 
 def _cost_table(result: Comparison, m: int) -> list[str]:
+    from favor_np.compare._methods import DEFAULT
+
+    name = DEFAULT.name
     lines = [
         "",
-        f"Time, and extra memory of a call with its result, m = {m}, one head, "
+        f"Time, and extra memory with the result: {_marked(name)}, m = {m}, one head, "
         f"d = {result.setting.dim}",
-        f"{'L':>8}{'FAVOR+':>12}{'exact':>12}{'faster':>10}"
-        f"{'FAVOR+':>12}{'exact':>12}{'L x L':>12}",
+        f"{'L':>8}{name:>12}{'exact':>12}{'faster':>10}{name:>12}{'exact':>12}{'L x L':>12}",
     ]
     rows = [row for row in result.costs if row.features == m]
     for row in rows:
@@ -180,9 +197,9 @@ def _cost_table(result: Comparison, m: int) -> list[str]:
     if length is None:
         lines.append(f"Exact attention is faster up to L = {last.length:,}, the longest measured.")
     elif length <= rows[0].length:
-        lines.append(f"FAVOR+ is faster from L = {rows[0].length:,}, the shortest measured.")
+        lines.append(f"{name} is faster from L = {rows[0].length:,}, the shortest measured.")
     else:
-        lines.append(f"FAVOR+ is faster from L = {length:,.0f} (interpolated).")
+        lines.append(f"{name} is faster from L = {length:,.0f} (interpolated).")
     sentence = (
         f"At L = {last.length:,}, L²d is {last.length / m:,.4g} times Lmd in operations; "
         f"measured: {_figures(last.speedup)} times faster."

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 from favor_np import __version__
 from favor_np.calibration import METHODS
 
-from ._options import CommandError, ProgressBar, integer, output_file, picture_format, real, share
+from ._options import (
+    CommandError,
+    ProgressBar,
+    compilation_told,
+    integer,
+    output_file,
+    picture_format,
+    real,
+    share,
+)
 
 if TYPE_CHECKING:
     from favor_np.forecast import (
@@ -35,6 +44,7 @@ WIDTH = 80
 LABEL = 18  # width of the first column
 BAR = 48  # longest bar of a histogram
 GLUE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line; printed as a space
+HELD = 0.9  # share of differences within error bars from which on these are said to hold
 SIGNALS = {1: "BUY", 0: "HOLD", -1: "SELL"}
 
 DESCRIPTION = """\
@@ -170,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
             )
             table = stack.enter_context(output_file(args.csv, args.prices))
             figure = stack.enter_context(output_file(args.plot, args.prices, args.csv))
+            stack.enter_context(compilation_told())
             progress = stack.enter_context(ProgressBar())
             result = forecast(
                 prices,
@@ -224,7 +235,7 @@ def _report(
     sections = [
         _read_section(result.prices),
         _method_section(result),
-        _next_section(result, record, bars),
+        _next_section(result, record, bars, _bars_dict(result, bars, exact)),
         _past_section(result, record, exact),
         _exact_section(result, exact, bars),
     ]
@@ -247,6 +258,8 @@ def _row(label: str, text: str) -> list[str]:
 
 
 def _read_section(prices: Prices) -> Section:
+    from favor_np.forecast._calendar import gaps
+
     column = f", column {prices.column}" if prices.column else ""
     order = f", {prices.order} in the file" if prices.order in ("descending", "unsorted") else ""
     rows = [
@@ -254,16 +267,17 @@ def _read_section(prices: Prices) -> Section:
         ("used", f"{len(prices):,} of {prices.rows:,} rows, {prices.time_label(0)} to "
                  f"{prices.time_label(-1)}, {prices.step} apart{order}"),
     ]  # fmt: skip
-    uneven, longest = prices.gaps
-    if uneven:
-        rows.append(
-            ("uneven", f"{uneven:,} of {len(prices) - 1:,} steps are at least twice as long, up to "
-                       f"{longest:,.4g} times; {prices.steps_per_year:,.0f} steps a year are counted")
-        )  # fmt: skip
     rows += [
         ("dropped", f"{count:,} x {reason} (line {line:,}{' on' * (count > 1)}); returns span gaps")
         for reason, (count, line) in prices.dropped.items()
     ]
+    found = gaps(prices)
+    if found is not None:
+        rows.append(
+            ("gaps", f"{found.count:,} of {found.steps:,} steps are longer, up to "
+                     f"{_duration(found.longest)}; each counts as one, and moves over them are "
+                     f"{_two(found.ratio)} times as large")
+        )  # fmt: skip
     return "READ", rows + ([("note", prices.note)] if prices.note else [])
 
 
@@ -298,7 +312,9 @@ def _method_section(result: Forecast) -> Section:
     return "METHOD", rows
 
 
-def _next_section(result: Forecast, record: Evaluation, bars: ErrorBars) -> Section:
+def _next_section(
+    result: Forecast, record: Evaluation, bars: ErrorBars, found: dict[str, Any]
+) -> Section:
     from favor_np.forecast import ReturnEvaluation
 
     step, percent = result.next, _Percent(result)
@@ -306,11 +322,16 @@ def _next_section(result: Forecast, record: Evaluation, bars: ErrorBars) -> Sect
     show = percent.signed if result.target == "return" else percent
     similar = ", ".join(f"{p.time} ({show(p.move)})".replace(" ", GLUE) for p in step.similar)
     alike = ("most alike", f"{similar}: past windows, and what followed")
-    features = ("random features", f"±{GLUE}{percent(1.96 * bars.standard_error[-1])} "
-                                   f"(95{GLUE}%), with an effective sample size of "
+    held = found["inside"] >= HELD
+    noise = (1.96 if held else found["needed"]) * float(bars.standard_error[-1])
+    features = ("random features", f"±{GLUE}{percent(noise)} (95{GLUE}%"
+                                   f"{'' if held else ', by the differences found in the past'}), "
+                                   "with an effective sample size of "
                                    f"{bars.effective_sample_size[-1]:,.0f}")  # fmt: skip
     if isinstance(record, ReturnEvaluation):
-        clear = "stands out" if abs(step.move) > 2 * step.standard_error else "does not stand out"
+        doubt = 2 * math.hypot(step.standard_error, noise / 2)
+        clear = "stands out" if abs(step.move) > doubt else "does not stand out"
+        error = percent(step.standard_error) if math.isfinite(doubt) else "unknown"
         threshold = percent.plain(record.threshold)
         rows = [
             ("predicted move", f"{percent.signed(step.move)}, one standard deviation: "
@@ -318,8 +339,8 @@ def _next_section(result: Forecast, record: Evaluation, bars: ErrorBars) -> Sect
                                f"{percent.signed(step.move + step.spread)}"),
             ("P(up)", f"{100 * step.chance:.1f}{GLUE}%, P(down) "
                       f"{100 * step.chance_down:.1f}{GLUE}%"),
-            ("standard error", f"{percent(step.standard_error)}, from {step.precedents:,.0f} "
-                               f"effective past windows: the move {clear} from zero"),
+            ("standard error", f"{error}, from {step.precedents:,.0f} effective past windows: the "
+                               f"move {clear} from zero"),
             ("exact attention", percent.signed(step.exact)),
             features,
             alike,
@@ -358,9 +379,9 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
         beside += f" (on the first {count:,}, where FAVOR+ has {percent(ours)})"
     if isinstance(record, ReturnEvaluation):
         overlap = "" if result.horizon == 1 else f", outcomes overlap {result.horizon}-fold"
-        counts = {s: int((record.signals[record.start :] == s).sum()) for s in SIGNALS}
+        judged = record.signals[record.start : record.stop]
+        counts = {sign: int((judged == sign).sum()) for sign in SIGNALS}
         hit = f"{100 * record.hit_rate:.1f}{GLUE}% of {record.moves:,} moves"
-        a_year = " a year" if record.steps_per_year != 1 else " a step"
         rows = [
             ("judged", no_peeking),
             ("hit rate", f"{hit if record.moves else 'no moves'}, 95{GLUE}% interval "
@@ -370,21 +391,24 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
                              + beside),
             ("band", f"one standard deviation held {100 * record.coverage:.1f}{GLUE}% of the "
                      f"outcomes (normal: 68.3{GLUE}%)"),
-            ("against zero", f"R² {record.r2:+.5f} (z{GLUE}={GLUE}{record.z:+.1f}): "
+            ("against zero", f"R² {record.r2:+.5f} ({_z(record.z)}): "
                              + _verdict(record.z, "the zero forecast")),
             ("strategy", f"{_growth(record.equity)} after costs of {percent.plain(record.cost)},"
-                         f" Sharpe {_sharpe(record.sharpe, a_year)}; {counts[1]:,}{GLUE}BUY, "
+                         f" Sharpe {_sharpe(record.sharpe, record)}; {counts[1]:,}{GLUE}BUY, "
                          f"{counts[-1]:,}{GLUE}SELL, {counts[0]:,}{GLUE}HOLD"),
-            ("buy and hold", f"{_growth(record.equity_hold)}, Sharpe {_sharpe(record.sharpe_hold)}"),
-            ("in short", _honest_words(record)),
+            ("buy and hold", f"{_growth(record.equity_hold)}, "
+                             f"Sharpe {_sharpe(record.sharpe_hold, record)}"),
         ]  # fmt: skip
+        if record.year:
+            rows.append(("steps a year", f"{record.steps_per_year:,.0f}: {record.year}"))
+        rows.append(("in short", _honest_words(record)))
     else:
         better = "better" if record.r2_ewma > record.r2 else "not better"
         rows = [
             ("judged", no_peeking),
             ("error (rmse)", f"{percent(record.rmse)}, constant (mean so far) "
                              f"{percent(record.rmse_constant)}, " + beside),
-            ("against constant", f"R² {record.r2:+.4f} (z{GLUE}={GLUE}{record.z:+.1f}): "
+            ("against constant", f"R² {record.r2:+.4f} ({_z(record.z)}): "
                                  + _verdict(record.z, "the constant")),
             ("weighted average", f"R² {record.r2_ewma:+.4f} (exponential, 0.94): {better}"),
         ]  # fmt: skip
@@ -395,7 +419,8 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
     percent, found = _Percent(result), _bars_dict(result, bars, exact)
     star = " *" if exact.extrapolated else ""
     rows = [
-        ("FAVOR+", f"{_seconds(result.seconds)}, peak extra memory {_bytes(result.peak_bytes)}"),
+        ("FAVOR+", f"{_seconds(exact.favor_seconds)}, peak extra memory "
+                   f"{_bytes(exact.favor_peak_bytes)}"),
         ("exact", f"{_seconds(exact.seconds)}{star}, peak extra memory {_bytes(exact.peak_bytes)}"
                   f"{star} (all weights, if stored: {_bytes(exact.matrix_bytes)})"),
     ]  # fmt: skip
@@ -406,9 +431,9 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
                  "the length")
         )  # fmt: skip
     if len(result.sections) > 1:
-        once = _seconds(result.calibration_seconds)
+        once = _seconds(exact.calibration_seconds)
         rows.insert(1, ("", f"and {once} once for the calibration, however long the series"))
-    ratio = exact.seconds / result.seconds
+    ratio = exact.seconds / exact.favor_seconds
     rows.append(
         ("faster", f"FAVOR+, {ratio:.3g} times, but for the calibration" if ratio >= 1
                    else f"exact, {1 / ratio:.3g} times, at this length")
@@ -422,18 +447,23 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
     rows.append(
         ("error bars", f"effective sample size {found['effective_sample_size']:,.0f} of "
                        f"{result.num_features:,} features in the median forecast, "
-                       f"{found['effective_sample_size_low']:,.0f} at the 5{GLUE}% quantile: "
-                       f"{_trust(found)}. {100 * found['inside']:.1f}{GLUE}% of the differences "
-                       f"are within 1.96 standard errors{part}")
+                       f"{found['effective_sample_size_low']:,.0f} at the 5{GLUE}% quantile; "
+                       f"{100 * found['inside']:.1f}{GLUE}% of the differences are within 1.96 "
+                       f"standard errors{part}: {_held(found)}")
     )  # fmt: skip
     return f"FAVOR+ AND EXACT ATTENTION on the same {len(result):,} windows, compiled", rows
 
 
-def _trust(found: dict[str, Any]) -> str:
-    """Say what error bars are worth with such effective sample sizes."""
+def _held(found: dict[str, Any]) -> str:
+    """Say what follows from the share of differences that the error bars hold."""
+    if found["inside"] < HELD:
+        return (
+            f"too small, it takes {found['needed']:.2g} for 95{GLUE}%. All forecasts share one draw of "
+            "the features; more --features would help"
+        )
     if found["warnings"]:
-        return "they are too small; more --features or exact attention would help"
-    return "to be trusted" if found["effective_sample_size_low"] >= 80 else "about right"
+        return "they hold here, but with so small a sample size they often do not"
+    return f"they hold here (95{GLUE}% should be, in the mean over draws of the features)"
 
 
 def _bars_dict(result: Forecast, bars: ErrorBars, exact: ExactComparison) -> dict[str, Any]:
@@ -442,11 +472,13 @@ def _bars_dict(result: Forecast, bars: ErrorBars, exact: ExactComparison) -> dic
 
     judged = slice(result.warm_up, exact.rows)
     error = np.abs(result.predicted[judged] - exact.predicted[judged])
+    error /= np.maximum(bars.standard_error[judged], 1e-300)
     low, median = np.quantile(bars.effective_sample_size[result.warm_up :], (0.05, 0.5)).tolist()
     return {
         "effective_sample_size": median,
         "effective_sample_size_low": low,
-        "inside": float(np.mean(error <= 1.96 * bars.standard_error[judged])),
+        "inside": float(np.mean(error <= 1.96)),
+        "needed": float(np.quantile(error, 0.95)),
         "next_standard_error": float(bars.standard_error[-1]),
         "next_effective_sample_size": float(bars.effective_sample_size[-1]),
         "warnings": list(bars.warnings),
@@ -464,6 +496,9 @@ def _replay_section(result: Forecast, record: Evaluation, replayed: Replay) -> S
         ("memory", f"a state of {replayed.state_bytes / 2**10:,.0f}{GLUE}KiB, whatever came before"),
         ("latency", latency),
     ]  # fmt: skip
+    if replayed.calibration_seconds:
+        once = _seconds(replayed.calibration_seconds)
+        rows.append(("", f"and {once} once for the calibration, between two prices"))
     edges, counts = replayed.histogram()
     edges = 1e6 * edges
     labels = [f"{low:g} to {high:g} µs" for low, high in itertools.pairwise(edges)]
@@ -484,6 +519,7 @@ def _replay_dict(result: Forecast, record: Evaluation, replayed: Replay) -> dict
         "same_signals": None if signals is None else int((replayed.signals == signals).sum()),
         "state_bytes": replayed.state_bytes,
         "seconds": dict(zip(("p50", "p90", "p99", "max"), points, strict=True)),
+        "calibration_seconds": replayed.calibration_seconds,
     }
 
 
@@ -500,6 +536,12 @@ def _rmse_beside_exact(
     return ours, theirs, len(outcome)
 
 
+def _z(value: float) -> str:
+    if abs(value) > 1000:  # differences that are constant, but for rounding
+        return f"z{GLUE}{'over' if value > 0 else 'below'}{GLUE}{math.copysign(1000, value):,.0f}"
+    return f"z{GLUE}={GLUE}{value:+.1f}"
+
+
 def _verdict(z: float, rival: str) -> str:
     if z > 2:
         return f"better than {rival}, by more than chance"
@@ -508,16 +550,25 @@ def _verdict(z: float, rival: str) -> str:
 
 def _honest_words(record: ReturnEvaluation) -> str:
     skill = record.hit_low > max(record.up_share, 1 - record.up_share) or record.z > 2
-    gain, hold = record.equity[-1], record.equity_hold[-1]
-    same = math.isclose(gain, hold, rel_tol=1e-9)
-    earned = "as much as" if same else "more than" if gain > hold else "less than"
+    gain, hold = float(record.equity[-1]), float(record.equity_hold[-1])
+    if math.isclose(gain, hold, rel_tol=1e-9):
+        earned = "strategy and buying and holding earned an equal sum."
+    elif gain > hold:
+        earned = f"strategy earned more than buying and holding{'' if skill else ', by luck'}."
+    else:
+        earned = "strategy earned less than buying and holding."
     if skill:
-        return f"There is some skill here; the strategy earned {earned} buying and holding."
+        return f"There is some skill here; the {earned}"
     return (
         "No skill that chance could not explain: past patterns did not tell the direction; the "
-        f"strategy earned {earned} buying and holding"
-        + (", by luck." if gain > hold and not same else ".")
+        + earned
     )
+
+
+def _sharpe(value: float, record: ReturnEvaluation) -> str:
+    if math.isnan(value):
+        return "undefined"
+    return f"{value:.2f}{GLUE}a{GLUE}{'year' if record.year else 'step'}"
 
 
 class _Percent:
@@ -542,10 +593,6 @@ class _Percent:
         return f"{100 * math.expm1(value):+.{self._digits}f}{GLUE}%"
 
 
-def _sharpe(value: float, unit: str = "") -> str:
-    return "undefined" if math.isnan(value) else f"{value:.2f}{unit}"
-
-
 def _growth(equity: Any) -> str:
     return f"{100 * (float(equity[-1]) - 1):+,.1f}{GLUE}%"
 
@@ -564,6 +611,14 @@ def _seconds(value: float) -> str:
     if value < 1e-3:
         return f"{value * 1e6:.3g}{GLUE}µs"
     return f"{value * 1e3:.3g}{GLUE}ms" if value < 1 else f"{value:.3g}{GLUE}s"
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds in the largest unit that they fill."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    unit, size = next((u for u in units if seconds >= u[1]), ("second", 1))
+    count = f"{seconds / size:,.3g}"
+    return f"{count}{GLUE}{unit}{'' if count == '1' else 's'}"
 
 
 def _bytes(value: int) -> str:
@@ -600,7 +655,7 @@ def _as_dict(
     forecast["similar"] = [vars(precedent) for precedent in step.similar]
     if isinstance(record, ReturnEvaluation):
         signals = record.signals
-        judged = signals[record.start :]
+        judged = signals[record.start : record.stop]
         past |= {
             "hit_rate": record.hit_rate,
             "strategy_return": float(record.equity[-1]) - 1,
@@ -621,8 +676,6 @@ def _as_dict(
             },
             "order": prices.order,
             "step": prices.step,
-            "uneven_steps": prices.gaps[0],
-            "steps_per_year": prices.steps_per_year,
             "first": prices.time_label(0),
             "last": prices.time_label(-1),
             "note": prices.note,
@@ -641,12 +694,16 @@ def _as_dict(
         "next": forecast,
         "past": past,
         "favor": {
-            "seconds": result.seconds,
-            "calibration_seconds": result.calibration_seconds,
-            "peak_bytes": result.peak_bytes,
+            "seconds": exact.favor_seconds,
+            "calibration_seconds": exact.calibration_seconds,
+            "peak_bytes": exact.favor_peak_bytes,
         },
         "error_bars": _bars_dict(result, bars, exact),
-        "exact": {name: value for name, value in vars(exact).items() if name != "predicted"},
+        "exact": {
+            name: value
+            for name, value in vars(exact).items()
+            if name not in ("predicted", "favor_seconds", "favor_peak_bytes", "calibration_seconds")
+        },
     }
 
 

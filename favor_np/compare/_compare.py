@@ -23,11 +23,12 @@ from favor_np.measure import best_time, peak_memory
 from favor_np.threads import resolve_threads
 
 from ._data import Array, Tokens, tokens
-from ._methods import METHODS
+from ._methods import DEFAULT, METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ERROR_LENGTH = 1024  # tokens on which errors are measured
 TARGET = 0.1  # the error that the advice counts features for
 HOPELESS = 0.3  # error of the best map above which the advice is exact attention at any length
 
@@ -75,7 +76,13 @@ class Setting:
 
     def tokens(self, length: int) -> Tokens:
         """Queries and keys whose errors are measured, and those that maps may know."""
-        return tokens(self.data, length, self.dim, self.std, self.seed)
+        found = tokens(self.data, length, self.dim, self.std, self.seed)
+        if self.causal and found.q.shape != found.k.shape:
+            raise ValueError(
+                f"{self.data}: causal attention needs as many queries as keys, got "
+                f"{found.q.shape[1]} and {found.k.shape[1]}"
+            )
+        return found
 
     def inputs(self, length: int) -> list[Array]:
         """Gaussian queries, keys and values, each (length, dim), float32, for the timed calls."""
@@ -122,7 +129,7 @@ class CostRow:
 
     @property
     def speedup(self) -> float:
-        """How many times faster FAVOR+ was."""
+        """How many times faster the default map was."""
         return self.exact_seconds / self.favor_seconds
 
     @property
@@ -133,7 +140,7 @@ class CostRow:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured: ``crossings`` has, for each m, the length where FAVOR+ wins.
+    """What `compare` measured: ``crossings`` has, for each m, the length where the default map wins.
 
     ``tokens`` has the shape (heads, L, d) of the queries whose errors were measured.
     """
@@ -152,7 +159,7 @@ class Comparison:
         for row, cost in zip(result["costs"], self.costs, strict=True):
             row |= {"speedup": cost.speedup, "matrix_bytes": cost.matrix_bytes}
         result["crossings"] = {str(m): length for m, length in self.crossings.items()}
-        return result | {"advice": self.advice()}
+        return result | {"default": DEFAULT.name, "advice": self.advice()}
 
     def error(self, method: str, features: int) -> ErrorRow:
         """Return the error of a method with a number of features."""
@@ -162,6 +169,7 @@ class Comparison:
         """Say in sentences when exact attention is to be preferred."""
         return [*_advice_on_time(self), *_advice_on_error(self)]
 
+    @validation.own_error_state
     def plot(self) -> Figure:
         """Draw error, time and memory, and beneath them the weights of both kinds of attention.
 
@@ -184,11 +192,12 @@ class Comparison:
             return draw(self)
 
 
+@validation.own_error_state
 def compare(
     setting: Setting | None = None,
     *,
     features: Sequence[int] = (32, 64, 128, 256, 512, 1024),
-    error_length: int = 1024,
+    error_length: int = ERROR_LENGTH,
     seeds: int = 8,
     lengths: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     time_features: Sequence[int] = (64, 256),
@@ -209,7 +218,8 @@ def compare(
     lengths : sequence of int
         Lengths whose time and memory are measured.
     time_features : sequence of int
-        Numbers of features of the timed maps (orthogonal, antithetic).
+        Numbers of features of the timed maps, which are those that `feature_map` makes by default:
+        "antithetic" among the methods.
     progress : callable, optional
         Called as ``progress(stage, done, total)`` after each step.
 
@@ -268,7 +278,7 @@ def crossing(lengths: Sequence[int], speedups: Sequence[float]) -> float | None:
     lengths : sequence of int
         Lengths.
     speedups : sequence of float
-        How many times faster FAVOR+ was at each.
+        How many times faster random features were at each.
 
     Returns
     -------
@@ -361,10 +371,12 @@ def _advice_on_error(result: Comparison) -> list[str]:
             (row.features for row in result.errors if row.method == name and row.mean <= TARGET),
             default=None,
         )
-        for name in ("FAVOR+", best.method)
+        for name in (DEFAULT.name, best.method)
     }
+    marked = {DEFAULT.name: f"{DEFAULT.name} (the default)"}
     needs = " and ".join(
-        f"{f'over {most:,}' if m is None else f'{m:,}'} with {name}" for name, m in least.items()
+        f"{f'over {most:,}' if m is None else f'{m:,}'} with {marked.get(name, name)}"
+        for name, m in least.items()
     )
     return [f"{advice} An error of {TARGET:.0%} takes {needs}."]
 

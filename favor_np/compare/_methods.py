@@ -39,10 +39,12 @@ class Method:
         return fm
 
 
+#: The map that `feature_map` makes if nothing else is asked for.
+DEFAULT = Method("antithetic")
 METHODS = (
     Method("FAVOR+ iid", projection="iid", antithetic=False),
     Method("FAVOR+", antithetic=False),
-    Method("antithetic"),
+    DEFAULT,
     Method("centred", "center"),
     Method("FAVOR++ oprf", "oprf"),
     Method("FAVOR# sderf", "sderf"),

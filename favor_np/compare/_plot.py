@@ -13,6 +13,7 @@ from favor_np.figures import BLUE, GREEN, GREY, INK, ORANGE, RED
 from favor_np.weights import attention_weights
 
 from ._data import Array
+from ._methods import DEFAULT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +69,7 @@ def draw(result: Comparison) -> Figure:
     error.set_yticks([y for y in steps if low <= y <= high])
     kind = "causal" if result.setting.causal else "bidirectional"
     figure.suptitle(
-        f"FAVOR+ and exact softmax attention, {kind}; times of one head, "
+        f"Random features and exact softmax attention, {kind}; times of one head, "
         f"d = {result.setting.dim}, float32, {_count(result.machine['threads'], 'thread')}, {result.machine['processor']}",
         fontsize=10,
     )
@@ -96,7 +97,7 @@ def _draw_errors(axes: Any, result: Comparison) -> None:
         shift = 1.012 ** (names.index(name) - len(names) / 2)  # bars beside each other
         axes.errorbar(
             x * shift, mean, yerr=[low, spread], **LINES[name], ms=4, lw=1.2, elinewidth=0.7,
-            label=name,
+            label=f"{name} (default)" if name == DEFAULT.name else name,
         )  # fmt: skip
     heads, length, dim = result.tokens
     axes.set(
@@ -113,7 +114,7 @@ def _draw_times(axes: Any, result: Comparison) -> None:
     for color, (m, length) in zip(cycle(COLORS), result.crossings.items(), strict=False):
         rows = [row for row in result.costs if row.features == m]
         x, y = [row.length for row in rows], [1e3 * row.favor_seconds for row in rows]
-        label = f"FAVOR+, m = {m}"
+        label = f"{DEFAULT.name}, m = {m}"
         if length is not None and length > min(x):
             label += f", wins from {length:,.0f}"
             height = np.exp(np.interp(np.log(length), np.log(x), np.log(y)))
@@ -130,13 +131,13 @@ def _draw_memory(axes: Any, result: Comparison) -> None:
     for color, m in zip(cycle(COLORS), result.crossings, strict=False):
         rows = [row for row in result.costs if row.features == m]
         x, y = [row.length for row in rows], [row.favor_bytes / 2**20 for row in rows]
-        axes.plot(x, y, color=color, marker="o", ms=3.5, label=f"FAVOR+, m = {m}")
+        axes.plot(x, y, color=color, marker="o", ms=3.5, label=f"{DEFAULT.name}, m = {m}")
     axes.set(title="Extra memory, result included", xlabel="length L", ylabel="MiB")
     axes.set_ylim(bottom=0.05)
 
 
 def _path_weights(setting: Setting, m: int) -> tuple[Array, Array]:
-    """Weights along one smooth random path, exact and of FAVOR+: (POSITIONS, POSITIONS) each.
+    """Weights along one smooth random path, exact and of the default map: (POSITIONS, POSITIONS) each.
 
     Queries and keys are the same path, of the setting's size; weights of independent ones look
     like noise.  Each weight is in units of the row's mean weight.
@@ -158,7 +159,7 @@ def _draw_weights(panels: Any, setting: Setting, m: int) -> None:
     """Heat maps of both on one scale, and some of their rows."""
     exact, favor = _path_weights(setting, m)
     for axes, weights, name in zip(
-        panels, (exact, favor), ("exact", f"FAVOR+, m = {m}"), strict=False
+        panels, (exact, favor), ("exact", f"{DEFAULT.name}, m = {m}"), strict=False
     ):
         image = axes.imshow(weights, vmin=0, vmax=exact.max(), cmap="Blues")
         axes.grid(visible=False)
@@ -167,7 +168,7 @@ def _draw_weights(panels: Any, setting: Setting, m: int) -> None:
     rows, curves = range(POSITIONS // 4, POSITIONS, POSITIONS // 4), panels[2]
     for color, row in zip(COLORS, rows, strict=False):
         curves.plot(exact[row], "--", color=INK, label="exact" if row == rows[0] else None)
-        curves.plot(favor[row], color=color, label=f"FAVOR+, query {row}")
+        curves.plot(favor[row], color=color, label=f"{DEFAULT.name}, query {row}")
     curves.set(title="Three rows of both", xlabel="key")
     curves.set_ylim(0, 1.3 * max(exact[rows].max(), favor[rows].max()))  # room for the legend
     curves.legend(ncols=2, loc="upper left")

@@ -13,13 +13,13 @@ from ._evaluate import ReturnEvaluation as ReturnEvaluation
 from ._evaluate import VolatilityEvaluation as VolatilityEvaluation
 from ._evaluate import evaluate as evaluate
 from ._forecast import Forecast as Forecast
-from ._forecast import NextStep as NextStep
-from ._forecast import Precedent as Precedent
 from ._forecast import forecast as forecast
 from ._live import LiveForecast as LiveForecast
 from ._live import Replay as Replay
 from ._live import Tick as Tick
 from ._live import replay as replay
+from ._next import NextStep as NextStep
+from ._next import Precedent as Precedent
 from ._plot import plot as plot
 from ._prices import PriceError as PriceError
 from ._prices import Prices as Prices

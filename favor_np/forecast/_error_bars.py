@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from favor_np import validation
+
 from ._forecast import Forecast, Progress
 from ._windows import F64
 
@@ -18,7 +20,8 @@ class ErrorBars:
     ----------
     standard_error : ndarray, shape (L,), float64
         Of `Forecast.predicted`, in log returns: 95% of the differences from exact attention are
-        within 1.96 of it, where the effective sample size is at least 80.
+        within 1.96 of it, where the effective sample size is at least 80, in the mean over draws
+        of the features.  All forecasts share one draw: it may hold far more of them, or fewer.
     effective_sample_size : ndarray, shape (L,), float64
         How many features a forecast rests on: at most their number, and too few below 30.
     warnings : tuple of str
@@ -30,6 +33,7 @@ class ErrorBars:
     warnings: tuple[str, ...]
 
 
+@validation.own_error_state
 def error_bars(result: Forecast, *, progress: Progress | None = None) -> ErrorBars:
     """Estimate the errors of all forecasts from the spread between features: see `diagnose`.
 

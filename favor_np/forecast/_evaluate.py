@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from favor_np import validation
 
+from ._calendar import steps_per_year
 from ._forecast import Forecast
 from ._windows import F64
 
 Signals = npt.NDArray[np.int8]
 
 DEFAULT_COST = 2e-4
+CONSTANT = 1e-3  # returns that vary by less than this part of their mean do so by rounding
 DECAY = 0.94  # of the exponentially weighted average (RiskMetrics 1996, daily)
 
 
@@ -54,10 +56,12 @@ class ReturnEvaluation:
     turnover : float
         Sum of all changes of position.
     sharpe, sharpe_hold : float
-        Mean over standard deviation of a step's return, times the root of `steps_per_year`; NaN
-        where all returns are equal.
+        Mean over standard deviation of a step's return, times the root of `steps_per_year`;
+        NaN where the returns are constant, as without a single trade.
     steps_per_year : float
-        From the times of the series; 1 where they are not known.
+        From the times of the series; 1 where they are not known, or too few to tell.
+    year : str
+        How the steps of a year were counted, in words; empty where they were not.
     """
 
     start: int
@@ -81,6 +85,7 @@ class ReturnEvaluation:
     sharpe: float
     sharpe_hold: float
     steps_per_year: float
+    year: str
 
     @property
     def hit_rate(self) -> float:
@@ -119,6 +124,7 @@ class VolatilityEvaluation:
     ewma: F64 = field(repr=False)
 
 
+@validation.own_error_state
 def evaluate(
     result: Forecast, *, threshold: float | None = None, cost: float = DEFAULT_COST
 ) -> ReturnEvaluation | VolatilityEvaluation:
@@ -159,8 +165,7 @@ def evaluate(
     squares, zero = (outcome - predicted) ** 2, outcome**2
     signals = signals_of(result.predicted, threshold)
     equity, equity_hold, turnover = _trade(result, signals, start, cost)
-    per_year = result.prices.steps_per_year
-    per_year = 1.0 if math.isnan(per_year) else per_year
+    per_year, year = steps_per_year(result.prices.times)
     return ReturnEvaluation(
         start=start,
         stop=stop,
@@ -183,6 +188,7 @@ def evaluate(
         sharpe=_sharpe(equity, per_year),
         sharpe_hold=_sharpe(equity_hold, per_year),
         steps_per_year=per_year,
+        year=year,
     )
 
 
@@ -271,10 +277,10 @@ def _equity(returns: F64) -> F64:
 def _sharpe(equity: F64, per_year: float) -> float:
     alive = equity[:-1] > 0
     returns = equity[1:][alive] / equity[:-1][alive] - 1
-    spread = float(np.std(returns)) if len(returns) else 0.0
-    if spread <= 1e-9 * float(np.max(np.abs(returns), initial=0.0)):  # constant, but for rounding
+    mean, spread = (float(np.mean(returns)), float(np.std(returns))) if len(returns) else (0.0, 0.0)
+    if spread <= CONSTANT * abs(mean):
         return math.nan
-    return float(np.mean(returns)) / spread * math.sqrt(per_year)
+    return mean / spread * math.sqrt(per_year)
 
 
 def non_negative(name: str, value: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import measure, validation
+from favor_np import validation
 
-from ._maps import CALIBRATIONS, PREFIX, Section, plain_map, sections
+from ._maps import CALIBRATIONS, Section, plain_map, sections
+from ._next import NextStep, last_row
 from ._prices import PriceError, Prices
 from ._windows import F32, F64, Windows, return_windows, volatility_windows
 
@@ -23,55 +23,6 @@ SLICE = 16_384  # rows a call: fixed, so that a progress bar cannot change a res
 FEWEST_FORECASTS = 16
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Precedent:
-    """A past window and what followed it: ``move`` is a log return (absolute for volatility)."""
-
-    time: str
-    weight: float
-    move: float
-
-
-@dataclass(frozen=True)
-class NextStep:
-    """The forecast that is still open, made at the last price; moves are log returns.
-
-    Parameters
-    ----------
-    time : str
-        When it was made.
-    price : float
-        The last price.
-    move : float
-        Predicted log return over the horizon (absolute for target "volatility").
-    spread : float
-        Standard deviation of what followed in the past, with the weights of attention.
-    chance : float
-        Probability of an up move; for "volatility" of one larger than the mean so far.
-    chance_down : float
-        Probability of a down move (NaN for "volatility").
-    exact : float
-        `move` by exact attention.
-    standard_error : float
-        Standard error of `exact`, if what followed different windows is independent.
-    precedents : float
-        Effective number of past windows in the mean, 1 / Σ weight².
-    similar : tuple of Precedent
-        The past windows with the largest weights, none overlapping another by more than half.
-    """
-
-    time: str
-    price: float
-    move: float
-    spread: float
-    chance: float
-    chance_down: float
-    exact: float
-    standard_error: float
-    precedents: float
-    similar: tuple[Precedent, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,12 +56,6 @@ class Forecast:
         ``(start, stop, feature_map)``: the map of which rows.
     mean_s : float
         Mean of ``s = |x + y|²`` over queries and keys: a plain map is good up to about 4.
-    seconds : float
-        Time of the attention calls, compilation excluded.
-    calibration_seconds : float
-        Time of the calibration before them.
-    peak_bytes : int
-        Peak of the memory they took, results included.
     next : NextStep
         The forecast made at the last price, in detail.
     windows : Windows
@@ -133,9 +78,6 @@ class Forecast:
     calibration: str
     sections: tuple[Section, ...]
     mean_s: float
-    seconds: float
-    calibration_seconds: float
-    peak_bytes: int
     next: NextStep
     windows: Windows
 
@@ -165,6 +107,7 @@ class Forecast:
         return math.sqrt(2 * (math.cosh(min(self.mean_s, 700)) - 1) / self.num_features)
 
 
+@validation.own_error_state
 def forecast(
     prices: Prices | npt.ArrayLike,
     *,
@@ -254,10 +197,8 @@ def forecast(
         raise PriceError(f"{prices.name}: the price hardly ever moves: too little to forecast from")
     scale = windows.scale if scale is None else scale
     fm = plain_map(windows.queries.shape[1], num_features, scale, seed)
-    begin = time.perf_counter()
     parts = sections(windows, fm, calibration)
-    calibration_seconds = time.perf_counter() - begin
-    out, seconds, peak = _attend(windows, parts, num_threads, progress)
+    out = attend(windows, parts, len(windows), num_threads, progress)
     predicted, spread, chance, chance_down = predictions(out, windows.unit)
     return Forecast(
         prices=prices,
@@ -276,9 +217,6 @@ def forecast(
         calibration=calibration,
         sections=parts,
         mean_s=_mean_s(windows, scale),
-        seconds=seconds,
-        calibration_seconds=calibration_seconds,
-        peak_bytes=peak,
         next=NextStep(
             time=prices.time_label(-1),
             price=float(prices.values[-1]),
@@ -286,7 +224,7 @@ def forecast(
             spread=float(spread[-1]),
             chance=float(chance[-1]),
             chance_down=float(chance_down[-1]),
-            **_last_row(prices, windows, scale, window, horizon),
+            **last_row(prices, windows, target, scale, window, horizon),
         ),
         windows=windows,
     )
@@ -322,59 +260,36 @@ def predictions(out: F32, unit: Any) -> tuple[F64, F64, F64, F64]:
     return mean * unit, spread, chances[..., 0], down
 
 
-def _attend(
+def attend(
     windows: Windows,
     parts: tuple[Section, ...],
-    num_threads: int | None,
-    progress: Progress | None,
-) -> tuple[F32, float, int]:
-    """Outputs, seconds and peak bytes of FAVOR+ over the whole sequence."""
+    rows: int,
+    num_threads: int | None = None,
+    progress: Progress | None = None,
+) -> F32:
+    """Outputs of FAVOR+ for the first rows of the sequence."""
     from favor_np.attention import favor_attention
     from favor_np.state import AttentionState
 
-    def run(rows: int) -> F32:
-        out = np.empty((rows, windows.values.shape[1]), dtype=np.float32)
-        for first, last, known in parts:
-            state = AttentionState.zeros(known, out.shape[1])
-            state.update(windows.keys[:first], windows.values[:first])
-            for start in range(first, min(last, rows), SLICE):
-                part = slice(start, min(start + SLICE, last, rows))
-                out[part], state = favor_attention(
-                    windows.queries[part],
-                    windows.keys[part],
-                    windows.values[part],
-                    known,
-                    causal=True,
-                    state=state,
-                    return_state=True,
-                    num_threads=num_threads,
-                )
-                if progress is not None and rows == len(windows):
-                    progress("FAVOR+ attention", part.stop, rows)
-        return out
-
-    return timed(run, len(windows))
-
-
-def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:
-    """Result, seconds and peak bytes of ``run(rows)``, after short runs that compile it."""
-    from favor_np.plan import LONG  # from there on threads share a sequence, by another kernel
-
-    for some in (64, LONG):
-        run(min(rows, PREFIX + some))
-    results: list[F32] = []
-
-    def call() -> None:
-        start = time.perf_counter()
-        results.append(run(rows))
-        seconds.append(time.perf_counter() - start)
-
-    seconds: list[float] = []
-    peak = measure.peak_memory(call)
-    while sum(seconds) < 0.25 and len(seconds) < 5:  # short calls: the best of several
-        call()
-        results.pop()
-    return results[0], min(seconds), peak
+    out = np.empty((rows, windows.values.shape[1]), dtype=np.float32)
+    for first, last, known in parts:
+        state = AttentionState.zeros(known, out.shape[1])
+        state.update(windows.keys[:first], windows.values[:first])
+        for start in range(first, min(last, rows), SLICE):
+            part = slice(start, min(start + SLICE, last, rows))
+            out[part], state = favor_attention(
+                windows.queries[part],
+                windows.keys[part],
+                windows.values[part],
+                known,
+                causal=True,
+                state=state,
+                return_state=True,
+                num_threads=num_threads,
+            )
+            if progress is not None:
+                progress("FAVOR+ attention", part.stop, rows)
+    return out
 
 
 def _mean_s(windows: Windows, scale: float) -> float:
@@ -382,30 +297,3 @@ def _mean_s(windows: Windows, scale: float) -> float:
     q, k = windows.queries, windows.keys
     squares = (np.einsum("ij,ij->", x, x, dtype=np.float64) / len(x) for x in (q, k))
     return float(scale * (sum(squares) + 2 * q.mean(0, np.float64) @ k.mean(0, np.float64)))
-
-
-def _last_row(
-    prices: Prices, windows: Windows, scale: float, window: int, horizon: int
-) -> dict[str, Any]:
-    """What exact attention says of the last row: one row costs next to nothing."""
-    logits = scale * (windows.keys @ windows.queries[-1]).astype(np.float64)
-    weights = np.exp(logits - logits.max())
-    weights /= weights.sum()
-    moves = windows.values[:, 0].astype(np.float64) * windows.unit[-1]
-    exact = float(weights @ moves)
-    similar: list[int] = []
-    for row in np.argsort(-weights, kind="stable"):
-        if all(abs(row - other) >= (window + 1) // 2 for other in similar):
-            similar.append(int(row))
-        if len(similar) == 3:
-            break
-    ends = windows.index - horizon
-    return {
-        "exact": exact,
-        "standard_error": float(np.sqrt(weights**2 @ (moves - exact) ** 2)),
-        "precedents": float(1 / (weights @ weights)),
-        "similar": tuple(
-            Precedent(prices.time_label(int(ends[i])), float(weights[i]), float(windows.known[i]))
-            for i in similar
-        ),
-    }

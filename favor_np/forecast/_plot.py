@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from favor_np import validation
 from favor_np.figures import BLUE, GREEN, GREY, INK, ORANGE, RED, STYLE, require_matplotlib
 
 from ._compare import ExactComparison
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 RECENT = 90  # prices in the close-up
 
 
+@validation.own_error_state
 def plot(
     result: Forecast,
     record: ReturnEvaluation | VolatilityEvaluation,
@@ -120,7 +122,7 @@ def _price(axes: Any, result: Forecast, record: ReturnEvaluation | VolatilityEva
     axes.margins(x=0.005)
     _concise(axes, result)
     if isinstance(record, ReturnEvaluation):
-        judged = slice(record.start, None)
+        judged = slice(record.start, record.stop)
         signals, when = record.signals[judged], _time(result, result.index[judged])
         for sign, colour, label in ((1, GREEN, "BUY"), (-1, RED, "SELL")):
             low = 0.06 if sign > 0 else 0.0
@@ -134,6 +136,14 @@ def _price(axes: Any, result: Forecast, record: ReturnEvaluation | VolatilityEva
                 label=f"{label} ({int((signals == sign).sum()):,})",
             )
         axes.legend(loc="upper left", ncols=2)
+        _room_for_legend(axes)
+
+
+def _room_for_legend(axes: Any) -> None:
+    """Leave a fifth of the height above what is drawn."""
+    transform = axes.transScale
+    (_, low), (_, high) = transform.transform([(1, y) for y in axes.get_ylim()])
+    axes.set_ylim(top=transform.inverted().transform((1, high + 0.2 * (high - low)))[1])
 
 
 def _recent_returns(axes: Any, result: Forecast, record: ReturnEvaluation) -> None:
@@ -164,8 +174,7 @@ def _recent_returns(axes: Any, result: Forecast, record: ReturnEvaluation) -> No
         label=f"next: {100 * np.expm1(move):+.3f}%, P(up) {100 * result.next.chance:.0f}%",
     )  # fmt: skip
     axes.set_title(f"The last {len(rows)} prices and what had been forecast for them")
-    low, high = axes.get_ylim()
-    axes.set_ylim(top=high + 0.2 * (high - low))  # room for the legend
+    _room_for_legend(axes)
     axes.legend(loc="upper left", ncols=2)
     _concise(axes, result)
 
@@ -181,6 +190,7 @@ def _recent_volatility(axes: Any, result: Forecast, record: VolatilityEvaluation
     ):
         axes.plot(when, 100 * values[rows], color=colour, lw=1.2, label=label)
     axes.set_ylim(bottom=0)
+    _room_for_legend(axes)
     axes.set_ylabel("%")
     axes.set_title(f"The last {len(rows)} absolute returns and their forecasts")
     axes.legend(loc="upper left", ncols=2)
@@ -195,7 +205,8 @@ def _equity(axes: Any, result: Forecast, record: ReturnEvaluation) -> None:
     ):
         label = f"{label} {100 * (equity[-1] - 1):+,.0f}%"
         axes.plot(when, np.maximum(equity, 1e-12), color=colour, lw=1, label=label)
-    if min(record.equity.min(), record.equity_hold.min()) > 0:
+    worth = np.concatenate([record.equity, record.equity_hold])
+    if worth.max() > 3 * worth.min() > 0:
         _log_scale(axes)
     axes.axhline(1, color=INK, lw=0.6)
     axes.set_title(f"Worth of 1, costs of {100 * record.cost:g}% a position included")
@@ -238,8 +249,7 @@ def _error_bars(axes: Any, result: Forecast, exact: ExactComparison, bars: Error
         f"{result.num_features:,} features in the median"
     )
     axes.margins(x=0.005)
-    low, high = axes.get_ylim()
-    axes.set_ylim(top=high + 0.2 * (high - low))  # room for the legend
+    _room_for_legend(axes)
     axes.legend(loc="upper left", ncols=3)
     _concise(axes, result)
 
@@ -270,6 +280,7 @@ def _advantage(
     outcome = result.outcome[judged]
     simple = record.constant[judged] if isinstance(record, VolatilityEvaluation) else 0.0
     baseline = (outcome - simple) ** 2
+    total = baseline.sum() or 1.0  # the simple forecast may have been right
     when = _time(result, result.index[judged])
     curves: list[tuple[F64, str, str]] = [
         (exact.predicted[record.start : min(exact.rows, record.stop)], ORANGE, "exact"),
@@ -279,7 +290,7 @@ def _advantage(
         curves.insert(0, (record.ewma[judged], GREY, "exponentially weighted"))
     for values, colour, label in curves:
         count = len(values)
-        gain = np.cumsum(baseline[:count] - (outcome[:count] - values) ** 2) / baseline.sum()
+        gain = np.cumsum(baseline[:count] - (outcome[:count] - values) ** 2) / total
         axes.plot(when[:count], 100 * gain, color=colour, lw=1, label=label)
     axes.axhline(0, color=INK, lw=0.6)
     name = "constant" if isinstance(record, VolatilityEvaluation) else "zero forecast"
@@ -298,7 +309,7 @@ def _latency(axes: Any, replayed: Replay) -> None:
         value = 1e6 * float(np.percentile(replayed.seconds, share))
         axes.axvline(value, color=INK, lw=0.8)
         axes.annotate(
-            f"p{share} {value:.3g}", (value, 1), (3, -3), xycoords=axes.get_xaxis_transform(),
+            f"p{share} {value:,.3g}" if value < 1000 else f"p{share} {value:,.0f}", (value, 1), (3, -3), xycoords=axes.get_xaxis_transform(),
             textcoords="offset points", va="top",
         )  # fmt: skip
     longest = 1e6 * replayed.seconds.max()

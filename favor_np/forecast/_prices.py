@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files as package_files
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ Bools = npt.NDArray[np.bool_]
 Lines = npt.NDArray[np.intp]
 Dropped = dict[str, tuple[int, int]]
 
-BUNDLED = Path(__file__).parent / "data" / "wti-daily.csv"
+BUNDLED = package_files("favor_np.forecast") / "data" / "wti-daily.csv"  # in a zip file, too
 BUNDLED_NAME = "WTI crude oil, USD a barrel (bundled, US EIA)"
 ALLOW_MISSING = 0.05
 NO_TIME = "time missing or not written as the others"
@@ -139,31 +140,6 @@ class Prices:
         nano = self.times.astype("M8[ns]").astype(np.int64)
         sizes = {"D": DAY, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "us": 1000}
         return next((unit for unit, size in sizes.items() if not (nano % size).any()), "ns")
-
-    @property
-    def steps_per_year(self) -> float:
-        """Steps a year, NaN without times.
-
-        Over a month or more they are counted.  A shorter series that stops over night counts
-        the steps of its fullest day on 252 days, any other goes on round the clock.
-        """
-        if self.times is None or len(self) < 2:
-            return float("nan")
-        span = (self.times[-1] - self.times[0]) / np.timedelta64(1, "s")
-        _, counts = np.unique(self.times.astype("M8[D]"), return_counts=True)
-        if span < 28 * 86_400 and counts.max() > 1:
-            nights = np.diff(self.times)[np.diff(self.times.astype("M8[D]")) > np.timedelta64(0)]
-            if (nights > 1.5 * np.median(np.diff(self.times))).all():
-                return 252.0 * int(counts.max())
-        return float((len(self) - 1) / (span / (365.25 * 86_400)))
-
-    @property
-    def gaps(self) -> tuple[int, float]:
-        """How many steps are at least twice the usual one, and the longest over the usual."""
-        if self.times is None or len(self) < 3:
-            return 0, 1.0
-        steps = np.diff(self.times) / np.median(np.diff(self.times))
-        return int((steps >= 2).sum()), float(steps.max())
 
     @classmethod
     def from_array(

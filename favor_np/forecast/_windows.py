@@ -38,8 +38,8 @@ class Windows:
     values : ndarray, shape (L, columns), float32
         What followed the key's window: its size in units of the window's own, the square of
         that, and indicators (up and down; or larger than the mean so far).
-    unit : ndarray, shape (L,), float64
-        The query's unit: what turns attention's output into log returns.
+    unit, key_unit : ndarray, shape (L,), float64
+        The query's unit, which turns attention's output into log returns, and the key's.
     known, outcome : ndarray, shape (L,), float64
         What followed the key's window and the query's, in log returns; the last `horizon`
         outcomes are not known yet (NaN).
@@ -52,6 +52,7 @@ class Windows:
     keys: F32
     values: F32
     unit: F64
+    key_unit: F64
     known: F64
     outcome: F64
     scale: float
@@ -213,6 +214,7 @@ def _rows(
         keys=vectors[:-horizon],
         values=values.astype(np.float32),
         unit=unit[horizon:],
+        key_unit=unit[:-horizon],
         known=moves[index[:-horizon]],
         outcome=moves[index[horizon:]],
         scale=scale,

@@ -73,7 +73,7 @@ def favor_attention(
     >>> dv.shape, dv.sum().round(6)  # the weights of every row sum to one
     ((10, 4), np.float64(40.0))
     """
-    attend = bridge.favor(
+    attend = bridge.Attend(
         feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa, decay=decay, num_threads=num_threads,
     )  # fmt: skip

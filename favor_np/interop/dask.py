@@ -108,8 +108,9 @@ def favor_attention(
 
     Notes
     -----
-    Errors are raised when the graph is made.  NumPy arrays become one chunk.  What is not chunked
-    alike is rechunked, which moves data: d and dv to one chunk, leading axes as the result, `v`
+    Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks that they are
+    stored in, those of xarray the ones that dask has given them; NumPy arrays become one chunk.
+    What is not chunked alike is rechunked, which moves data: d and dv to one chunk, leading axes as the result, `v`
     and `key_mask` as `k` along the sequence, and if `causal` all three as `q`.
 
     Examples
@@ -354,7 +355,11 @@ def _fit(chunks: Chunks, shape: tuple[int, ...]) -> Chunks:
 
 
 def _wrap(name: str, value: Any) -> da.Array:
-    """Return `value` as a dask array of known chunks; a NumPy array becomes one chunk."""
+    """Return `value` as a dask array of known chunks; what lies in memory becomes one chunk."""
+    if type(value).__module__.startswith("xarray."):
+        value = getattr(value, "data", value)
+    elif not isinstance(value, da.Array) and hasattr(value, "chunks"):  # h5py's and zarr's
+        value = da.from_array(value, getattr(value, "shards", None) or value.chunks or "auto")
     if not isinstance(value, da.Array):
         array = np.asarray(value) if name == "key_mask" else validation.tensor(name, value)
         return da.from_array(array, chunks=-1)

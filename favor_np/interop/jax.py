@@ -46,7 +46,8 @@ def favor_attention(
     ----------
     q, k, v : array_like, shapes (..., L_q, d), (..., L_k, d) and (..., L_k, dv)
         float64 (if JAX has been told ``jax_enable_x64``), float32, float16 or bfloat16.
-        Integers become JAX's default float.
+        Integers become JAX's default float.  Heads come before the length, other than in
+        `jax.nn.dot_product_attention`: see the notes.
     feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, num_threads
         As for `favor_np.favor_attention`.  `key_mask` and `cu_seqlens` may be traced, `decay` is a
         constant.
@@ -74,6 +75,10 @@ def favor_attention(
 
     Notes
     -----
+    JAX's own attention, `jax.nn.dot_product_attention`, and Flax have the axes (batch, length,
+    heads, dim).  Arrays made for these fit here as well, but positions would then attend to nothing
+    but their own heads: swap axes 1 and 2.
+
     The backward pass computes the result anew: nothing but the arguments is kept.  ``vmap`` is one
     call with one more leading axis; with `projection` or `cu_seqlens`, one call an element.
     Second derivatives are refused by JAX.  On an accelerator the arrays travel to the host and
@@ -98,7 +103,7 @@ def favor_attention(
     }
     if decay is not None:
         options["decay"] = np.asarray(decay)
-    attend = bridge.favor(feature_map, **options)
+    attend = bridge.Attend(feature_map, **options)
     arrays = [_real(x) for x in (q, k, v)]
     constants: dict[str, Any] = {}
     if key_mask is not None:

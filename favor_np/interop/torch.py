@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy.typing as npt
 
 try:
     import torch
-    from torch.autograd.function import once_differentiable
 except ImportError:
     raise ImportError(
         "favor_np.interop.torch needs PyTorch: pip install 'favor_np[torch]'", name="torch"
@@ -61,7 +61,8 @@ def favor_attention(
     ValueError
         As `favor_np.favor_attention`, and if `decay` requires a gradient.
     RuntimeError
-        By a second derivative, or if a tensor was changed in place before the backward pass.
+        By a second derivative, by forward-mode differentiation, or if a tensor was changed in place
+        before the backward pass.
 
     See Also
     --------
@@ -70,7 +71,11 @@ def favor_attention(
     Notes
     -----
     Nothing is copied but bfloat16 and tensors that are not contiguous: arrays share their memory
-    with tensors on the way in and out.
+    with tensors on the way in and out.  For the backward pass PyTorch keeps the arguments, the result
+    and two numbers a row, and frees them afterwards.
+
+    ``torch.func.grad``, ``vjp``, ``jacrev`` and ``vmap`` work (``vmap`` is one call after another).
+    ``torch.compile`` breaks its graph here, so ``fullgraph=True`` is refused.
 
     Examples
     --------
@@ -85,48 +90,118 @@ def favor_attention(
     """
     if isinstance(decay, torch.Tensor) and decay.requires_grad:
         raise ValueError("decay has no gradient: pass decay.detach()")
-    attend = bridge.favor(
-        feature_map, causal=causal, key_mask=_constant("key_mask", key_mask),
-        cu_seqlens=_constant("cu_seqlens", cu_seqlens), enable_gqa=enable_gqa,
-        decay=_constant("decay", decay), num_threads=num_threads,
-    )  # fmt: skip
-    result: torch.Tensor = _Attend.apply(attend, q, k, v, projection)
-    return result
+    arrays = {
+        "q": _checked("q", q), "k": _checked("k", k), "v": _checked("v", v),
+        "projection": None if projection is None else _checked("projection", projection),
+        "key_mask": key_mask, "cu_seqlens": cu_seqlens, "decay": decay,
+    }  # fmt: skip
+    tensors = {n: _checked(n, x) for n, x in arrays.items() if isinstance(x, torch.Tensor)}
+    constants = {n: x for n, x in arrays.items() if x is not None and n not in tensors}
+    attend = bridge.Attend(
+        feature_map, causal=causal, enable_gqa=enable_gqa, num_threads=num_threads, **constants
+    )
+    run = _run
+    if torch.compiler.is_dynamo_compiling():  # a break in the graph: NumPy's world is not traced
+        run = torch.compiler.disable(run)
+    return run(_Call(attend, tuple(tensors)), tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What is no tensor: the function, the names of its tensors, and whose gradients are wanted."""
+
+    attend: bridge.Attend
+    names: tuple[str, ...]
+    wanted: tuple[str, ...] = ()
+
+
+def _run(call: _Call, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    out: torch.Tensor = _Attend.apply(call, *tensors.values())[0]
+    kinds = (tensors[name].dtype for name in "qkv")
+    kinds = (x if x.is_floating_point else torch.float64 for x in kinds)
+    return out.to(reduce(torch.promote_types, kinds))
 
 
 class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, attend: bridge.Attend, *tensors: Any) -> torch.Tensor:
-        names = zip(bridge.NAMES, tensors, strict=False)
-        result, ctx.pullback = attend(*(_array(n, x) for n, x in names if x is not None))
-        out = torch.from_numpy(result)
-        if reduce(torch.promote_types, (x.dtype for x in tensors[:3])) == torch.bfloat16:
-            out = out.bfloat16()
-        ctx.save_for_backward(*tensors, out)  # for PyTorch's check that nobody has changed them
-        return out
+    """The result in 32 or 64 bits, and the denominators of its rows.
+
+    PyTorch is given all that the backward pass needs.  So it frees that after the pass, has it
+    computed anew by checkpoints, and notices changes in place.
+    """
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        gradients = ctx.pullback(_array("grad_out", grad_out))
-        return None, *(
-            torch.from_numpy(getattr(gradients, name)).to(x.dtype) if needed else None
-            for name, x, needed in zip(bridge.NAMES, tensors, ctx.needs_input_grad[1:], strict=False)
-        )  # fmt: skip
+    def forward(call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arrays = dict(zip(call.names, map(_array, tensors), strict=True))
+        return tuple(map(torch.from_numpy, call.attend.forward(**arrays)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.call, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        names = ctx.call.names
+        wanted = tuple(n for n, need in zip(names, ctx.needs_input_grad[1:], strict=True) if need)
+        gradients = _Pull.apply(replace(ctx.call, wanted=wanted), grad_out, *ctx.saved_tensors)
+        found = dict(zip(wanted, gradients, strict=True))
+        return None, *map(found.get, names)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(_Attend, info.batch_size, in_dims, arguments)
 
 
-def _array(name: str, tensor: Any) -> bridge.Array:
-    """Return a view of the tensor; NumPy has no bfloat16, so that becomes float32."""
+class _Pull(torch.autograd.Function):
+    """The backward pass: a function of its own, for vmap, and to refuse a second derivative."""
+
+    @staticmethod
+    def forward(call: _Call, grad_out: torch.Tensor, *saved: torch.Tensor) -> Any:
+        count = len(call.names)
+        tensors = dict(zip(call.names, saved[:count], strict=True))
+        kept = map(_array, (grad_out, *saved[count:]))
+        gradients = call.attend.backward(*kept, **{n: _array(x) for n, x in tensors.items()})
+        return tuple(
+            torch.from_numpy(getattr(gradients, n)).to(tensors[n].dtype) for n in call.wanted
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:  # noqa: ARG004
+        raise RuntimeError("trying to differentiate twice: attention has no second derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(_Pull, info.batch_size, in_dims, arguments)
+
+
+def _one_by_one(function: Any, size: int, dims: Any, arguments: Any) -> Any:
+    """Return what vmap asks for: the results of one call after another, along a first axis."""
+    calls = (
+        function.apply(
+            *(x if d is None else x.select(d, i) for d, x in zip(dims, arguments, strict=True))
+        )
+        for i in range(size)
+    )
+    results = tuple(map(torch.stack, zip(*calls, strict=True)))
+    return results, (0,) * len(results)
+
+
+def _checked(name: str, tensor: Any) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {validation.got(tensor)}")
     if tensor.device.type != "cpu":
         raise TypeError(f"{name} must lie on the CPU, got device {tensor.device}")
+    return tensor
+
+
+def _array(tensor: torch.Tensor) -> bridge.Array:
+    """Return a view of the tensor; NumPy has no bfloat16, so that becomes float32."""
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     array: bridge.Array = tensor.numpy(force=True)
     return array
-
-
-def _constant(name: str, value: Any) -> Any:
-    return _array(name, value) if isinstance(value, torch.Tensor) else value

@@ -22,10 +22,11 @@ from favor_np.kernels.simd import (
     splat,
     store,
 )
+from favor_np.kernels.state import raise_state
 
 POSITIVE, RELU, ELU = 0, 1, 2
 #: log2 head-room over the running maxima before they are moved.
-RAISE_KEYS, RAISE_QUERIES = 16, 24
+RAISE_KEYS, RAISE_QUERIES = 16, 40
 LOG2E = math.log2(math.e)
 
 
@@ -85,12 +86,15 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
 
 
 @jit(fastmath=EXACT)
-def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, excess, scale):
-    """Raise c to the largest log2-feature of the coming keys, rescaling the state; how many come.
+def raise_keys(
+    par, rows, count, keys, first, last, height, lift, bias, w, c, s, z, slot, excess, scale,
+):  # fmt: skip
+    """Raise c of some blocks to the largest log2-feature of the coming keys, rescaling the state.
 
-    Keys stay together while they pass the state and the first key among them by at most par.span:
-    beyond it the rows before the tall key would lose theirs to underflow.  Which key is tall
-    depends on the keys before it alone, so cutting there keeps causality exact.
+    Returns how many keys come.  They stay together while they pass the state and the first key among them
+    by at most par.span: beyond it the rows before the tall key would lose theirs to underflow.  Which key
+    is tall depends on the keys before it alone, so cutting there keeps causality exact.  The cut has to be
+    that of all blocks: if these are only some, and there is one, nothing is raised.
     """
     lanes = VECTOR_BYTES // z.itemsize
     width = keys.shape[2]
@@ -99,7 +103,7 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
         store(excess, i, 0, splat(c, 0))
     for side in range(par.signs):
         turn = splat(z, 1 - 2 * side)
-        for b in range(blocks):
+        for b in range(first, last):
             raw = keys[b * par.signs]
             for f in range(0, width, lanes):
                 r = (side * blocks + b) * width + f
@@ -116,9 +120,11 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
         if highest(load(excess, i, 0)) > par.span:
             accepted = i
             break
+    if accepted < count and last - first < blocks:
+        return accepted
     for side in range(par.signs):
         turn = splat(z, 1 - 2 * side)
-        for b in range(blocks):
+        for b in range(first, last):
             raw = keys[b * par.signs]
             for f in range(0, width, lanes):
                 r = (side * blocks + b) * width + f
@@ -129,22 +135,23 @@ def raise_keys(par, rows, count, keys, height, lift, bias, w, c, s, z, slot, exc
                     y = fma(turn, load(raw, i, f), beta)
                     y = log_feature(par, y) - splat(z, height[i])
                     top = maximum(top, nearest(y))
-                raise_state(old, top, s, z, slot, r, scale)
+                raise_state(old, top, s, z, slot, keys.shape[0] * width, r, scale)
                 store(c, slot, r, top + splat(c, lift))
     return accepted
 
 
-@jit(fastmath=EXACT)
-def raise_state(old, new, s, z, slot, r, scale):
-    """Rescale a vector of features of a state, from r on, as their c goes from old to new."""
-    by = exp2(splat(z, 0), old - new)
-    store(z, slot, r, load(z, slot, r) * by)
-    store(scale, 0, 0, by)
-    for lane in range(VECTOR_BYTES // z.itemsize):
-        if scale[0, lane] != 1:
-            row = s[slot, r + lane]
-            for x in range(row.size):
-                row[x] *= scale[0, lane]
+@jit()
+def activate_block(par, rows, keys, b, t, lift, bias, w, c, slot):
+    """Features of one block of keys, of both signs, in place of their projections; the largest log2-feature."""
+    width, over = keys.shape[2], 0
+    for side in range(par.signs - 1, -1, -1):
+        r0 = (side * (keys.shape[0] // par.signs) + b) * width
+        reach = activate_keys(
+            par, 1 - 2 * side, rows, keys[b * par.signs], t.height, lift, bias, w + b, c, slot, r0,
+            keys[b * par.signs + side], t.share, t.sums,
+        )  # fmt: skip
+        over = max(over, reach)
+    return over
 
 
 @jit(fastmath=EXACT)

@@ -26,13 +26,14 @@ import numpy as np
 from favor_np.kernels.activate import (
     RAISE_KEYS,
     RAISE_QUERIES,
-    activate_keys,
+    activate_block,
     activate_queries,
     lift_queries,
     measure_queries,
     raise_keys,
 )
 from favor_np.kernels.bfloat16 import words_along
+from favor_np.kernels.floats import flush_beside
 from favor_np.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import (
@@ -67,7 +68,10 @@ from favor_np.kernels.spread import (
     keep_group,
     lift_squares,
 )
+from favor_np.kernels.state import add_rows, add_sums
 
+#: Positions of a chunk that are tried together once its keys did not fit together: they may not again.
+PIECE = 8
 #: What is done to a chunk: its keys are folded, its queries read, or both.
 FOLD, READ, WHOLE = range(3)
 #: A problem, which is a row of the table of jobs, and where its results go.
@@ -117,16 +121,20 @@ def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
 
 
 @jit()
-def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming):
+def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming, spare):
     """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while rows are fetched that are coming."""
-    width, half = keys.shape[2], keys.shape[0] // par.signs * keys.shape[2]
-    done = 0
+    width, features, done = keys.shape[2], sums.shape[1], 0
     for t in range(keys.shape[0]):
-        r0 = t % par.signs * half + t // par.signs * width
-        state = s[slot, r0 : r0 + width]
-        done = fold_keys(words, keys[t], values, count, state, add, coming, done)
-    for r in range(z.shape[1]):
-        z[slot, r] = z[slot, r] + sums[0, r] if add else sums[0, r]
+        r0 = t % par.signs * (features // par.signs) + t // par.signs * width
+        more = spare if add else s[slot, r0 : r0 + width]
+        done = fold_keys(words, keys[t], values, count, more, coming, done)
+        if add:
+            add_rows(s[slot], r0, features + r0, width, spare)
+    if add:
+        add_sums(z, slot, features, sums, 0, 0)
+    else:
+        for r in range(features):
+            z[slot, r] = sums[0, r]
 
 
 @jit()
@@ -284,9 +292,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
 @jit()
 def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, keys, t):
     """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
-    rows = -(-count // 8) * 8
-    blocks, width = keys.shape[0] // par.signs, keys.shape[2]
-    half = blocks * width
+    rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
     accepted = count
     fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
     turn_keys(t.words, t.planes, t)
@@ -296,27 +302,33 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
             for b in range(blocks):
                 project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
                              keys[b * par.signs], rows, d)  # fmt: skip
-            accepted = raise_keys(
-                par, rows, count, keys, t.height, lift, bias, w, c, s, z, slot, t.excess, t.scale
-            )
+            accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
+                                  t.excess, t.scale)  # fmt: skip
             for i in range(accepted, rows):
                 t.height[i] = par.masked
         over = 0
         for b in range(blocks):
-            tile = b * par.signs
-            if not known:
-                project_keys(t.words, t.planes, t, weight, cut_weight, w + b, keys[tile], rows,
-                             d)  # fmt: skip
-            for side in range(par.signs - 1, -1, -1):
-                r0 = side * half + b * width
-                reach = activate_keys(
-                    par, 1 - 2 * side, rows, keys[tile], t.height, lift, bias, w + b, c, slot, r0,
-                    keys[tile + side], t.share, t.sums,
-                )  # fmt: skip
-                over = max(over, reach)
+            for again in range(1 if known else 2):
+                if not known:
+                    project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
+                                 keys[b * par.signs], rows, d)  # fmt: skip
+                if again == 1 and raise_keys(par, rows, count, keys, b, b + 1, t.height, lift, bias, w, c, s,
+                                             z, slot, t.excess, t.scale) < count:  # fmt: skip
+                    break
+                reach = activate_block(par, rows, keys, b, t, lift, bias, w, c, slot)
+                if reach <= RAISE_KEYS:
+                    break
+            over = max(over, reach)
         if over <= RAISE_KEYS:
             break
     return accepted
+
+
+@jit()
+def piece(start, end, split):
+    """How many positions to take next: to the end of the chunk, or few where it had to be split."""
+    count = min(CHUNK - start % CHUNK, end - start)
+    return min(count, PIECE) if split else count
 
 
 @jit()
@@ -338,11 +350,13 @@ def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
         soon(p.k, coming.a_row, following)
         soon(p.v, coming.b_row, following)
     clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
+    flush_beside(t.values, taken, c, True)
     load_keys(t.words, reads, keys, t, -(-count // 8) * 8, clean)
     if reads:
         load_state(t.words, par, features, c, s, z, slot, keys.shape[2])
         for g in range(p.q_rows.size):
             read(t.words, par, p, g, start, taken, c, s, z, slot, keys, clean, ahead, following, t)
     if what != READ:
-        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, coming)
+        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, coming,
+                   t.spare)  # fmt: skip
     return taken

@@ -34,6 +34,7 @@ from favor_np.kernels.bfloat16 import (
     words_for,
 )
 from favor_np.kernels.chunk import own_values
+from favor_np.kernels.floats import flush_beside
 from favor_np.kernels.gemm import gemm_t, project_t, soon
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave, report
@@ -169,11 +170,11 @@ def load_values(words, t, clean):
 
 @jit()
 def longest_of(squares, limit):
-    """The largest finite squared norm after shortening to limit."""
+    """The largest finite squared norm; infinity if a row was longer than limit, and is shortened."""
     longest = 0.0
     for square in squares:
         if square < math.inf:
-            longest = max(longest, min(square, limit * limit))
+            longest = max(longest, square if square < limit * limit else math.inf)
     return longest
 
 
@@ -195,14 +196,18 @@ def pack_queries(par, q, row, count, t):
 def pack_keys(par, k, row, count, mask, mask_row, t):
     """Pack a tile of keys; the longest squared norm and the first key that is not finite."""
     pack(k, row, 1, count, t.rows, par.limit, t.key_square)
-    load_keys(t.words, t.planes, t)
     bad = CHUNK
     for j in range(CHUNK):
-        alive = j < count and (mask_row < 0 or mask[mask_row + j])
-        if alive and t.key_square[j] == math.inf:
-            alive, bad = False, min(bad, j)
-        t.ones[0, j] = 1 if alive else 0
-        t.c[0, j] = 0 if alive else -4 * int(par.far)
+        seen = j < count and (mask_row < 0 or mask[mask_row + j])
+        if j < count and not seen:  # whatever it is: no logit of it may be large
+            t.key_square[j] = 0
+            for x in range(k.shape[1]):
+                t.rows[j, x] = 0
+        if seen and t.key_square[j] == math.inf:
+            seen, bad = False, min(bad, j)
+        t.ones[0, j] = 1 if seen else 0
+        t.c[0, j] = 0 if seen else -4 * int(par.far)
+    load_keys(t.words, t.planes, t)
     return longest_of(t.key_square[:count], par.limit), bad
 
 
@@ -287,6 +292,7 @@ def exact_block(par, q, k, v, mask, job, out, t):
         m_row = mask_row + start if mask_row >= 0 else -1
         longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
+        flush_beside(t.values, here, t.top, True)
         following = min(CHUNK, keys_count - start - here)
         soon(k, k_row + start + here, following)
         soon(v, v_row + start + here, following)
@@ -315,7 +321,7 @@ def exact_block(par, q, k, v, mask, job, out, t):
 @jit()
 def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, ctl, n):
     """What the kernels do; which of `unit` and `cut_unit` are None is known to the compiler."""
-    me = enter(ctl)
+    me, mode = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(
         unit, cut_unit, floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes
@@ -332,7 +338,7 @@ def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, c
         finished += 1
     end_unit(unit)
     end_unit(cut_unit)
-    return leave(ctl, finished)
+    return leave(ctl, finished, mode)
 
 
 @jit(cache=True)

@@ -12,6 +12,7 @@ from collections import namedtuple
 
 import numpy as np
 
+from favor_np.kernels.floats import flush_beside
 from favor_np.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.jobs import claim, enter, leave
@@ -65,6 +66,9 @@ def pack_key_block(par, k, k_row, v, v_row, count, mask, mask_row, t):
         here = min(CHUNK, count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
         pack(k, k_row + start, 1, here, t.k[b], par.limit, t.square)
+        for j in range(here if mask_row >= 0 else 0):
+            for x in range(k.shape[1] if not mask[m_row + j] else 0):
+                t.k[b, j, x] = 0
         across(t.k[b], t.k_columns[b])
         pack_values(v, v_row + start, 1, here, t.v, mask, m_row)
         across(t.v, t.v_columns[b])
@@ -84,6 +88,7 @@ def pack_query_tile(par, q, q_row, g, g_row, count, mask, t):
             t.q[i, x] *= factor
     across(t.q, t.q_columns)
     pack_values(g, g_row, 1, count, t.g, mask, -1)
+    flush_beside(t.g, count, t.c, True)
     across(t.g, t.g_columns)
 
 
@@ -171,7 +176,7 @@ def differentiate_exact(
     par, q, k, v, g, rows, mask, jobs, q_rows, g_rows, dq_rows, out, floats, ints, ctl, n
 ):
     """Take jobs until none is left; how many are finished by now."""
-    me = enter(ctl)
+    me, mode = enter(ctl)
     t = carve_gradient(floats[me], ints[me], q.shape[1], v.shape[1])
     finished = 0
     while True:
@@ -184,4 +189,4 @@ def differentiate_exact(
                 par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows, offset, out, t
             )
         finished += 1
-    return leave(ctl, finished)
+    return leave(ctl, finished, mode)

@@ -6,13 +6,15 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.chunk import WHOLE, Problem, attend_chunk, carve, read
+from favor_np.kernels.chunk import WHOLE, Problem, attend_chunk, carve, piece, read
+from favor_np.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mode
 from favor_np.kernels.jit import jit
 from favor_np.kernels.jobs import claim, enter, leave
 from favor_np.kernels.pack import CHUNK, Map, Result
 from favor_np.kernels.products import begin_unit, end_unit, load_state
 from favor_np.kernels.relay import attend_relay
 from favor_np.kernels.spread import carve_groups
+from favor_np.kernels.state import PAD, begin, fold_tail
 from favor_np.kernels.step import step_token
 
 #: What a kernel needs to know about the feature map and the call.
@@ -38,22 +40,6 @@ def parameters(constants):
 
 
 @jit()
-def begin(par, job, me, c, s, z, width):
-    """The slot of a job's state; if it has none, that of this thread, without a key."""
-    if job[5] >= 0:
-        return job[5]
-    tiles = c.shape[1] // width
-    blocks = tiles // par.signs
-    for b in range(tiles):
-        features = min(par.filled, job[7] - b % blocks * par.filled)
-        for r in range(width):
-            c[me, b * width + r] = 4 * int(par.far) * (-1 if r < features else par.idle)
-    s[me] = 0
-    z[me] = 0
-    return me
-
-
-@jit()
 def clock_of(clocks, job):
     """By how much the first key of a job is raised, and by how much more every further one."""
     if clocks.size > 0:
@@ -64,11 +50,13 @@ def clock_of(clocks, job):
 @jit()
 def attend_one(par, p, c, s, z, slot, t):
     """Everything for one problem: its keys and values, one state, its group of queries."""
-    start, keys_count, queries_count = 0, p.row[3], p.row[6]
+    start, keys_count, queries_count, split = 0, p.row[3], p.row[6], False
     while start < keys_count:
-        count = min(CHUNK - start % CHUNK, keys_count - start)
-        start += attend_chunk(par, p, WHOLE, start, count, count, c, s, z, slot, t.keys, t)
-    if not par.causal:
+        count = piece(start, keys_count, split)
+        taken = attend_chunk(par, p, WHOLE, start, count, count, c, s, z, slot, t.keys, t)
+        start, split = start + taken, taken < count
+    if not par.causal and queries_count > 0:
+        set_float_mode(IEEE | FLUSH if ordinary_sums(s, slot, c.shape[1] - PAD) else IEEE)
         load_state(t.words, par, p.row[7], c, s, z, slot, t.keys.shape[2])
         for g in range(p.q_rows.size):
             for start in range(0, queries_count, CHUNK):
@@ -86,9 +74,9 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
     products are in bfloat16 or, if the map's weights are cut into planes, projections are products of
     planes.
     """
-    me = enter(ctl)
+    me, mode = enter(ctl)
     width = fm.key.shape[2]
-    blocks = c.shape[1] // (width * par.signs)
+    blocks = (c.shape[1] - PAD) // (width * par.signs)
     t = carve(par, unit, fm.key_planes, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
     groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
@@ -106,10 +94,12 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
         if relay is not None:
             attend_relay(par, p, relay, job, c, s, z, floats, t)
         else:
-            attend_one(par, p, c, s, z, begin(par, row, me, c, s, z, width), t)
+            slot = begin(par, row, me, c, s, z, width)
+            fold_tail(c, s, z, slot, width, t.spare)
+            attend_one(par, p, c, s, z, slot, t)
         end_unit(unit)
         finished += 1
-    return leave(ctl, finished)
+    return leave(ctl, finished, mode)
 
 
 @jit(cache=True)
@@ -160,9 +150,10 @@ def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_plan
 def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, out_rows, clocks, rows, weights,
                   tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
     """The same as `attend` for causal problems of one token each, which is not masked."""
-    par, me, finished = parameters(constants), enter(ctl), 0
+    par, finished = parameters(constants), 0
+    me, mode = enter(ctl)
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
-    blocks = c.shape[1] // (width * par.signs)
+    blocks = (c.shape[1] - PAD) // (width * par.signs)
     t = carve(par, None, None, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
     while True:
         job = claim(ctl)
@@ -173,4 +164,4 @@ def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, ou
         step_token(par, q, q_rows[job, 0], k, row[0], v, row[1], fm, row[4], row[7], clock, c, s, z, slot,
                    Result(rows, weights, tops), out_rows[job, 0], t)  # fmt: skip
         finished += 1
-    return leave(ctl, finished)
+    return leave(ctl, finished, mode)

@@ -20,8 +20,9 @@ from collections import namedtuple
 import numpy as np
 
 from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
-from favor_np.kernels.chunk import fold_chunk, map_keys, own_values
-from favor_np.kernels.favor import begin, clock_of, parameters
+from favor_np.kernels.chunk import fold_chunk, map_keys, own_values, piece
+from favor_np.kernels.favor import clock_of, parameters
+from favor_np.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
 from favor_np.kernels.gemm import gemm, gemm_t
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.jobs import claim, enter, leave
@@ -53,10 +54,11 @@ from favor_np.kernels.simd import (
     store,
     sum_lanes,
 )
+from favor_np.kernels.state import PAD, begin, fold_tail
 
 #: What the pullback works from; out, weights and tops are what the forward pass wrote.
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
-#: What it writes: rows or, if these are not empty, for each job sums over its rows.
+#: What it writes: rows or, if these are not empty, for each job sums over its rows, in float64.
 Gradients = namedtuple("Gradients", "q k v projection bias")
 #: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.  If the
 #: map's weights are cut into planes, those of queries as right factor, those of keys as left one, and the unit.
@@ -299,7 +301,9 @@ def pull_chunk(
     w, features_count = job[4], job[7]
     blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
     half = blocks * width
+    set_float_mode(IEEE)
     side_b(par, x, job, of_keys, at, step, count, fm, t)
+    flush_beside(t.other, count, c, ordinary_sums(s, slot, c.shape[1] - PAD))
     weight = fm.key if of_keys else fm.query
     cut_weight = natural.key_planes if of_keys else fm.query_planes
     rows_of_weight = natural.key if of_keys else natural.query
@@ -329,8 +333,10 @@ def pull_chunk(
                 gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
             errors(par, side, cols, features, z, slot, r0, to.bias, job[12], b * width, t)
         if to.projection.size > 0:
-            total = to.projection[job[12], b * width : (b + 1) * width]
-            gemm(t.error, t.rows, total, 0, width, 0, dcols, 0, count, True)
+            gemm(t.error, t.rows, t.stretched, 0, width, 0, dcols, 0, count, False)
+            for r in range(width):
+                for y in range(dcols):
+                    to.projection[job[12], b * width + r, y] += t.stretched[r, y]
         else:
             gemm_t(t.error, rows_of_weight[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
     if to.projection.size > 0:
@@ -370,9 +376,10 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
     step = -1 if of_keys and par.causal else 1
     first = a_count - 1 if step < 0 else 0
     mine = fm.bias if of_keys else none
-    done = 0
+    done, split = 0, False
     while done < a_count:
-        count = min(CHUNK - done % CHUNK, a_count - done)
+        set_float_mode(IEEE)
+        count = piece(done, a_count, split)
         at = first + step * done
         if of_keys:
             taken, clean = queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z,
@@ -383,8 +390,9 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
         if par.causal:
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
                        natural, c, s, z, slot, to, t)  # fmt: skip
-        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, True, None)
-        done += taken
+        flush_beside(t.values, taken, c, True)
+        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
+        done, split = done + taken, taken < count
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,
                    natural, c, s, z, slot, to, t)  # fmt: skip
@@ -393,9 +401,10 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
 @jit(cache=True)
 def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, ints, ctl, n):
     """Take jobs until none is left; how many are finished by now."""
-    par, me = parameters(constants), enter(ctl)
+    par = parameters(constants)
+    me, mode = enter(ctl)
     t = carve(par, fm.key_planes, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
-              c.shape[1] // (fm.key.shape[2] * par.signs))  # fmt: skip
+              (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
     begin_unit(natural.unit)
     finished = 0
     while True:
@@ -403,8 +412,9 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
         if job >= n:
             break
         slot = begin(par, jobs[job], me, c, s, z, fm.key.shape[2])
+        fold_tail(c, s, z, slot, fm.key.shape[2], t.spare)
         clock, rate = clock_of(clocks, job)
         pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1
     end_unit(natural.unit)
-    return leave(ctl, finished)
+    return leave(ctl, finished, mode)

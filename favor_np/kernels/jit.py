@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import os
 import pickle
+import pkgutil
 import stat
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import llvmlite
@@ -35,30 +37,58 @@ FAST = frozenset({"contract", "reassoc", "nsz", "arcp", "afn"})
 EXACT = frozenset({"contract"})
 
 _PACKAGE = Path(__file__).parent
+_FROZEN = bool(getattr(sys, "frozen", False))
+#: What of this package is on the disk: its folder, the archive it is in, the program it is frozen in.
+_PLACE = Path(sys.executable) if _FROZEN else _PACKAGE
+_PLACE = next(path for path in (_PLACE, *_PLACE.parents) if path.exists())
 
 
 def _sources() -> str:
     """Digest of everything compiled code depends on that a kernel's signature does not tell."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    files = sorted(_PACKAGE.glob("*.py"))
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16] if files else ""
+    parts = [path.read_bytes() for path in sorted(_PACKAGE.glob("*.py"))] or list(_loaded())
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16] if parts else ""
+
+
+def _loaded() -> Iterator[bytes]:
+    """Return the modules of this package as their loaders know them: source or code."""
+    package = sys.modules[__package__]
+    for name in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        spec = importlib.util.find_spec(f"{__package__}.{name}")
+        loader: Any = None if spec is None else spec.loader
+        source = loader.get_source(f"{__package__}.{name}")
+        if source is None:
+            source = _described(loader.get_code(f"{__package__}.{name}"))
+        yield source.encode()
+
+
+def _described(value: object) -> str:
+    """Describe code, the same in every process: the bytes of marshal are not."""
+    if isinstance(value, frozenset):
+        return str(sorted(map(_described, value)))
+    if isinstance(value, CodeType):
+        names = value.co_names, value.co_varnames, value.co_cellvars, value.co_freevars
+        counts = value.co_argcount, value.co_kwonlyargcount, value.co_flags
+        return repr((value.co_code, names, counts, [*map(_described, value.co_consts)]))
+    return repr(value)
 
 
 try:  # now, before an editor changes what is being imported
     SOURCES = _sources()
-except OSError:
+except (AttributeError, ImportError, OSError):
     SOURCES = ""
 
 
 def _folders() -> list[Path]:
     """Return where machine code may lie: it is read in all of these, and written in the first."""
-    name = f"favor_np-{hashlib.sha256(str(_PACKAGE).encode()).hexdigest()[:16]}"
+    name = f"favor_np-{hashlib.sha256(str(_PLACE).encode()).hexdigest()[:16]}"
     if numba.config.CACHE_DIR:
         return [Path(numba.config.CACHE_DIR).absolute() / name]
     home = Path(AppDirs("favor_np", appauthor=False).user_cache_dir) / name
-    return [_PACKAGE / "__pycache__", *([home] if home.is_absolute() else [])]
+    beside = [] if _FROZEN else [_PACKAGE / "__pycache__"]  # what it unpacks may be gone afterwards
+    return [*beside, *([home] if home.is_absolute() else [])]
 
 
 def _trusted(folder: Path) -> bool:
@@ -66,7 +96,7 @@ def _trusted(folder: Path) -> bool:
     if os.name != "posix" or _PACKAGE in folder.parents:
         return True
     found = folder.stat()
-    owners = (os.geteuid(), 0, _PACKAGE.stat().st_uid)
+    owners = (os.geteuid(), 0, _PLACE.stat().st_uid)
     return found.st_uid in owners and not found.st_mode & stat.S_IWOTH
 
 

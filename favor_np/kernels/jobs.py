@@ -6,6 +6,7 @@ is left and returns how many are finished by then, so that the last one knows th
 
 from __future__ import annotations
 
+from favor_np.kernels.floats import IEEE, float_mode, set_float_mode
 from favor_np.kernels.jit import jit
 from favor_np.kernels.simd import fetch_add
 
@@ -15,8 +16,10 @@ NEXT, CAME, FINISHED, TROUBLE = 0, 4, 8, 12
 
 @jit()
 def enter(ctl):
-    """The number of this thread, which is that of its workspace."""
-    return fetch_add(ctl, CAME, 1)
+    """The number of this thread, which is that of its workspace, and its floating-point mode, which changes."""
+    mode = float_mode()
+    set_float_mode(IEEE)
+    return fetch_add(ctl, CAME, 1), mode
 
 
 @jit()
@@ -32,8 +35,9 @@ def report(ctl):
 
 
 @jit()
-def leave(ctl, finished):
-    """Count the jobs this thread has done; how many are finished by now."""
+def leave(ctl, finished, mode):
+    """Put the floating-point mode back and count the jobs this thread has done; how many are finished by now."""
+    set_float_mode(mode)
     if finished == 0:  # came too late: whoever finished the last job has said so
         return 0
     return fetch_add(ctl, FINISHED, finished) + finished

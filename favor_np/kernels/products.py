@@ -184,14 +184,14 @@ def load_keys(words, reads, keys, t, rows, clean):
 
 
 @jit()
-def fold_keys(words, keys, values, count, s, add, coming, done):
-    """``S (+)= phi_k.T V`` for one tile of features, s being its rows; see `gemm_t_fetching`."""
-    width, vcols = s.shape
+def fold_keys(words, keys, values, count, s, coming, done):
+    """``S = phi_k.T V`` for one tile of features, s being its rows; see `gemm_t_fetching`."""
+    width, vcols = keys.shape[1], s.shape[1]
     if words is None:
-        return gemm_t_fetching(keys, values, s, 0, width, 0, vcols, 0, count, add, coming, done)
+        return gemm_t_fetching(keys, values, s, 0, width, 0, vcols, 0, count, False, coming, done)
     words_down(keys, CHUNK, width, words.folded)
     turn_words(words.folded, CHUNK // 2, width, words.folded_t)
-    gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, add)
+    gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, False)
     return done
 
 
@@ -200,7 +200,7 @@ def load_state(words, par, features_count, c, s, z, slot, width):
     """Prepare a state for `read_blocks`, with c of no key where no query reads."""
     if words is None:
         return
-    features, half = words.turned.shape[1], s.shape[1] // par.signs
+    features, half = words.turned.shape[1], words.c.shape[0] // par.signs * width
     for tile in range(words.c.shape[0]):
         b, r0 = tile // par.signs, tile % par.signs * half + tile // par.signs * width
         filled = min(par.filled, features_count - b * par.filled)

@@ -16,11 +16,11 @@ import sys
 
 from numba import types
 
-from favor_np.kernels.activate import raise_state
-from favor_np.kernels.chunk import FOLD, READ, WHOLE, attend_chunk
+from favor_np.kernels.chunk import FOLD, READ, WHOLE, attend_chunk, piece
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import CHUNK, cut
-from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load, store
+from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load
+from favor_np.kernels.state import PAD, add_state, copy_state, raise_state
 
 #: The third kind of job, beside FOLD and READ: the states of a group are added up.
 SCAN = 2
@@ -122,28 +122,13 @@ def note_fold(relay, chunk, basis, fits, c):
 
 
 @jit()
-def add_state(relay, chunk, c, s, z, scale):
+def scan_state(relay, chunk, c, s, z, scale):
     """Add the state of a chunk to the sum of those before it, and put in its place what that was."""
     slot, before, total = slot_of(relay, chunk), slot_of(relay, chunk - 1), slot_of(relay, -1)
-    lanes, moved = VECTOR_BYTES // z.itemsize, relay[note(relay, slot) + MOVED] == chunk
-    for r in range(0, c.shape[1] if moved else 0, lanes):
-        raise_state(load(c, before, r), load(c, slot, r), s, z, total, r, scale)
-    sums, own = s[total], s[slot]
-    for r in range(z.shape[1]):
-        z[slot, r], z[total, r] = z[total, r], z[total, r] + z[slot, r]
-        for x in range(0, s.shape[2], lanes):
-            up_to = load(sums, r, x)
-            store(sums, r, x, up_to + load(own, r, x))
-            store(own, r, x, up_to)
-
-
-@jit()
-def copy_state(s, z, source, target):
-    """Copy S and z of a state."""
-    for r in range(z.shape[1]):
-        z[target, r] = z[source, r]
-        for x in range(s.shape[2]):
-            s[target, r, x] = s[source, r, x]
+    features, moved = c.shape[1] - PAD, relay[note(relay, slot) + MOVED] == chunk
+    for r in range(0, features if moved else 0, VECTOR_BYTES // z.itemsize):
+        raise_state(load(c, before, r), load(c, slot, r), s, z, total, features, r, scale)
+    add_state(c, s, z, slot, total)
 
 
 @jit()
@@ -170,14 +155,17 @@ def attend_relay(par, p, relay, number, c, s, z, floats, t):
             if what != READ:
                 note_fold(relay, i, basis, taken == end - at, c)
         if what == SCAN and relay[own + FITS]:
-            add_state(relay, i, c, s, z, t.scale)
+            scan_state(relay, i, c, s, z, t.scale)
         elif what == SCAN:  # a chunk in pieces, as one thread goes through it
             for r in range(c.shape[1]):
                 c[slot, r] = c[slot_of(relay, i - 1), r]
-            copy_state(s, z, total, slot)
+            copy_state(s, z, total, slot, c.shape[1] - PAD)
+            split = False
             while at < end:
-                at += attend_chunk(par, p, WHOLE, at, end - at, end - at, c, s, z, slot, keys, t)
-            copy_state(s, z, slot, total)
+                count = piece(at, end, split)
+                taken = attend_chunk(par, p, WHOLE, at, count, count, c, s, z, slot, keys, t)
+                at, split = at + taken, taken < count
+            copy_state(s, z, slot, total, c.shape[1] - PAD)
     if what == FOLD and chunk == 0:
         pass_on(relay, FOLD, -1)
     pass_on(relay, what, turn)

@@ -1,10 +1,11 @@
-"""One token: fold one key and value, read with one query."""
+"""One token: one key and value more in the tail of a state, read with one query."""
 
 from __future__ import annotations
 
 import math
 
 from favor_np.kernels.activate import RAISE_KEYS, factor, log_feature
+from favor_np.kernels.floats import flush_beside
 from favor_np.kernels.gemm import project_two
 from favor_np.kernels.jit import EXACT, jit
 from favor_np.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
@@ -19,6 +20,13 @@ from favor_np.kernels.simd import (
     splat,
     store,
     sum_lanes,
+)
+from favor_np.kernels.state import (
+    TAIL,
+    add_pair,
+    fold_tail,
+    scale_row,
+    tail,
 )
 
 
@@ -43,19 +51,23 @@ def step_token(
     out_row,
     t,
 ):
-    """Fold one key and value, then read with one query: a chunk of one, without its tiles."""
-    lanes = VECTOR_BYTES // q.itemsize
-    width, state = fm.key.shape[2], s[slot]
-    half = z.shape[1] // par.signs
+    """Add one key and value to the tail of a state, then read with one query."""
+    lanes, width, every = VECTOR_BYTES // q.itemsize, fm.key.shape[2], t.sums.shape[1]
+    half = every // par.signs
+    if c[slot, every] == TAIL:
+        fold_tail(c, s, z, slot, width, t.spare)
+    count, state = c[slot, every], s[slot]
+    keys, values = tail(s, z, slot, every)
     pack(q, q_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
     pack(k, k_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
-    pack_values(v, v_row, 1, 1, t.values[0:1], t.square, -1)
+    pack_values(v, v_row, 1, 1, values[count : count + 1], t.square, -1)
+    flush_beside(values[count : count + 1], 1, c, True)
     if par.affine:
         center(t.rows[1:2], 1, fm.affine[w, QUERY_CENTER], t.square[1:2])
     heights(par, fm, w, 1, q.shape[1], t)
     height = splat(q, min(t.square[0], par.far) - (clock - math.floor(clock)))
     lift = splat(c, math.floor(clock))
-    raised = False
+    raised, spoiled = False, splat(q, math.nan if t.square[0] == math.inf else 0)
     for b in range(half // width):
         project_two(t.rows, fm.key[w + b], t.raw, width, q.shape[1])
         queries = t.raw
@@ -73,28 +85,32 @@ def step_token(
                 if highest(nearest(y) - old) > RAISE_KEYS:
                     top, raised = maximum(old, nearest(y)), True
                     by = exp2(splat(q, 0), old - top)
-                value = exp2(y, nearest(y) - top) * factor(par, x)
+                value = exp2(y, nearest(y) - top) * factor(par, x) + spoiled
                 store(c, slot, r, top + lift)
-                store(z, slot, r, fma(load(z, slot, r), by, value))
+                store(z, slot, r, load(z, slot, r) * by)
+                store(z, slot, every + r, load(z, slot, every + r) * by)
+                add_pair(z, slot, r, slot, every + r, value)
                 store(t.sums, 0, r, value)
                 store(t.scale, 0, r, by)
                 store(t.token, 0, r, turn * load(queries, 1, f))
-    if t.square[0] == math.inf:
-        for r in range(z.shape[1]):
-            t.sums[0, r] = z[slot, r] = math.nan
     if raised:
-        for r in range(z.shape[1]):
-            for x in range(state.shape[1]):
-                state[r, x] *= t.scale[0, r]
+        for r in range(every):
+            if t.scale[0, r] != 1:
+                scale_row(state, r, t.scale[0, r])
+                scale_row(state, every + r, t.scale[0, r])
+                scale_row(keys, r, t.scale[0, r])
+    for r in range(every):
+        keys[r, count] = t.sums[0, r]
+    c[slot, every] = count + 1
     level = splat(c, -8 * int(par.far))
     for side in range(par.signs):
         for r in range(side * half + features, (side + 1) * half):
             t.token[0, r] = -par.masked  # padding, no feature
-    for r in range(0, z.shape[1], lanes):
+    for r in range(0, every, lanes):
         y = log_feature(par, load(t.token, 0, r))
         level = maximum(level, nearest(y) + load(c, slot, r))
     shift = splat(c, highest(level))
-    for r in range(0, z.shape[1], lanes):
+    for r in range(0, every, lanes):
         x = load(t.token, 0, r)
         y = log_feature(par, x)
         value = exp2(y, nearest(y) + (load(c, slot, r) - shift))
@@ -103,44 +119,54 @@ def step_token(
         for r in range(side * half + features, (side + 1) * half):
             t.token[0, r] = 0
     den = splat(q, 0)
-    for r in range(0, z.shape[1], lanes):
+    for r in range(0, every, lanes):
         den = fma(load(t.token, 0, r), load(z, slot, r), den)
     t.den[0, 0] = sum_lanes(den)
     t.top[0, 0] = highest(level)
-    step_values(state, t.values, t.sums, t.token, t.num)
+    score_tail(keys, t.token, t.scores)
+    read_state(state, every, t.token, count + 1, t.scores, t.num)
     write_rows(t.num, t.den[0], t.top[0], t.square[1:2], 1, out, out_row)
 
 
 @jit(fastmath=EXACT)
-def step_values(state, values, phi_k, phi_q, num):
-    """``state[r] += phi_k[r] v`` and ``num = phi_q . state``, in one pass over the state."""
+def score_tail(keys, phi, scores):
+    """``scores = phi . keys``, one for each token of the tail."""
+    lanes = VECTOR_BYTES // keys.itemsize
+    for j in range(0, TAIL, lanes):
+        a0 = a1 = a2 = a3 = splat(keys, 0)
+        for r in range(0, keys.shape[0], 4):
+            a0 = fma(splat(keys, phi[0, r]), load(keys, r, j), a0)
+            a1 = fma(splat(keys, phi[0, r + 1]), load(keys, r + 1, j), a1)
+            a2 = fma(splat(keys, phi[0, r + 2]), load(keys, r + 2, j), a2)
+            a3 = fma(splat(keys, phi[0, r + 3]), load(keys, r + 3, j), a3)
+        store(scores, 0, j, (a0 + a1) + (a2 + a3))
+
+
+@jit(fastmath=EXACT)
+def read_state(state, features, phi, count, scores, num):
+    """``num = phi . S + scores . values`` of the tail, in one pass over a state."""
     lanes = VECTOR_BYTES // state.itemsize
     x = 0
     while x + 4 * lanes <= state.shape[1]:
-        v0, v1 = load(values, 0, x), load(values, 0, x + lanes)
-        v2, v3 = load(values, 0, x + 2 * lanes), load(values, 0, x + 3 * lanes)
         n0 = n1 = n2 = n3 = splat(state, 0)
-        for r in range(state.shape[0]):
-            a, b = splat(state, phi_k[0, r]), splat(state, phi_q[0, r])
-            s0 = fma(v0, a, load(state, r, x))
-            s1 = fma(v1, a, load(state, r, x + lanes))
-            s2 = fma(v2, a, load(state, r, x + 2 * lanes))
-            s3 = fma(v3, a, load(state, r, x + 3 * lanes))
-            store(state, r, x, s0)
-            store(state, r, x + lanes, s1)
-            store(state, r, x + 2 * lanes, s2)
-            store(state, r, x + 3 * lanes, s3)
-            n0, n1, n2, n3 = fma(s0, b, n0), fma(s1, b, n1), fma(s2, b, n2), fma(s3, b, n3)
+        for part in range(2):
+            weights, first = (phi, 0) if part == 0 else (scores, 2 * features)
+            for r in range(features if part == 0 else count):
+                b, at = splat(state, weights[0, r]), first + r
+                n0 = fma(load(state, at, x), b, n0)
+                n1 = fma(load(state, at, x + lanes), b, n1)
+                n2 = fma(load(state, at, x + 2 * lanes), b, n2)
+                n3 = fma(load(state, at, x + 3 * lanes), b, n3)
         store(num, 0, x, n0)
         store(num, 0, x + lanes, n1)
         store(num, 0, x + 2 * lanes, n2)
         store(num, 0, x + 3 * lanes, n3)
         x += 4 * lanes
     while x < state.shape[1]:
-        v0, n0 = load(values, 0, x), splat(state, 0)
-        for r in range(state.shape[0]):
-            s0 = fma(v0, splat(state, phi_k[0, r]), load(state, r, x))
-            store(state, r, x, s0)
-            n0 = fma(s0, splat(state, phi_q[0, r]), n0)
+        n0 = splat(state, 0)
+        for r in range(features):
+            n0 = fma(load(state, r, x), splat(state, phi[0, r]), n0)
+        for j in range(count):
+            n0 = fma(load(state, 2 * features + j, x), splat(state, scores[0, j]), n0)
         store(num, 0, x, n0)
         x += lanes

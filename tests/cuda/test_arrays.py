@@ -140,4 +140,4 @@ print("done")
 
 
 def test_arrays_of_numba_and_of_others():
-    assert child.python(stub_driver.CHILD + CODE, timeout=300) == "done\n"
+    assert child.python(stub_driver.CHILD + CODE) == "done\n"

@@ -178,7 +178,7 @@ def test_the_tests_of_a_gpu_are_skipped_or_fail(environ, status, text):
         env=os.environ | {"NUMBA_DISABLE_CUDA": "1"} | environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=child.HANG,
         check=False,
     )
     assert done.returncode == status

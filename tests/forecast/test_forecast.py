@@ -424,7 +424,7 @@ def test_the_shortest_series(count):
 
 def test_what_is_timed_was_compiled_before():
     """Threads share a long sequence by a kernel of its own: a first run that is short is not enough."""
-    from favor_np.forecast._forecast import timed
+    from favor_np.forecast._compare import timed
 
     rows = []
     timed(rows.append, 9000)

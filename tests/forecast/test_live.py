@@ -129,8 +129,18 @@ def test_the_windows_of_the_calibration_are_forgotten():
         before = fitted.state.feature_map
         assert (plain.push(price) == fitted.push(price)) == (done < 33 + PREFIX)
         changed = fitted.state.feature_map is not before
-        assert changed == (done == 32 + PREFIX)
+        assert changed == (done == 33 + PREFIX)  # the price after the last of them
     assert fitted._prefix is plain._prefix is None
+
+
+def test_a_call_between_two_prices_calibrates_and_no_price_does():
+    early, late = LiveForecast(num_features=64), LiveForecast(num_features=64)
+    for done, price in enumerate(walk(600)):
+        before = early.state.feature_map
+        assert early.push(price) == late.push(price)
+        assert early.state.feature_map is before
+        assert early.calibrate() == (done == 32 + PREFIX)
+    assert not LiveForecast(num_features=64, calibration="none").calibrate()
 
 
 def test_a_copy_goes_its_own_way():
@@ -199,6 +209,8 @@ def test_replay(target):
     assert seen == [("replay", 300, 300)]
     longer = replay(forecast(walk(600), target=target, window=8, num_features=64))
     assert longer.state_bytes == record.state_bytes
+    assert longer.calibration_seconds > 0  # and in no tick
+    assert record.calibration_seconds > 0
 
 
 def test_replay_sees_a_difference():

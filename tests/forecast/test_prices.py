@@ -257,40 +257,7 @@ def test_from_array_checks():
     assert "'prices': 2, price 1 to price 2, step 1 step" in repr(Prices.from_array([1.0, 2.0]))
 
 
-def sessions(days, minutes, start="2024-03-04T14:30", gap=1):
-    """Times of bars of a minute, in sessions of so many minutes on Monday to Friday."""
-    first = np.datetime64(start)
-    busy = np.array([d for d in range(days) if np.is_busday(first.astype("M8[D]") + d)])
-    times = first + 1440 * busy[:, None] + gap * np.arange(minutes)
-    return times.ravel()
-
-
-@pytest.mark.parametrize(
-    ("times", "expected"),
-    [
-        (sessions(1, 390), 98_280),
-        (sessions(5, 390), 98_280),
-        (sessions(12, 7, gap=60), 252 * 7),
-        (np.datetime64("2024-01-02T00:00") + np.arange(3000), 525_960),  # round the clock
-        (np.datetime64("2024-01-02T07:00") + 60 * np.arange(40), 8766),
-        (np.datetime64("2024-01-02") + np.arange(400), 365.25),
-    ],
-)
-def test_steps_a_year(times, expected):
-    prices = Prices(100 + np.sin(np.arange(len(times))), times.astype("M8[us]"))
-    assert prices.steps_per_year == pytest.approx(expected, rel=1e-9)
-
-
-def test_long_sessions_are_counted():
-    times = sessions(364, 390)
-    prices = Prices(100 + np.sin(np.arange(len(times))), times)
-    assert prices.steps_per_year == pytest.approx(390 * 261, rel=0.01)
-    assert prices.gaps == (259, 1440 * 3 - 389)
-    assert Prices.from_array([1.0, 2.0]).gaps == (0, 1.0)
-    assert np.isnan(Prices.from_array([1.0, 2.0]).steps_per_year)
-
-
-def test_half_a_year_of_minutes(write):
+def test_minute_data(write):
     count = 262_800
     minutes = np.datetime64("2024-01-01T00:00") + np.arange(count)
     walk = 100 + np.cumsum(np.random.default_rng(0).choice([-0.01, 0.01], count))

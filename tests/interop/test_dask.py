@@ -7,9 +7,12 @@ import signal
 import time
 
 import child
+import h5py
 import naive
 import numpy as np
 import pytest
+import xarray
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -226,6 +229,72 @@ def test_nothing_is_computed_before_the_result_is(causal):
     out = favor_attention(*lazy, FM, causal=causal, key_mask=mask)
     with pytest.raises(RuntimeError, match="computed"):
         compute(out)
+
+
+@both
+def test_arrays_of_xarray_stay_lazy(causal):
+    arrays = inputs(2)
+    lazy = [
+        xarray.DataArray(x.map_blocks(never, meta=np.empty((0, 0, 0))))
+        for x in chunked(arrays, 1, 10)
+    ]
+    mask = xarray.DataArray(
+        da.ones((2, 30), chunks=10).map_blocks(never, meta=np.empty((0, 0), bool))
+    )
+    out = favor_attention(*lazy, FM, causal=causal, key_mask=mask)
+    assert out.chunks == ((1, 1), (10, 10, 10), (DV,))
+    with pytest.raises(RuntimeError, match="computed"):
+        compute(out)
+    expected = favor_np.favor_attention(*arrays, FM, causal=causal)
+    for lazy in (
+        [xarray.DataArray(x) for x in chunked(arrays, 1, 10)],
+        [xarray.Variable(tuple("hld"), x) for x in chunked(arrays, 1, 10)],
+        [xarray.DataArray(x) for x in arrays],
+    ):
+        assert (
+            naive.relative_error(compute(favor_attention(*lazy, FM, causal=causal)), expected)
+            < 1e-13
+        )
+
+
+@both
+@pytest.mark.parametrize("library", ["zarr", "h5py"])
+def test_arrays_in_files_stay_there(causal, library, tmp_path, monkeypatch):
+    """In the chunks that they are stored in; and nothing is read before the result is asked for."""
+    arrays = inputs(2)
+    if library == "zarr":
+        group = zarr.open_group(tmp_path / "zarr")
+        stored = [group.create_array(n, data=x, chunks=(1, 10, x.shape[-1]))
+                  for n, x in zip("qkv", arrays, strict=True)]  # fmt: skip
+    else:
+        group = h5py.File(tmp_path / "hdf5", "w")
+        stored = [group.create_dataset(n, data=x, chunks=(1, 10, x.shape[-1]))
+                  for n, x in zip("qkv", arrays, strict=True)]  # fmt: skip
+    kind, sizes = type(stored[0]), []
+    read = kind.__getitem__
+
+    def watched(array, at, *args):
+        part = read(array, at, *args)
+        sizes.append(part.size)
+        return part
+
+    monkeypatch.setattr(kind, "__getitem__", watched)
+    out = favor_attention(*stored, FM, causal=causal)
+    assert out.chunks == ((1, 1), (10, 10, 10), (DV,))
+    assert sum(sizes) == 0
+    expected = favor_np.favor_attention(*arrays, FM, causal=causal)
+    assert naive.relative_error(compute(out, "threads"), expected) < 1e-13
+    assert sum(sizes) >= sum(x.size for x in arrays)
+
+
+def test_shards_and_what_is_not_chunked(tmp_path):
+    x = draw(2, 30, D)
+    group = zarr.open_group(tmp_path / "zarr")
+    sharded = group.create_array("x", data=x, chunks=(1, 5, D), shards=(1, 15, D))
+    assert favor_attention(sharded, sharded, sharded, FM).chunks == ((1, 1), (15, 15), (D,))
+    with h5py.File(tmp_path / "hdf5", "w") as file:
+        whole = file.create_dataset("x", data=x)
+        assert favor_attention(whole, whole, whole, FM).chunks == ((2,), (30,), (D,))
 
 
 @pytest.mark.parametrize("dtype", ["i1", "?", "f4"])
@@ -500,7 +569,7 @@ def test_a_worker_that_is_killed(tmp_path):
         """The first worker to come to its third block waits there for its death."""
         import os
         import pathlib
-        import time
+        import signal
 
         here, me = pathlib.Path(folder), str(os.getpid())
         (here / f"{block_id[1]}-{me}").touch()
@@ -510,7 +579,7 @@ def test_a_worker_that_is_killed(tmp_path):
                 os.link(here / f"third.{me}", here / "victim")
             except FileExistsError:
                 return block
-            time.sleep(300)
+            signal.pause()
         return block
 
     slow = k.map_blocks(load, meta=np.empty((0, 0, 0), np.float32))
@@ -527,16 +596,16 @@ def test_a_worker_that_is_killed(tmp_path):
         held = wait_for(lambda: client.has_what()[address])
         assert result.status == "pending"
         os.kill(int(victim.read_text()), signal.SIGKILL)
-        assert np.array_equal(result.result(timeout=240), expected)
+        assert np.array_equal(result.result(timeout=child.HANG), expected)
         assert set(client.run(os.getpid).values()) != set(pids.values())
     assert held
     loads = [path.name.split("-")[0] for path in tmp_path.glob("*-*")]
     assert len(loads) > len(set(loads)) == 16  # what was lost was made again
 
 
-def wait_for(condition, seconds=240):
+def wait_for(condition):
     """Return what `condition` returns as soon as it is true."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + child.HANG
     while not (value := condition()):
         assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.02)

@@ -1,8 +1,11 @@
 """favor_attention on PyTorch's tensors."""
 
+import gc
 import threading
+import weakref
 
 import bridges
+import child
 import numpy as np
 import pytest
 from bridges import FM, assert_close, each_option, inputs
@@ -10,6 +13,7 @@ from bridges import FM, assert_close, each_option, inputs
 torch = bridges.require("torch")
 
 import favor_np.interop.torch
+from favor_np.interop import bridge
 from favor_np.interop.torch import favor_attention
 
 
@@ -117,27 +121,28 @@ def test_mixed_dtypes_are_promoted():
 
 
 def test_arrays_share_memory_with_tensors():
-    q, k, v, *_ = tensors()
-    for x in (q, k, v):
-        array = favor_np.interop.torch._array("q", x)
-        assert array.ctypes.data == x.data_ptr()
-    seen = []
+    *arrays, g = tensors()
+    seen = {}
 
-    def attend(q, k, v):
-        out, pullback = favor_np.favor_attention_vjp(q, k, v, FM)
-        seen.append(out)
+    class Watched(bridge.Attend):
+        def forward(self, **arrays):
+            out, *weights = super().forward(**arrays)
+            seen.update(arrays, out=out)
+            return out, *weights
 
-        def pull(g):
-            seen.append(pullback(g))
-            return seen[-1]
+        def backward(self, grad_out, *kept, **arrays):
+            assert kept[0].ctypes.data == seen["out"].ctypes.data
+            seen.update(gradients=super().backward(grad_out, *kept, **arrays), grad_out=grad_out)
+            return seen["gradients"]
 
-        return out, pull
-
-    out = favor_np.interop.torch._Attend.apply(attend, q, k, v)
-    assert out.data_ptr() == seen[0].ctypes.data
-    found = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    for x, name in zip(found, "qkv", strict=True):
-        assert x.data_ptr() == getattr(seen[1], name).ctypes.data
+    given = dict(zip(bridge.NAMES, arrays, strict=True))
+    call = favor_np.interop.torch._Call(Watched(FM), bridge.NAMES)
+    out = favor_np.interop.torch._run(call, given)
+    found = torch.autograd.grad(out, arrays, g)
+    for name, x in (given | {"out": out, "grad_out": g}).items():
+        assert seen[name].ctypes.data == x.data_ptr(), name
+    for name, x in zip(bridge.NAMES, found, strict=True):
+        assert getattr(seen["gradients"], name).ctypes.data == x.data_ptr(), name
 
 
 def test_a_change_in_place_is_noticed():
@@ -165,6 +170,264 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad((favor_attention(q, k, v, FM) ** 2).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+
+
+# -- Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """How many of the arrays that forward passes have made are still there."""
+    made = []
+
+    class Watched(bridge.Attend):
+        def forward(self, **arrays):
+            results = super().forward(**arrays)
+            made.extend(map(weakref.ref, results))
+            return results
+
+    monkeypatch.setattr(bridge, "Attend", Watched)
+
+    def count():
+        gc.collect()
+        return sum(array() is not None for array in made)
+
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_memory_is_free_after_the_backward_pass(alive, dtype):
+    """Who keeps a loss keeps a number, not the arrays of the pass."""
+    *arrays, g = tensors(dtype=dtype)
+    loss = (attend(*arrays) * g).sum()
+    assert alive() == 3  # the result, and two numbers for each of its rows
+    loss.backward()
+    assert alive() == 0
+    assert loss.grad_fn is not None
+
+
+def test_memory_of_a_call_without_gradients(alive):
+    *arrays, _ = tensors()
+    with torch.no_grad():
+        out = attend(*arrays)
+    assert alive() == 1
+    del out
+    assert alive() == 0
+
+
+def test_a_checkpoint_keeps_nothing_of_what_it_computes_anew(alive):
+    q, k, v, projection, _ = tensors()
+    v = torch.cat([v, v], -1)[..., :6].detach().requires_grad_()
+
+    def block(x):
+        for _ in range(4):
+            x = attend(q, k, x, projection)
+        return x
+
+    loss = block(v).sum()
+    expected = torch.autograd.grad(loss, (q, v, projection), retain_graph=True)
+    assert alive() == 4 * 3
+    del loss
+    assert alive() == 0
+    loss = torch.utils.checkpoint.checkpoint(block, v, use_reentrant=False).sum()
+    assert alive() == 0
+    found = torch.autograd.grad(loss, (q, v, projection))
+    assert alive() == 0
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_is_kept_can_be_stored_elsewhere(alive):
+    """Hooks for saved tensors see all of it: so can offloading to a disk."""
+    *arrays, g = tensors()
+    expected = gradients(attend(*arrays), arrays, g)
+    stored = []
+
+    def pack(x):
+        stored.append((x.dtype, x.tolist()))
+        return len(stored) - 1
+
+    def unpack(i):
+        return torch.tensor(stored[i][1], dtype=stored[i][0])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        out = attend(*arrays)
+    loss = (out * g).sum()
+    del out
+    assert alive() == 0
+    found = [x.numpy() for x in torch.autograd.grad(loss, arrays)]
+    assert all(map(np.array_equal, found, expected))
+
+
+# -- Transforms ------------------------------------------------------------------------------------
+
+
+@each_option
+def test_func_grad(options):
+    *arrays, g = tensors(grouped="enable_gqa" in options)
+    expected = gradients(attend(*arrays, **options), arrays, g)
+
+    def loss(*arrays):
+        return (attend(*arrays, **options) * g).sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*(x.detach() for x in arrays))
+    assert all(map(np.array_equal, found, expected))
+    out, pull = torch.func.vjp(lambda *x: attend(*x, **options), *(x.detach() for x in arrays))
+    assert torch.equal(out, attend(*arrays, **options))
+    assert all(map(np.array_equal, pull(g), expected))
+
+
+BATCHED = {
+    "all": (0, 0, 0, 0),
+    "queries": (0, None, None, None),
+    "values": (None, None, -1, None),
+    "projections": (None, None, None, 0),
+    "keys and values": (None, 1, 0, None),
+}
+
+
+@pytest.mark.parametrize("dims", BATCHED.values(), ids=BATCHED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_vmap(dims, dtype):
+    """Results and gradients are those of a loop."""
+    *arrays, g = tensors(dtype=dtype)
+    rng = torch.Generator().manual_seed(0)
+    arrays = [
+        x.detach() if d is None else torch.stack(
+            [x.detach() + torch.randn(x.shape, generator=rng).to(dtype) / 9 for _ in range(3)], d)
+        for d, x in zip(dims, arrays, strict=True)
+    ]  # fmt: skip
+
+    def each(i):
+        return [x if d is None else x.select(d, i) for d, x in zip(dims, arrays, strict=True)]
+
+    out = torch.func.vmap(attend, in_dims=dims)(*arrays)
+    assert out.dtype == dtype
+    assert torch.equal(out, torch.stack([attend(*each(i)) for i in range(3)]))
+
+    def loss(*arrays):
+        return (attend(*arrays) * g).sum()
+
+    own = torch.func.grad(loss, argnums=(0, 1, 2, 3))
+    found = torch.func.vmap(own, in_dims=dims)(*arrays)
+    expected = [torch.stack(x) for x in zip(*(own(*each(i)) for i in range(3)), strict=True)]
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, found, torch.func.vmap(own, in_dims=dims, chunk_size=2)(*arrays)))
+
+
+def test_vmap_over_masks_and_decay():
+    q, k, v, *_ = (x.detach() for x in tensors())
+    masks = torch.arange(60).reshape(3, 20) % 4 > 0
+    out = torch.func.vmap(lambda mask: favor_attention(q, k, v, FM, key_mask=mask))(masks)
+    for found, mask in zip(out, masks, strict=True):
+        assert torch.equal(found, favor_attention(q, k, v, FM, key_mask=mask))
+    rates = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    out = torch.func.vmap(lambda x: favor_attention(q, k, v, FM, causal=True, decay=x))(rates)
+    for found, rate in zip(out, rates, strict=True):
+        assert torch.equal(found, favor_attention(q, k, v, FM, causal=True, decay=rate))
+
+
+def test_vmap_within_vmap():
+    q, k, v, *_ = (x.detach() for x in tensors())
+    inner = torch.func.vmap(lambda q, k, v: favor_attention(q, k, v, FM), in_dims=(0, 0, 0))
+    out = torch.func.vmap(inner, in_dims=(None, None, 0))(q, k, torch.stack([v, -v]))
+    expected = favor_attention(q, k, v, FM)
+    assert torch.equal(out, torch.stack([expected, -expected]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_jacrev(causal):
+    arrays = [x.detach()[:, :4] if i < 3 else x.detach() for i, x in enumerate(tensors()[:4])]
+    found = torch.func.jacrev(lambda *x: attend(*x, causal=causal), argnums=(0, 1, 2, 3))(*arrays)
+    dense = torch.func.jacrev(
+        lambda *x: bridges.dense(torch, *x, causal=causal, einsum=torch.einsum),
+        argnums=(0, 1, 2, 3),
+    )(*arrays)
+    assert_close(found, dense)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own
+def test_forward_mode_is_refused():
+    q, k, v, *_ = (x.detach() for x in tensors())
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda q: favor_attention(q, k, v, FM), (q,), (q,))
+
+
+def test_a_hessian_is_refused():
+    q, k, v, *_ = (x.detach() for x in tensors())
+
+    def loss(q):
+        return favor_attention(q, k, v, FM).square().sum()
+
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.func.jacrev(torch.func.grad(loss))(q)
+
+
+COMPILED = """
+import torch
+import favor_np
+from favor_np.interop.torch import favor_attention
+
+fm = favor_np.feature_map("positive", dim=8, num_features=64)
+q, k, v = torch.randn(3, 2, 50, 8)
+W = torch.nn.Parameter(torch.tensor(fm.projection))
+
+def model(q, W):
+    out = favor_attention(q + 1, k, v, fm, projection=W, key_mask=torch.arange(50) % 3 > 0)
+    return out * 2
+
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+compiled = torch.compile(model, backend=backend)
+found = compiled(q, W)  # nothing has run before
+(grad,) = torch.autograd.grad(found.sum(), W)
+expected = model(q, W)
+assert torch.equal(found, expected)
+assert torch.equal(grad, torch.autograd.grad(expected.sum(), W)[0])
+print(len(graphs))
+try:
+    torch.compile(model, backend="eager", fullgraph=True)(q, W)
+except torch._dynamo.exc.Unsupported as error:
+    print("refused")
+"""
+
+
+def test_compile_breaks_its_graph_in_the_first_call_of_a_process():
+    assert child.python(COMPILED) == "2\nrefused\n"
+
+
+FLUSHED = """
+import sys
+import numpy as np
+import torch
+import favor_np
+
+rng = np.random.default_rng(0)
+fm = favor_np.feature_map("positive", dim=32, num_features=128)
+q, k, v = (s * rng.standard_normal((4, 2048, 32), np.float32) for s in (1, 1, 1e-38))
+
+def check(flushed):
+    assert torch.set_flush_denormal(flushed)
+    for causal in (False, True) * 3:
+        one, two = (
+            favor_np.favor_attention(q, k, v, fm, causal=causal, num_threads=n) for n in (1, 2)
+        )
+        assert np.array_equal(one, two), (flushed, causal)
+        assert (torch.tensor(1e-40) * 1 == 0) == flushed  # the caller's mode is as it was
+
+# Threads are born with the mode of the one that starts them.
+for flushed in (False, True, False) if sys.argv[1:] else (True, False, True):
+    check(flushed)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "import sys; sys.argv[1:] = ['x']\n"])
+def test_numbers_flushed_to_zero_are_flushed_on_all_threads(first):
+    """By set_flush_denormal here; by loading a library that was built with -ffast-math elsewhere."""
+    child.python(first + FLUSHED)
 
 
 def test_threads():
