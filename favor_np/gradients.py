@@ -267,7 +267,7 @@ def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
         weight *= np.exp2(-fraction)[:, None]
     weight[~seen] = 0
     raw = (
-        np.where(seen, exponents, -4 * _far(c)),
+        np.where(seen, exponents, _nothing(c)),
         given["S"].reshape(*rows, value_dim) * weight[..., None],
         given["z"].reshape(rows) * weight,
     )
@@ -291,12 +291,12 @@ def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
     )
 
 
-def _far(c: Array) -> int:
+def _nothing(c: Array) -> int:
     from favor_np import plan
 
-    return int(plan.FAR[c.dtype.itemsize])
+    return plan.NOTHING[c.dtype.itemsize]
 
 
 def _folded(c: Array) -> Any:
     """Return which exponents are those of features that some key has reached."""
-    return c > -3 * _far(c)
+    return c > _nothing(c) // 2 - 2**24

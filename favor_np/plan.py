@@ -32,6 +32,10 @@ Shape: TypeAlias = tuple[int, ...]
 #: Largest |log2-feature| kept, by itemsize: longer queries and keys are shortened to it.  The
 #: activations round by adding a large number, so it stays well below 2**22 and 2**51.
 FAR = {4: 2.0**20, 8: 2.0**28}
+#: c of features that no key has reached, and of those that only pad and that no key may reach.  Decay raises
+#: keys by up to ``validation.LONGEST_DECAY``.  A masked key has the log2-feature minus infinity, of which
+#: `nearest` makes -1.27e9 in float32: sums and differences of all these stay within 32 bits.
+NOTHING, UNREACHED = {4: -(2**29), 8: -(2**40)}, {4: 5 * 2**26, 8: 2**40}
 #: log2-features of the keys of one chunk may pass its first key by this much (see raise_keys).
 SPAN = {4: 40, 8: 400}
 #: Positions that bidirectional attention folds, and reads, as one job.  Longer sequences are folded
@@ -253,10 +257,10 @@ def layout(
     value_columns = padded(value_dim, size)
 
     # Features that only pad: no key may reach their exponents and so move those of others.
-    idle = 1 if positive else -1
+    idle = UNREACHED[size] if positive else NOTHING[size]
     real = np.concatenate([s * half + places for s in range(signs)])
-    fresh = np.full(signs * half, 4 * int(FAR[size]) * idle, integer_of(dtype))
-    fresh[real] = -4 * int(FAR[size])
+    fresh = np.full(signs * half, idle, integer_of(dtype))
+    fresh[real] = NOTHING[size]
 
     def parameters(causal: bool) -> Array:
         of = kernels.Parameters(
@@ -269,7 +273,7 @@ def layout(
             kernel_epsilon=float(feature_map.kernel_epsilon),
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
             far=FAR[size],
-            masked=8 * FAR[size],
+            nothing=NOTHING[size],
             idle=idle,
             span=SPAN[size] if causal else 2**30,
             causal=causal,

@@ -210,7 +210,9 @@ class AttentionState:
         rows: Any = slice(layout.features)
         if self.feature_map.kind == "positive":  # padding is out of reach, and stays there
             rows = layout.real
-        c[:, rows] = np.maximum(c[:, rows] - ahead[:, None].astype(c.dtype), -(2**29))
+        # What is below all that a key can reach stays there, its features side by side.
+        within = np.minimum(ahead, np.maximum(c[:, rows].min(1) + validation.LONGEST_DECAY, 0))
+        c[:, rows] -= within[:, None].astype(c.dtype)
 
     def _real(self) -> tuple[Array, Array, Array]:
         """Return copies of c, S and z in C order, without the kernels' padding, with the batch axes."""
@@ -510,12 +512,14 @@ class AttentionState:
             launch.without_tail(*how, self.arrays)
             arrays = launch.without_tail(*how, launch.copied(arrays))
         if self.rates is not None:
+            from favor_np.kernels.state import PAD
+
             before, fraction = self._raised()
             before, arrays = before + other._raised()[0], launch.raised(arrays, fraction)
             self._advance(other.tokens)
             # The sum of the integer parts may be one short of the integer part of the sum.
             short = self._raised()[0] - before
-            arrays[0][...] -= short[:, None].astype(arrays[0].dtype)
+            arrays[0][:, : -PAD] -= short[:, None].astype(arrays[0].dtype)
         else:
             self._advance(other.tokens)
         launch.merge(self.arrays, arrays)

@@ -347,9 +347,13 @@ def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -
     return None if (decay == 1).all() else -np.log2(decay).ravel()
 
 
+#: What weights may decay by in one call, as a power of two: see ``plan.NOTHING``.
+LONGEST_DECAY = 2**28
+
+
 def decay_span(rates: Array, keys: int) -> None:
     """Refuse a call over which weights decay by more than an exponent of 32 bits can say."""
-    if rates.max(initial=0.0) * keys > 2**30:
+    if rates.max(initial=0.0) * keys > LONGEST_DECAY:
         raise ValueError(
             f"decay must be larger for {keys} positions in one call, got {2.0 ** -rates.max():.3g}: "
             "take fewer at a time, each call going on from the state before"

@@ -294,7 +294,7 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
     """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
     rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
     accepted = count
-    fresh = c[slot, 0] <= -par.far * 3  # nothing folded yet: there is no maximum to try
+    fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
     turn_keys(t.words, t.planes, t)
     for attempt in range(2):
         known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
@@ -305,7 +305,7 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
             accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
                                   t.excess, t.scale)  # fmt: skip
             for i in range(accepted, rows):
-                t.height[i] = par.masked
+                t.height[i] = math.inf
         over = 0
         for b in range(blocks):
             for again in range(1 if known else 2):

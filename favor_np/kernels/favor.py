@@ -20,12 +20,12 @@ from favor_np.kernels.step import step_token
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
     "Parameters",
-    "kind signs filled key_norm affine factored kernel_epsilon limit far masked idle span causal",
+    "kind signs filled key_norm affine factored kernel_epsilon limit far nothing idle span causal",
 )
 #: The same as an array of one: a tuple takes four times as long from Python to a kernel.
 CONSTANTS = np.dtype(
-    [(name, np.int64) for name in ("kind", "signs", "filled", "idle", "span")]
-    + [(name, np.float64) for name in ("key_norm", "kernel_epsilon", "limit", "far", "masked")]
+    [(name, np.int64) for name in ("kind", "signs", "filled", "nothing", "idle", "span")]
+    + [(name, np.float64) for name in ("key_norm", "kernel_epsilon", "limit", "far")]
     + [(name, np.bool_) for name in ("affine", "factored", "causal")],
     align=True,
 )
@@ -36,7 +36,7 @@ def parameters(constants):
     """The parameters that an array of CONSTANTS holds."""
     p = constants[0]
     return Parameters(p.kind, p.signs, p.filled, p.key_norm, p.affine, p.factored, p.kernel_epsilon,
-                      p.limit, p.far, p.masked, p.idle, p.span, p.causal)  # fmt: skip
+                      p.limit, p.far, p.nothing, p.idle, p.span, p.causal)  # fmt: skip
 
 
 @jit()

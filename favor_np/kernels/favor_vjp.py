@@ -145,7 +145,7 @@ def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t
     pack_queries(par, x.q, q_row, step, count, fm, job[4], t)
     clean = pack_values(x.grad, out_row, step, count, t.values, x.mask, -1)
     for i in range(CHUNK):
-        t.height[i], t.share[i] = par.masked, 0
+        t.height[i], t.share[i] = math.inf, 0
     lift = 0
     for i in range(count):
         if x.weights[out_row + i * step] > 0:
@@ -176,7 +176,7 @@ def measure_rows(par, cols, raws, features, bias, w, width, c, slot, top):
     lanes = VECTOR_BYTES // raws.itemsize
     half = raws.shape[0]
     for i in range(0, cols, lanes):
-        level = splat(c, -16 * int(par.far))
+        level = splat(c, -(2**31))
         for side in range(par.signs):
             turn = splat(raws, 1 - 2 * side)
             for r in range(features):

@@ -101,13 +101,13 @@ def pack_queries(par, q, row, step, count, fm, w, t):
 def pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t):
     """Pack keys and set their heights, less the integer by which clock raises all: its value.
 
-    Masked keys, and those that are not finite, are too high to have a feature.
+    Masked keys, and those that are not finite, are infinitely high: they have no feature.
     """
     pack(k, row, 1, count, t.rows, par.limit, t.square)
     heights(par, fm, w, count, k.shape[1], t)
     lift = math.floor(clock)
     for i in range(CHUNK):
-        t.height[i], t.share[i] = par.masked, 1
+        t.height[i], t.share[i] = math.inf, 1
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
             ahead = clock - lift + i * rate

@@ -205,7 +205,7 @@ def load_state(words, par, features_count, c, s, z, slot, width):
         b, r0 = tile // par.signs, tile % par.signs * half + tile // par.signs * width
         filled = min(par.filled, features_count - b * par.filled)
         for f in range(CHUNK):
-            words.c[tile, f], words.z[tile, f] = -4 * int(par.far), 0
+            words.c[tile, f], words.z[tile, f] = par.nothing, 0
         for f in range(filled):
             words.c[tile, f], words.z[tile, f] = c[slot, r0 + f], z[slot, r0 + f]
         words_down(s[slot, r0:], width, s.shape[2], words.state[tile * features :])

@@ -37,7 +37,7 @@ def begin(par, job, me, c, s, z, width):
     for b in range(tiles):
         real = min(par.filled, job[7] - b % blocks * par.filled)
         for r in range(width):
-            c[me, b * width + r] = 4 * int(par.far) * (-1 if r < real else par.idle)
+            c[me, b * width + r] = par.nothing if r < real else par.idle
     c[me, features] = 0
     s[me, : 2 * features] = 0
     z[me, : 2 * features] = 0

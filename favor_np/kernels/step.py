@@ -102,10 +102,10 @@ def step_token(
     for r in range(every):
         keys[r, count] = t.sums[0, r]
     c[slot, every] = count + 1
-    level = splat(c, -8 * int(par.far))
+    level = splat(c, -(2**31))
     for side in range(par.signs):
         for r in range(side * half + features, (side + 1) * half):
-            t.token[0, r] = -par.masked  # padding, no feature
+            t.token[0, r] = -math.inf  # padding, no feature
     for r in range(0, every, lanes):
         y = log_feature(par, load(t.token, 0, r))
         level = maximum(level, nearest(y) + load(c, slot, r))
