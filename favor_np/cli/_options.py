@@ -55,6 +55,14 @@ def real(*, positive: bool = False) -> Callable[[str], float]:
     return convert
 
 
+def share(text: str) -> float:
+    """Convert an option that is a share, from 0 to 1."""
+    number = real()(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, a number from 0 to 1")
+    return number
+
+
 @contextlib.contextmanager
 def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
     """Yield a temporary file that takes the place of `path` at the end, if all went well.

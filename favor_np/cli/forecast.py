@@ -23,6 +23,7 @@ from ._options import (
     output_file,
     picture_format,
     real,
+    share,
 )
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ beside exact attention.
 """
 
 EPILOG = """\
-PRICES.csv needs a column of prices (price, close, last, settle, value, or the only one of
-numbers) and should have one of times (ISO 8601 or Unix seconds), in any order. Rows without a
-usable price, negative ones included, are dropped and counted. BUY is one unit long until the
+PRICES.csv needs a column of prices (price, close, last, settle, value, in the usual European
+languages, or the only one of numbers) and should have one of times, in any order. It may be
+packed (.gz, .xz, .zip), or .xlsx, .parquet or .feather ("favor_np[files]"). How numbers and times
+are written is found out, and said in the report. Rows without a usable price, negative ones
+included, are dropped and counted. BUY is one unit long until the
 next signal, SELL one short, HOLD no position. This is a demonstration, not financial advice.
 """
 
@@ -68,6 +71,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prices", nargs="?", metavar="PRICES.csv", help="default: daily WTI crude oil; - is stdin")
     add("--column", metavar="NAME", help="the price column: its name, or its number from 1")
+    add(
+        "--symbol",
+        action="append",
+        metavar="NAME",
+        help="where the file has several series: the rows that have NAME in a column, or the "
+        "columns called so; may be given again",
+    )
+    add("--date-format", metavar="FORMAT", help="how times are written, such as %%d.%%m.%%Y")
+    add(
+        "--day-first",
+        action=argparse.BooleanOptionalAction,
+        help="03/04/2024 is the 3rd of April (or not), where no day above 12 tells",
+    )
+    add(
+        "--decimal",
+        choices=[".", ","],
+        metavar="MARK",
+        help='the decimal mark, "." or ",", where "1,036" could be either',
+    )
+    add(
+        "--allow-missing",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="share of rows that may be unusable, from 0 to 1 (0.05)",
+    )
     add(
         "--target",
         choices=["return", "volatility"],
@@ -140,7 +169,15 @@ def run(args: argparse.Namespace) -> int:
     picture = picture_format(args.plot)
     with contextlib.ExitStack() as stack:
         try:
-            prices = read_prices(args.prices, args.column)
+            prices = read_prices(
+                args.prices,
+                args.column,
+                symbol=args.symbol,
+                date_format=args.date_format,
+                day_first=args.day_first,
+                decimal=args.decimal,
+                allow_missing=args.allow_missing,
+            )
             table = stack.enter_context(output_file(args.csv, args.prices))
             figure = stack.enter_context(output_file(args.plot, args.prices, args.csv))
             stack.enter_context(compilation_told())
@@ -688,11 +725,11 @@ def _write_csv(
     from favor_np.forecast import ReturnEvaluation
 
     prices = result.prices
-    columns: dict[str, Any] = {"price": prices.values[result.index]}
+    columns: dict[str, Any] = {"price": [repr(x) for x in prices.values[result.index].tolist()]}
     if prices.times is None:
         columns = {"row": result.index + 1} | columns
     else:
-        columns = {"time": np.datetime_as_string(prices.times[result.index], unit="s")} | columns
+        columns = {"time": prices.time_texts(result.index)} | columns
     if isinstance(record, ReturnEvaluation):
         columns |= {
             "predicted_move": result.predicted,

@@ -1,37 +1,47 @@
-"""Price series: reading them from delimited text, and what could not be used."""
+"""Price series: the checks that they pass, and what could not be used."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-import sys
-from collections.abc import Sequence
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
-from importlib.resources import files
-from os import PathLike, fspath
+from importlib.resources import files as package_files
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .reading import files, frames
+from .reading.columns import (
+    check_one_series,
+    chosen_series,
+    other_mark,
+    price_column,
+    separating_column,
+    time_column,
+)
+from .reading.errors import PriceError, quote
+from .reading.formats import DAY, NONE, Ints
+from .reading.numbers import is_missing, is_undefined, read_numbers
+from .reading.table import Table, read_table
+from .reading.times import read_times
+
+__all__ = ["PriceError", "Prices", "read_prices"]
+
 F64 = npt.NDArray[np.float64]
 Times = npt.NDArray[np.datetime64]
+Bools = npt.NDArray[np.bool_]
+Lines = npt.NDArray[np.intp]
+Dropped = dict[str, tuple[int, int]]
 
-BUNDLED = files("favor_np.forecast") / "data" / "wti-daily.csv"  # in a zip file, too
+BUNDLED = package_files("favor_np.forecast") / "data" / "wti-daily.csv"  # in a zip file, too
 BUNDLED_NAME = "WTI crude oil, USD a barrel (bundled, US EIA)"
-
-PRICE_WORDS = {"price", "close", "closing", "last", "settle", "settlement", "value"}
-NOT_PRICE_WORDS = {
-    *("open", "high", "low", "volume", "vol", "bid", "ask", "change", "chg", "percent", "time"),
-    *("date", "prev", "previous", "qty", "quantity", "size", "count", "trades", "market", "cap"),
-}
-TIME_WORDS = {"date", "time", "datetime", "timestamp", "unix", "day", "month", "ts", "period"}
-
-
-class PriceError(ValueError):
-    """A price series that cannot be read or used; the message is one line for the user."""
+ALLOW_MISSING = 0.05
+NO_TIME = "time missing or not written as the others"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,7 +53,8 @@ class Prices:
     values : ndarray, shape (n,), float64
         The prices: finite and greater than 0.
     times : ndarray, shape (n,), datetime64, optional
-        Their times (UTC), increasing; None where only the order is known.
+        Their times, increasing: UTC where the file tells zones, but days by their local date;
+        None where only the order is known.
     name : str
         What the series is called in reports.
     column : str
@@ -56,7 +67,7 @@ class Prices:
     order : str
         How the rows stood in the file: "ascending", "descending", "unsorted" or "file".
     note : str
-        A choice that the reader made and the user should know about; mostly empty.
+        What the reader decided and the user should know about; empty for plain files.
     """
 
     values: F64
@@ -67,6 +78,27 @@ class Prices:
     dropped: dict[str, tuple[int, int]] = field(default_factory=dict)
     order: str = "file"
     note: str = ""
+
+    def __post_init__(self) -> None:
+        """Take a series of another library as `from_array` does; refuse what is no series."""
+        values, times = self.values, self.times
+        if type(values) is not np.ndarray or values.dtype != np.float64:
+            if times is None:
+                vars(self).update(vars(Prices.from_array(values, self.name)))
+                return
+            values = frames.real_numbers(values)
+            vars(self).update(values=values)
+        if values.ndim != 1 or not (np.isfinite(values) & (values > 0)).all():
+            raise PriceError(
+                "prices must be one-dimensional, finite and above 0; Prices.from_array drops others"
+            )
+        if times is not None:
+            times = np.asarray(times, dtype=None if hasattr(times, "dtype") else "M8[us]")
+            vars(self).update(times=times)
+            if times.shape != values.shape or not (np.diff(times) > np.timedelta64(0)).all():
+                raise PriceError(
+                    f"times must increase and be as many as prices, got {len(times)} for {len(values)}"
+                )
 
     def __repr__(self) -> str:
         """One line: how many, from when to when."""
@@ -93,19 +125,44 @@ class Prices:
         """Time of one price, as short as the series allows."""
         if self.times is None:
             return f"price {index % len(self) + 1:,}"
-        times = self.times.astype(f"datetime64[{_shortest_unit(self.times)}]")
-        return str(times[index]).replace("T", " ")
+        return str(self.times[index].astype(f"M8[{self._unit}]")).replace("T", " ")
+
+    def time_texts(self, indices: npt.NDArray[np.intp]) -> list[str]:
+        """Times of some prices in ISO 8601, to the second or finer where the series is finer."""
+        assert self.times is not None
+        unit = self._unit if self._unit in ("ms", "us", "ns") else "s"
+        return [str(time) for time in self.times[indices].astype(f"M8[{unit}]")]
+
+    @functools.cached_property
+    def _unit(self) -> str:
+        """The coarsest unit that tells all times."""
+        assert self.times is not None
+        nano = self.times.astype("M8[ns]").astype(np.int64)
+        sizes = {"D": DAY, "m": 60 * 10**9, "s": 10**9, "ms": 10**6, "us": 1000}
+        return next((unit for unit, size in sizes.items() if not (nano % size).any()), "ns")
 
     @classmethod
-    def from_array(cls, values: npt.ArrayLike, name: str = "prices") -> Prices:
-        """Make a series from numbers alone; those that are no usable price are dropped.
+    def from_array(
+        cls,
+        values: Any,
+        name: str = "prices",
+        column: str | None = None,
+        symbol: str | Sequence[str] | None = None,
+    ) -> Prices:
+        """Make a series from numbers or from a series or frame of another library.
+
+        The times are the index of a pandas Series or DataFrame, a column of a frame or table,
+        or the coordinate of an xarray DataArray; rows are sorted by them.  Prices that are
+        not usable are dropped.
 
         Parameters
         ----------
-        values : array_like, shape (n,)
-            Prices in order of time.
+        values : array_like, shape (n,), or series or frame of pandas, polars, Arrow or xarray
+            Prices, in order of time where there are no times.
         name : str
             What the series is called.
+        column, symbol : str, optional
+            Of a frame: as in `read_prices`.
 
         Returns
         -------
@@ -114,7 +171,10 @@ class Prices:
         Raises
         ------
         PriceError
-            If `values` is not one-dimensional or fewer than two prices can be used.
+            If `values` is not one-dimensional, fewer than two prices can be used, or a frame has
+            more than one series.
+        TypeError
+            If `values` are masked, complex, dates or anything else than real numbers.
 
         Examples
         --------
@@ -123,27 +183,58 @@ class Prices:
         >>> series.values, series.dropped
         (array([20., 21., 22.]), {'price not above zero': (1, 3)})
         """
-        array = np.asarray(values, dtype=np.float64)
+        if isinstance(values, Prices):
+            return values
+        with _named(name):
+            table = frames.table_of(values)
+            if table is not None:
+                if (
+                    column is None and getattr(values, "ndim", 2) == 1
+                ):  # a series, whatever its name
+                    column = str(len(table.header))
+                options = _Options(column, _symbols(symbol), allow_missing=1.0)
+                return _series(table, name, options)
+        array = frames.real_numbers(values)
         if array.ndim != 1:
             raise PriceError(f"prices must be one-dimensional, got shape {array.shape}")
-        dropped = _Dropped()
-        keep = _keep_usable(array, np.arange(1, len(array) + 1), dropped)
-        _check_enough(array[keep], name)
-        return cls(array[keep], name=name, rows=len(array), dropped=dropped.reasons)
+        dropped: Dropped = {}
+        keep = _usable(array, np.arange(1, len(array) + 1), dropped)
+        with _named(name):
+            _check_enough(array[keep])
+        return cls(array[keep], name=name, rows=len(array), dropped=dropped)
 
 
-def read_prices(path: str | PathLike[str] | None = None, column: str | None = None) -> Prices:
-    """Read a price series from a text file with columns.
+def read_prices(
+    path: str | PathLike[str] | None = None,
+    column: str | None = None,
+    *,
+    symbol: str | Sequence[str] | None = None,
+    date_format: str | None = None,
+    day_first: bool | None = None,
+    decimal: str | None = None,
+    allow_missing: float = ALLOW_MISSING,
+) -> Prices:
+    """Read a price series from a file with columns.
 
-    Separators are found among comma, semicolon, tab and bar; a header is used if there is one.
-    The price is the column whose name has one of the words price, close, last, settle or value
-    (and not open, high, low, volume, ...), or the only column of numbers.  Where both "Adj
-    Close" and "Close" are there, the adjusted one is taken, because a return should not see a
-    split; any other choice between several columns is the user's, through `column`.  Times are
-    ISO 8601 or Unix seconds (milliseconds and smaller are recognised by their size) and are
-    taken as UTC; rows may be in any order, of two with the same time the one further down the
-    file counts.  A row without a usable price (missing, text, NaN, infinite, zero or negative:
-    it has no logarithm) or time is dropped and counted, and the next return spans the gap.
+    A text file, also packed (.gz, .bz2, .xz, .zip), or .xlsx, .parquet and .feather with the
+    libraries that read them (``pip install 'favor_np[files]'``).  Separators are comma,
+    semicolon, tab, bar or blanks; lines above the header, comments and footers are left out.
+
+    The price is the column that is called close, last, settle, price or value, in English or
+    another European language, or the only column of numbers that is not called something else
+    (volume, change, ...).  Where both "Adj Close" and "Close" are there, the adjusted one is
+    taken, because a return should not see a split; any other choice between several columns is
+    the user's, through `column`.
+
+    How numbers and times are written is decided for each column as a whole, and `Prices.note`
+    says so.  Numbers may have decimal commas, thousands separators, currency signs.  Times are
+    ISO 8601, days and months in any order that the file settles, names of months, digits
+    alone (20240102), months, quarters, Unix time in any unit, or days as spreadsheets count
+    them; a clock may stand in a column of its own.  Zones are shifted to UTC, but days keep
+    their local date.  Rows may be in any order; of two with the same time the one further down
+    the file counts.  A row without a usable price (missing, text, NaN, infinite, zero or
+    negative: it has no logarithm) or time is dropped and counted, and the next return spans
+    the gap.
 
     Parameters
     ----------
@@ -151,6 +242,17 @@ def read_prices(path: str | PathLike[str] | None = None, column: str | None = No
         The file; "-" is standard input.  Default: the bundled daily prices of WTI crude oil.
     column : str, optional
         Name of the price column, or its number counted from 1.
+    symbol : str or sequence of str, optional
+        Where a file has several series: the rows that have this in a column, or the columns
+        that are called so.
+    date_format : str, optional
+        How times are written, as for `datetime.datetime.strptime`; a clock may follow.
+    day_first : bool, optional
+        Whether 03/04/2024 is the 3rd of April; needed only where no day is above 12.
+    decimal : {".", ","}, optional
+        The decimal mark, where "1,036" could be either.
+    allow_missing : float
+        Share of rows that may be unusable.
 
     Returns
     -------
@@ -159,9 +261,11 @@ def read_prices(path: str | PathLike[str] | None = None, column: str | None = No
     Raises
     ------
     PriceError
-        If no series can be read from the file.
+        If no series can be read from the file, or it can be read in more than one way.
     OSError
         If the file cannot be opened.
+    ValueError
+        If an option is none of the values above.
 
     Examples
     --------
@@ -172,355 +276,241 @@ def read_prices(path: str | PathLike[str] | None = None, column: str | None = No
     >>> prices.dropped
     {'price not above zero': (1, 8645)}
     """
+    if decimal not in (None, ".", ","):
+        raise ValueError(f"decimal must be '.' or ',', got {decimal!r}")
+    if not 0 <= allow_missing <= 1:
+        raise ValueError(f"allow_missing must be between 0 and 1, got {allow_missing!r}")
+    options = _Options(column, _symbols(symbol), date_format, day_first, decimal, allow_missing)
     if path is None:
-        return _parse(BUNDLED.read_bytes(), BUNDLED.name, BUNDLED_NAME, column)
-    if fspath(path) == "-":
-        return _parse(sys.stdin.buffer.read(), "standard input", "standard input", column)
-    return _parse(Path(path).read_bytes(), fspath(path), Path(path).name, column)
+        return _parse(BUNDLED.read_bytes(), BUNDLED.name, BUNDLED_NAME, options)
+    name = os.fsdecode(path)
+    file = "standard input" if name == "-" else name
+    with _named(file):
+        data = files.load(name)
+    return _parse(data, file, file if name == "-" else Path(name).name, options)
 
 
 # ----------------------------------------------------------------------------------------
-# From bytes to a series
+# From a table to a series
 # ----------------------------------------------------------------------------------------
 
 
-class _Dropped:
-    """Counts of unusable rows by reason, with the line of the first."""
+@dataclass(frozen=True)
+class _Options:
+    """What the user says about a file: see `read_prices`."""
 
-    def __init__(self) -> None:
-        self.reasons: dict[str, tuple[int, int]] = {}
+    column: str | None = None
+    symbols: tuple[str, ...] = ()
+    date_format: str | None = None
+    day_first: bool | None = None
+    decimal: str | None = None
+    allow_missing: float = ALLOW_MISSING
 
-    def add(self, reason: str, lines: npt.NDArray[np.intp]) -> None:
-        if len(lines):
-            self.reasons[reason] = (len(lines), int(lines[0]))
+
+def _symbols(symbol: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if symbol is None else (symbol,) if isinstance(symbol, str) else tuple(symbol)
 
 
-def _parse(data: bytes, file: str, name: str, column: str | None) -> Prices:
-    header, rows, lines, delimiter = _table(_decode(data, file), file)
-    price = _price_column(header, rows, column, file)
-    time = _time_columns(header, rows, price)
-    texts = _cells(rows, price)
-    values = _numbers(texts, decimal_comma=delimiter in ";\t")
-    times = None if time is None else _times(rows, time)
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Errors begin with the name of the file."""
+    try:
+        yield
+    except PriceError as error:
+        raise PriceError(f"{file}: {error}") from None
 
-    dropped = _Dropped()
-    has_time = np.ones(len(rows), bool) if times is None else ~np.isnat(times)
-    if not has_time.any():
-        sample = next((t for t in _cells(rows, time[0]) if t), "") if time else ""
-        raise PriceError(
-            f"{file}: no time can be read from column {_label(header, time[0] if time else 0)}, "
-            f"which holds {_quote(sample)}: ISO dates (2020-04-20) or Unix seconds are expected"
+
+def _parse(data: bytes, file: str, name: str, options: _Options) -> Prices:
+    with _named(file):
+        text = files.contents(data)
+        table = read_table(text) if isinstance(text, str) else frames.read_frame(*text)
+        return _series(table, name, options)
+
+
+def _series(table: Table, name: str, options: _Options) -> Prices:
+    """Choose columns, read them, drop what cannot be used, and check the rest."""
+    table, among, chosen = chosen_series(table, options.symbols)
+    price, why = price_column(table, options.column, among)
+    column, texts = table.header[price], table.column(price)
+    values, written = read_numbers(
+        texts, column, decimal=options.decimal, others=lambda: other_mark(table, price)
+    )
+    clock = time_column(table, price, date_format=options.date_format)
+    said = [*table.said, chosen, why]
+    nano, used = None, [price]
+    if clock is None:
+        said += [written, "no time column: rows are taken in the order of the file"]
+    else:
+        reading = read_times(
+            clock.texts, clock.name, date_format=options.date_format, day_first=options.day_first
         )
-    dropped.add("time missing or not ISO 8601 or Unix seconds", lines[~has_time])
-    values, lines = values[has_time], lines[has_time]
-    texts = [text for text, there in zip(texts, has_time, strict=True) if there]
-    keep = _keep_usable(values, lines, dropped, texts)
+        nano = reading.nanoseconds
+        said += [reading.said, clock.said, written]
+        used += clock.indices
+
+    dropped = {why: (len(lines), int(lines[0])) for why, lines in table.left_out.items()}
+    rows = len(table) + sum(count for count, _ in dropped.values())
+    there = np.ones(len(table), bool) if nano is None else nano != NONE
+    _count(dropped, NO_TIME, table.lines[~there])
+    keep = there.copy()
+    keep[there] = _usable(
+        values[there],
+        table.lines[there],
+        dropped,
+        [t for t, x in zip(texts, there, strict=True) if x],
+    )
     if not keep.any():
+        first = int(np.argmax(there))
         raise PriceError(
-            f"{file}: no usable price in column {_label(header, price)} "
-            f"({_quote(texts[0])} in line {lines[0]})"
+            f"no usable price in column {quote(column)} ({quote(texts[first])} in line "
+            f"{table.lines[first]})"
         )
-    note = ""
-    if column is None and sum(_is_price(h) for h in header) == 2:
-        note = "adjusted prices taken, not Close (--column to choose)"
-    values, lines = values[keep], lines[keep]
-    order = "file"
-    if times is not None:
-        times = times[has_time][keep]
-        values, times, order = _sorted(values, times, lines, dropped)
-    elif time is None:
-        note = note or "no time column: rows are taken in the order of the file"
-    _check_enough(values, file, _label(header, price))
-    return Prices(values, times, name, header[price], len(rows), dropped.reasons, order, note)
+    check_one_series(table, values, nano, used)
+    _check_share(~keep, dropped, options.allow_missing)
+    said.append(_end_missing(keep, nano, table.lines))
+    values, lines, order, times = values[keep], table.lines[keep], "file", None
+    if nano is not None:
+        _check_repeated(table, nano, values, keep, used, options.allow_missing)
+        values, nano, order = _sorted(values, nano[keep], lines, dropped)
+        _check_steps(nano, clock.name if clock else "")
+        times = nano.view("M8[ns]")
+        times = times if (nano % 1000).any() else times.astype("M8[us]")
+    _check_enough(values, column)
+    said.append(_largest_step(values, times))
+    note = "; ".join(dict.fromkeys(filter(None, said)))
+    return Prices(values, times, name, column, rows, dropped, order, note)
 
 
-def _decode(data: bytes, file: str) -> str:
-    if not data.strip():
-        raise PriceError(f"{file}: the file is empty")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encodings = ["utf-16"]
-    elif b"\x00" in data:
-        raise PriceError(f"{file}: a binary file, not delimited text")
-    else:
-        encodings = ["utf-8-sig", "cp1252"]
-    for encoding in encodings:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if not re.search(r"[\x01-\x08\x0e-\x1f\x7f]", text):
-            return text
-    raise PriceError(f"{file}: a binary file, not delimited text")
+def _count(dropped: Dropped, reason: str, lines: Lines) -> None:
+    if len(lines):
+        dropped[reason] = (len(lines), int(lines[0]))
 
 
-def _table(text: str, file: str) -> tuple[list[str], list[list[str]], npt.NDArray[np.intp], str]:
-    """Split into header, rows, their line numbers, and the separator that was found."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    first = next((s for s in text.split("\n") if s.strip() and not s.startswith("#")), "")
-    delimiter = max(",;\t|", key=first.count)
-    if first.count(delimiter) == 0:
-        delimiter = ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    rows, lines = [], []
-    try:
-        for row in reader:
-            if row and not row[0].startswith("#") and any(map(str.strip, row)):
-                rows.append(row)
-                lines.append(reader.line_num)
-    except csv.Error as error:
-        raise PriceError(f"{file}: line {reader.line_num}: {error}") from None
-    if not rows:
-        raise PriceError(f"{file}: no rows")
-    if any(np.isfinite(_number(cell)) for cell in rows[0]):
-        header = [f"column {i + 1}" for i in range(len(rows[0]))]
-    else:
-        header = [cell.strip() for cell in rows.pop(0)]
-        lines.pop(0)
-    if not rows:
-        raise PriceError(f"{file}: a header and no rows")
-    return header, rows, np.array(lines, dtype=np.intp), delimiter
-
-
-def _cells(rows: list[list[str]], column: int) -> list[str]:
-    return [row[column].strip() if column < len(row) else "" for row in rows]
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return np.nan
-
-
-def _numbers(texts: list[str], *, decimal_comma: bool) -> F64:
-    if decimal_comma and not any("." in text for text in texts):
-        texts = [text.replace(",", ".") for text in texts]
-    return np.array([_number(text) for text in texts], dtype=np.float64)
-
-
-def _keep_usable(
-    values: F64,
-    lines: npt.NDArray[np.intp],
-    dropped: _Dropped,
-    texts: Sequence[str] | None = None,
-) -> npt.NDArray[np.bool_]:
+def _usable(
+    values: F64, lines: Lines, dropped: Dropped, texts: Sequence[str] | None = None
+) -> Bools:
     """Tell which values are prices, and count the others by reason."""
     number, finite, positive = ~np.isnan(values), np.isfinite(values), values > 0
+    undefined = is_undefined(values)
     if texts is not None:
-        empty = np.array([not text for text in texts], dtype=bool)
-        dropped.add("price missing", lines[empty])
-        number |= empty
-    dropped.add("price not a number", lines[~number])
-    dropped.add("price infinite", lines[np.isinf(values)])
-    dropped.add("price not above zero", lines[finite & ~positive])
-    keep: npt.NDArray[np.bool_] = finite & positive
+        missing = np.zeros(len(values), bool)
+        missing[~number] = [is_missing(texts[i]) for i in np.flatnonzero(~number).tolist()]
+        _count(dropped, "price missing", lines[missing])
+        number |= missing
+    _count(dropped, "price not a number", lines[~number])
+    _count(dropped, "price infinite", lines[np.isinf(values)])
+    _count(dropped, "price undefined (largest number of its type)", lines[undefined])
+    _count(dropped, "price not above zero", lines[finite & ~positive])
+    keep: Bools = finite & positive & ~undefined
     return keep
 
 
-def _sorted(
-    values: F64, times: Times, lines: npt.NDArray[np.intp], dropped: _Dropped
-) -> tuple[F64, Times, str]:
+def _sorted(values: F64, nano: Ints, lines: Lines, dropped: Dropped) -> tuple[F64, Ints, str]:
     """Sort by time; of equal times keep the one furthest down the file."""
-    steps = np.diff(times).astype(np.int64)
+    steps = np.diff(nano)
     order = "unsorted"
     if (steps >= 0).all():
         order = "ascending"
     elif (steps <= 0).all():
         order = "descending"
-    ranks = np.argsort(times, kind="stable")
-    values, times, lines = values[ranks], times[ranks], lines[ranks]
-    last = np.append(times[1:] != times[:-1], True)
-    dropped.add("time repeated", np.sort(lines[~last]))
-    return values[last], times[last], order
+    ranks = np.argsort(nano, kind="stable")
+    values, nano, lines = values[ranks], nano[ranks], lines[ranks]
+    last = np.append(nano[1:] != nano[:-1], True)
+    _count(dropped, "time repeated", np.sort(lines[~last]))
+    return values[last], nano[last], order
 
 
-def _check_enough(values: F64, file: str, column: str = "") -> None:
-    where = f" in column {column}" if column else ""
+# ----------------------------------------------------------------------------------------
+# Checks
+# ----------------------------------------------------------------------------------------
+
+
+def _check_share(unusable: Bools, dropped: Dropped, allowed: float) -> None:
+    """Refuse a series with too many holes."""
+    share = float(unusable.mean())
+    if share > allowed:
+        reasons = ", ".join(
+            f"{count:,} x {reason} (line {line:,})"
+            for reason, (count, line) in dropped.items()
+            if reason not in ("header repeated", "not a row of the table")
+        )
+        raise PriceError(
+            f"{int(unusable.sum()):,} of {len(unusable):,} rows are unusable: {reasons}; "
+            f"--allow-missing {np.ceil(100 * share) / 100:g} takes the others"
+        )
+
+
+def _end_missing(keep: Bools, nano: Ints | None, lines: Lines) -> str:
+    """What to say where the newest rows are not usable."""
+    late = ~keep
+    if nano is not None:
+        known = nano[keep]
+        newest_first = len(known) > 1 and known[0] > known[-1]
+        place = np.arange(len(keep))
+        edge = place < np.argmax(keep) if newest_first else place > place[keep][-1]
+        late &= (nano > known.max()) | ((nano == NONE) & edge)
+    else:
+        late &= np.arange(len(keep)) > np.flatnonzero(keep)[-1]
+    count = int(late.sum())
+    if not count:
+        return ""
+    rows = "the last row is" if count == 1 else f"the last {count:,} rows are"
+    return f"{rows} unusable (line {lines[late][0]:,}): the series ends before"
+
+
+def _check_repeated(
+    table: Table, nano: Ints, values: F64, keep: Bools, used: Sequence[int], allowed: float
+) -> None:
+    """Refuse many prices for one time, unless they are trades that are hardly apart."""
+    ranks = np.argsort(nano[keep], kind="stable")
+    times, logs = nano[keep][ranks], np.log(values[ranks])
+    same, moves = times[1:] == times[:-1], np.abs(np.diff(logs))
+    several = same & (moves > 0)
+    if several.sum() <= allowed * len(times):
+        return
+    usual = np.median(moves[~same]) if (~same).any() else 0.0
+    days = not (times % DAY).any()
+    if days or np.median(moves[several]) > max(5 * usual, 0.01):
+        first = np.flatnonzero(keep)[ranks[1:][several]].min()
+        where = separating_column(table.keep(keep), nano[keep], used)
+        raise PriceError(
+            f"{int(several.sum()):,} of {len(times):,} rows have another price for a time that was "
+            f"there before ({table.line(int(first))}){where}"
+        )
+
+
+def _check_steps(nano: Ints, name: str) -> None:
+    """Refuse times that only a mistake makes: days taken for nanoseconds since 1970."""
+    steps = np.diff(nano)
+    if not len(steps) or np.median(steps) >= 10**6:
+        return
+    first, last = nano[[0, -1]].view("M8[ns]")
+    if nano[0] // DAY == nano[-1] // DAY == 0 or set(name.lower().split()) & {"date", "day"}:
+        raise PriceError(
+            f"times from {first} to {last}, microseconds apart: days or seconds that were taken "
+            "for something smaller when the file was made"
+        )
+
+
+def _check_enough(values: F64, column: str = "") -> None:
+    where = f" in column {quote(column)}" if column else ""
     if len(values) < 2:
-        raise PriceError(f"{file}: {len(values)} usable price{where}: a series needs more")
+        raise PriceError(f"{len(values)} usable price{where}: a series needs more")
     if (values == values[0]).all():
-        raise PriceError(
-            f"{file}: all {len(values):,} prices{where} are equal: nothing to forecast"
-        )
+        raise PriceError(f"all {len(values):,} prices{where} are equal: nothing to forecast")
 
 
-# ----------------------------------------------------------------------------------------
-# Which column is what
-# ----------------------------------------------------------------------------------------
-
-
-def _words(name: str) -> set[str]:
-    """Split a column's name: "AdjClose" and "adj_close" are both {"adj", "close"}."""
-    return set(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
-
-
-def _is_price(name: str) -> bool:
-    words = _words(name)
-    return bool(words & PRICE_WORDS) and not words & NOT_PRICE_WORDS
-
-
-def _label(header: list[str], column: int) -> str:
-    return _quote(header[column] if column < len(header) else f"column {column + 1}")
-
-
-def _quote(text: str) -> str:
-    text = text if len(text) <= 30 else text[:27] + "..."
-    return '"' + "".join(c if c.isprintable() else "?" for c in text) + '"'
-
-
-def _names(header: list[str], columns: Sequence[int], conjunction: str) -> str:
-    names = [_label(header, column) for column in columns[:8]]
-    if len(columns) > len(names):
-        names.append(f"{len(columns) - len(names)} more")
-    return f" {conjunction} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def _price_column(header: list[str], rows: list[list[str]], column: str | None, file: str) -> int:
-    if column is not None:
-        return _named_column(header, column, file)
-    found = [i for i, name in enumerate(header) if _is_price(name)]
-    if len(found) == 2:  # the one pair with an order of preference
-        adjusted = [i for i in found if _words(header[i]) & {"adj", "adjusted"}]
-        if len(adjusted) == 1 and all("close" in _words(header[i]) for i in found):
-            return adjusted[0]
-    if not found:
-        head = rows[:50]
-        numeric = [i for i in range(len(header)) if np.isfinite(_numeric_share(head, i))]
-        times = [i for i in numeric if _words(header[i]) & TIME_WORDS or _looks_like_time(head, i)]
-        found = [i for i in numeric if i not in times]
-        if not found:
-            raise PriceError(
-                f"{file}: no column of prices among {_names(header, range(len(header)), 'and')}; "
-                "name it with --column"
-            )
-    if len(found) > 1:
-        raise PriceError(
-            f"{file}: the price could be column {_names(header, found, 'or')}; "
-            "name one with --column"
-        )
-    return found[0]
-
-
-def _named_column(header: list[str], column: str, file: str) -> int:
-    wanted = column.strip().casefold()
-    for fold in (str, str.casefold):
-        found = [i for i, name in enumerate(header) if fold(name) == fold(column.strip())]
-        if len(found) == 1:
-            return found[0]
-    if len(found) > 1:
-        raise PriceError(
-            f"{file}: {len(found)} columns are called {_quote(column)}; "
-            f"give the number of one (from 1): --column {found[0] + 1}"
-        )
-    if wanted.isdecimal() and 1 <= int(wanted) <= len(header):
-        return int(wanted) - 1
-    raise PriceError(
-        f"{file}: no column {_quote(column)}; there are {_names(header, range(len(header)), 'and')}"
+def _largest_step(values: F64, times: Times | None) -> str:
+    """What to say of a step that is far beyond all others."""
+    moves = np.abs(np.diff(np.log(values)))
+    if len(moves) < 10:
+        return ""
+    at = int(np.argmax(moves))
+    others = np.delete(moves, [i for i in (at - 1, at, at + 1) if 0 <= i < len(moves)])
+    if moves[at] < 1.0 or moves[at] < 10 * others.max():
+        return ""
+    when = f"price {at + 2:,}" if times is None else str(times[at + 1]).replace("T", " ")[:19]
+    return (
+        f"one step is {moves[at] / max(others.max(), 1e-300):,.0f} times all others: from "
+        f"{values[at]:g} to {values[at + 1]:g} ({when})"
     )
-
-
-def _numeric_share(rows: list[list[str]], column: int) -> float:
-    """Share of numbers in a column; NaN for none."""
-    cells = [cell for cell in _cells(rows, column) if cell]
-    share = sum(np.isfinite(_number(cell.replace(",", "."))) for cell in cells) / max(len(cells), 1)
-    return share if share > 0 else np.nan
-
-
-def _looks_like_time(rows: list[list[str]], column: int) -> bool:
-    """Whether a nameless column of numbers is one of times: whole, large or 20200420, one-way."""
-    cells = _cells(rows, column)
-    numbers = np.array([_number(cell) for cell in cells])
-    if not (np.isfinite(numbers).all() and (numbers == np.floor(numbers)).all()):
-        return False
-    steps = np.diff(numbers)
-    calendar = all(len(cell) == 8 and _iso_time(cell) for cell in cells)
-    return bool((calendar or (numbers > 1e8).all()) and ((steps >= 0).all() or (steps <= 0).all()))
-
-
-def _time_columns(
-    header: list[str], rows: list[list[str]], price: int
-) -> tuple[int, int | None] | None:
-    """Find the column of times, and a second one where date and time of day stand apart."""
-    head = rows[:50]
-    others = [i for i in range(len(header)) if i != price]
-    named = [i for i in others if _words(header[i]) & TIME_WORDS]
-    for i in named or others:
-        numeric = np.isfinite(_numeric_share(head, i))
-        if numeric and not named and not _looks_like_time(head, i):  # numbers are not dates
-            continue
-        if not np.isnat(_times(head, (i, None))).all():
-            clock = [j for j in others if _words(header[j]) == {"time"} and j != i]
-            for j in clock:
-                if not np.isnat(_times(head, (i, j))).all():
-                    return i, j
-            return i, None
-    return (named[0], None) if named else None
-
-
-# ----------------------------------------------------------------------------------------
-# Times
-# ----------------------------------------------------------------------------------------
-
-
-def _times(rows: list[list[str]], columns: tuple[int, int | None]) -> Times:
-    """Times of all rows in UTC microseconds; NaT where there is none."""
-    texts = _cells(rows, columns[0])
-    if columns[1] is not None:
-        clock = _cells(rows, columns[1])
-        texts = [f"{day}T{time}" for day, time in zip(texts, clock, strict=True)]
-    numbers = np.array([_number(text) for text in texts])
-    numeric = np.isfinite(numbers)
-    if numeric.sum() <= len(texts) / 2:
-        return np.array([_iso_time(text) for text in texts], dtype="datetime64[us]")
-    if np.median(numbers[numeric]) < 1e8:  # 20200420, or a year
-        calendar = np.array([_iso_time(text) for text in texts], dtype="datetime64[us]")
-        if not np.isnat(calendar[numeric]).any():
-            return calendar
-    return _unix_times(numbers)
-
-
-def _unix_times(numbers: F64) -> Times:
-    """Unix times; the unit follows from the size: 1e11 seconds would be the year 5138."""
-    size = float(np.nanmedian(numbers))
-    units = ((1e11, 1e6), (1e14, 1e3), (1e17, 1.0), (np.inf, 1e-3))
-    factor = next(factor for limit, factor in units if size < limit)
-    micro = numbers * factor
-    valid = np.isfinite(micro) & (np.abs(micro) < 2.0**62)
-    times = np.full(len(numbers), np.datetime64("NaT"), dtype="datetime64[us]")
-    times[valid] = np.round(micro[valid]).astype(np.int64).astype("datetime64[us]")
-    return times
-
-
-def _iso_time(text: str) -> datetime | None:
-    """Read ISO 8601 in UTC, also a month or year alone, and dots or slashes (year first)."""
-    try:
-        return _in_utc(datetime.fromisoformat(text))
-    except ValueError:
-        pass
-    match = re.fullmatch(
-        r"(1[6-9]\d\d|2[01]\d\d)(?:[-./](\d{1,2})(?:[-./](\d{1,2})(?:[T ]+(\S.*))?)?)?", text
-    )
-    if match is None:
-        return None
-    year, month, day, clock = match.groups()
-    try:
-        when = date(int(year), int(month or 1), int(day or 1)).isoformat()
-        clock = (clock or "00:00").removesuffix("UTC").strip()
-        return _in_utc(datetime.fromisoformat(f"{when}T{clock}"))
-    except ValueError:
-        return None
-
-
-def _in_utc(when: datetime) -> datetime | None:
-    try:
-        return when if when.tzinfo is None else when.astimezone(UTC).replace(tzinfo=None)
-    except OverflowError:  # year 1 or 9999, pushed over the edge by its zone
-        return None
-
-
-def _shortest_unit(times: Times) -> str:
-    micro = times.astype("datetime64[us]").astype(np.int64)
-    for unit, size in (("D", 86_400_000_000), ("m", 60_000_000), ("s", 1_000_000)):
-        if not (micro % size).any():
-            return unit
-    return "us"

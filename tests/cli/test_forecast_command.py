@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from favor_np.cli import main
+from favor_np.forecast import read_prices
 
 QUICK = ["--features", "64"]
 
@@ -140,6 +141,44 @@ def test_csv_has_every_forecast(capsys, series, tmp_path, target):
     np.testing.assert_allclose([float(row["outcome"]) for row in rows[:-1]], outcome, atol=1e-9)
     if target == "return":
         assert {row["signal"] for row in rows} <= {"BUY", "SELL", "HOLD"}
+
+
+def test_csv_keeps_fractions_of_seconds_and_reads_back_whole(capsys, tmp_path):
+    path, out = tmp_path / "quarters.csv", tmp_path / "out.csv"
+    prices = 101.123456789012 + np.sin(np.arange(120))
+    lines = [f"{1735689600000 + 250 * i},{price!r}" for i, price in enumerate(prices.tolist())]
+    path.write_text("\n".join(["timestamp,price", *lines]))
+    run(capsys, str(path), "--csv", str(out), "--window", "8", *QUICK)
+    again = read_prices(out)
+    np.testing.assert_array_equal(again.values, prices[-len(again) :])
+    assert len(again) == 120 - 8 - 1
+    assert again.dropped == {}
+    assert again.step == "0.25 seconds"
+    assert str(again.times[-1]) == "2025-01-01T00:00:29.750000"
+
+
+def test_what_the_user_says_of_the_file(capsys, tmp_path):
+    path = tmp_path / "two.csv"
+    rows = [
+        f"{1 + i // 12:02}/{1 + i % 12:02}/2024;{name};{price + i % 7},5"
+        for i in range(120)
+        for name, price in (("AAA", 10), ("BBB", 500))
+    ]
+    path.write_text("\n".join(["Date;Ticker;Close", *rows, "n/a;AAA;x"]))
+    expect_error(capsys, "--symbol", str(path), "--day-first")
+    expect_error(
+        capsys, "--day-first, --no-day-first or --date-format", str(path), "--symbol", "AAA"
+    )
+    for told in (["--no-day-first"], ["--date-format", "%m/%d/%Y"]):
+        out = run(capsys, str(path), "--symbol", "AAA", *told, "--json", *QUICK)
+        data = json.loads(out)["input"]
+        assert (data["used"], data["first"], data["last"]) == (120, "2024-01-01", "2024-10-12")
+        assert "decimal comma" in data["note"]
+    told = ["--symbol", "AAA", "--no-day-first"]
+    expect_error(capsys, "1 of 121 rows are unusable", str(path), *told, "--allow-missing", "0")
+    with pytest.raises(SystemExit):
+        main(["forecast", str(path), "--allow-missing", "5"])
+    assert "not a share" in capsys.readouterr().err
 
 
 def test_csv_without_times(capsys, tmp_path):

@@ -107,10 +107,16 @@ def test_two_columns_of_one_name_go_by_number(write):
 def test_unusable_rows_are_counted(write):
     rows = ["2024-01-01,1", "2024-01-02,", "2024-01-03,abc", "2024-01-04,nan", "2024-01-05,inf"]
     rows += ["2024-01-06,0", "2024-01-07,-3", "2024-01-08,5", "soon,6", "2024-01-08,7", "short"]
-    prices = read_prices(write("Date,Price\n" + "\n".join(rows)))
+    path = write("Date,Price\n" + "\n".join(rows))
+    with pytest.raises(
+        PriceError, match=r"7 of 10 rows are unusable: .*; --allow-missing 0\.7 takes"
+    ):
+        read_prices(path, allow_missing=0.69)
+    prices = read_prices(path, allow_missing=0.7)
     np.testing.assert_array_equal(prices.values, [1, 7])  # of equal times the last in the file
     assert prices.dropped == {
-        "time missing or not ISO 8601 or Unix seconds": (2, 10),
+        "not a row of the table": (1, 12),
+        "time missing or not written as the others": (1, 10),
         "price missing": (1, 3),
         "price not a number": (2, 4),
         "price infinite": (1, 6),
@@ -118,6 +124,31 @@ def test_unusable_rows_are_counted(write):
         "time repeated": (1, 9),
     }
     assert prices.rows == 11 == len(prices) + sum(n for n, _ in prices.dropped.values())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_the_newest_rows_unusable_is_said(write, rows, newest_first):
+    lines = [f"2024-{1 + i // 28:02}-{1 + i % 28:02},{100 + i % 7}" for i in range(60)]
+    lines[-rows:] = [f"{line.split(',')[0]},N/A" for line in lines[-rows:]]
+    lines = lines[::-1] if newest_first else lines
+    note = read_prices(write("\n".join(["Date,Price", *lines]))).note
+    first = 2 if newest_first else 62 - rows
+    assert f"unusable (line {first}): the series ends before" in note
+    assert ("the last row is" in note) == (rows == 1)
+
+
+def test_a_hole_in_the_middle_is_no_end(write):
+    lines = [f"2024-01-{1 + i:02},{'N/A' if i == 9 else 100 + i % 7}" for i in range(30)]
+    assert read_prices(write("\n".join(["Date,Price", *lines]))).note == ""
+
+
+def test_options_are_checked(write):
+    path = write("Date,Price\n2024-01-01,1\n2024-01-02,2\n")
+    with pytest.raises(ValueError, match=r"decimal must be '\.' or ','"):
+        read_prices(path, decimal=";")
+    with pytest.raises(ValueError, match="allow_missing must be between 0 and 1, got 5"):
+        read_prices(path, allow_missing=5)
 
 
 def test_order_of_rows_does_not_matter(write):
@@ -157,7 +188,7 @@ def test_without_times_the_order_of_the_file_counts(write):
         (b" \n\n", "the file is empty"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "binary"),
         (b"\x7fELF\x02\x01\x01", "binary"),
-        (b"\x1f\x8b\x08\x08abc\xff\xfe", "binary"),
+        (b"\x1f\x8b\x08\x08abc\xff\xfe", "cannot be unpacked"),
         (b"# only a comment\n", "no rows"),
         (b",,,\n,,\n", "no rows"),
         (b"Date,Price\n", "a header and no rows"),
@@ -167,8 +198,11 @@ def test_without_times_the_order_of_the_file_counts(write):
         (b"Date,Price\n2024-01-01,abc\n2024-01-02,def\n", '"abc" in line 2'),
         (b"Date,Price\n2024-01-01,-1\n2024-01-02,0\n", "no usable price"),
         (b"Date,Note\n2024-01-01,abc\n2024-01-02,def\n", "no column of prices"),
-        (b"Date,Price\n04/20/2024,1\n04/21/2024,2\n", "ISO dates"),
-        (b'Date,Price\n2024-01-01,"1\n2024-01-02,2\n', "usable price"),
+        (b"Date,Price\nsoon 4,1\nlater 5,2\n", "ISO dates"),
+        (
+            b'Date,Price\n2024-01-01,"1\n2024-01-02,2\n',
+            "line 3: a quote is opened and never closed",
+        ),
     ],
 )
 def test_files_that_are_refused(write, content, message):
@@ -190,6 +224,29 @@ def test_standard_input(monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Stdin)
     assert len(read_prices("-")) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "times"),
+    [
+        (np.array([1.0, -2.0]), None),
+        (np.array([1.0, np.nan]), None),
+        (np.ones((2, 2)), None),
+        (np.array([1.0, 2.0]), np.array(DAYS, "M8[D]")),
+        (np.array([1.0, 2.0, 3.0]), np.array(DAYS[::-1], "M8[D]")),
+        ([1.0, 2.0, np.nan], np.array(DAYS, "M8[D]")),
+    ],
+    ids=str,
+)
+def test_what_is_no_series_is_refused(values, times):
+    with pytest.raises(PriceError, match=r"must (be one-dimensional|increase)"):
+        Prices(values, times)
+
+
+def test_a_series_of_numbers_and_times():
+    prices = Prices([1, 2, 3], DAYS)
+    assert prices.values.dtype == np.float64
+    assert prices.step == "1 day"
 
 
 def test_from_array_checks():
