@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +25,10 @@ from favor_np.kernels.chunk import FOLD
 from favor_np.kernels.pack import CHUNK, Map
 from favor_np.kernels.simd import VECTOR_BYTES
 from favor_np.kernels.state import PAD, TAIL
+from favor_np.tables import kept
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
-F = TypeVar("F", bound=Callable[..., Any])
 
 #: Largest |log2-feature| kept, by itemsize: longer queries and keys are shortened to it.  The
 #: activations round by adding a large number, so it stays well below 2**22 and 2**51.
@@ -131,51 +130,8 @@ class Workspace:
         return *state, floats, aligned((threads, self.ints), whole)
 
 
-#: Bytes of the tables that one function keeps, if it made them of late: half of them of calls before.
-KEPT = 32 << 20
 #: Bytes of the workspaces that a Python thread keeps.
 SPARE = 128 << 20
-
-
-def kept(count: int, size: Callable[[Any], int]) -> Callable[[F], F]:
-    """Keep results as `functools.lru_cache` does, the last `count` or more of them, up to KEPT bytes.
-
-    What was used lies in one table and, when that is full, in another one, which goes when the first is
-    full again.  So there is no order to maintain, and no lock: a thread or a signal handler that comes
-    between makes a result once more, at worst.
-    """
-
-    def decorate(function: F) -> F:
-        recent: dict[Any, Any] = {}
-        older: dict[Any, Any] = {}
-        held = 0
-
-        @functools.wraps(function)
-        def look_up(*key: Any) -> Any:
-            nonlocal recent, older, held
-            try:
-                return recent[key]
-            except KeyError:
-                pass
-            found = older.get(key)
-            if found is None:
-                found = function(*key)
-            more = size(found)
-            if more <= KEPT // 2:
-                if held + more > KEPT // 2 or len(recent) >= count:
-                    recent, older, held = {}, recent, 0
-                recent[key] = found
-                held += more
-            return found
-
-        def clear() -> None:
-            nonlocal recent, older, held
-            recent, older, held = {}, {}, 0
-
-        look_up.cache_clear = clear  # type: ignore[attr-defined]
-        return look_up  # type: ignore[return-value]
-
-    return decorate
 
 
 @functools.lru_cache(maxsize=256)

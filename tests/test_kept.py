@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from child import python
 
-from favor_np import AttentionState, favor_attention, feature_map, plan
+from favor_np import AttentionState, favor_attention, feature_map, plan, tables
 from favor_np.measure import peak_memory
 
 
 def table(made):
-    @plan.kept(4, lambda array: array.nbytes)
+    @tables.kept(4, lambda array: array.nbytes)
     def zeros(size):
         made.append(size)
         return np.zeros(size, np.int8)
@@ -45,28 +45,28 @@ def test_what_was_used_last_is_kept():
 def test_no_more_bytes_are_kept_than_said():
     made, references = [], []
 
-    @plan.kept(1000, lambda array: array.nbytes)
+    @tables.kept(1000, lambda array: array.nbytes)
     def zeros(number, size):
         made.append(number)
         array = np.zeros(size, np.int8)
         references.append(weakref.ref(array))
         return array
 
-    share = plan.KEPT // 16
+    share = tables.KEPT // 16
     for number in range(40):
         zeros(number, share - 1)
         held = [reference() for reference in references]
-        assert sum(array.nbytes for array in held if array is not None) <= plan.KEPT
+        assert sum(array.nbytes for array in held if array is not None) <= tables.KEPT
         del held
     made.clear()
     for number in range(33, 40):
         zeros(number, share - 1)
     assert made == []
-    zeros(99, plan.KEPT // 2 + 1)  # too large to be kept, and nothing else goes for it
+    zeros(99, tables.KEPT // 2 + 1)  # too large to be kept, and nothing else goes for it
     for number in range(33, 40):
         zeros(number, share - 1)
     assert made == [99]
-    zeros(99, plan.KEPT // 2 + 1)
+    zeros(99, tables.KEPT // 2 + 1)
     assert made == [99, 99]
 
 
@@ -102,7 +102,7 @@ def test_memory_does_not_grow_with_every_new_shape(call):
         print(resident() - before)
         """
     )
-    assert int(grown) < 3 * plan.KEPT
+    assert int(grown) < 3 * tables.KEPT
 
 
 def spare(sizes, threads=1):
