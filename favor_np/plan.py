@@ -214,9 +214,9 @@ def layout(
         natural[..., :dim] = padding
         return turned, natural
 
-    def of_blocks(array: Array, used: bool = affine) -> Array:
-        """The same for every block of a head, its last axis padded; of size 0 where it is not used."""
-        array = np.repeat(array, blocks, axis=0)[: None if used else 0]
+    def of_blocks(array: Array) -> Array:
+        """The same for every block of a head, its last axis padded."""
+        array = np.repeat(array, blocks, axis=0)
         new = aligned((*array.shape[:-1], columns), dtype)
         new[..., :dim] = array
         return new
@@ -233,15 +233,18 @@ def layout(
     planes = not words and group is None and worth_planes(dtype, rows, dim)
     bias = aligned((heads, half), dtype)
     bias[:, places] = feature_map.bias * unit
-    factored = factor is not None
-    rows_of_factor = np.zeros((1, dim, dim)) if factor is None else factor
-    vectors = (
-        np.broadcast_to(x, (heads, dim))[:, None]
-        for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
-    )
-    columns_of_factor = np.broadcast_to(
-        rows_of_factor.swapaxes(1, 2) * math.sqrt(0.5 * unit), (heads, dim, dim)
-    )
+    # No matrix of d x d where there is none.
+    of_affine, hessian = np.zeros((2, 0, 1, columns), dtype)
+    linear = np.zeros((0, columns), dtype)
+    if affine:
+        linear = of_blocks(feature_map.key_linear)
+        vectors = (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
+        rows_of_affine = [np.broadcast_to(x, (heads, dim))[:, None] for x in vectors]
+        if factor is not None:
+            hessian = of_blocks(factor.swapaxes(1, 2) @ factor)
+            turned = factor.swapaxes(1, 2) * math.sqrt(0.5 * unit)
+            rows_of_affine.append(np.broadcast_to(turned, (heads, dim, dim)))
+        of_affine = of_blocks(np.concatenate(rows_of_affine, axis=1))
     query_left = query_right = key_left = key_right = None
     if planes:
         query_left, query_right = key_left, key_right = _factors(key)
@@ -251,15 +254,15 @@ def layout(
         query=query,
         key=key,
         bias=bias.reshape(heads * blocks, width),
-        affine=of_blocks(np.concatenate([*vectors, columns_of_factor], axis=1)),
+        affine=of_affine,
         query_planes=query_left,
         key_planes=key_right,
     )
     natural = vjp_kernels.Natural(
         query=natural_query,
         key=natural_key,
-        hessian=of_blocks(rows_of_factor.swapaxes(1, 2) @ rows_of_factor, factored),
-        linear=of_blocks(feature_map.key_linear),
+        hessian=hessian,
+        linear=linear,
         query_planes=query_right,
         key_planes=key_left,
         unit=bfloat16.UNIT if planes else None,
@@ -283,7 +286,7 @@ def layout(
             filled=filled,
             key_norm=feature_map.key_norm * activate.LOG2E,
             affine=affine,
-            factored=factored,
+            factored=factor is not None,
             kernel_epsilon=float(feature_map.kernel_epsilon),
             limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
             far=FAR[size],

@@ -168,3 +168,18 @@ def test_memory_of_a_window_does_not_grow_with_the_sequence():
             call()
             peaks.append(min(peak_memory(call) for _ in range(2)))
         assert abs(peaks[1] - peaks[0]) < 2**20, window
+
+
+def test_a_long_map_takes_no_matrix_of_its_length(tmp_path):
+    """A file of 33 KB once took 25 s and 2 GB to load: d x d matrices, for a map without any."""
+    fm = feature_map("positive", dim=4096, num_features=4)
+    x = np.zeros((1, 4096), np.float32)
+
+    def use():
+        plan.layout.cache_clear()
+        state = AttentionState.zeros(fm, value_dim=1).update(x, x[:, :1])
+        state.save(tmp_path / "state")
+        AttentionState.load(tmp_path / "state").attend(x)
+
+    use()
+    assert peak_memory(use) < 8 * 2**20  # d x d in float32 alone is 64
