@@ -1,5 +1,7 @@
 """Sums in float32 over many tokens: what an addition rounds off is not lost."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -110,3 +112,44 @@ def test_the_gradient():
     for name in ("q", "k", "v", "projection"):
         assert close(getattr(found, name), getattr(want, name))
     assert found.projection.dtype == np.float32
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 17, 40])
+@pytest.mark.parametrize("decay", [None, 0.9], ids=["", "decay"])
+def test_single_tokens_wait_in_the_state(count, decay, tmp_path):
+    """At any time: read, copied, saved, merged, continued, it is the state of all its tokens."""
+    rng = np.random.default_rng(count)
+    q, k, v = rng.standard_normal((3, 2, 60, 4), np.float32)
+    state, whole = (AttentionState.zeros(FM, 4, (2,), decay=decay) for _ in range(2))
+    for i in range(count):
+        state.step(q[:, i], k[:, i], v[:, i])
+    whole.update(k[:, :count], v[:, :count])
+    want = whole.attend(q[:, :5])
+
+    def right(rows):
+        assert np.allclose(rows, want, rtol=2e-5, atol=2e-6)
+
+    state.save(tmp_path / "state")
+    twins = [
+        state.copy(),
+        pickle.loads(pickle.dumps(state)),
+        AttentionState.load(tmp_path / "state"),
+    ]
+    nothing = np.zeros((2, 0, 4), np.float32)
+    if decay is None:
+        right(favor_attention(q[:, :5], nothing, nothing, FM, state=state))
+    assert np.allclose(np.ldexp(state.S, state.c[..., None]), np.ldexp(whole.S, whole.c[..., None]),
+                       rtol=1e-4, atol=1e-5)  # fmt: skip
+    ends = []
+    for twin in (state, *twins):
+        rows = twin.step(q[:, 50], k[:, 50], v[:, 50])
+        ends.append(rows)
+        assert twin.lengths.tolist() == [count + 1] * 2
+    assert all(np.array_equal(rows, ends[0]) for rows in ends)
+    for twin in twins:
+        merged = AttentionState.zeros(FM, 4, (2,), decay=decay).merge(twin)
+        assert np.allclose(merged.attend(q[:, :5]), twin.attend(q[:, :5]), rtol=2e-5, atol=2e-6)
+    whole.update(k[:, 50:51], v[:, 50:51])
+    want = whole.attend(q[:, :5])
+    right(state.attend(q[:, :5]))
+    right(state.attend(q[:, :5]))  # reading has changed nothing

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -480,3 +481,23 @@ def test_no_permission():
         )
         os.chmod(folder, 0o700)
         assert out == "['secret', 'state']\n"
+
+
+OLD = Path(__file__).parent / "data" / "states"
+
+
+@pytest.mark.parametrize("name", ["plain", "float64", "decay", "calibrated", "relu", "packed"])
+def test_files_of_older_versions_go_on(name):
+    """Written at 5741c2f, when states held nothing beside (c, S, z): versions 1 and 2."""
+    state, answers = AttentionState.load(OLD / f"{name}.state"), np.load(OLD / "answers.npz")
+    q, k, v = (answers[x] for x in "qkv")
+    if name == "packed":
+        assert np.array_equal(state.lengths, [13, 17])
+        found = state.attend(q[0, :4], cu_seqlens=[0, 2, 4])
+        assert np.allclose(found, answers[name], rtol=1e-5, atol=1e-6)
+        return
+    assert np.array_equal(state.lengths, [30, 30])
+    found = np.stack([state.attend(q[:, i : i + 1])[:, 0] for i in range(5)], axis=1)
+    assert np.allclose(found, answers[name], rtol=1e-5, atol=1e-6)
+    steps = np.stack([state.step(q[:, i], k[:, i], v[:, i]) for i in range(30, 40)], axis=1)
+    assert np.allclose(steps, answers[f"{name}_steps"], rtol=1e-5, atol=1e-6)

@@ -103,3 +103,18 @@ class Rounding:
         out = attention(*self.arrays, *fm, causal=self.causal)
         reference = attention(*self.wide, *fm, causal=self.causal)
         return float(abs(out - reference).max() / abs(reference).max())
+
+
+class Drift:
+    """Error of a state after many single tokens, relative to float64: keys all equal, values 0, then 1."""
+
+    unit = "relative"
+    timeout = 600
+
+    def track_steps(self):
+        fm, count = feature_map(8, 4, antithetic=True), 100_000
+        key = np.array([0.3, -0.2, 0.1, 0.25], np.float32)
+        state = favor_np.AttentionState.zeros(fm, value_dim=1)
+        for i in range(count):
+            out = state.step(key, key, [float(2 * i >= count)])
+        return float(abs(out[0] - 0.5)) / 0.5

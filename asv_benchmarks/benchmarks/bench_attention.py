@@ -103,3 +103,21 @@ class Exact:
 
     def time_forward(self, length, dtype, kind):
         self.call()
+
+
+class Numbers:
+    """Queries and keys of any size: the time of a call must not depend on the numbers in it."""
+
+    params = (["causal", "full"], ["0.35", "4", "8", "30"])
+    param_names = ("kind", "std")
+    timer = TIMER
+
+    def setup(self, kind, std):
+        self.arrays, self.causal = inputs(4096, std=float(std)), kind == "causal"
+        warm((kind, std), lambda: [self.time_favor(kind, std), self.time_exact(kind, std)])
+
+    def time_favor(self, kind, std):
+        favor_np.favor_attention(*self.arrays, feature_map(), causal=self.causal, num_threads=1)
+
+    def time_exact(self, kind, std):
+        favor_np.exact_attention(*self.arrays, causal=self.causal, num_threads=1)
