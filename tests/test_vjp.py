@@ -276,7 +276,7 @@ def moved(state, S, z):
 
     state = state.copy()
     real = plan.layout(state.feature_map, state.dtype, state.value_dim).real
-    late = 1.0 if state.rates is None else np.exp2((state.lengths * state.rates) % 1.0)
+    late = 1.0 if state.rates is None else np.exp2((state.lengths.ravel() * state.rates) % 1.0)
     late = np.reshape(late, (-1, 1)) if np.ndim(late) else late
     rows = len(state.arrays[0])
     state.arrays[2][:, real] += late * z.reshape(rows, len(real))
