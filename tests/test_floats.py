@@ -85,3 +85,18 @@ def test_weights_far_apart_are_right(causal, std):
     want = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, causal=causal)
     # an exponent of size std**2 rounds to 2**-24 of itself
     assert np.sqrt(np.mean((found - want) ** 2)) <= 1e-6 * std**2 * np.std(want)
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+@pytest.mark.parametrize("std", [0.5, 6])
+def test_bits_do_not_depend_on_threads_whatever_the_size(std, decay):
+    """Chunks of tiny, ordinary and no values: each is computed in its own mode, on any thread."""
+    rng = np.random.default_rng(3)
+    q, k, v = (s * rng.standard_normal((1, 6000, 8), np.float32) for s in (std, std, 1))
+    size = 10.0 ** rng.integers(-44, 1, 6000 // 50).repeat(50)
+    v = (v * size[:, None] * (rng.random(6000) < 0.9)[:, None]).astype(np.float32)
+    one, two, five = (
+        favor_attention(q, k, v, FM, causal=True, decay=decay, num_threads=n) for n in (1, 2, 5)
+    )
+    assert np.array_equal(one, two)
+    assert np.array_equal(one, five)

@@ -33,7 +33,7 @@ from favor_np.kernels.activate import (
     raise_keys,
 )
 from favor_np.kernels.bfloat16 import words_along
-from favor_np.kernels.floats import flush_beside
+from favor_np.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
 from favor_np.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import (
@@ -123,11 +123,13 @@ def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
 @jit()
 def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming, spare):
     """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while rows are fetched that are coming."""
-    width, features, done = keys.shape[2], sums.shape[1], 0
+    width, features, done, mode = keys.shape[2], sums.shape[1], 0, float_mode()
     for t in range(keys.shape[0]):
+        set_float_mode(mode)
         r0 = t % par.signs * (features // par.signs) + t // par.signs * width
         more = spare if add else s[slot, r0 : r0 + width]
         done = fold_keys(words, keys[t], values, count, more, coming, done)
+        set_float_mode(IEEE)  # whatever the values are: a relay adds sums without them
         if add:
             add_rows(s[slot], r0, features + r0, width, spare)
     if add:
@@ -342,6 +344,7 @@ def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
     reads = what == READ or (what == WHOLE and par.causal)
     following = min(CHUNK, p.row[3] - start - ahead)
     taken = count
+    set_float_mode(IEEE)
     if what != READ:
         taken = keys_chunk(par, p.k, k_row, count, p.mask, mask_row, p.fm, w, p.clock + start * p.rate,
                            p.rate, c, s, z, slot, keys, t)  # fmt: skip

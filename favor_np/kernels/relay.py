@@ -17,6 +17,7 @@ import sys
 from numba import types
 
 from favor_np.kernels.chunk import FOLD, READ, WHOLE, attend_chunk, piece
+from favor_np.kernels.floats import IEEE, set_float_mode
 from favor_np.kernels.jit import jit
 from favor_np.kernels.pack import CHUNK, cut
 from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load
@@ -154,6 +155,7 @@ def attend_relay(par, p, relay, number, c, s, z, floats, t):
                                  c, s, z, slot, keys, t)  # fmt: skip
             if what != READ:
                 note_fold(relay, i, basis, taken == end - at, c)
+        set_float_mode(IEEE)
         if what == SCAN and relay[own + FITS]:
             scan_state(relay, i, c, s, z, t.scale)
         elif what == SCAN:  # a chunk in pieces, as one thread goes through it
