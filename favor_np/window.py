@@ -438,11 +438,12 @@ class WindowState:
         return kept | rows | {"_own": raw}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave."""
+        """Take what `__getstate__` gave, of this version or of one whose states were (c, S, z) alone."""
         from favor_np import launch
 
         vars(self).update(kept)
-        self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, *self._own)
+        parts = self._own if len(self._own) == 2 else (self._own,)
+        self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, *parts)
         self._forget()
         self._guard = Guard("WindowState")
 
