@@ -111,7 +111,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
                 with contextlib.suppress(OSError):
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
                 os.fchmod(file.fileno(), mode)
-            np.savez(file, **arrays)
+            _write_archive(file, arrays)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -123,6 +123,18 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _write_archive(file: Any, arrays: dict[str, Any]) -> None:
+    try:
+        np.savez(file, **arrays)
+    except (
+        ValueError
+    ) as error:  # an interrupt leaves a handle open, of which zipfile complains instead
+        cause = error.__context__
+        if cause is None or isinstance(cause, Exception):
+            raise
+        raise cause from None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:

@@ -167,7 +167,7 @@ def test_memory_of_a_window_does_not_grow_with_the_sequence():
             )
             call()
             peaks.append(min(peak_memory(call) for _ in range(2)))
-        assert abs(peaks[1] - peaks[0]) < 2**20, window
+        assert abs(peaks[1] - peaks[0]) < 4 * 2**20, window  # one array of the longer one has 26
 
 
 def test_a_long_map_takes_no_matrix_of_its_length(tmp_path):

@@ -1,5 +1,6 @@
 """AttentionState.save and load: the same bits, or a clear refusal; the old file or the new one."""
 
+import gc
 import io
 import itertools
 import json
@@ -501,3 +502,19 @@ def test_files_of_older_versions_go_on(name):
     assert np.allclose(found, answers[name], rtol=1e-5, atol=1e-6)
     steps = np.stack([state.step(q[:, i], k[:, i], v[:, i]) for i in range(30, 40)], axis=1)
     assert np.allclose(steps, answers[f"{name}_steps"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_of_an_archive_stays_an_interrupt(tmp_path, monkeypatch):
+    """While an entry is closed: zipfile raises a ValueError of its own in place of it."""
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    state = folded(FeatureMap.from_projection(draw(17, 6)), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile._ZipWriteFile, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            state.save(tmp_path / "state")
+        gc.collect()
+    assert os.listdir(tmp_path) == []
