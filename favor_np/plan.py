@@ -94,8 +94,7 @@ def state_arrays(
 
 def tail(of: Layout, s: Array, z: Array) -> tuple[Array, Array]:
     """Return the tails of states: features (slots, TAIL, F) and values (slots, TAIL, X), both views."""
-    keys = z[:, 2 * of.features :].reshape(len(z), of.features, TAIL)
-    return keys.swapaxes(1, 2), s[:, 2 * of.features :]
+    return z[:, 2 * of.features :].reshape(len(z), TAIL, of.features), s[:, 2 * of.features :]
 
 
 def aligned_copy(array: Array) -> Array:

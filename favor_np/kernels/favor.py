@@ -96,7 +96,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
         else:
             slot = begin(par, row, me, c, s, z, width)
             if row[3] > 0 or row[6] == 0:  # who only reads changes nothing: others may read, too
-                fold_tail(c, s, z, slot, width, t.spare)
+                fold_tail(c, s, z, slot)
             attend_one(par, p, c, s, z, slot, t)
         end_unit(unit)
         finished += 1

@@ -412,7 +412,7 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
         if job >= n:
             break
         slot = begin(par, jobs[job], me, c, s, z, fm.key.shape[2])
-        fold_tail(c, s, z, slot, fm.key.shape[2], t.spare)
+        fold_tail(c, s, z, slot)
         clock, rate = clock_of(clocks, job)
         pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1

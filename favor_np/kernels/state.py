@@ -4,7 +4,7 @@ With F features, padding included, and X columns of values:
 
     c (F + PAD)             exponents; c[F] counts the tokens in the tail
     S (2 F + TAIL, X)       sums over features, what rounding has taken from them, values of the tail
-    z (2 F + F TAIL)        the same; features of the tail (F, TAIL)
+    z (2 F + TAIL F)        the same; features of the tail (TAIL, F)
 
 A sum in float32 that grows by one token, or one chunk, at a time loses up to half a unit in its last place
 each time, and if all keys are equal always on the same side.  So each sum is a pair: what an addition rounds
@@ -16,9 +16,8 @@ it is full: in between a step only reads S.  z holds the tokens of the tail alre
 
 from __future__ import annotations
 
-from favor_np.kernels.gemm import gemm
 from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.simd import VECTOR_BYTES, exp2, load, splat, store, view
+from favor_np.kernels.simd import VECTOR_BYTES, exp2, fma, load, splat, store, view
 
 #: Tokens that a state keeps before it folds them together.
 TAIL = 16
@@ -91,21 +90,38 @@ def scale_row(rows, r, by):
 
 @jit()
 def tail(s, z, slot, features):
-    """The features (F, TAIL) and the values (TAIL, X) of a slot's tail."""
-    keys = view(z, slot * z.shape[1] + 2 * features, features, TAIL)
+    """The features (TAIL, F) and the values (TAIL, X) of a slot's tail."""
+    keys = view(z, slot * z.shape[1] + 2 * features, TAIL, features)
     return keys, view(s, (slot * s.shape[1] + 2 * features) * s.shape[2], TAIL, s.shape[2])
 
 
-@jit()
-def fold_tail(c, s, z, slot, width, spare):
+@jit(fastmath=EXACT)
+def fold_tail(c, s, z, slot):
     """Fold the tokens of the tail, which is empty afterwards; z holds them already."""
-    features = c.shape[1] - PAD
-    count = c[slot, features]
+    features, lanes, columns = c.shape[1] - PAD, VECTOR_BYTES // s.itemsize, s.shape[2]
+    count, state = c[slot, features], s[slot]
     keys, values = tail(s, z, slot, features)
-    for r in range(0, features if count > 0 else 0, width):
-        block = view(keys, r * TAIL, width, TAIL)
-        gemm(block, values, spare, 0, width, 0, s.shape[2], 0, count, False)
-        add_rows(s[slot], r, features + r, width, spare)
+    for r in range(
+        0, features if count > 0 else 0, 4
+    ):  # four rows and two vectors: eight sums in registers
+        for x in range(0, columns, 2 * lanes):
+            y = min(x + lanes, columns - lanes)
+            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(s, 0)
+            for j in range(count):
+                u, v = load(values, j, x), load(values, j, y)
+                k0, k1 = splat(s, keys[j, r]), splat(s, keys[j, r + 1])
+                k2, k3 = splat(s, keys[j, r + 2]), splat(s, keys[j, r + 3])
+                a0, a1, a2, a3 = fma(k0, u, a0), fma(k1, u, a1), fma(k2, u, a2), fma(k3, u, a3)
+                b0, b1, b2, b3 = fma(k0, v, b0), fma(k1, v, b1), fma(k2, v, b2), fma(k3, v, b3)
+            add_pair(state, r, x, features + r, x, a0)
+            add_pair(state, r + 1, x, features + r + 1, x, a1)
+            add_pair(state, r + 2, x, features + r + 2, x, a2)
+            add_pair(state, r + 3, x, features + r + 3, x, a3)
+            if y > x:
+                add_pair(state, r, y, features + r, y, b0)
+                add_pair(state, r + 1, y, features + r + 1, y, b1)
+                add_pair(state, r + 2, y, features + r + 2, y, b2)
+                add_pair(state, r + 3, y, features + r + 3, y, b3)
     c[slot, features] = 0
 
 

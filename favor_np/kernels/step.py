@@ -55,7 +55,7 @@ def step_token(
     lanes, width, every = VECTOR_BYTES // q.itemsize, fm.key.shape[2], t.sums.shape[1]
     half = every // par.signs
     if c[slot, every] == TAIL:
-        fold_tail(c, s, z, slot, width, t.spare)
+        fold_tail(c, s, z, slot)
     count, state = c[slot, every], s[slot]
     keys, values = tail(s, z, slot, every)
     pack(q, q_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
@@ -90,7 +90,7 @@ def step_token(
                 store(z, slot, r, load(z, slot, r) * by)
                 store(z, slot, every + r, load(z, slot, every + r) * by)
                 add_pair(z, slot, r, slot, every + r, value)
-                store(t.sums, 0, r, value)
+                store(keys, count, r, value)
                 store(t.scale, 0, r, by)
                 store(t.token, 0, r, turn * load(queries, 1, f))
     if raised:
@@ -98,9 +98,8 @@ def step_token(
             if t.scale[0, r] != 1:
                 scale_row(state, r, t.scale[0, r])
                 scale_row(state, every + r, t.scale[0, r])
-                scale_row(keys, r, t.scale[0, r])
-    for r in range(every):
-        keys[r, count] = t.sums[0, r]
+                for j in range(count):
+                    keys[j, r] *= t.scale[0, r]
     c[slot, every] = count + 1
     level = splat(c, -(2**31))
     for side in range(par.signs):
@@ -123,23 +122,23 @@ def step_token(
         den = fma(load(t.token, 0, r), load(z, slot, r), den)
     t.den[0, 0] = sum_lanes(den)
     t.top[0, 0] = highest(level)
-    score_tail(keys, t.token, t.scores)
+    score_tail(keys, count + 1, t.token, t.scores)
     read_state(state, every, t.token, count + 1, t.scores, t.num)
     write_rows(t.num, t.den[0], t.top[0], t.square[1:2], 1, out, out_row)
 
 
 @jit(fastmath=EXACT)
-def score_tail(keys, phi, scores):
-    """``scores = phi . keys``, one for each token of the tail."""
-    lanes = VECTOR_BYTES // keys.itemsize
-    for j in range(0, TAIL, lanes):
+def score_tail(keys, count, phi, scores):
+    """``scores = phi . keys`` for the tokens of the tail, four at a time."""
+    for j in range(0, count, 4):
+        j1, j2, j3 = min(j + 1, count - 1), min(j + 2, count - 1), min(j + 3, count - 1)
         a0 = a1 = a2 = a3 = splat(keys, 0)
-        for r in range(0, keys.shape[0], 4):
-            a0 = fma(splat(keys, phi[0, r]), load(keys, r, j), a0)
-            a1 = fma(splat(keys, phi[0, r + 1]), load(keys, r + 1, j), a1)
-            a2 = fma(splat(keys, phi[0, r + 2]), load(keys, r + 2, j), a2)
-            a3 = fma(splat(keys, phi[0, r + 3]), load(keys, r + 3, j), a3)
-        store(scores, 0, j, (a0 + a1) + (a2 + a3))
+        for r in range(0, keys.shape[1], VECTOR_BYTES // keys.itemsize):
+            x = load(phi, 0, r)
+            a0, a1 = fma(x, load(keys, j, r), a0), fma(x, load(keys, j1, r), a1)
+            a2, a3 = fma(x, load(keys, j2, r), a2), fma(x, load(keys, j3, r), a3)
+        scores[0, j], scores[0, j + 1] = sum_lanes(a0), sum_lanes(a1)
+        scores[0, j + 2], scores[0, j + 3] = sum_lanes(a2), sum_lanes(a3)
 
 
 @jit(fastmath=EXACT)
