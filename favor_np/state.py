@@ -51,7 +51,7 @@ class AttentionState:
         Number of packed sequences, each with a state of its own.
     decay : ndarray of float64, shape `batch_shape`, or None
         What the weight of a key is multiplied with at every later token.
-    lengths : ndarray of int, shape `batch_shape`, for packed sequences (*batch_shape, sequences)
+    lengths : ndarray of int, shape `batch_shape`, with packed sequences one axis more
         Tokens folded, masked ones included.
     c : ndarray of int, shape (..., M)
         Exponents of two; far below any exponent met in practice where nothing was folded.
