@@ -101,9 +101,8 @@ def fold_tail(c, s, z, slot):
     features, lanes, columns = c.shape[1] - PAD, VECTOR_BYTES // s.itemsize, s.shape[2]
     count, state = c[slot, features], s[slot]
     keys, values = tail(s, z, slot, features)
-    for r in range(
-        0, features if count > 0 else 0, 4
-    ):  # four rows and two vectors: eight sums in registers
+    # Four rows and two vectors at a time: eight sums in registers.
+    for r in range(0, features if count > 0 else 0, 4):
         for x in range(0, columns, 2 * lanes):
             y = min(x + lanes, columns - lanes)
             a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(s, 0)
