@@ -4,6 +4,8 @@
 # dependencies = ["nox>=2025.5"]
 # ///
 
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.5"
@@ -73,7 +75,7 @@ def bench(session: nox.Session) -> None:
 def frozen(session: nox.Session) -> None:
     """Freeze a program with PyInstaller, and run it twice: once it compiles, then it need not."""
     session.install(".", *nox.project.dependency_groups(PROJECT, "frozen"))
-    folder = session.create_tmp()
+    folder = Path(session.create_tmp()).absolute()  # a relative $XDG_CACHE_HOME counts as none
     places = [f"--{name}path={folder}/{name}" for name in ("dist", "work", "spec")]
     session.run("pyinstaller", "--log-level=WARN", "--noconfirm", *places, "tests/frozen.py")
     environ = {"XDG_CACHE_HOME": f"{folder}/cache", "NUMBA_CACHE_DIR": ""}
