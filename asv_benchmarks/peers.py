@@ -30,7 +30,7 @@ import publish
 from rivals import DIM, FEATURES, HEADS, PEERS, Case, sdpa_peer
 
 from favor_np.compare import crossing
-from favor_np.kernels.bfloat16 import AMX, DOTS
+from favor_np.cpu.kernels.bfloat16 import AMX, DOTS
 
 CROSSING_LENGTHS = [48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 CROSSING_FEATURES = (64, 128, 256)

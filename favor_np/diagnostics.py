@@ -20,7 +20,7 @@ from favor_np.features import FeatureMap
 from favor_np.variance import structure
 
 if TYPE_CHECKING:
-    from favor_np.kernels.spread import Spread
+    from favor_np.cpu.kernels.spread import Spread
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -165,7 +165,7 @@ def diagnose(
     output, error = (np.zeros(call.out_shape, call.compute) for _ in range(2))
     sizes = np.zeros(output.shape[:-1], call.compute)
     if output.size and call.keys:
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         launch.attend(
             feature_map, call.q, call.k, call.v, call.mask, output, dtype=call.compute,
@@ -207,7 +207,7 @@ def _spread(call: validation.AttentionCall, error: Array, sizes: Array, freedom:
     """
     from scipy.special import stdtrit
 
-    from favor_np.kernels.spread import Spread
+    from favor_np.cpu.kernels.spread import Spread
 
     width = call.v.shape[-1]
     sample = np.unique(np.linspace(0, call.keys - 1, min(call.keys, SAMPLE)).astype(np.int64))

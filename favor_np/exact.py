@@ -176,7 +176,7 @@ def exact_attention_vjp(
             if weights is None:
                 grads = [np.zeros(shape) for shape in shapes]
             else:
-                from favor_np import launch
+                from favor_np.cpu import launch
 
                 grads = [np.empty(shape, saved.dtype) for shape in shapes]
                 queries, w = call.q, weights[0]
@@ -222,7 +222,7 @@ def _attend(
     if target.size and not call.keys:
         target[...] = 0
     elif target.size:
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         def compute(to: Array) -> tuple[bool, tuple[Array, Array] | None]:
             weights = launch.new_weights(to) if keep else None
@@ -313,7 +313,7 @@ def _too_large(call: validation.AttentionCall, scale: float, size: int) -> npt.N
 
     Row by row: no later key decides how an earlier row is computed.
     """
-    from favor_np import plan
+    from favor_np.cpu import plan
 
     q, k = map(_norms, (call.q, call.k))
     k = np.where(np.isfinite(k), k, 0.0)

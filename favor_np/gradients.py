@@ -242,7 +242,7 @@ def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Arr
 
 def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
     """Return the cotangent of the last state as the kernels fold it: relative to 2**-c."""
-    from favor_np import launch
+    from favor_np.cpu import launch
 
     fm, value_dim = following.feature_map, following.value_dim
     lead = (*following._slots, fm.num_features)
@@ -276,7 +276,7 @@ def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
 
 def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
     """Return the cotangent of the first state's S and z from the fold that went back to it."""
-    from favor_np import launch
+    from favor_np.cpu import launch
 
     c, s, z = launch.without_padding(state.feature_map, state.dtype, state.value_dim, found)
     before = state.c.reshape(c.shape)
@@ -292,7 +292,7 @@ def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
 
 
 def _nothing(c: Array) -> int:
-    from favor_np import plan
+    from favor_np.cpu import plan
 
     return plan.NOTHING[c.dtype.itemsize]
 

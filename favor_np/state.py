@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
-from favor_np.threads import Guard
+from favor_np.guard import Guard
 
 if TYPE_CHECKING:
     from favor_np.cuda.arrays import Place
@@ -196,7 +196,7 @@ class AttentionState:
         """How the kernels raise the keys to come, so that those before them decay."""
         if self.rates is None:
             return None
-        from favor_np.launch import Clock
+        from favor_np.cpu.launch import Clock
 
         return Clock(self._raised()[1], self.rates)
 
@@ -214,7 +214,7 @@ class AttentionState:
         if self.rates is None:
             self.tokens = self.tokens + tokens
             return
-        from favor_np import plan
+        from favor_np.cpu import plan
 
         before, _ = self._raised()
         self.tokens = self.tokens + tokens
@@ -604,7 +604,7 @@ class AttentionState:
         self._without_tail()
         arrays = other._without_tail().arrays
         if self.rates is not None:
-            from favor_np.kernels.state import PAD
+            from favor_np.cpu.kernels.state import PAD
 
             before, fraction = self._raised()
             before, arrays = before + other._raised()[0], launch.raised(arrays, fraction)
@@ -736,14 +736,14 @@ class AttentionState:
 
 
 def launcher(place: Place | None) -> Any:
-    """Return what launches kernels: `favor_np.launch`, or its twin on a device."""
+    """Return what launches kernels: `favor_np.cpu.launch`, or its twin on a device."""
     return _launch() if place is None else place.launch
 
 
 @functools.cache
 def _launch() -> Any:
     """Load Numba, with the first call."""
-    from favor_np import launch
+    from favor_np.cpu import launch
 
     return launch
 
@@ -753,7 +753,7 @@ def _restore(
     c: Array, s: Array, z: Array, sequences: int | None, rates: Array | None, lengths: Array,
     rest: tuple[Array, ...] | None = None,
 ) -> AttentionState:  # fmt: skip
-    from favor_np import launch
+    from favor_np.cpu import launch
 
     count, features = math.prod(batch_shape) * (sequences or 1), feature_map.num_features
     raw = (

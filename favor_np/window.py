@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
-from favor_np.threads import Guard
+from favor_np.guard import Guard
 from favor_np.validation import AttentionCall
 
 if TYPE_CHECKING:
-    from favor_np.launch import Clock
+    from favor_np.cpu.launch import Clock
 
 Array: TypeAlias = npt.NDArray[Any]
 #: Rows of a result, and their denominators w * 2**top.
@@ -40,7 +40,7 @@ def attend(
     rates: Array | None,
 ) -> None:
     """Write causal attention to the last `window` positions to the C-ordered `out`, in pieces."""
-    from favor_np import launch
+    from favor_np.cpu import launch
 
     def run(q: Array, k: Array, v: Array, mask: Array | None, offsets: Array, back: bool) -> Rows:
         """Attend causally within `offsets`, whose rows are turned round or not."""
@@ -200,7 +200,7 @@ class WindowState:
         self._guard = Guard("WindowState")
 
     def _empty(self) -> Any:
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         count = math.prod(self.batch_shape)
         return launch.new_state(self.feature_map, self.dtype, count, self.value_dim)
@@ -221,7 +221,7 @@ class WindowState:
 
         They are raised by their distance to the beginning of the latest segment.
         """
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         rows = np.arange(start, stop) % self.window
         clock: Clock | None = None
@@ -235,7 +235,7 @@ class WindowState:
         )  # fmt: skip
 
     def _read(self, state: Any, call: AttentionCall) -> Rows:
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         out = np.zeros(call.out_shape, self.dtype)
         w, top = launch.new_weights(out)
@@ -260,7 +260,7 @@ class WindowState:
 
     def _before(self, threads: int | None) -> Any:
         """Return the state of the keys before the latest segment that its position sees."""
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         def backwards(state: Any, stop: int, step: int, count: int) -> list[Any]:
             states = [state]
@@ -430,7 +430,7 @@ class WindowState:
         return self._guard.read(self._kept)
 
     def _kept(self) -> dict[str, Any]:
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         raw = launch.all_parts(self.feature_map, self.dtype, self.value_dim, self._own)
         kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
@@ -439,7 +439,7 @@ class WindowState:
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, of this version or of one whose states were (c, S, z) alone."""
-        from favor_np import launch
+        from favor_np.cpu import launch
 
         vars(self).update(kept)
         parts = self._own if len(self._own) == 2 else (self._own,)

@@ -56,10 +56,9 @@ def main():
         exact_attention_vjp,
         favor_attention,
         favor_attention_vjp,
-        launch,
-        plan,
     )
-    from favor_np.kernels import bfloat16
+    from favor_np.cpu import launch, plan
+    from favor_np.cpu.kernels import bfloat16
 
     bfloat16.refusal()  # asks the system for the matrix unit
     launch.SERIAL, plan.LONG = 0, 2  # three threads share what is not shorter

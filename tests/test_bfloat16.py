@@ -14,8 +14,8 @@ from favor_np import (
     exact_attention,
     favor_attention,
     feature_map,
-    plan,
 )
+from favor_np.cpu import plan
 
 #: Of the root mean square: 2**-9 a number, over some hundred of them.
 TOLERANCE = 6e-3
@@ -267,7 +267,7 @@ PROCESS = """
 import sys
 import numpy as np
 from numba.core.caching import NullCache
-from favor_np.kernels import bfloat16, exact
+from favor_np.cpu.kernels import bfloat16, exact
 from test_bfloat16 import results
 
 exact.attend_exact_words._cache = NullCache()

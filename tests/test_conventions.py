@@ -53,7 +53,7 @@ numba.set_num_threads(1)
 with threadpoolctl.threadpool_limits(1):
     check(3)
     assert helpers() == 2
-    assert favor_np.threads.resolve_threads(None) == 3
+    assert favor_np.cpu.threads.resolve_threads(None) == 3
 assert numba.get_num_threads() == 1
 print("fine")
 """,

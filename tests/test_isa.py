@@ -55,7 +55,7 @@ import numpy as np
 from test_isa import results
 from numba.core.caching import NullCache
 import favor_np
-from favor_np.kernels import exact, simd
+from favor_np.cpu.kernels import exact, simd
 
 folder = Path(sys.argv[1])
 store, exact.attend_exact._cache = exact.attend_exact._cache, NullCache()

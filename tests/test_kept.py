@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from child import python
 
-from favor_np import AttentionState, favor_attention, feature_map, plan, tables
+from favor_np import AttentionState, favor_attention, feature_map, tables
+from favor_np.cpu import plan
 from favor_np.measure import peak_memory
 
 

@@ -13,9 +13,9 @@ from favor_np import (
     favor_attention,
     favor_attention_vjp,
     feature_map,
-    plan,
 )
-from favor_np.kernels import bfloat16
+from favor_np.cpu import plan
+from favor_np.cpu.kernels import bfloat16
 
 bfloat16.refusal()  # asks the system for the matrix unit
 

@@ -12,9 +12,10 @@ from test_calibration import data as mixed
 from test_planes import choose, leaves_no_layouts  # noqa: F401
 
 import favor_np
-from favor_np import favor_attention, feature_map, launch, plan
-from favor_np.kernels import relay as kernel
-from favor_np.kernels.pack import CHUNK
+from favor_np import favor_attention, feature_map
+from favor_np.cpu import launch, plan
+from favor_np.cpu.kernels import relay as kernel
+from favor_np.cpu.kernels.pack import CHUNK
 
 
 @pytest.fixture(autouse=True)
@@ -324,5 +325,5 @@ def work():
 threads = [threading.Thread(target=work) for _ in range(4)]
 [t.start() for t in threads]
 [t.join() for t in threads]
-assert favor_np.threads.POOL._active == 0
+assert favor_np.cpu.threads.POOL._active == 0
 """)  # fmt: skip

@@ -747,7 +747,7 @@ for call, error, _ in REFUSED:
     except error:
         pass
     assert "_state" in call or "WindowState(FM" in call or "numba" not in sys.modules, call
-from favor_np.kernels.favor import attend
+from favor_np.cpu.kernels.favor import attend
 assert not attend.signatures
 """,
         cwd=Path(__file__).parent,

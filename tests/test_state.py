@@ -116,7 +116,7 @@ def test_who_only_steps_compiles_no_chunks():
         """
         import numpy as np
         from favor_np import AttentionState, feature_map
-        from favor_np.kernels import favor
+        from favor_np.cpu.kernels import favor
 
         state = AttentionState.zeros(feature_map("positive", 4, 16), 4, sequences=3)
         for _ in range(2):

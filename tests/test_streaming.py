@@ -521,7 +521,8 @@ def test_interrupted_again_and_again(tmp_path, causal):
         f"""
         import os, signal
         import numpy as np
-        from favor_np import feature_map, stream_attention, streaming, threads
+        from favor_np import feature_map, stream_attention, streaming
+        from favor_np.cpu import threads
         streaming.CHECKPOINT_SECONDS = 0.0
         fm = feature_map("positive", dim=8, num_features=64)
         q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6000, 8), np.float32)

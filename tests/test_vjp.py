@@ -272,7 +272,7 @@ def test_no_queries():
 
 def moved(state, S, z):
     """The state with these added to its S and z."""
-    from favor_np import plan
+    from favor_np.cpu import plan
 
     state = state.copy()
     real = plan.layout(state.feature_map, state.dtype, state.value_dim).real

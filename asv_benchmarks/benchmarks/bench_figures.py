@@ -12,8 +12,8 @@ import time
 import numpy as np
 
 import favor_np
-from favor_np import plan
 from favor_np.compare import crossing
+from favor_np.cpu import plan
 
 from .common import (
     FULL,

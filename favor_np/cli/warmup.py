@@ -52,7 +52,7 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         feature_map,
         thread_limit,
     )
-    from favor_np.kernels import bfloat16
+    from favor_np.cpu.kernels import bfloat16
 
     x, long = np.zeros((2, 8), dtype), np.zeros((2, 64), dtype)
     fm = feature_map("positive", dim=8, num_features=16, dtype=dtype)

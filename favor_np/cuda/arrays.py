@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
     @property
     def launch(self) -> Any:
-        """What launches kernels here, as the module `favor_np.launch` does on the CPU."""
+        """What launches kernels here, as the module `favor_np.cpu.launch` does on the CPU."""
         from favor_np.cuda.launch import Launch
 
         return Launch(self)

@@ -1,4 +1,4 @@
-"""The twin of `favor_np.launch`: between validated arrays on a device and kernels."""
+"""The twin of `favor_np.cpu.launch`: between validated arrays on a device and kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import plan as host
+from favor_np.cpu import plan as host
 from favor_np.cuda import plan, runtime
 from favor_np.cuda.arrays import Place
 from favor_np.cuda.device import Device
@@ -158,7 +158,7 @@ def _a_call(method: F) -> F:
 
 
 class Launch:
-    """Launches kernels at a place: the same functions as the module `favor_np.launch`."""
+    """Launches kernels at a place: the same functions as the module `favor_np.cpu.launch`."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -261,7 +261,7 @@ class Launch:
         weights: tuple[Any, Any] | None = None,
         fast: bool = False,
     ) -> None:
-        """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`.
+        """Fold k and v, read with q into `out`: see the function of this name in `favor_np.cpu.launch`.
 
         With `fast` the products of both are computed by tensor cores.
         """

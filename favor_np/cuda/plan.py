@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import plan as host
+from favor_np.cpu import plan as host
+from favor_np.cpu.kernels.activate import ELU, LOG2E, POSITIVE, RELU
 from favor_np.cuda.device import Device
 from favor_np.cuda.kernels.tiles import MASKED, TILE
 from favor_np.cuda.runtime import RESIDENT
 from favor_np.features import FeatureMap
-from favor_np.kernels.activate import ELU, LOG2E, POSITIVE, RELU
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -171,7 +171,7 @@ def _calibration_seconds(result: Forecast) -> float:
 
 def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:
     """Result, seconds and peak bytes of ``run(rows)``, after short runs that compile it."""
-    from favor_np.plan import LONG  # from there on threads share a sequence, by another kernel
+    from favor_np.cpu.plan import LONG  # from there on threads share a sequence, by another kernel
 
     for some in (64, LONG):
         run(min(rows, PREFIX + some))

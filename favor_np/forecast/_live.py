@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.threads import Guard
+from favor_np.guard import Guard
 
 from ._evaluate import DEFAULT_COST, Signals, non_negative
 from ._forecast import Forecast, Progress, checked, predictions

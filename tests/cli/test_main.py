@@ -12,8 +12,8 @@ import favor_np
 from favor_np.cli import COMMANDS, main
 from favor_np.cli import _options as options
 from favor_np.cli.info import describe
+from favor_np.cpu.kernels import bfloat16
 from favor_np.cuda import device
-from favor_np.kernels import bfloat16
 
 
 def program(*arguments, **kwargs):
@@ -167,7 +167,7 @@ def test_interrupt(monkeypatch, capsys):
         "scipy.optimize._highspy._core",
         "numba",
         "llvmlite.binding",
-        "favor_np.kernels.simd",
+        "favor_np.cpu.kernels.simd",
         "matplotlib.figure",
     ],
 )

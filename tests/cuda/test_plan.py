@@ -8,8 +8,8 @@ import pytest
 
 ptxrun.require()
 
-from favor_np import launch as cpu
-from favor_np import plan as cpu_plan
+from favor_np.cpu import launch as cpu
+from favor_np.cpu import plan as cpu_plan
 from favor_np.cuda import plan
 from favor_np.cuda.device import KNOWN
 from favor_np.cuda.kernels.tiles import TILE

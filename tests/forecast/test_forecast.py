@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from favor_np import plan
+from favor_np.cpu import plan
 from favor_np.forecast import (
     PriceError,
     Prices,

@@ -13,6 +13,7 @@ from typing import Any
 
 from numba import cuda, float32, int32, uint32, uint64
 
+from favor_np.cpu.kernels.activate import POSITIVE
 from favor_np.cuda.kernels.storage import four, number, put_four, rounded
 from favor_np.cuda.kernels.tiles import (
     EVEN,
@@ -49,7 +50,6 @@ from favor_np.cuda.kernels.tiles import (
     take,
     total_across,
 )
-from favor_np.kernels.activate import POSITIVE
 
 #: log2-features of the keys of one chunk may pass its first key by this much, as on the CPU.
 SPAN = 40

@@ -1,4 +1,4 @@
-"""Gradients: the same fold, read by the other side, as `favor_np.kernels.favor_vjp` explains.
+"""Gradients: the same fold, read by the other side, as `favor_np.cpu.kernels.favor_vjp` explains.
 
 Here the heights of queries are the exponents of their denominators, and what these leave divides their
 vectors: so both sides have heights, and no row needs a maximum of its own.
@@ -11,6 +11,7 @@ from typing import Any
 
 from numba import cuda, float32, int32, uint32
 
+from favor_np.cpu.kernels.activate import POSITIVE, RELU
 from favor_np.cuda.kernels.favor import (
     COUNT,
     HEAD,
@@ -57,7 +58,6 @@ from favor_np.cuda.kernels.tiles import (
     take,
     total_across,
 )
-from favor_np.kernels.activate import POSITIVE, RELU
 
 
 def cotangents(grad, out, dens, tops, vectors, shares, heights):

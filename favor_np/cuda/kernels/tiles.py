@@ -12,9 +12,9 @@ from __future__ import annotations
 from numba import cuda, float32, int32, uint32
 from numba.cuda.libdevice import float_as_int, int_as_float
 
+from favor_np.cpu.kernels.activate import ELU, LOG2E, POSITIVE
 from favor_np.cuda.kernels.mma import mma_tf32, thread_again
 from favor_np.cuda.kernels.storage import four, number
-from favor_np.kernels.activate import ELU, LOG2E, POSITIVE
 
 #: Positions, features and values of a tile; threads of a block.
 TILE, THREADS = 64, 256

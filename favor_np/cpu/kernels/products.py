@@ -14,8 +14,8 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.activate import strip_features
-from favor_np.kernels.bfloat16 import (
+from favor_np.cpu.kernels.activate import strip_features
+from favor_np.cpu.kernels.bfloat16 import (
     AMX,
     PLANES,
     STRIP,
@@ -34,10 +34,10 @@ from favor_np.kernels.bfloat16 import (
     words_down,
     words_for,
 )
-from favor_np.kernels.gemm import gemm_t_fetching, project_t
-from favor_np.kernels.jit import jit
-from favor_np.kernels.pack import CHUNK, across, cut
-from favor_np.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
+from favor_np.cpu.kernels.gemm import gemm_t_fetching, project_t
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.pack import CHUNK, across, cut
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
 
 #: Tiles of words: packed rows as left factor; key features as right factor for scores (after `turned`),
 #: and as `folded` for the state; values, of which `finite` are those that are if not all, and state as

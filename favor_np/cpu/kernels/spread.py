@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
-from favor_np.kernels.jit import jit
-from favor_np.kernels.pack import CHUNK, cut, write_rows
-from favor_np.kernels.simd import (
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.pack import CHUNK, cut, write_rows
+from favor_np.cpu.kernels.simd import (
     VECTOR_BYTES,
     exp2,
     fma,

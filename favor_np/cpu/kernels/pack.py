@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
-from favor_np.kernels.bfloat16 import round_rows
-from favor_np.kernels.gemm import project_t
-from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.simd import VECTOR_BYTES, transpose, view
+from favor_np.cpu.kernels.bfloat16 import round_rows
+from favor_np.cpu.kernels.gemm import project_t
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, transpose, view
 
 #: Positions that kernels take at a time.
 CHUNK = 64

@@ -10,8 +10,8 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
-from favor_np.kernels.jit import jit
-from favor_np.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile, prefetch
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile, prefetch
 
 _two, _two_one = gemm_tile(2, 4, transposed=False), gemm_tile(2, 1, transposed=False)
 

@@ -12,12 +12,12 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.floats import flush_beside
-from favor_np.kernels.gemm import gemm, gemm_t, project_t
-from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.jobs import claim, enter, leave
-from favor_np.kernels.pack import CHUNK, across, cut, pack, pack_values
-from favor_np.kernels.simd import VECTOR_BYTES, exp2, load, nearest, splat, store, view
+from favor_np.cpu.kernels.floats import flush_beside
+from favor_np.cpu.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.jobs import claim, enter, leave
+from favor_np.cpu.kernels.pack import CHUNK, across, cut, pack, pack_values
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, load, nearest, splat, store, view
 
 LN2 = math.log(2)
 #: Key tiles of a block, which share one packed tile of queries.

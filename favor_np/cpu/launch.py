@@ -9,17 +9,17 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import plan
+from favor_np.cpu import plan
+from favor_np.cpu.kernels import bfloat16, exact_vjp
+from favor_np.cpu.kernels import exact as exact_kernels
+from favor_np.cpu.kernels import favor as kernels
+from favor_np.cpu.kernels import favor_vjp as vjp
+from favor_np.cpu.kernels.jobs import TROUBLE
+from favor_np.cpu.kernels.pack import CHUNK
+from favor_np.cpu.kernels.spread import Spread
+from favor_np.cpu.kernels.state import PAD
+from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.features import FeatureMap
-from favor_np.kernels import bfloat16, exact_vjp
-from favor_np.kernels import exact as exact_kernels
-from favor_np.kernels import favor as kernels
-from favor_np.kernels import favor_vjp as vjp
-from favor_np.kernels.jobs import TROUBLE
-from favor_np.kernels.pack import CHUNK
-from favor_np.kernels.spread import Spread
-from favor_np.kernels.state import PAD
-from favor_np.threads import POOL, resolve_threads
 from favor_np.validation import rows_of
 
 Array: TypeAlias = npt.NDArray[Any]

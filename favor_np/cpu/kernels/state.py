@@ -16,8 +16,8 @@ it is full: in between a step only reads S.  z holds the tokens of the tail alre
 
 from __future__ import annotations
 
-from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.simd import VECTOR_BYTES, exp2, fma, load, splat, store, view
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, fma, load, splat, store, view
 
 #: Tokens that a state keeps before it folds them together.
 TAIL = 16

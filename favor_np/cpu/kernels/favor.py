@@ -6,16 +6,16 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.chunk import WHOLE, Problem, attend_chunk, carve, piece, read
-from favor_np.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mode
-from favor_np.kernels.jit import jit
-from favor_np.kernels.jobs import claim, enter, leave
-from favor_np.kernels.pack import CHUNK, Map, Result
-from favor_np.kernels.products import begin_unit, end_unit, load_state
-from favor_np.kernels.relay import attend_relay
-from favor_np.kernels.spread import carve_groups
-from favor_np.kernels.state import PAD, begin, fold_tail
-from favor_np.kernels.step import step_token
+from favor_np.cpu.kernels.chunk import WHOLE, Problem, attend_chunk, carve, piece, read
+from favor_np.cpu.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mode
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.jobs import claim, enter, leave
+from favor_np.cpu.kernels.pack import CHUNK, Map, Result
+from favor_np.cpu.kernels.products import begin_unit, end_unit, load_state
+from favor_np.cpu.kernels.relay import attend_relay
+from favor_np.cpu.kernels.spread import carve_groups
+from favor_np.cpu.kernels.state import PAD, begin, fold_tail
+from favor_np.cpu.kernels.step import step_token
 
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(

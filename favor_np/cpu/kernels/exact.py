@@ -12,14 +12,14 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.activate import (
+from favor_np.cpu.kernels.activate import (
     RAISE_QUERIES,
     activate_queries,
     lift_queries,
     measure_queries,
     strip_features,
 )
-from favor_np.kernels.bfloat16 import (
+from favor_np.cpu.kernels.bfloat16 import (
     PLANES,
     STRIP,
     add_spoiled,
@@ -33,14 +33,14 @@ from favor_np.kernels.bfloat16 import (
     words_down,
     words_for,
 )
-from favor_np.kernels.chunk import own_values
-from favor_np.kernels.floats import flush_beside
-from favor_np.kernels.gemm import gemm_t, project_t, soon
-from favor_np.kernels.jit import jit
-from favor_np.kernels.jobs import claim, enter, leave, report
-from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
-from favor_np.kernels.products import begin_unit, end_unit, seen_by
-from favor_np.kernels.simd import VECTOR_BYTES, load, sum_lanes
+from favor_np.cpu.kernels.chunk import own_values
+from favor_np.cpu.kernels.floats import flush_beside
+from favor_np.cpu.kernels.gemm import gemm_t, project_t, soon
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.jobs import claim, enter, leave, report
+from favor_np.cpu.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
+from favor_np.cpu.kernels.products import begin_unit, end_unit, seen_by
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, sum_lanes
 
 #: Query tiles that share one packed tile of keys.
 GROUP = 16

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
-from favor_np.kernels.bfloat16 import pair_along
-from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.simd import (
+from favor_np.cpu.kernels.bfloat16 import pair_along
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.simd import (
     VECTOR_BYTES,
     exp2,
     exp2_short,
@@ -22,7 +22,7 @@ from favor_np.kernels.simd import (
     splat,
     store,
 )
-from favor_np.kernels.state import raise_state
+from favor_np.cpu.kernels.state import raise_state
 
 POSITIVE, RELU, ELU = 0, 1, 2
 #: log2 head-room over the running maxima before they are moved.

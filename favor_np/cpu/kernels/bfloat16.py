@@ -33,9 +33,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 from numba.np.arrayobj import make_array
 
-from favor_np.kernels.gemm import covering
-from favor_np.kernels.jit import jit
-from favor_np.kernels.simd import (
+from favor_np.cpu.kernels.gemm import covering
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.simd import (
     ISA,
     VECTOR_BYTES,
     address,

@@ -19,14 +19,14 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
-from favor_np.kernels.chunk import fold_chunk, map_keys, own_values, piece
-from favor_np.kernels.favor import clock_of, parameters
-from favor_np.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
-from favor_np.kernels.gemm import gemm, gemm_t
-from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.jobs import claim, enter, leave
-from favor_np.kernels.pack import (
+from favor_np.cpu.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
+from favor_np.cpu.kernels.chunk import fold_chunk, map_keys, own_values, piece
+from favor_np.cpu.kernels.favor import clock_of, parameters
+from favor_np.cpu.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
+from favor_np.cpu.kernels.gemm import gemm, gemm_t
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.jobs import claim, enter, leave
+from favor_np.cpu.kernels.pack import (
     CHUNK,
     across,
     cut,
@@ -36,14 +36,14 @@ from favor_np.kernels.pack import (
     pack_queries,
     pack_values,
 )
-from favor_np.kernels.products import (
+from favor_np.cpu.kernels.products import (
     begin_unit,
     carve_planes,
     end_unit,
     project_queries,
     turn_queries,
 )
-from favor_np.kernels.simd import (
+from favor_np.cpu.kernels.simd import (
     VECTOR_BYTES,
     exp2,
     fma,
@@ -54,7 +54,7 @@ from favor_np.kernels.simd import (
     store,
     sum_lanes,
 )
-from favor_np.kernels.state import PAD, begin, fold_tail
+from favor_np.cpu.kernels.state import PAD, begin, fold_tail
 
 #: What the pullback works from; out, weights and tops are what the forward pass wrote.
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")

@@ -23,7 +23,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.kernels.activate import (
+from favor_np.cpu.kernels.activate import (
     RAISE_KEYS,
     RAISE_QUERIES,
     activate_block,
@@ -32,11 +32,11 @@ from favor_np.kernels.activate import (
     measure_queries,
     raise_keys,
 )
-from favor_np.kernels.bfloat16 import words_along
-from favor_np.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
-from favor_np.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
-from favor_np.kernels.jit import jit
-from favor_np.kernels.pack import (
+from favor_np.cpu.kernels.bfloat16 import words_along
+from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
+from favor_np.cpu.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.pack import (
     CHUNK,
     cut,
     pack_keys,
@@ -44,7 +44,7 @@ from favor_np.kernels.pack import (
     pack_values,
     write_rows,
 )
-from favor_np.kernels.products import (
+from favor_np.cpu.kernels.products import (
     carve_planes,
     carve_words,
     fold_keys,
@@ -56,19 +56,19 @@ from favor_np.kernels.products import (
     turn_keys,
     turn_queries,
 )
-from favor_np.kernels.simd import (
+from favor_np.cpu.kernels.simd import (
     VECTOR_BYTES,
     load,
     store,
 )
-from favor_np.kernels.spread import (
+from favor_np.cpu.kernels.spread import (
     batch_of,
     count_shares,
     join_groups,
     keep_group,
     lift_squares,
 )
-from favor_np.kernels.state import add_rows, add_sums
+from favor_np.cpu.kernels.state import add_rows, add_sums
 
 #: Positions of a chunk that are tried together once its keys did not fit together: they may not again.
 PIECE = 8

@@ -16,12 +16,12 @@ import sys
 
 from numba import types
 
-from favor_np.kernels.chunk import FOLD, READ, WHOLE, attend_chunk, piece
-from favor_np.kernels.floats import IEEE, set_float_mode
-from favor_np.kernels.jit import jit
-from favor_np.kernels.pack import CHUNK, cut
-from favor_np.kernels.simd import VECTOR_BYTES, fetch_add, load
-from favor_np.kernels.state import PAD, add_state, copy_state, raise_state
+from favor_np.cpu.kernels.chunk import FOLD, READ, WHOLE, attend_chunk, piece
+from favor_np.cpu.kernels.floats import IEEE, set_float_mode
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.pack import CHUNK, cut
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, fetch_add, load
+from favor_np.cpu.kernels.state import PAD, add_state, copy_state, raise_state
 
 #: The third kind of job, beside FOLD and READ: the states of a group are added up.
 SCAN = 2

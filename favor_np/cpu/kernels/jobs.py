@@ -6,9 +6,9 @@ is left and returns how many are finished by then, so that the last one knows th
 
 from __future__ import annotations
 
-from favor_np.kernels.floats import IEEE, float_mode, set_float_mode
-from favor_np.kernels.jit import jit
-from favor_np.kernels.simd import fetch_add
+from favor_np.cpu.kernels.floats import IEEE, float_mode, set_float_mode
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.simd import fetch_add
 
 #: Words with: the next job, the threads that came, the jobs finished, the jobs in trouble.
 NEXT, CAME, FINISHED, TROUBLE = 0, 4, 8, 12

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from favor_np.kernels.activate import RAISE_KEYS, factor, log_feature
-from favor_np.kernels.floats import flush_beside
-from favor_np.kernels.gemm import project_two
-from favor_np.kernels.jit import EXACT, jit
-from favor_np.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
-from favor_np.kernels.simd import (
+from favor_np.cpu.kernels.activate import RAISE_KEYS, factor, log_feature
+from favor_np.cpu.kernels.floats import flush_beside
+from favor_np.cpu.kernels.gemm import project_two
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
+from favor_np.cpu.kernels.simd import (
     VECTOR_BYTES,
     exp2,
     fma,
@@ -21,7 +21,7 @@ from favor_np.kernels.simd import (
     store,
     sum_lanes,
 )
-from favor_np.kernels.state import (
+from favor_np.cpu.kernels.state import (
     TAIL,
     add_pair,
     fold_tail,

@@ -15,16 +15,16 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from favor_np.cpu.kernels import activate, bfloat16, exact_vjp
+from favor_np.cpu.kernels import exact as exact_kernels
+from favor_np.cpu.kernels import favor as kernels
+from favor_np.cpu.kernels import favor_vjp as vjp_kernels
+from favor_np.cpu.kernels import relay as relay_kernel
+from favor_np.cpu.kernels.chunk import FOLD
+from favor_np.cpu.kernels.pack import CHUNK, Map
+from favor_np.cpu.kernels.simd import VECTOR_BYTES
+from favor_np.cpu.kernels.state import PAD, TAIL
 from favor_np.features import FeatureMap
-from favor_np.kernels import activate, bfloat16, exact_vjp
-from favor_np.kernels import exact as exact_kernels
-from favor_np.kernels import favor as kernels
-from favor_np.kernels import favor_vjp as vjp_kernels
-from favor_np.kernels import relay as relay_kernel
-from favor_np.kernels.chunk import FOLD
-from favor_np.kernels.pack import CHUNK, Map
-from favor_np.kernels.simd import VECTOR_BYTES
-from favor_np.kernels.state import PAD, TAIL
 from favor_np.tables import kept
 
 Array: TypeAlias = npt.NDArray[Any]
