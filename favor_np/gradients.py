@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import validation
+from favor_np import numerics, validation
 from favor_np.attention import Prepared, prepare
 from favor_np.exact import sum_to
 from favor_np.features import FeatureMap
@@ -292,9 +292,7 @@ def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
 
 
 def _nothing(c: Array) -> int:
-    from favor_np.cpu import plan
-
-    return plan.NOTHING[c.dtype.itemsize]
+    return numerics.NOTHING[c.dtype.itemsize]
 
 
 def _folded(c: Array) -> Any:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.cpu.kernels import activate, bfloat16, exact_vjp
+from favor_np import numerics
+from favor_np.cpu.kernels import bfloat16, exact_vjp
 from favor_np.cpu.kernels import exact as exact_kernels
 from favor_np.cpu.kernels import favor as kernels
 from favor_np.cpu.kernels import favor_vjp as vjp_kernels
@@ -30,15 +31,6 @@ from favor_np.tables import kept
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
-#: Largest |log2-feature| kept, by itemsize: longer queries and keys are shortened to it.  The
-#: activations round by adding a large number, so it stays well below 2**22 and 2**51.
-FAR = {4: 2.0**20, 8: 2.0**28}
-#: c of features that no key has reached, and of those that only pad and that no key may reach.  Decay raises
-#: keys by up to ``validation.LONGEST_DECAY``.  A masked key has the log2-feature minus infinity, of which
-#: `nearest` makes -1.27e9 in float32: sums and differences of all these stay within 32 bits.
-NOTHING, UNREACHED = {4: -(2**29), 8: -(2**40)}, {4: 5 * 2**26, 8: 2**40}
-#: log2-features of the keys of one chunk may pass its first key by this much (see raise_keys).
-SPAN = {4: 40, 8: 400}
 #: Positions that bidirectional attention folds, and reads, as one job.  Longer sequences are folded
 #: in segments and these merged in order, whatever the number of threads: the same bits for any.
 SEGMENT = 8192
@@ -54,8 +46,6 @@ WAVE = 32
 #: Weights of a head from which on its rows are worth cutting into planes: in whole calls, for a processor
 #: that has just used its matrix unit runs vectors up to a fifth slower, for up to a tenth of a millisecond.
 PLANES_FROM = 64 * 32
-#: relu and elu features are not exponentials of the projection: it only has to stay finite.
-LONGEST = 2.0**60
 
 
 def padded(count: int, itemsize: int) -> int:
@@ -192,13 +182,12 @@ def layout(
     heads, rows, dim = feature_map.weight.shape
     signs = 2 if feature_map.antithetic else 1
     positive = feature_map.kind == "positive"
-    kind = {"positive": activate.POSITIVE, "relu": activate.RELU, "elu": activate.ELU}
     blocks = -(-rows // (group or CHUNK))
     width = -(-(group or -(-rows // blocks)) // 16) * 16
     filled = group or width
     half = blocks * width
     places = np.arange(rows) // filled * width + np.arange(rows) % filled
-    unit = activate.LOG2E if positive else 1.0
+    unit = numerics.LOG2E if positive else 1.0
     affine, factor = feature_map.calibration is not None, feature_map.key_factor
     columns = padded(dim, size)
 
@@ -266,32 +255,28 @@ def layout(
         key_planes=key_left,
         unit=bfloat16.UNIT if planes else None,
     )
-    longest = unit * max(
-        math.sqrt((weight**2).sum(-1).max())
-        for weight in (feature_map.query_weight, feature_map.key_weight)
-    )
     value_columns = padded(value_dim, size)
 
     # Features that only pad: no key may reach their exponents and so move those of others.
-    idle = UNREACHED[size] if positive else NOTHING[size]
+    idle = numerics.UNREACHED[size] if positive else numerics.NOTHING[size]
     real = np.concatenate([s * half + places for s in range(signs)])
     fresh = np.full(signs * half, idle, integer_of(dtype))
-    fresh[real] = NOTHING[size]
+    fresh[real] = numerics.NOTHING[size]
 
     def parameters(causal: bool) -> Array:
         of = kernels.Parameters(
-            kind=kind[feature_map.kind],
+            kind=numerics.KINDS[feature_map.kind],
             signs=signs,
             filled=filled,
-            key_norm=feature_map.key_norm * activate.LOG2E,
+            key_norm=feature_map.key_norm * numerics.LOG2E,
             affine=affine,
             factored=factor is not None,
             kernel_epsilon=float(feature_map.kernel_epsilon),
-            limit=FAR[size] / max(longest, 1e-30) if positive else LONGEST / max(longest, 1.0),
-            far=FAR[size],
-            nothing=NOTHING[size],
+            limit=numerics.projection_limit(feature_map, size),
+            far=numerics.FAR[size],
+            nothing=numerics.NOTHING[size],
             idle=idle,
-            span=SPAN[size] if causal else 2**30,
+            span=numerics.SPAN[size] if causal else 2**30,
             causal=causal,
         )
         constants = np.zeros(1, kernels.CONSTANTS)
@@ -362,14 +347,14 @@ def longest_row(size: int, scale: float) -> float:
 
 def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
     """Return the constants of exact attention."""
-    far, limit = 2.0**20 if dtype.itemsize == 4 else 2.0**48, longest_row(dtype.itemsize, scale)
+    far = numerics.EXACT_FAR[dtype.itemsize]
     return exact_kernels.ExactParameters(
-        kind=activate.POSITIVE,
+        kind=numerics.POSITIVE,
         kernel_epsilon=0.0,
-        scale=scale * activate.LOG2E,
-        limit=limit,
+        scale=scale * numerics.LOG2E,
+        limit=longest_row(dtype.itemsize, scale),
         far=far,
-        masked=8 * far,
+        masked=numerics.MASKED * far,
         causal=causal,
     )
 

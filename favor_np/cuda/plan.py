@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np.cpu import plan as host
-from favor_np.cpu.kernels.activate import ELU, LOG2E, POSITIVE, RELU
 from favor_np.cuda.device import Device
 from favor_np.cuda.kernels.tiles import MASKED, TILE
 from favor_np.cuda.runtime import RESIDENT
 from favor_np.features import FeatureMap
+from favor_np.numerics import KINDS, LOG2E, POSITIVE, projection_limit
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -83,7 +83,7 @@ def layout(feature_map: FeatureMap) -> Layout:
     signs = 2 if feature_map.antithetic else 1
     per_slice, columns = TILE // signs, -(-dim // 16) * 16
     slices = -(-rows // per_slice)
-    kind = {"positive": POSITIVE, "relu": RELU, "elu": ELU}[feature_map.kind]
+    kind = KINDS[feature_map.kind]
     unit = LOG2E if kind == POSITIVE else 1.0
     weight = np.zeros((heads, slices * per_slice, columns), np.float32)
     affine = feature_map.calibration is not None
@@ -112,7 +112,6 @@ def layout(feature_map: FeatureMap) -> Layout:
         np.ascontiguousarray(np.broadcast_to(x, (heads, dim))[: None if affine else 0], np.float32)
         for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
     )
-    limit = float(host.layout(feature_map, np.dtype(np.float32), 1).causal["limit"][0])
     return Layout(
         kind=kind,
         signs=signs,
@@ -127,7 +126,7 @@ def layout(feature_map: FeatureMap) -> Layout:
         factors=(factors[0].reshape(-1, columns), factors[1].reshape(-1, columns)),
         slope=slope,
         unit=unit,
-        limit=limit,
+        limit=projection_limit(feature_map, 4),
         key_norm=key_norm * LOG2E,
         epsilon=feature_map.kernel_epsilon,
     )

@@ -7,7 +7,6 @@ dk = scale dS^T q and, into rows that its job alone adds to, dq = scale dS k.
 
 from __future__ import annotations
 
-import math
 from collections import namedtuple
 
 import numpy as np
@@ -18,8 +17,8 @@ from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.jobs import claim, enter, leave
 from favor_np.cpu.kernels.pack import CHUNK, across, cut, pack, pack_values
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, load, nearest, splat, store, view
+from favor_np.numerics import LN2
 
-LN2 = math.log(2)
 #: Key tiles of a block, which share one packed tile of queries.
 GROUP = 8
 

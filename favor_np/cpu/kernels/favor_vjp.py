@@ -19,7 +19,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.cpu.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
+from favor_np.cpu.kernels.activate import factor, log_feature
 from favor_np.cpu.kernels.chunk import fold_chunk, map_keys, own_values, piece
 from favor_np.cpu.kernels.favor import clock_of, parameters
 from favor_np.cpu.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
@@ -55,6 +55,7 @@ from favor_np.cpu.kernels.simd import (
     sum_lanes,
 )
 from favor_np.cpu.kernels.state import PAD, begin, fold_tail
+from favor_np.numerics import LOG2E, POSITIVE, RELU
 
 #: What the pullback works from; out, weights and tops are what the forward pass wrote.
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
