@@ -16,6 +16,7 @@ from favor_np import favor_attention, feature_map
 from favor_np.cpu import launch, plan
 from favor_np.cpu.kernels import relay as kernel
 from favor_np.cpu.kernels.pack import CHUNK
+from favor_np.jobs import broadcast_jobs
 
 
 @pytest.fixture(autouse=True)
@@ -245,13 +246,13 @@ def test_whatever_the_keys_are(data):
     [(1, 2, 1), (1, 4, 1), (2, 4, 2), (3, 4, 3), (4, 5, 0), (3, 2, 1), (5, 4, 1), (4, 2, 0), (0, 2, 0)],
 )  # fmt: skip
 def test_threads_share_the_heads_that_would_leave_some_of_them_idle(heads, threads, few):
-    jobs = plan.jobs((heads,), (heads,), (heads,), None, None, None, False, 9999, 9999, 1, 0)
+    jobs = broadcast_jobs((heads,), (heads,), (heads,), None, None, None, False, 9999, 9999, 1, 0)
     assert plan.few(jobs, threads) == few
 
 
 def test_short_heads_are_left_whole(monkeypatch):
     monkeypatch.undo()
-    jobs = plan.jobs((1,), (1,), (1,), None, None, None, False, 900, 900, 1, 0)
+    jobs = broadcast_jobs((1,), (1,), (1,), None, None, None, False, 900, 900, 1, 0)
     assert plan.few(jobs, 2) == 0
 
 

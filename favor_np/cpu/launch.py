@@ -20,6 +20,7 @@ from favor_np.cpu.kernels.spread import Spread
 from favor_np.cpu.kernels.state import PAD
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.features import FeatureMap
+from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
 from favor_np.validation import rows_of
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -215,7 +216,7 @@ def attend(
         if longest == 1:
             call.run(constants, jobs, state, tokens=True)
             return
-        longer = np.count_nonzero(jobs.table[:, 3] > 1)  # these come first
+        longer = np.count_nonzero(jobs.table[:, KEYS] > 1)  # these come first
         call.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
         jobs = jobs.take(slice(longer))
     if causal and call.threads > 1:
@@ -223,12 +224,12 @@ def attend(
     if causal or longest <= plan.SEGMENT:
         call.run(constants, jobs, state)
         return
-    long = jobs.table[:, [3, 6]].max(1) > plan.SEGMENT
+    long = jobs.table[:, [KEYS, QUERIES]].max(1) > plan.SEGMENT
     call.run(constants, jobs.take(~long), state)
     jobs = jobs.take(long)
     for first in range(0, len(jobs.table), plan.WAVE):
         wave = jobs.take(slice(first, first + plan.WAVE))
-        slots = wave.table[:, 5]
+        slots = wave.table[:, SLOT]
         if state is None:
             totals = _empty(layout, len(slots))
         else:
@@ -242,13 +243,13 @@ def attend(
                 array[slots] = total
 
 
-def _adapted(jobs: plan.Jobs, offsets: Array | None, clock: Clock | None) -> plan.Jobs:
+def _adapted(jobs: Jobs, offsets: Array | None, clock: Clock | None) -> Jobs:
     """Return the jobs of packed sequences, and of keys that decay."""
     if clock is not None:
         clocks = np.stack([clock.start, clock.rate], axis=1)
-        jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
+        jobs = Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
     if offsets is not None:
-        jobs = plan.packed(jobs, offsets)
+        jobs = packed(jobs, offsets)
     return jobs
 
 
@@ -288,7 +289,7 @@ def attend_vjp(
     )  # fmt: skip
     jobs = _adapted(jobs, offsets, clock)
     group = jobs.q_rows.shape[1]
-    slots = np.repeat(jobs.table[:, 5], group)
+    slots = np.repeat(jobs.table[:, SLOT], group)
     jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
     count = len(jobs.table)
     batch = out.shape[:-2]
@@ -302,7 +303,7 @@ def attend_vjp(
     states = None
     if own is not None:  # first those of the keys' sides, then those of the queries'
         states = _empty(layout, count)
-        jobs.table[:, 5] = np.arange(count)
+        jobs.table[:, SLOT] = np.arange(count)
         for mine, theirs, held in zip(states, suffix or states, state or states, strict=True):
             if suffix is not None:
                 mine[: count // 2 : max(group, 1)] = theirs[slots[:: max(group, 1)]]
@@ -322,7 +323,7 @@ def attend_vjp(
         space = plan.vjp_workspace(layout, stateful=states is None)
         _run(vjp.pull, args, count, workers, space)
     if projection:
-        return weight, bias, jobs.table[:, 4] // layout.blocks
+        return weight, bias, jobs.table[:, BLOCK] // layout.blocks
     first = None
     if states is not None:  # query heads that share a state have each seen a part of its cotangent
         parts = [array[: count // 2] for array in states]
@@ -348,7 +349,7 @@ class _Call:
     spread: Spread | None
     words: bool
 
-    def run(self, constants: Array, jobs: plan.Jobs, state: Any, *, tokens: bool = False) -> None:
+    def run(self, constants: Array, jobs: Jobs, state: Any, *, tokens: bool = False) -> None:
         """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
         count = len(jobs.table)
         if not count:
@@ -360,15 +361,15 @@ class _Call:
         space = self.layout.stateful if state is None else self.layout.stateless
         _run(kernel, (*args, *(state or ())), count, workers, space)
 
-    def share(self, constants: Array, jobs: plan.Jobs, state: Any) -> plan.Jobs:
+    def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
         """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
         few, space = plan.few(jobs, self.threads), self.layout.stateful
         if few and state is not None:
             self.fold_tails(state)
         for i in range(few):
             job = jobs.take(slice(i, i + 1))
-            slot = int(job.table[0, 5])
-            relay = plan.relay(self.layout, int(job.table[0, 3]), self.threads)
+            slot = int(job.table[0, SLOT])
+            relay = plan.relay(self.layout, int(job.table[0, KEYS]), self.threads)
             total = relay.states
             arrays = plan.borrow(space, relay.rows)
             try:
@@ -389,11 +390,11 @@ class _Call:
     def fold_tails(self, state: Any) -> None:
         """Fold the tokens that states keep in their tails."""
         if state[0][:, self.layout.features].any():
-            jobs = plan.jobs_without_rows(len(state[0]), self.layout.rows)
+            jobs = jobs_without_rows(len(state[0]), self.layout.rows)
             self.run(self.layout.bidirectional, jobs, state)
 
     def _kernel(
-        self, constants: Array, jobs: plan.Jobs, relay: Array | None, workers: int
+        self, constants: Array, jobs: Jobs, relay: Array | None, workers: int
     ) -> tuple[Any, tuple[Any, ...]]:
         """Return the kernel for jobs, or for a relay of the first, and its arguments up to the states."""
         layout, kernel = self.layout, kernels.attend
@@ -410,18 +411,18 @@ class _Call:
                 *self.result, *more)  # fmt: skip
         return kernel, args
 
-    def _step(self, constants: Array, jobs: plan.Jobs) -> tuple[Any, tuple[Any, ...]]:
+    def _step(self, constants: Array, jobs: Jobs) -> tuple[Any, tuple[Any, ...]]:
         """Return the kernel for jobs of one token, and its arguments up to the states."""
         args = (constants, *self.arrays[:3], *self.layout.map[:4], jobs.table, jobs.q_rows, jobs.out_rows,
                 jobs.clocks, *self.result)  # fmt: skip
         return kernels.attend_tokens, args
 
-    def fold(self, constants: Array, folds: plan.Jobs, totals: Any) -> None:
+    def fold(self, constants: Array, folds: Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
         for first in range(0, len(folds.table), plan.WAVE):
             batch = folds.take(slice(first, first + plan.WAVE))
-            owners = batch.table[:, 5].copy()
-            batch.table[:, 5] = np.arange(len(owners))
+            owners = batch.table[:, SLOT].copy()
+            batch.table[:, SLOT] = np.arange(len(owners))
             parts = _empty(self.layout, len(owners))
             self.run(constants, batch, parts)
             for i, owner in enumerate(owners):

@@ -10,7 +10,7 @@ import functools
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,25 @@ from favor_np.cpu.kernels.pack import CHUNK, Map
 from favor_np.cpu.kernels.simd import VECTOR_BYTES
 from favor_np.cpu.kernels.state import PAD, TAIL
 from favor_np.features import FeatureMap
+from favor_np.jobs import (
+    DQ_ROW,
+    GRAD_ROW,
+    KEYS,
+    NUMBER,
+    OUT_ROW,
+    Q_ROW,
+    QUERIES,
+    ROWS,
+    SIDE,
+    SLOT,
+    START,
+    STRIDE,
+    Array,
+    Jobs,
+    Shape,
+    broadcast_jobs,
+)
 from favor_np.tables import kept
-
-Array: TypeAlias = npt.NDArray[Any]
-Shape: TypeAlias = tuple[int, ...]
 
 #: Positions that bidirectional attention folds, and reads, as one job.  Longer sequences are folded
 #: in segments and these merged in order, whatever the number of threads: the same bits for any.
@@ -414,22 +429,21 @@ def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
 def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
     """Turn jobs into those of the pullback: for each query head its own side and that of its keys.
 
-    A row of the table has, from column 8 on, the side (1: of keys), the q row, the row of out, the row
-    of the gradients of keys and values, which every query head has for itself, and its own number.
+    Gradients of keys and values every query head has for itself.
     """
     heads = of.q_rows.shape[1]
     table = np.repeat(of.table, heads, axis=0)
     out_rows = of.out_rows.ravel()
     head, start = np.divmod(out_rows, max(q_length, 1))
-    rows = np.empty((2, len(table), 13), np.int64)
-    rows[:, :, :8] = table
-    rows[:, :, 8] = np.array([1, 0])[:, None]
-    rows[:, :, 9], rows[:, :, 10] = of.q_rows.ravel(), out_rows
-    rows[:, :, 11] = head * k_length + start
-    rows[:, :, 12] = np.arange(2 * len(table)).reshape(2, -1)
+    rows = np.empty((2, len(table), NUMBER + 1), np.int64)
+    rows[:, :, : ROWS + 1] = table
+    rows[:, :, SIDE] = np.array([1, 0])[:, None]
+    rows[:, :, Q_ROW], rows[:, :, OUT_ROW] = of.q_rows.ravel(), out_rows
+    rows[:, :, GRAD_ROW] = head * k_length + start
+    rows[:, :, NUMBER] = np.arange(2 * len(table)).reshape(2, -1)
     clocks = np.tile(np.repeat(of.clocks, heads, axis=0), (2, 1)) if len(of.clocks) else of.clocks
     nothing = np.empty((2 * len(table), 0), np.int64)
-    return Jobs(rows.reshape(-1, 13), nothing, nothing, clocks)
+    return Jobs(rows.reshape(-1, NUMBER + 1), nothing, nothing, clocks)
 
 
 def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace:
@@ -477,100 +491,6 @@ def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...]) -> None:
         kept.pop(oldest, None)
 
 
-@dataclass(frozen=True, eq=False)
-class Jobs:
-    """Who attends to whom: one job for each state, with the group of queries that reads it.
-
-    A row of the table is (k row, v row, mask row or -1, keys, first block of the weights, slot of the
-    state or -1, queries, rows of W).  `clocks` is empty, or has how far each job's
-    first key is raised, in log2, and by how much more every further one.
-    """
-
-    table: Array
-    q_rows: Array
-    out_rows: Array
-    clocks: Array
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(array.nbytes for array in vars(self).values())
-
-    def skip_keys(self, start: Any) -> None:
-        """Let every job begin at its key number `start`, in place."""
-        skip_rows(self.table, start)
-        if len(self.clocks):
-            self.clocks[:, 0] += start * self.clocks[:, 1]
-
-    def take(self, rows: Any) -> Jobs:
-        """Return some of the jobs."""
-        clocks = self.clocks[rows] if len(self.clocks) else self.clocks
-        return Jobs(self.table[rows], self.q_rows[rows], self.out_rows[rows], clocks)
-
-
-def skip_rows(table: Array, start: Any) -> None:
-    """Move the rows of keys, values and mask, where there is one."""
-    table[:, :2] += np.reshape(start, (-1, 1))
-    table[:, 2] += np.where(table[:, 2] < 0, 0, start)
-
-
-_NO_CLOCKS = np.zeros((0, 2))
-
-
-def jobs_without_rows(slots: int, rows: int) -> Jobs:
-    """Return jobs that only fold the tail of each slot."""
-    table = np.zeros((slots, 8), np.int64)
-    table[:, 2], table[:, 5], table[:, 7] = -1, np.arange(slots), rows
-    nothing = np.empty((slots, 0), np.int64)
-    return Jobs(table, nothing, nothing, _NO_CLOCKS)
-
-
-@kept(256, lambda of: of.nbytes)
-def jobs(
-    q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
-    grouped: bool, q_length: int, k_length: int, blocks: int, rows: int,
-) -> Jobs:  # fmt: skip
-    """Return the jobs for leading axes that broadcast (validated before).
-
-    With `grouped` the last of the leading axes holds the heads, and several query heads share one
-    head of keys and values.
-    """
-    state_shape = np.broadcast_shapes(k, v, mask or (), (heads,) if heads else (), state or ())
-    q_full, state_full = q, state_shape
-    if grouped:
-        q_full = (*q[:-1], state_shape[-1], q[-1] // state_shape[-1])
-        state_full = (*state_shape, 1)
-    full = np.broadcast_shapes(q_full, state_full)
-    count = math.prod(state_shape)
-
-    def index(shape: Shape, into: Shape) -> Array:
-        numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
-        return np.broadcast_to(numbers, into).ravel()
-
-    group = math.prod(full) // max(count, 1)
-    order = np.argsort(index(state_full, full), kind="stable").reshape(count, group)
-    head = index((heads,), state_shape) if heads else np.zeros(count, np.int64)
-    table = np.stack(
-        [
-            index(k, state_shape) * k_length,
-            index(v, state_shape) * k_length,
-            np.full(count, -1) if mask is None else index(mask, state_shape) * k_length,
-            np.full(count, k_length),
-            head * blocks,
-            np.full(count, -1) if state is None else np.arange(count),
-            np.full(count, q_length),
-            np.full(count, rows),
-        ],
-        axis=1,
-    ).astype(np.int64)
-    return Jobs(
-        np.ascontiguousarray(table),
-        np.ascontiguousarray(index(q_full, full)[order] * q_length),
-        np.ascontiguousarray(order * max(q_length, 1)),  # without rows the head's number still
-        _NO_CLOCKS,
-    )
-
-
 class Schedule(NamedTuple):
     """What depends on the shapes of a call alone."""
 
@@ -589,32 +509,13 @@ def schedule(
 ) -> Schedule:  # fmt: skip
     """Return layout and jobs for arrays of these shapes."""
     of = layout(feature_map, dtype, v[-1], group, words)
-    to_do = jobs(
+    to_do = broadcast_jobs(
         q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
         grouped, q[-2], k[-2], of.blocks, of.rows,
     )  # fmt: skip
     longest = max(q[-2], k[-2])
     constants = of.causal if causal else of.bidirectional
     return Schedule(of, constants, to_do, longest, longest * of.features * q[-1])
-
-
-def packed(of: Jobs, offsets: Array) -> Jobs:
-    """Cut every job into one for each sequence offsets[i]:offsets[i + 1], the longest first.
-
-    Slots are numbered state by state and, within each, sequence by sequence; the clocks of `of` are
-    those of the slots.
-    """
-    count, lengths = len(offsets) - 1, np.diff(offsets)
-    owner, sequence = np.divmod(np.arange(len(of.table) * count), count)
-    start, length = offsets[sequence], lengths[sequence]
-    table = of.table[owner]
-    skip_rows(table, start)
-    table[:, [3, 6]] = np.minimum(table[:, [3, 6]], length[:, None])  # none where there were none
-    table[:, 5] = np.where(table[:, 5] < 0, -1, owner * count + sequence)
-    q_rows, out_rows = of.q_rows[owner] + start[:, None], of.out_rows[owner] + start[:, None]
-    cut = Jobs(table, q_rows, out_rows, of.clocks)
-    order = np.argsort(-length, kind="stable")
-    return cut.take(order[length[order] > 0])
 
 
 def segments(of: Jobs) -> tuple[Jobs, Jobs]:
@@ -628,15 +529,15 @@ def segments(of: Jobs) -> tuple[Jobs, Jobs]:
         owner = np.repeat(np.arange(len(lengths)), counts)
         start = SEGMENT * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
         part = of.take(owner)
-        part.table[:, 5] = owner
+        part.table[:, SLOT] = owner
         return part, start, np.minimum(SEGMENT, lengths[owner] - start)
 
-    folds, start, length = cut(of.table[:, 3])
+    folds, start, length = cut(of.table[:, KEYS])
     folds.skip_keys(start)
-    folds.table[:, 3], folds.table[:, 6] = length, 0
+    folds.table[:, KEYS], folds.table[:, QUERIES] = length, 0
     nothing = np.empty((len(length), 0), np.int64)
-    reads, start, length = cut(of.table[:, 6])
-    reads.table[:, 3], reads.table[:, 6] = 0, length
+    reads, start, length = cut(of.table[:, QUERIES])
+    reads.table[:, KEYS], reads.table[:, QUERIES] = 0, length
     shift = start[:, None]
     return (
         Jobs(folds.table, nothing, nothing, folds.clocks),
@@ -646,7 +547,7 @@ def segments(of: Jobs) -> tuple[Jobs, Jobs]:
 
 def few(of: Jobs, threads: int) -> int:
     """Return how many of the first jobs are long causal ones that threads had better share."""
-    length = of.table[:, 3]
+    length = of.table[:, KEYS]
     count = len(length) % threads
     if length.size and length[0] > length[-1]:  # packed, the longest first
         count = int(2 * length[0] > length.sum())
@@ -693,31 +594,26 @@ def exact_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> Array:
     """Return the jobs of exact attention, a block of queries each."""
-    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
+    of = broadcast_jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
     block = CHUNK * exact_kernels.GROUP
     while len(of.q_rows) * of.q_rows.shape[1] * -(-q_length // block) < FEW and block > 4 * CHUNK:
         block //= 2
     # The last blocks of a causal problem have the most keys: they go first.
     starts = np.arange(0, q_length, block, dtype=np.int64)[::-1]
     heads = of.q_rows.shape[1]
-    rows = np.repeat(of.table[:, [0, 1, 2, 3]], heads, axis=0)
-    q_rows, out_rows = of.q_rows.ravel(), of.out_rows.ravel()
-    table = np.empty((len(q_rows), len(starts), 8), np.int64)
-    table[..., 0] = q_rows[:, None] + starts
-    table[..., 1], table[..., 2], table[..., 3] = rows[:, :3].T[..., None]
-    table[..., 4] = out_rows[:, None] + starts
-    table[..., 5] = np.minimum(block, q_length - starts)
-    table[..., 6] = k_length
-    table[..., 7] = starts
-    return table.swapaxes(0, 1).reshape(-1, 8).copy()
+    table = np.zeros((len(starts), of.q_rows.size, START + 1), np.int64)
+    table[..., : ROWS + 1] = np.repeat(of.table, heads, axis=0)
+    table[..., Q_ROW] = of.q_rows.ravel() + starts[:, None]
+    table[..., OUT_ROW] = of.out_rows.ravel() + starts[:, None]
+    table[..., QUERIES] = np.minimum(block, q_length - starts)[:, None]
+    table[..., START] = starts[:, None]
+    return table.reshape(-1, START + 1)
 
 
 class GradientJobs(NamedTuple):
     """The jobs of the gradient of exact attention: every `parts`-th block of keys of one problem.
 
-    A row of the table is (problem, k row, v row, mask row or -1, row of dk and dv, keys, queries,
-    first row of the part's dq, first key, keys from one block to the next).  The queries `q_rows`
-    read a problem; their results are `out_rows` and, with `rows` a head, `dq_rows`.
+    The queries `q_rows` read a problem; their results are `out_rows` and, with `rows` a head, `dq_rows`.
     """
 
     table: Array
@@ -733,15 +629,14 @@ def exact_vjp_jobs(
     q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
 ) -> GradientJobs:
     """Return the jobs of the gradient of exact attention."""
-    of = jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
+    of = broadcast_jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
     block, count = CHUNK * exact_vjp.GROUP, len(of.table)
     parts = min(-(-PARTS // count), -(-k_length // block))
     rows = -(-q_length // 8) * 8
     owner, part = np.divmod(np.arange(count * parts), parts)
-    table = np.empty((count * parts, 10), np.int64)
-    table[:, 0] = owner
-    table[:, 1:4] = of.table[owner, :3]
-    table[:, 4], table[:, 5], table[:, 6] = owner * k_length, k_length, q_length
-    table[:, 7] = part * of.out_rows.size * rows
-    table[:, 8], table[:, 9] = part * block, parts * block
+    table = np.zeros((count * parts, DQ_ROW + 1), np.int64)
+    table[:, : ROWS + 1] = of.table[owner]
+    table[:, NUMBER], table[:, GRAD_ROW] = owner, owner * k_length
+    table[:, START], table[:, STRIDE] = part * block, parts * block
+    table[:, DQ_ROW] = part * of.out_rows.size * rows
     return GradientJobs(table, of.q_rows, of.out_rows, of.out_rows // q_length * rows, parts, rows)

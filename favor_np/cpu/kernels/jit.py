@@ -32,7 +32,7 @@ from numba.core.compiler import Compiler, CompileResult
 from numba.misc.appdirs import AppDirs
 from numba.np import linalg
 
-from favor_np import numerics
+from favor_np import jobs, numerics
 
 #: Reassociation is allowed (it is what vectorises a sum), NaN and infinity stay what they are.
 FAST = frozenset({"contract", "reassoc", "nsz", "arcp", "afn"})
@@ -41,7 +41,7 @@ EXACT = frozenset({"contract"})
 
 _PACKAGE = Path(__file__).parent
 #: Modules outside this package whose constants kernels freeze into machine code.
-_SHARED = (numerics,)
+_SHARED = (jobs, numerics)
 _FROZEN = bool(getattr(sys, "frozen", False))
 #: What of this package is on the disk: its folder, the archive it is in, the program it is frozen in.
 _PLACE = Path(sys.executable) if _FROZEN else _PACKAGE
