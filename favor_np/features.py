@@ -26,6 +26,8 @@ from favor_np.projection import KINDS as PROJECTIONS
 from favor_np.projection import RNG, sample_projection
 
 KINDS = ("positive", "relu", "elu", "trig")
+#: Those whose features are positive, so that no denominator can vanish: what attention takes.
+ATTENTION_KINDS = KINDS[:3]
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
@@ -492,6 +494,16 @@ class FeatureMap:
             f"num_features={self.num_features}{heads}, scale={self.scale:.6g}, "
             f"{self.projection.dtype}, {self.fingerprint[:8]}>"
         )
+
+
+def checked(value: object, kinds: tuple[str, ...] = KINDS) -> FeatureMap:
+    """Return a feature map of one of these kinds."""
+    if not isinstance(value, FeatureMap):
+        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(value)}")
+    if value.kind not in kinds:
+        wanted = ", ".join(map(repr, kinds[:-1])) + " or " * (len(kinds) > 1) + repr(kinds[-1])
+        raise ValueError(f"feature_map must be of kind {wanted}, got {value.kind!r}")
+    return value
 
 
 def _affine(projection: F64, scale: float, calibration: Calibration | None) -> dict[str, Any]:

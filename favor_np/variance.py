@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.calibration import log_relative_variance
-from favor_np.features import F64, FeatureMap
+from favor_np.features import F64, FeatureMap, checked
 
 #: Nodes of the integral over the angle between the lengths of two simplex rows.
 NODES = 64
@@ -67,13 +67,7 @@ def kernel_variance(
     >>> favor_np.kernel_variance(fm, q, k, relative=True).round(5)
     array([[0.01528]])
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind not in ("positive", "trig"):
-        raise ValueError(
-            f"feature_map must be 'positive' or 'trig', got {feature_map.kind!r}: no closed form "
-            "of its variance is known"
-        )
+    checked(feature_map, ("positive", "trig"))  # of others no closed form is known
     relative = validation.flag("relative", relative)
     fm, dim = feature_map, feature_map.dim
     q, k = (validation.feature_input(n, a, dim) for n, a in (("q", q), ("k", k)))

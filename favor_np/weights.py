@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.features import F64, FeatureMap
+from favor_np.engine import processor
+from favor_np.features import ATTENTION_KINDS, F64, FeatureMap, checked
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -71,14 +72,8 @@ def attention_weights(
     array([[1.  , 0.  , 0.  , 0.  ],
            [0.44, 0.56, 0.  , 0.  ]])
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind == "trig":
-        raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
-    call = validation.attention_call(
-        q, k, k, key_mask=key_mask, causal=False, grouped=False, check_finite=False,
-        num_threads=None, dim=feature_map.dim, heads=feature_map.num_heads,
-    )  # fmt: skip
+    checked(feature_map, ATTENTION_KINDS)
+    call = processor().check(q, k, k, feature_map, key_mask=key_mask)
     rows, keys = call.q.shape[-2], call.keys
     seen = np.full(rows, keys)  # how many keys, from the first one on, a row sees
     if positions is not None:

@@ -1,4 +1,4 @@
-"""The one seam between validated arrays and compiled kernels."""
+"""The seam between checked calls and compiled kernels."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from favor_np.call import Call, Cotangents, Forward, StateForm, sum_to
 from favor_np.cpu import plan
-from favor_np.cpu.kernels import bfloat16, exact_vjp
+from favor_np.cpu.kernels import bfloat16
 from favor_np.cpu.kernels import exact as exact_kernels
+from favor_np.cpu.kernels import exact_vjp as exact_vjp_kernels
 from favor_np.cpu.kernels import favor as kernels
 from favor_np.cpu.kernels import favor_vjp as vjp
 from favor_np.cpu.kernels.jobs import TROUBLE
 from favor_np.cpu.kernels.pack import CHUNK
 from favor_np.cpu.kernels.spread import Spread
-from favor_np.cpu.kernels.state import PAD
+from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
-from favor_np.features import FeatureMap
 from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
 from favor_np.validation import rows_of
 
@@ -27,7 +28,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _NO_MASK = np.ones(1, np.bool_)
 _NO_MASK.flags.writeable = False
-_NO_WEIGHTS = {
+_NO_NORMALIZERS = {
     np.dtype(kind): (np.zeros(0, kind), np.zeros(0, plan.integer_of(np.dtype(kind))))
     for kind in (np.float32, np.float64)
 }
@@ -41,305 +42,193 @@ def _mask_rows(mask: Array | None) -> Array:
     return flat
 
 
-def new_state(feature_map: FeatureMap, dtype: np.dtype[Any], count: int, value_dim: int) -> Any:
-    """Return the arrays (c, S, z) of `count` empty states, as the kernels lay them out."""
-    return _empty(plan.layout(feature_map, dtype, value_dim), count)
-
-
-def _empty(layout: plan.Layout, count: int) -> Any:
-    arrays = plan.state_arrays(count, layout.features, layout.value_columns, layout.dtype)
-    arrays[0][:, : layout.features] = layout.fresh
-    return arrays
-
-
-def copied(arrays: Any) -> Any:
-    """Return a copy of states."""
-    return tuple(plan.aligned_copy(array) for array in arrays)
-
-
-def without_padding(
-    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: Any
-) -> tuple[Array, Array, Array]:
-    """Return a copy of states (c, S, z) as any machine would have them."""
-    layout = plan.layout(feature_map, dtype, value_dim)
+def state_sums(form: StateForm, arrays: Any) -> tuple[Array, Array, Array]:
+    """Return copies of (c, S, z) as any machine would have them."""
+    if has_tails(arrays):
+        arrays = copy_states(arrays)
+        fold_tails(form, arrays)
+    layout = layout_of(form)
     c, s, z = arrays
-    if c[:, layout.features].any():
-        c, s, z = without_tail(feature_map, dtype, value_dim, copied(arrays))
-    return c[:, layout.real], s[:, layout.real, :value_dim], z[:, layout.real]
+    return c[:, layout.real], s[:, layout.real, : form.value_dim], z[:, layout.real]
 
 
-def without_tail(feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: Any) -> Any:
-    """Return the states, in which the tokens of their tails are folded now."""
-    layout = plan.layout(feature_map, dtype, value_dim)
-    keys, values = np.empty((0, feature_map.dim), dtype), np.empty((0, value_dim), dtype)
-    rows = (rows_of(keys, dtype), rows_of(keys, dtype), rows_of(values, dtype))
-    call = _Call(layout, (*rows, _NO_MASK, *layout.arrays), _result(values, None), 1, None, False)
-    call.fold_tails(arrays)
-    return arrays
-
-
-class Rest(NamedTuple):
-    """What states hold beside (c, S, z): see ``kernels.state``."""
-
-    s_rest: Array  # what rounding has taken from S and z
-    z_rest: Array
-    tail: Array  # how many tokens are in the tail; their features and values
-    tail_features: Array
-    tail_values: Array
-
-
-def all_parts(
-    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: Any
-) -> tuple[tuple[Array, Array, Array], Rest]:
-    """Return a copy of everything that states hold, as any machine would have it."""
-    layout = plan.layout(feature_map, dtype, value_dim)
-    (c, s, z), real, low = arrays, layout.real, layout.features + layout.real
-    count = c[:, layout.features].copy()
-    alive = np.arange(count.max(initial=0)) < count[:, None]
-    keys, values = plan.tail(layout, s, z)
-    keys = keys[:, : alive.shape[1], real]
-    values = values[:, : alive.shape[1], :value_dim].copy()
-    keys[~alive], values[~alive] = 0, 0
-    rest = Rest(s[:, low, :value_dim], z[:, low], count, keys, values)
-    return (c[:, real], s[:, real, :value_dim], z[:, real]), rest
-
-
-def with_padding(
-    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, raw: tuple[Array, Array, Array],
-    rest: Rest | None = None,
-) -> Any:  # fmt: skip
-    """Return states as the kernels lay them out from what `without_padding` or `all_parts` returned."""
-    layout = plan.layout(feature_map, dtype, value_dim)
-    c, s, z = arrays = _empty(layout, len(raw[0]))
-    real, low = layout.real, layout.features + layout.real
-    c[:, real], s[:, real, :value_dim], z[:, real] = raw
-    if rest is not None:
-        s[:, low, :value_dim], z[:, low], c[:, layout.features] = (
-            rest.s_rest,
-            rest.z_rest,
-            rest.tail,
-        )
-        keys, values = plan.tail(layout, s, z)
-        keys[:, : rest.tail_features.shape[1], real] = rest.tail_features
-        values[:, : rest.tail_values.shape[1], :value_dim] = rest.tail_values
-    return arrays
-
-
-def merge(into: Any, other: Any) -> None:
-    """Add the states `other` to the states `into`: arrays (c, S, z) of equal shapes, without tails."""
-    (c, s, z), (other_c, other_s, other_z) = into, other
-    features = c.shape[-1] - PAD
-    mine, theirs = c[..., :features], other_c[..., :features]
-    top = np.maximum(mine, theirs)
-    with np.errstate(all="ignore"):  # what is much smaller vanishes; values may be infinite
-        keep, add = (np.ldexp(1.0, x - top).astype(z.dtype) for x in (mine, theirs))
-        _add_pairs(z[..., None], other_z[..., None], keep[..., None], add[..., None])
-        _add_pairs(s, other_s, keep[..., None], add[..., None])
-    mine[...] = top
-
-
-def _add_pairs(sums: Array, other: Array, keep: Array, add: Array) -> None:
-    """Scale sums and add others, each with what rounding has taken from it, as the kernels do."""
-    features = keep.shape[-2]
-    high, low = sums[..., :features, :], sums[..., features : 2 * features, :]
-    more, rest = other[..., :features, :], other[..., features : 2 * features, :]
-    high *= keep
-    value = add * more + (add * rest + keep * low)
-    total = high + value
-    moved = total - high
-    low[...] = (high - (total - moved)) + (value - moved)
-    high[...] = total
-
-
-class Clock(NamedTuple):
-    """Decay: log2 by which the first key of each slot is raised, and each further one more."""
-
-    start: Array
-    rate: Array
-
-
-def clock(rates: Array | None, offsets: Array | None) -> Clock | None:
-    """Return the clock of new states, or of none: their first keys are not raised."""
-    if rates is None:
-        return None
-    if offsets is not None:
-        rates = np.repeat(rates, len(offsets) - 1)
-    return Clock(np.zeros(len(rates)), rates)
-
-
-def raised(arrays: Any, by: Array) -> Any:
-    """Return states whose features are 2**by times as large, 0 <= by < 1 for each slot."""
-    c, s, z = arrays
-    factor = np.exp2(by).astype(z.dtype)[:, None]
-    return c.copy(), s * factor[..., None], z * factor
+def fold_tails(form: StateForm, arrays: Any) -> None:
+    """Fold the tokens that wait in the tails of states, in place."""
+    layout = layout_of(form)
+    nothing = np.empty((0, form.value_dim), form.dtype)
+    keys = rows_of(np.empty((0, form.feature_map.dim), form.dtype), form.dtype)
+    inputs = (keys, keys, rows_of(nothing, form.dtype), _NO_MASK, *layout.arrays)
+    _Launch(layout, inputs, _result(nothing, None), 1, None, False).fold_tails(arrays)
 
 
 def attend(
-    feature_map: FeatureMap,
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    out: Array,
-    *,
-    dtype: np.dtype[Any],
-    causal: bool,
-    grouped: bool,
-    state: Any,
-    state_shape: tuple[int, ...] | None,
-    threads: int | None,
-    offsets: Array | None = None,
-    clock: Clock | None = None,
-    weights: tuple[Array, Array] | None = None,
-    spread: Spread | None = None,
-    group: int | None = None,
-    fast: bool = False,
+    call: Call, out: Array, state: Any = None, normalizers: tuple[Array, Array] | None = None
 ) -> None:
-    """Fold k and v, read with q into the C-ordered `out`; with a state, on from it and into it.
+    """Fold keys and values, read with queries into the C-ordered `out`; on from a state and into it.
 
-    With `offsets` every sequence offsets[i]:offsets[i + 1] has a slot of its own.  `weights` receive
-    the denominators of the rows as (w, top), w * 2**top, and `spread` how far groups of `group` rows
-    of the projection are apart.  With `fast` products are in bfloat16.
+    Packed sequences have a slot of the state each.  `normalizers` receive the denominators of the rows
+    as (w, top), w * 2**top.
     """
+    if state is None and not call.keys:
+        out[...] = 0
+        return
+    q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
     layout, constants, jobs, longest, work = plan.schedule(
-        feature_map, dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape,
-        causal, grouped, state_shape, group, fast,
+        call.map, dtype, q.shape, k.shape, v.shape, call.mask_shape, call.causal, call.grouped,
+        None if state is None else call.state_shape, None if bars is None else bars.group, call.bfloat16,
     )  # fmt: skip
-    if clock is not None or offsets is not None:
-        jobs = _adapted(jobs, offsets, clock)
-    arrays = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
+    if call.decay is not None or call.offsets is not None:
+        jobs = _adapted(jobs, call)
+    inputs = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask),
               *layout.arrays)  # fmt: skip
-    call = _Call(layout, arrays, _result(out, weights), _threads(work * len(jobs.table), threads),
-                 spread, fast)  # fmt: skip
-    tokens = causal and (longest == 1 or offsets is not None)
-    if tokens and mask is None and spread is None and not fast and jobs.q_rows.shape[1] == 1:
+    spread = None if bars is None else Spread(*bars[:-1])
+    launch = _Launch(layout, inputs, _result(out, normalizers),
+                     _threads(work * len(jobs.table), call.num_threads), spread, call.bfloat16)  # fmt: skip
+    tokens = call.causal and (longest == 1 or call.offsets is not None)
+    plain = call.mask is None and bars is None and not call.bfloat16
+    if tokens and plain and jobs.q_rows.shape[1] == 1:
         if longest == 1:
-            call.run(constants, jobs, state, tokens=True)
+            launch.run(constants, jobs, state, tokens=True)
             return
         longer = np.count_nonzero(jobs.table[:, KEYS] > 1)  # these come first
-        call.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
+        launch.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
         jobs = jobs.take(slice(longer))
-    if causal and call.threads > 1:
-        jobs = call.share(constants, jobs, state)
-    if causal or longest <= plan.SEGMENT:
-        call.run(constants, jobs, state)
+    if call.causal and launch.threads > 1:
+        jobs = launch.share(constants, jobs, state)
+    if call.causal or longest <= plan.SEGMENT:
+        launch.run(constants, jobs, state)
         return
     long = jobs.table[:, [KEYS, QUERIES]].max(1) > plan.SEGMENT
-    call.run(constants, jobs.take(~long), state)
+    launch.run(constants, jobs.take(~long), state)
     jobs = jobs.take(long)
     for first in range(0, len(jobs.table), plan.WAVE):
         wave = jobs.take(slice(first, first + plan.WAVE))
         slots = wave.table[:, SLOT]
         if state is None:
-            totals = _empty(layout, len(slots))
+            totals = empty(layout, len(slots))
         else:
             totals = tuple(array[slots] for array in state)
-            call.fold_tails(totals)
+            launch.fold_tails(totals)
         folds, reads = plan.segments(wave)
-        call.fold(constants, folds, totals)
-        call.run(constants, reads, totals)
-        if state is not None and k.shape[-2]:
+        launch.fold(constants, folds, totals)
+        launch.run(constants, reads, totals)
+        if state is not None and call.keys:
             for array, total in zip(state, totals, strict=True):
                 array[slots] = total
 
 
-def _adapted(jobs: Jobs, offsets: Array | None, clock: Clock | None) -> Jobs:
+def _adapted(jobs: Jobs, call: Call) -> Jobs:
     """Return the jobs of packed sequences, and of keys that decay."""
-    if clock is not None:
-        clocks = np.stack([clock.start, clock.rate], axis=1)
+    if call.decay is not None:
+        clocks = np.stack([call.decay.start, call.decay.rate], axis=1)
         jobs = Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
-    if offsets is not None:
-        jobs = packed(jobs, offsets)
+    if call.offsets is not None:
+        jobs = packed(jobs, call.offsets)
     return jobs
 
 
-def attend_vjp(
-    feature_map: FeatureMap,
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    out: Array,
-    weights: tuple[Array, Array],
-    grad: Array,
-    *,
-    dtype: np.dtype[Any],
-    causal: bool,
-    grouped: bool,
-    state: Any,
-    suffix: Any,
-    state_shape: tuple[int, ...] | None,
-    threads: int | None,
-    offsets: Array | None = None,
-    clock: Clock | None = None,
-    projection: bool = False,
-) -> Any:
-    """Pull `grad` back through `attend`, which wrote `out` and `weights`.
+def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = None) -> Cotangents:
+    """Pull `grad`, and the cotangent of the last state, back through `attend`."""
+    pulled = _pull(call, forward, grad, final_state, projection=False)
+    batch, inputs = call.out_shape[:-2], (call.q, call.k, call.v)
+    kept = None, *2 * [call.state_shape if call.grouped else None]
+    q, k, v = (
+        _onto(rows.reshape(*batch, *x.shape[-2:]), x, heads)
+        for rows, x, heads in zip(pulled.to[:3], inputs, kept, strict=True)
+    )
+    if pulled.states is None:
+        return Cotangents(q, k, v)
+    # Query heads that share a state have each seen a part of its cotangent.
+    count, slots = len(pulled.slots) // 2, pulled.slots
+    parts = [array[:count] for array in pulled.states]
+    sequences = 1 if call.offsets is None else len(call.offsets) - 1
+    first = empty(pulled.layout, math.prod(call.state_shape) * sequences)
+    if final_state is not None:  # without a job (an empty sequence) it is what it was
+        idle = np.setdiff1d(np.arange(len(first[0])), slots)
+        for array, theirs in zip(first, final_state, strict=True):
+            array[idle] = theirs[idle]
+    for i in range(count):
+        merge_states([a[slots[i]] for a in first], [a[i] for a in parts])
+    return Cotangents(q, k, v, first)
 
-    Returns gradients of rows for every query head, q, k and v, and the cotangents of the first states;
-    with `projection` instead one of u for every job, and the job's head.
 
-    `state` is the one that attention began with and `suffix` the cotangent of the one it ended with,
-    both (c, S, z) of all slots or None.
-    """
-    own = None if state is None and suffix is None else state_shape
+def projection_vjp(
+    call: Call, forward: Forward, grad: Array, final_state: Any = None
+) -> tuple[Array, Array, Array]:
+    """Return the cotangents of weights and biases for each job, and the head of each job."""
+    pulled = _pull(call, forward, grad, final_state, projection=True)
+    return pulled.to.projection, pulled.to.bias, pulled.jobs.table[:, BLOCK] // pulled.layout.blocks
+
+
+class _Pulled(NamedTuple):
+    """What the kernel of the gradient wrote, for every query head: rows, or sums of each job."""
+
+    layout: plan.Layout
+    jobs: Jobs
+    slots: Array  # of each job of one side
+    to: vjp.Gradients
+    states: Any  # cotangents of states: those of the keys' sides, then those of the queries'
+
+
+def _pull(
+    call: Call, forward: Forward, grad: Array, final_state: Any, *, projection: bool
+) -> _Pulled:
+    """Run the kernel of the gradient: for the inputs or, with `projection`, for the map's weights."""
+    q, k, v, dtype, state = call.q, call.k, call.v, call.compute, forward.state
+    stateful = state is not None or final_state is not None
     layout, constants, jobs, _, work = plan.schedule(
-        feature_map, dtype, q.shape, k.shape, v.shape, None if mask is None else mask.shape,
-        causal, grouped, own,
+        call.map, dtype, q.shape, k.shape, v.shape, call.mask_shape, call.causal, call.grouped,
+        call.state_shape if stateful else None,
     )  # fmt: skip
-    jobs = _adapted(jobs, offsets, clock)
-    group = jobs.q_rows.shape[1]
-    slots = np.repeat(jobs.table[:, SLOT], group)
+    jobs = _adapted(jobs, call)
+    group = max(jobs.q_rows.shape[1], 1)
+    slots = np.repeat(jobs.table[:, SLOT], jobs.q_rows.shape[1])
     jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
     count = len(jobs.table)
-    batch = out.shape[:-2]
-    heads = 0 if projection else math.prod(batch)
-    rows = [np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v)]
-    weight = plan.aligned(
-        (count if projection else 0, layout.half, layout.natural.key.shape[-1]), np.float64
+    heads, sums = (0, count) if projection else (math.prod(call.out_shape[:-2]), 0)
+    dq, dk, dv = (np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v))
+    to = vjp.Gradients(
+        dq,
+        dk,
+        dv,
+        plan.aligned((sums, layout.half, layout.natural.key.shape[-1]), np.float64),
+        plan.aligned((sums, layout.half), np.float64),
     )
-    bias = plan.aligned((count if projection else 0, layout.half), np.float64)
-    to = vjp.Gradients(rows[0], rows[1], rows[2], weight, bias)
     states = None
-    if own is not None:  # first those of the keys' sides, then those of the queries'
-        states = _empty(layout, count)
+    if stateful:  # first those of the keys' sides, then those of the queries'
+        states = empty(layout, count)
         jobs.table[:, SLOT] = np.arange(count)
-        for mine, theirs, held in zip(states, suffix or states, state or states, strict=True):
-            if suffix is not None:
-                mine[: count // 2 : max(group, 1)] = theirs[slots[:: max(group, 1)]]
+        for mine, last, first in zip(states, final_state or states, state or states, strict=True):
+            if final_state is not None:
+                mine[: count // 2 : group] = last[slots[::group]]
             if state is not None:
-                mine[count // 2 :] = held[slots]
+                mine[count // 2 :] = first[slots]
     inputs = vjp.Inputs(
-        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask),
-        rows_of(grad, dtype), rows_of(out, dtype), *(array.reshape(-1) for array in weights),
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask),
+        rows_of(grad, dtype), rows_of(forward.out, dtype),
+        *(array.reshape(-1) for array in forward.normalizers),
     )  # fmt: skip
     args = (
-        constants, inputs, layout.map, np.zeros_like(layout.map.bias),
-        layout.natural, jobs.table, jobs.clocks, to,
-        *(states or ()),
+        constants, inputs, layout.map, np.zeros_like(layout.map.bias), layout.natural, jobs.table,
+        jobs.clocks, to, *(states or ()),
     )  # fmt: skip
-    if count and (out.size or suffix is not None):
-        workers = min(_threads(work * count, threads), count)
-        space = plan.vjp_workspace(layout, stateful=states is None)
-        _run(vjp.pull, args, count, workers, space)
-    if projection:
-        return weight, bias, jobs.table[:, BLOCK] // layout.blocks
-    first = None
-    if states is not None:  # query heads that share a state have each seen a part of its cotangent
-        parts = [array[: count // 2] for array in states]
-        first = _empty(layout, math.prod(own or ()) * (1 if offsets is None else len(offsets) - 1))
-        if suffix is not None:  # without a job (an empty sequence) it is what it was
-            idle = np.setdiff1d(np.arange(len(first[0])), slots)
-            for array, theirs in zip(first, suffix, strict=True):
-                array[idle] = theirs[idle]
-        for i in range(count // 2):
-            merge([a[slots[i]] for a in first], [a[i] for a in parts])
-    pairs = zip(rows, (q, k, v), strict=True)
-    return *(grad.reshape(*batch, *x.shape[-2:]) for grad, x in pairs), first
+    if count and (forward.out.size or final_state is not None):
+        workers = min(_threads(work * count, call.num_threads), count)
+        _run(vjp.pull, args, count, workers, plan.vjp_workspace(layout, stateful=not stateful))
+    return _Pulled(layout, jobs, slots, to, states)
+
+
+def _onto(grad: Array, like: Array, heads: tuple[int, ...] | None) -> Array:
+    """Sum over groups of query heads that share those of `heads`, and to the shape of an array."""
+    if heads is not None:
+        batch = grad.shape[:-2]
+        group = batch[-1] // heads[-1]
+        grad = grad.reshape(*batch[:-1], heads[-1], group, *grad.shape[-2:]).sum(-3)
+    return sum_to(grad, like)
 
 
 @dataclass(slots=True, eq=False)
-class _Call:
+class _Launch:
     """What all kernel calls of one attention call share."""
 
     layout: plan.Layout
@@ -374,7 +263,7 @@ class _Call:
             arrays = plan.borrow(space, relay.rows)
             try:
                 c, s, z = arrays[:3]
-                new = _empty(self.layout, 1) if state is None else [a[slot, None] for a in state]
+                new = empty(self.layout, 1) if state is None else [a[slot, None] for a in state]
                 for array, mine in zip(arrays, new, strict=False):
                     array[total] = mine[0]
                 kernel, args = self._kernel(constants, job, relay.words, self.threads)
@@ -423,24 +312,24 @@ class _Call:
             batch = folds.take(slice(first, first + plan.WAVE))
             owners = batch.table[:, SLOT].copy()
             batch.table[:, SLOT] = np.arange(len(owners))
-            parts = _empty(self.layout, len(owners))
+            parts = empty(self.layout, len(owners))
             self.run(constants, batch, parts)
             for i, owner in enumerate(owners):
-                merge([a[owner] for a in totals], [a[i] for a in parts])
+                merge_states([a[owner] for a in totals], [a[i] for a in parts])
 
 
-def new_weights(out: Array) -> tuple[Array, Array]:
+def normalizers(out: Array) -> tuple[Array, Array]:
     """Return arrays for the denominators of the rows of `out`: zeros, as of rows without keys."""
     rows = out.shape[:-1]
     return np.zeros(rows, out.dtype), np.zeros(rows, plan.integer_of(out.dtype))
 
 
-def _result(out: Array, weights: tuple[Array, Array] | None) -> tuple[Array, ...]:
-    """Return what a kernel writes to: the arrays of a Result; the weights may be left out."""
+def _result(out: Array, normalizers: tuple[Array, Array] | None) -> tuple[Array, ...]:
+    """Return what a kernel writes to: the arrays of a Result; the normalizers may be left out."""
     rows = out.reshape(-1, out.shape[-1])
-    if weights is None:
-        return (rows, *_NO_WEIGHTS[out.dtype])
-    return (rows, *(w.reshape(-1) for w in weights))
+    if normalizers is None:
+        return (rows, *_NO_NORMALIZERS[out.dtype])
+    return (rows, *(w.reshape(-1) for w in normalizers))
 
 
 def _threads(work: int, threads: int | None) -> int:
@@ -448,37 +337,23 @@ def _threads(work: int, threads: int | None) -> int:
     return 1 if work < SERIAL else resolve_threads(threads)
 
 
-def attend_exact(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    out: Array,
-    *,
-    dtype: np.dtype[Any],
-    causal: bool,
-    scale: float,
-    grouped: bool,
-    threads: int | None,
-    weights: tuple[Array, Array] | None = None,
-    words: bool = False,
-) -> bool:
-    """Write softmax attention to the C-ordered `out`; False if a logit may be too large for it.
+def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None = None) -> bool:
+    """Write softmax attention to the C-ordered `out`, in its dtype; False if a logit may be too large.
 
-    `weights` receive the denominators of the rows as (w, top), w * 2**top.  With `words` products
-    are in bfloat16.
+    `normalizers` receive the denominators of the rows as (w, top), w * 2**top.
     """
+    q, k, v, dtype = call.q, call.k, call.v, out.dtype
     table = plan.exact_jobs(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-        grouped, q.shape[-2], k.shape[-2],
+        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if call.mask is None else call.mask.shape[:-1],
+        call.grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip
     work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
     args = (
-        plan.exact_parameters(dtype, scale, causal),
-        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(mask), table,
-        *_result(out, weights),
+        plan.exact_parameters(dtype, call.scale, call.causal),
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask), table,
+        *_result(out, normalizers),
     )  # fmt: skip
-    kernel = exact_kernels.attend_exact
+    kernel, words = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
     if words:
         bfloat16.allow()
         kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.UNIT)
@@ -486,63 +361,51 @@ def attend_exact(
     if planes:
         kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.UNIT)
     space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
-    workers = min(_threads(work, threads), len(table))
+    workers = min(_threads(work, call.num_threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
     return not control[TROUBLE]
 
 
-def differentiate_exact(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    out: Array,
-    weights: tuple[Array, Array],
-    grad_out: Array,
-    grads: list[Array],
-    *,
-    dtype: np.dtype[Any],
-    causal: bool,
-    scale: float,
-    grouped: bool,
-    threads: int | None,
-) -> None:
+def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array]) -> None:
     """Write the gradients to C-ordered arrays over all leading axes: of `out`, of the keys' problems.
 
-    `out` and `weights` are what `attend_exact` wrote, in the same dtype.
+    `forward` is what `attend_exact` wrote, in the dtype of the gradients.
     """
+    q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
     jobs = plan.exact_vjp_jobs(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if mask is None else mask.shape[:-1],
-        grouped, q.shape[-2], k.shape[-2],
+        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if call.mask is None else call.mask.shape[:-1],
+        call.grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip
-    g, rows = _cotangents(out, weights, rows_of(grad_out, dtype))
+    g, rows = _cotangents(forward, rows_of(grad_out, dtype))
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
     columns = plan.padded(dim, dtype.itemsize)
     sums = plan.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
     args = (
-        plan.exact_parameters(dtype, scale, causal),
-        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), g, rows, _mask_rows(mask),
+        plan.exact_parameters(dtype, call.scale, call.causal),
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), g, rows, _mask_rows(call.mask),
         jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
-        exact_vjp.Gradients(sums.reshape(-1, columns), dk, dv),
+        exact_vjp_kernels.Gradients(sums.reshape(-1, columns), dk, dv),
     )  # fmt: skip
-    work = 4 * math.prod(out.shape[:-1]) * k.shape[-2] * dim
-    workers = min(_threads(work, threads), len(jobs.table))
+    work = 4 * math.prod(call.out_shape[:-1]) * k.shape[-2] * dim
+    workers = min(_threads(work, call.num_threads), len(jobs.table))
     space = plan.exact_vjp_workspace(dtype, dim, v.shape[-1])
-    _run(exact_vjp.differentiate_exact, args, len(jobs.table), workers, space)
+    _run(exact_vjp_kernels.differentiate_exact, args, len(jobs.table), workers, space)
     for part in sums[1:]:
         sums[0] += part
-    np.multiply(sums[0, :, :queries, :dim], dtype.type(scale), out=dq.reshape(-1, queries, dim))
+    np.multiply(
+        sums[0, :, :queries, :dim], dtype.type(call.scale), out=dq.reshape(-1, queries, dim)
+    )
 
 
-def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Array, Any]:
+def _cotangents(forward: Forward, g: Array) -> tuple[Array, Any]:
     """Return the rows of g without NaN and infinity, and what else the kernel knows of a row.
 
     What is not finite in a row stands in its two numbers, which the kernel keeps from the keys that
     the row may not see.
     """
-    w, tops = (array.reshape(-1) for array in weights)
-    delta = np.einsum("ix,ix->i", g, out.reshape(g.shape))
+    w, tops = (array.reshape(-1) for array in forward.normalizers)
+    delta = np.einsum("ix,ix->i", g, forward.out.reshape(g.shape))
     inverse = np.divide(1, w, where=w != 0, out=np.zeros_like(w))
     suspects = np.flatnonzero(~np.isfinite(delta))
     if suspects.size:
@@ -552,7 +415,7 @@ def _cotangents(out: Array, weights: tuple[Array, Array], g: Array) -> tuple[Arr
         inverse[bad] = delta[bad] = np.nan
         inverse[w == 0] = delta[w == 0] = 0
         g.flags.writeable = False
-    return g, exact_vjp.Rows(inverse, delta, tops)
+    return g, exact_vjp_kernels.Rows(inverse, delta, tops)
 
 
 def _run(

@@ -324,6 +324,6 @@ def replay(
         signals=np.array([tick.signal for tick in ticks], np.int8),
         difference=float(abs(predicted - result.predicted).max()) / largest,
         seconds=np.array(seconds),
-        state_bytes=sum(array.nbytes for array in live.state.arrays),
+        state_bytes=live.state.nbytes,
         calibration_seconds=calibration,
     )
