@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections import Counter
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import numerics
-from favor_np.cpu.kernels import bfloat16, exact_vjp
+from favor_np.cpu.kernels import bfloat16, chunk, exact_vjp
 from favor_np.cpu.kernels import exact as exact_kernels
 from favor_np.cpu.kernels import favor as kernels
 from favor_np.cpu.kernels import favor_vjp as vjp_kernels
@@ -24,6 +26,7 @@ from favor_np.cpu.kernels import relay as relay_kernel
 from favor_np.cpu.kernels.chunk import FOLD
 from favor_np.cpu.kernels.pack import CHUNK, Map
 from favor_np.cpu.kernels.simd import VECTOR_BYTES
+from favor_np.cpu.kernels.spread import carve_groups
 from favor_np.cpu.kernels.state import PAD, TAIL
 from favor_np.features import FeatureMap
 from favor_np.jobs import (
@@ -146,6 +149,35 @@ def workspace(
     return Workspace(dtype, -(-floats // 16) * 16, ints, state)
 
 
+def measure(carve: Any, *args: Any) -> Counter[np.dtype[Any]]:
+    """Return how many numbers of each dtype a kernel's `carve` cuts from the workspaces in `args`.
+
+    Its own source is run, with a `cut` that only counts: what it takes is written down nowhere else.
+    """
+    sizes: Counter[np.dtype[Any]] = Counter()
+
+    def count(buffer: Array, start: int, rows: int, columns: int) -> tuple[Array, int]:
+        end = start + rows * columns
+        sizes[buffer.dtype] = max(sizes[buffer.dtype], end)
+        return np.zeros((rows, columns), buffer.dtype), end
+
+    def source(function: Any) -> Any:
+        names = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+        called = {name: source(x.py_func) for name, x in names.items() if hasattr(x, "py_func")}
+        return FunctionType(function.__code__, {**function.__globals__, **called, "cut": count})
+
+    source(carve.py_func)(*args)
+    return sizes
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(carve: Any, dtype: np.dtype[Any], *args: Any) -> tuple[int, int]:
+    """Return how many floats and integers `carve` cuts for these arguments."""
+    kinds = dtype, integer_of(dtype)
+    sizes = measure(carve, *(np.empty(0, kind) for kind in kinds), *args)
+    return sizes[kinds[0]], sizes[kinds[1]]
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How the features of one map lie in memory, for one dtype and width of values.
@@ -171,11 +203,6 @@ class Layout:
     rows: int
     signs: int
     width: int
-
-
-def cut_words(dim: int) -> int:
-    """Return the words of a row of that length that is cut into planes."""
-    return bfloat16.PLANES * bfloat16.words_for(dim)
 
 
 def worth_planes(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
@@ -299,21 +326,10 @@ def layout(
             constants[name] = value
         return constants
 
-    floats = (
-        3 * CHUNK * columns  # rows, across, stretched
-        + 2 * CHUNK * width  # raw, phi
-        + 3 * CHUNK * value_columns  # values, num, spare
-        + CHUNK * CHUNK  # scores
-        + signs * half * CHUNK  # keys
-        + 5 * CHUNK  # height, share, den, part, others
-        + 3 * signs * half  # sums, scale, token
-        + CHUNK * 8 // size  # square
+    unit_or_none, cut_or_none = (True if x else None for x in (planes or words, planes))
+    sizes = _sizes(
+        chunk.carve, dtype, signs, unit_or_none, cut_or_none, dim, value_columns, width, blocks
     )
-    if planes:
-        floats += 2 * CHUNK * cut_words(dim)  # left, right
-    if words:
-        floats += _words_workspace(columns, value_columns, width, signs * blocks)
-    ints = 2 * CHUNK + CHUNK * (VECTOR_BYTES // size) + (signs * blocks * CHUNK if words else 0)
     return Layout(
         dtype=dtype,
         map=weights,
@@ -323,8 +339,8 @@ def layout(
         half=half,
         features=signs * half,
         value_columns=value_columns,
-        stateless=workspace(dtype, floats, ints),
-        stateful=workspace(dtype, floats, ints, (signs * half, value_columns)),
+        stateless=workspace(dtype, *sizes),
+        stateful=workspace(dtype, *sizes, (signs * half, value_columns)),
         real=real,
         fresh=fresh,
         causal=parameters(True),
@@ -339,20 +355,6 @@ def _factors(weight: Array) -> tuple[Array, Array]:
     """Return blocks of weights (d, width), cut into planes, as left and as right factors."""
     left = bfloat16.planes_of(weight.swapaxes(1, 2))
     return aligned_copy(left), aligned_copy(left.swapaxes(1, 2))
-
-
-def _words_workspace(columns: int, value_columns: int, width: int, tiles: int) -> int:
-    """Return how many floats the tiles for words take."""
-    depth, features = bfloat16.words_for(columns), bfloat16.words_for(width)
-    lanes = VECTOR_BYTES // 4
-    return (
-        CHUNK * (depth + features)  # rows, turned
-        + tiles * features * (CHUNK + value_columns)  # keys, state
-        + CHUNK * value_columns  # values, finite
-        + CHUNK * width  # folded, folded_t
-        + bfloat16.STRIP * (CHUNK + CHUNK // 2 + lanes + 2 * bfloat16.STRIP)  # raw, phi, part, seen
-        + CHUNK * (lanes + tiles)  # sums, z
-    )
 
 
 def longest_row(size: int, scale: float) -> float:
@@ -374,56 +376,28 @@ def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
     )
 
 
+@functools.lru_cache(maxsize=64)
 def exact_workspace(
     dtype: np.dtype[Any], dim: int, value_dim: int, *, words: bool = False, planes: bool = False
 ) -> Workspace:
     """Return what a thread of exact attention works on."""
-    size, group = dtype.itemsize, exact_kernels.GROUP
-    columns, value_columns = padded(dim, size), padded(value_dim, size)
-    floats = (
-        (2 + group) * CHUNK * columns  # rows, keys, across
-        + (2 + group) * CHUNK * value_columns  # values, spare, num
-        + 2 * CHUNK * CHUNK  # raw, phi
-        + (group + 2) * CHUNK  # den, part, ones
-        + (2 + group) * CHUNK * 8 // size  # longest, square, key_square
-    )
-    if planes:
-        floats += (group + 1) * CHUNK * cut_words(dim)  # queries, keys
-    if words:
-        depth = bfloat16.words_for(dim)
-        strip, lanes = bfloat16.STRIP, VECTOR_BYTES // size
-        floats += (
-            CHUNK * ((2 + group) * depth + value_columns // 2)  # queries, rows, keys, values
-            + strip * CHUNK // 2  # phi
-            + (group * CHUNK + strip) * lanes  # sums, part
-        )
-    return workspace(dtype, floats, (group + 2) * CHUNK)
+    unit, cut_unit = (True if x else None for x in (words, planes))
+    columns = padded(value_dim, dtype.itemsize)
+    return workspace(dtype, *_sizes(exact_kernels.carve_exact, dtype, unit, cut_unit, dim, columns))
 
 
 def spread_room(of: Layout) -> int:
     """Return how many floats a thread needs beside its workspace to compare the blocks."""
-    lanes = VECTOR_BYTES // of.dtype.itemsize
-    return CHUNK * (of.blocks * (3 + of.value_columns) + lanes + of.width)
+    room = np.empty((1, 0), of.dtype)
+    return measure(carve_groups, (), room, 0, of.blocks, of.value_columns, of.width)[of.dtype]
 
 
 def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
     """Return what a thread of the pullback works on."""
-    size, columns = of.dtype.itemsize, of.natural.key.shape[-1]
-    floats = (
-        4 * CHUNK * columns  # rows, columns, grad, stretched
-        + of.half * CHUNK  # raws
-        + 4 * CHUNK * of.width  # phi, slope, back, error
-        + 5 * CHUNK * of.value_columns  # values, other, turned, num, spare
-        + 2 * CHUNK * CHUNK  # scores, pair
-        + of.features * CHUNK  # keys
-        + 5 * CHUNK  # height, share, extra, factor, total
-        + 2 * of.features  # sums, scale
-        + CHUNK * 8 // size  # square
-    )
-    if of.map.key_planes is not None:
-        floats += 2 * CHUNK * cut_words(columns)  # left, right
-    state = (of.features, of.value_columns) if stateful else None
-    return workspace(of.dtype, floats, CHUNK + CHUNK * (VECTOR_BYTES // size), state)
+    planes = None if of.map.key_planes is None else True
+    dim, columns = of.map.key.shape[1], of.value_columns
+    sizes = _sizes(vjp_kernels.carve, of.dtype, of.signs, planes, dim, columns, of.width, of.blocks)
+    return workspace(of.dtype, *sizes, (of.features, columns) if stateful else None)
 
 
 def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
@@ -448,15 +422,7 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
 
 def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace:
     """Return what a thread of its gradient works on."""
-    size, group = dtype.itemsize, exact_vjp.GROUP
-    columns, value_columns = padded(dim, size), padded(value_dim, size)
-    floats = (
-        (2 + 3 * group) * CHUNK * columns  # q, q_columns; k, k_columns, dk
-        + (3 + 2 * group) * CHUNK * value_columns  # g, g_columns, v; v_columns, dv
-        + 2 * CHUNK * CHUNK  # p, ds
-        + CHUNK * 8 // size  # square
-    )
-    return workspace(dtype, floats, group * CHUNK)
+    return workspace(dtype, *_sizes(exact_vjp.carve_gradient, dtype, dim, value_dim))
 
 
 class _Spare(threading.local):

@@ -86,11 +86,11 @@ Tiles = namedtuple(
 
 
 @jit()
-def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
-    """Cut the tiles from one thread's workspace; ``plan.layout`` says how much they need."""
+def carve(floats, ints, signs, unit, cut_weight, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace, which `measure` makes large enough for this."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
-    tiles = blocks * par.signs
+    tiles = blocks * signs
     rows, at = cut(floats, 0, CHUNK, dcols)
     columns, at = cut(floats, at, dcols, CHUNK)
     raw, at = cut(floats, at, width, CHUNK)

@@ -90,7 +90,7 @@ def carve_exact_planes(cut_unit, floats, at, d):
 
 
 @jit()
-def carve_exact(unit, cut_unit, floats, ints, d, vcols):
+def carve_exact(floats, ints, unit, cut_unit, d, vcols):
     """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -325,7 +325,7 @@ def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, c
     me, mode = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(
-        unit, cut_unit, floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes
+        floats[me], ints[me], unit, cut_unit, q.shape[1], -(-v.shape[1] // lanes) * lanes
     )
     begin_unit(unit)
     begin_unit(cut_unit)

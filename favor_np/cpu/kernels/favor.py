@@ -78,7 +78,8 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
     me, mode = enter(ctl)
     width = fm.key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
-    t = carve(par, unit, fm.key_planes, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
+    t = carve(floats[me], ints[me], par.signs, unit, fm.key_planes, q.shape[1], s.shape[2], width,
+              blocks)  # fmt: skip
     groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
     while True:
@@ -158,7 +159,7 @@ def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, ou
     me, mode = enter(ctl)
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
-    t = carve(par, None, None, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
+    t = carve(floats[me], ints[me], par.signs, None, None, q.shape[1], s.shape[2], width, blocks)
     while True:
         job = claim(ctl)
         if job >= n:

@@ -87,11 +87,11 @@ Tiles = namedtuple(
 
 
 @jit()
-def carve(par, cut_weight, floats, ints, d, vcols, width, blocks):
-    """Cut the tiles from one thread's workspace; ``plan.vjp_workspace`` says how much they need."""
+def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
-    tiles = blocks * par.signs
+    tiles = blocks * signs
     rows, at = cut(floats, 0, CHUNK, dcols)
     columns, at = cut(floats, at, dcols, CHUNK)
     raws, at = cut(floats, at, blocks * width, CHUNK)
@@ -418,8 +418,8 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
     """Take jobs until none is left; how many are finished by now."""
     par = parameters(constants)
     me, mode = enter(ctl)
-    t = carve(par, fm.key_planes, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
-              (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
+    t = carve(floats[me], ints[me], par.signs, fm.key_planes, x.q.shape[1], s.shape[2],
+              fm.key.shape[2], (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
     begin_unit(natural.unit)
     finished = 0
     while True:
