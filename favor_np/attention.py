@@ -25,7 +25,7 @@ def favor_attention(
     cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[False] = ...,
-    out: Array | None = ..., precision: Literal["full", "bfloat16", "tf32x3"] = ...,
+    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
 ) -> Array: ...  # fmt: skip
@@ -36,7 +36,7 @@ def favor_attention(
     cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[True],
-    out: Array | None = ..., precision: Literal["full", "bfloat16", "tf32x3"] = ...,
+    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
 ) -> tuple[Array, AttentionState]: ...  # fmt: skip
@@ -55,7 +55,7 @@ def favor_attention(
     state: AttentionState | None = None,
     return_state: bool = False,
     out: Array | None = None,
-    precision: Literal["full", "bfloat16", "tf32x3"] = "full",
+    precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
@@ -102,14 +102,12 @@ def favor_attention(
     out : ndarray, optional
         Where to write the result; it may overlap an input.  On a CUDA device: an array of CuPy,
         Numba or PyTorch, as the others are, in C order, which overlaps none.
-    precision : {"full", "bfloat16", "tf32x3"}, default "full"
+    precision : {"full", "bfloat16"}, default "full"
         "bfloat16", on the CPU only: matrix products of numbers rounded to 8 bits, summed in
         float32; not for float64.  About twice as fast on processors with a matrix unit (AMX), 1.4
         times on others with AVX512_BF16, slower elsewhere (`favor-np info` tells); it adds an error
         of about 0.003 of the result.  Values count as they are: take off a mean that is much larger
         than their spread, and add it to the result.
-        "tf32x3", on a CUDA device of compute capability 8.0 or newer only: matrix products on
-        tensor cores, every factor in two parts, with an error as that of float32.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
@@ -137,9 +135,9 @@ def favor_attention(
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
         without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `decay` is
         not in (0, 1] or not that of `state`, `precision` is "bfloat16" with float64 (integers
-        included) or `window`, `precision` is not for the device, the map is "trig" or of another
-        dimension, `state` belongs to another map or packing, `out` is read-only, or `check_finite`
-        is set and an array is not finite.
+        included), `window` or a CUDA device, the map is "trig" or of another dimension, `state`
+        belongs to another map or packing, `out` is read-only, or `check_finite` is set and an array
+        is not finite.
 
     See Also
     --------
@@ -188,7 +186,7 @@ class Prepared:
     window: int | None
     state: AttentionState | None
     keeps: bool
-    #: Whether products are not in full precision but in the other one that there is.
+    #: Whether products are of bfloat16.
     fast: bool
     place: Place | None
 
@@ -340,16 +338,11 @@ def prepare(
             raise ValueError("window needs causal=True")
         if keeps:
             raise ValueError("window cannot be used with state or return_state: see WindowState")
-    if where is not None:
-        fast = where.on_tensor_cores(precision)
-    elif precision == "tf32x3":
-        raise ValueError(
-            "precision='tf32x3' needs a CUDA device: arrays that lie there, or device='cuda'"
-        )
-    else:
-        fast = validation.in_words(precision, call.compute)
-        if fast and window is not None:
-            raise ValueError("precision='bfloat16' cannot be used with window")
+    fast = validation.in_words(precision, call.compute)
+    if fast and where is not None:
+        raise ValueError("precision='bfloat16' cannot be used on a CUDA device")
+    if fast and window is not None:
+        raise ValueError("precision='bfloat16' cannot be used with window")
     return Prepared(feature_map, call, offsets, rates, window, before, keeps, fast, where)
 
 

@@ -44,18 +44,6 @@ class Place(NamedTuple):
             if value not in (None, False):
                 raise ValueError(f"{name} cannot be used on a CUDA device")
 
-    def on_tensor_cores(self, precision: object) -> bool:
-        """Whether ``precision`` is "tf32x3"; the device has to have what that needs."""
-        if precision == "bfloat16":
-            raise ValueError("precision='bfloat16' cannot be used on a CUDA device")
-        if validation.choice("precision", precision, ("full", "tf32x3")) == "full":
-            return False
-        if self.device.compute_capability < (8, 0):
-            raise ValueError(
-                f"precision='tf32x3' needs a GPU of compute capability 8.0 or newer, got {self.device}"
-            )
-        return True
-
     def views(self, **arrays: Any) -> list[Any]:
         """Return device arrays as Numba's of what kernels read; NumPy's and None as they are."""
         return [self._view(name, array) for name, array in arrays.items()]

@@ -17,7 +17,7 @@ from favor_np.cuda.device import Device
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
 from favor_np.cuda.kernels.pack import change, convert, pack
-from favor_np.cuda.kernels.tiles import FULL, NOTHING, TF32X3, TILE
+from favor_np.cuda.kernels.tiles import NOTHING, TILE
 from favor_np.features import FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -75,7 +75,6 @@ class Problem(NamedTuple):
     causal: bool
     states: States
     spans: tuple[plan.Span, ...]
-    precision: int = FULL
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -261,10 +260,7 @@ class Launch:
         weights: tuple[Any, Any] | None = None,
         fast: bool = False,
     ) -> None:
-        """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`.
-
-        With `fast` the products of both are computed by tensor cores.
-        """
+        """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`."""
         of = _map(feature_map, self.place.device)
         how = _attention(
             self.place.device, self.handle, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
@@ -277,7 +273,6 @@ class Launch:
             causal=causal,
             states=state or self._room(of, how.jobs, v.shape[-1]),
             spans=how.spans,
-            precision=TF32X3 if fast else FULL,
         )  # fmt: skip
         flat = (of.nothing, of.no_tops) if weights is None else tuple(map(runtime.flat, weights))
         self._run(problem, functools.partial(self._read, out=runtime.rows(out), weights=flat))
@@ -389,7 +384,7 @@ class Launch:
         layout, (slices, columns), a = p.map.layout, p.shape, p.a
         own = self._room(p.map, span.parts, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs, p.precision), (span.parts, slices, columns), a.rows,
+            make_fold(layout.kind, layout.signs), (span.parts, slices, columns), a.rows,
             a.heights, a.shares, a.vectors, a.mask, p.map.weight, a.bias, p.epsilon, span.fold, *own,
         )  # fmt: skip
         before = States(self._taken(own.c.shape, np.int32), own.s, own.z)
@@ -403,7 +398,7 @@ class Launch:
         """Read states, a part of side b each."""
         layout, a, b = p.map.layout, p.a, p.b
         self._launch(
-            make_read(layout.kind, layout.signs, p.causal, divide, p.precision),
+            make_read(layout.kind, layout.signs, p.causal, divide),
             (span.read.shape[0], p.shape[1]), b.rows, b.heights, b.mask, a.rows, a.heights,
             a.vectors, a.mask, p.map.weight, b.bias, a.bias, p.epsilon, span.read, *states, out,
             *weights,

@@ -51,7 +51,7 @@ class Figures:
     float64: int
     local_depot: bool
     wide_shared_loads: int
-    #: Of each innermost loop of products: FFMA, HMMA, instructions, LDS.128.
+    #: Of each innermost loop of products: FFMA, instructions, LDS.128.
     loops: list[list[int]]
 
     def faults(self, threads: int) -> list[str]:
@@ -117,7 +117,7 @@ def figures(ptx: str, cc: tuple[int, int]) -> Figures:
         float64=len(ptxrun.float64_instructions(ptx)),
         local_depot="__local_depot" in ptx,
         wide_shared_loads=len(re.findall(r"ld\.shared\.v4", ptx)),
-        loops=[[loop.ffma, loop.hmma, loop.instructions, loop.wide_loads] for loop in loops],
+        loops=[[loop.ffma, loop.instructions, loop.wide_loads] for loop in loops],
     )
 
 
@@ -181,8 +181,6 @@ def every_way(case: cases.Case) -> None:
     fm = case.feature_map()
     out, pullback = favor_np.favor_attention_vjp(q, k, v, fm, causal=case.causal, device="cuda")
     pullback(out)
-    options = {"causal": case.causal, "precision": "tf32x3", "device": "cuda"}
-    favor_np.favor_attention(q, k, v, fm, **options)
     state = favor_np.AttentionState.zeros(fm, v.shape[-1], q.shape[:-2], device="cuda")
     state.update(k, v).attend(q)
     state.merge(state.copy()).step(q[..., 0, :], k[..., 0, :], v[..., 0, :])

@@ -17,7 +17,7 @@
 
 enum { OUT_OF_BOUNDS = 1, MISALIGNED, RACE, UNINITIALISED, BARRIER, DEADLOCK };
 enum { RUNNING, AT_BARRIER, IN_WARP };                           /* what a thread waits for */
-enum { SHUFFLE, BALLOT, SYNCWARP, MMA_TF32 };                    /* what a warp does together */
+enum { SHUFFLE, BALLOT, SYNCWARP };                              /* what a warp does together */
 
 typedef struct {
   int kind, line, thread, block, other_thread, other_line;
@@ -50,7 +50,6 @@ typedef struct {
   int done, waits, line; /* the line at which it waits */
   int operation, source_lane;
   uint32_t mask, sent, received;
-  uint32_t mma[14]; /* A: 0 to 3, B: 4 and 5, C: 6 to 9, D: 10 to 13 */
   uint8_t *local;
 } thread_;
 
@@ -185,7 +184,6 @@ static inline double f64_of(uint64_t bits) { double x; memcpy(&x, &bits, 8); ret
 static inline uint64_t of_f64(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits; }
 static inline float flushed(float x) { return fpclassify(x) == FP_SUBNORMAL ? copysignf(0, x) : x; }
 static inline int unordered(double a, double b) { return a != a || b != b; }
-static inline uint32_t tf32(uint32_t bits) { return (bits + 0x1000u) & 0xffffe000u; }
 static inline float bf16_of(uint16_t bits) { return f32_of((uint32_t)bits << 16); }
 static inline uint16_t of_bf16(float x) { /* to nearest, ties to even */
   uint32_t bits = of_f32(x);
@@ -216,37 +214,6 @@ static void entry(void) {
   swapcontext(&self->context, &scheduler);
 }
 
-/* The largest float32 that is not farther from zero: so tensor cores round their sums. */
-static inline float cut(double x) {
-  float y = (float)x;
-  return fabs(y) > fabs(x) ? nextafterf(y, 0) : y;
-}
-
-/* mma.m16n8k8 of tf32: A 16 x 8, B 8 x 8; what does not fit in tf32 is cut off. */
-static void multiply(thread_ **lanes) {
-  float a[16][8], b[8][8], c[16][8];
-  for (int i = 0; i < 32; i++) {
-    int row = lanes[i]->lane >> 2, column = lanes[i]->lane & 3;
-    const uint32_t *m = lanes[i]->mma;
-    for (int e = 0; e < 4; e++) {
-      a[row + 8 * (e & 1)][column + 4 * (e >> 1)] = f32_of(m[e] & 0xffffe000u);
-      c[row + 8 * (e >> 1)][2 * column + (e & 1)] = f32_of(m[6 + e]);
-    }
-    for (int e = 0; e < 2; e++) b[column + 4 * e][row] = f32_of(m[4 + e] & 0xffffe000u);
-  }
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 8; j++) {
-      double sum = c[i][j];
-      for (int k = 0; k < 8; k++) sum += (double)a[i][k] * b[k][j];
-      c[i][j] = cut(sum);
-    }
-  for (int i = 0; i < 32; i++) {
-    int row = lanes[i]->lane >> 2, column = lanes[i]->lane & 3;
-    for (int e = 0; e < 4; e++)
-      lanes[i]->mma[10 + e] = of_f32(c[row + 8 * (e >> 1)][2 * column + (e & 1)]);
-  }
-}
-
 /* All lanes of the mask have arrived: do what they came for. */
 static void meet(thread_ **lanes, int n) {
   uint32_t ballot = 0;
@@ -262,7 +229,6 @@ static void meet(thread_ **lanes, int n) {
     if (lanes[i]->operation == BALLOT) lanes[i]->received = ballot;
     lanes[i]->waits = RUNNING;
   }
-  if (lanes[0]->operation == MMA_TF32 && n == 32) multiply(lanes);
   if (lanes[0]->operation == SYNCWARP) WARP_EPOCH[lanes[0]->warp]++;
 }
 

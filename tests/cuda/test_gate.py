@@ -16,7 +16,6 @@ from mutants import function_of, mutate
 from numba import cuda
 
 from favor_np.cuda.device import ARCHITECTURES
-from favor_np.cuda.kernels.tiles import FULL, TF32X3
 from favor_np.cuda.runtime import THREADS
 
 f4 = numba.float32
@@ -116,8 +115,7 @@ def test_loops_of_products_are_found():
             total += f4(k)
         out[0, 0] = total
 
-    ((products, tiles, instructions, _),) = figures(kernel).loops
-    assert tiles == 0
+    ((products, instructions, _),) = figures(kernel).loops
     assert 24 <= products < instructions < 400
     assert figures(mutate(kernel, "x[i, j] * x[k, j]", "x[i, j] + x[k, j]")).loops == []
 
@@ -174,14 +172,10 @@ def test_figures(name, cc, kernels):
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name.startswith(("fold", "read"))])
-def test_products_are_what_was_asked_for(name):
-    """Multiply-adds that load 128 bits at a time, or tensor cores: three of their products at least."""
+def test_products_load_128_bits_at_a_time(name):
     for found in TABLE[name].values():
-        if f"precision={FULL}" in name:
-            assert found["wide_shared_loads"] > 0
-            assert not any(hmma for _, hmma, *_ in found["loops"])
-        else:
-            assert sum(hmma for _, hmma, *_ in found["loops"]) >= 12
+        assert found["wide_shared_loads"] > 0
+        assert found["loops"]
 
 
 @pytest.mark.parametrize("cc", [ARCHITECTURES[0], ARCHITECTURES[-1]], ids=gate.architecture)
@@ -190,8 +184,4 @@ def test_other_architectures_compile(cc, kernels):
     for name, kernel in kernels.items():
         if "kind" in name and ("kind=0, per_sign=2" not in name or "(" in name):
             continue
-        if f"precision={TF32X3}" in name and cc < (8, 0):
-            with pytest.raises(RuntimeError, match="ptxas refuses"):
-                gate.figures(gate.compiled(kernel, cc), cc)
-        else:
-            assert gate.figures(gate.compiled(kernel, cc), cc).float64 == 0
+        assert gate.figures(gate.compiled(kernel, cc), cc).float64 == 0

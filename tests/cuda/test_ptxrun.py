@@ -286,7 +286,9 @@ def test_a_python_float_brings_float64():
 @pytest.mark.parametrize(
     "line",
     ["add.f16x2 %r1, %r1, %r1;", "cp.async.ca.shared.global [%r1], [%rd1], 4;", "nonsense.b32 %r1;",
-     "bar.sync 1;", "cvt.rn.f16x2.f32 %r1, %f1, %f1;", "ld.global.b128 %r1, [%rd1];"],
+     "bar.sync 1;", "cvt.rn.f16x2.f32 %r1, %f1, %f1;", "ld.global.b128 %r1, [%rd1];",
+     "cvt.rna.tf32.f32 %r1, %f1;",
+     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1}, {%r1}, {%r1}, {%f1};"],
 )  # fmt: skip
 def test_what_is_not_known_is_refused(line):
     text = f".visible .entry k(\n)\n{{\n.reg .b32 %r<2>;\n.reg .b64 %rd<2>;\n{line}\nret;\n}}\n"
