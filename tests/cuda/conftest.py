@@ -2,8 +2,7 @@
 
 ``ptxrun.run(function, grid, block, (array, ..., np.int32(n)), outputs=[3])`` compiles a plain Python
 kernel for the types of its arguments, executes the PTX in place on NumPy arrays, and returns a
-report: ``assert report.ok, report``.  `simcheck.run` does the same without compiling, and
-`stub_driver` puts numba-cuda's own runtime on top.
+report: ``assert report.ok, report``.  `stub_driver` puts numba-cuda's own runtime on top.
 """
 
 from __future__ import annotations

@@ -53,6 +53,12 @@ typedef struct {
   uint8_t *local;
 } thread_;
 
+/* One access of block 0, those of each thread in their order. */
+typedef struct {
+  uint64_t address;
+  int32_t line, thread, bytes, shared;
+} traced;
+
 static finding *FINDINGS;
 static int FOUND, MOST_FINDINGS, CHECK;
 static buffer *BUFFERS;
@@ -60,6 +66,8 @@ static int N_BUFFERS;
 static word **SHADOWS, *SHARED_SHADOW;
 static uint8_t *PARAMETERS, *SHARED, *SHARED_OWNED;
 static uint64_t SHARED_BYTES, ACCESSES, BARRIERS;
+static traced *TRACE;
+static uint64_t TRACED, MOST_TRACED;
 static uint32_t EPOCH, WARP_EPOCH[64], BLOCK;
 static int DYNAMIC_BYTES, CTAID_X, CTAID_Y, CTAID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z, NTID_X, NTID_Y, NTID_Z;
 static thread_ *THREADS, *self;
@@ -135,6 +143,11 @@ static void touch_all(word *shadow, uint64_t offset, int bytes, int shift, int w
     touch(&shadow[i], writes, atomic, line, address, shared);
 }
 
+static inline void trace(uint64_t address, int bytes, int line, int shared) {
+  if (MOST_TRACED && !BLOCK && TRACED++ < MOST_TRACED)
+    TRACE[TRACED - 1] = (traced){address, line, self->id, bytes, shared};
+}
+
 /* Where `bytes` bytes of shared memory lie, or 0 with a finding. */
 static uint8_t *shared_at(uint64_t address, int bytes, int writes, int atomic, int line) {
   ACCESSES++;
@@ -146,6 +159,7 @@ static uint8_t *shared_at(uint64_t address, int bytes, int writes, int atomic, i
     return 0;
   }
   if (offset % bytes) report(MISALIGNED, line, address, -1, 0);
+  trace(offset, bytes, line, 1);
   if (CHECK) touch_all(SHARED_SHADOW, offset, bytes, SHARED_SHIFT, writes, atomic, line, address, 1);
   return SHARED + offset;
 }
@@ -167,6 +181,7 @@ static uint8_t *global_at(uint64_t address, int bytes, int writes, int atomic, i
     if (address < b.base || address + bytes > b.base + b.size) continue;
     last = i;
     if (address % bytes) report(MISALIGNED, line, address, -1, 0);
+    trace(address, bytes, line, 0);
     if (CHECK)
       touch_all(SHADOWS[i], address - b.base, bytes, b.shift, writes, atomic, line, address, 0);
     return (uint8_t *)address;
@@ -317,16 +332,18 @@ static void run_block(int n_threads, uint8_t *stacks, uint8_t *locals, int *read
   while (pass_barrier(n_threads));
 }
 
-/* Run all blocks; the number of findings.  `dims`: grid, block, bytes of dynamic shared memory. */
+/* Run all blocks; the number of findings.  `dims`: grid, block, bytes of dynamic shared memory;
+   `counts`: accesses, barriers, and how many accesses there were to trace. */
 int run(finding *findings, int most, buffer *buffers, int n_buffers, word **shadows,
         uint8_t *parameters, const int *dims, uint64_t shared_bytes, uint8_t *shared_owned,
-        uint64_t seed, int check, uint64_t *counts) {
+        uint64_t seed, int check, traced *trace_of_block, uint64_t most_traced, uint64_t *counts) {
   FINDINGS = findings, MOST_FINDINGS = most, FOUND = 0, CHECK = check;
   BUFFERS = buffers, N_BUFFERS = n_buffers, SHADOWS = shadows, PARAMETERS = parameters;
   NCTAID_X = dims[0], NCTAID_Y = dims[1], NCTAID_Z = dims[2];
   NTID_X = dims[3], NTID_Y = dims[4], NTID_Z = dims[5], DYNAMIC_BYTES = dims[6];
   SHARED_BYTES = shared_bytes, SHARED_OWNED = shared_owned;
-  ACCESSES = BARRIERS = 0, EPOCH = 1, state = seed * 7919 + 1;
+  TRACE = trace_of_block, MOST_TRACED = most_traced;
+  TRACED = ACCESSES = BARRIERS = 0, EPOCH = 1, state = seed * 7919 + 1;
 
   int n_threads = NTID_X * NTID_Y * NTID_Z, n_blocks = NCTAID_X * NCTAID_Y * NCTAID_Z;
   SHARED = aligned_alloc(64, (shared_bytes + 63) & ~63ull);
@@ -354,5 +371,6 @@ int run(finding *findings, int most, buffer *buffers, int n_buffers, word **shad
   free(ready);
   counts[0] = ACCESSES;
   counts[1] = BARRIERS;
+  counts[2] = TRACED;
   return FOUND;
 }
