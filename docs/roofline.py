@@ -13,8 +13,9 @@ import numpy as np
 
 import favor_np
 
-CUDA = Path(__file__).parents[1] / "tests" / "cuda"
-sys.path += [str(CUDA.parent), str(CUDA)]
+ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "tests" / "cuda"
+sys.path += map(str, (ROOT / "tests", CUDA, ROOT / "tools" / "cuda_on_cpu"))
 
 
 class Gpu(NamedTuple):

@@ -7,7 +7,7 @@ ptxrun.require()
 import naive
 import pytest
 from cases import Case
-from mutants import planted, source_of
+from planting import planted, source_of
 from ptxdevice import PtxDevice
 
 import favor_np
