@@ -566,7 +566,7 @@ def feature_map(
         Length d of queries and keys.
     num_features : int
         Number M of all features.  Even for "trig" (cos and sin) and with `antithetic`.
-    projection : {"orthogonal", "iid", "simplex", "hadamard"}, default "orthogonal"
+    projection : {"orthogonal", "iid", "simplex"}, default "orthogonal"
         How the rows w_r are drawn: see `sample_projection`.
     norms : {"chi", "sqrt"}, default "chi"
         Lengths of the rows: see `sample_projection`.

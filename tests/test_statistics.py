@@ -89,15 +89,12 @@ def test_mean_and_variance(kind, antithetic, projection, where):
     assert abs(z_variance(sample, np.exp(x @ y), expected)) < LIMIT
 
 
-@pytest.mark.parametrize(("kind", "unbiased"), [("simplex", True), ("hadamard", None)])
-def test_other_blocks_are_unbiased(kind, unbiased):
-    """Simplex rows exactly; hadamard rows, only nearly of the right law, to one part in a hundred."""
-    for where in ("ones", "random"):
-        x, y = point(where)
-        sample = estimates(projections(2 * DIM, kind), x, y)
-        assert abs(sample.mean() / np.exp(x @ y) - 1) < 0.01
-        if unbiased:
-            assert abs(z_mean(sample, np.exp(x @ y))) < LIMIT
+@pytest.mark.parametrize("where", ["ones", "random"])
+def test_simplex_blocks_are_unbiased(where):
+    x, y = point(where)
+    sample = estimates(projections(2 * DIM, "simplex"), x, y)
+    assert abs(sample.mean() / np.exp(x @ y) - 1) < 0.01
+    assert abs(z_mean(sample, np.exp(x @ y))) < LIMIT
 
 
 def test_partial_last_block():
@@ -143,7 +140,7 @@ def test_trig_and_relu_have_their_kernels(kind):
     assert abs(z_mean(estimates(W, x, y, "relu", kernel_epsilon=eps), relu)) < LIMIT
 
 
-@pytest.mark.parametrize("kind", ["orthogonal", "simplex", "hadamard"])
+@pytest.mark.parametrize("kind", ["orthogonal", "simplex"])
 def test_rows_are_standard_normal(kind):
     """Mean 0 and covariance I, entry by entry, and |w|**2 has the moments of chi-squared."""
     W = projections(DIM, kind, seed=1)

@@ -225,6 +225,12 @@ def test_bad_arguments_are_named(gpu):
     for option in ({"decay": 0.9}, {"window": 3}, {"check_finite": True}):
         with pytest.raises(ValueError, match=f"^{next(iter(option))} cannot"):
             favor_attention(q, k, v, fm, causal=True, device="cuda", **option)
+    with pytest.raises(ValueError, match=r"^precision='bfloat16' cannot be used on a CUDA device"):
+        favor_attention(q, k, v, fm, precision="bfloat16", device="cuda")
+    with pytest.raises(
+        ValueError, match=r"^precision must be one of 'full', 'bfloat16', got 'tf32x3'"
+    ):
+        favor_attention(q, k, v, fm, precision="tf32x3", device="cuda")
     state = AttentionState.zeros(fm, 70)
     with pytest.raises(TypeError, match="state lies in main memory"):
         favor_attention(q, k, v, fm, device="cuda", state=state)

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import pytest
 from cases import Case
-from mutants import MODULES, planted, source_of
+from planting import MODULES, planted, source_of
 from ptxdevice import PtxDevice
 
 import favor_np

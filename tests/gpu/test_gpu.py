@@ -98,14 +98,6 @@ def test_arrays_of_other_libraries(library, cuda):
     assert_right(case, host)
 
 
-@pytest.mark.parametrize("name", ["causal-131", "full-131"])
-def test_tensor_cores(name, cuda):
-    case = cases.CASES[name]
-    arrays, options = on_device(cuda, case)
-    out = favor_np.favor_attention(*arrays, case.feature_map(), precision="tf32x3", **options)
-    assert_right(case, out.copy_to_host())
-
-
 def test_calibrated_maps(cuda):
     rng = np.random.default_rng(0)
     q, k, v, grad = (rng.standard_normal((2, 70, 8)).astype(np.float32) + 0.5 for _ in range(4))
