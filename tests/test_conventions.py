@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from child import BEGIN, python
+from support.child import BEGIN, python
 
 import favor_np
 

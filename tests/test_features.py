@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import pickle
 
-import naive
 import numpy as np
 import pytest
+from support import oracle
+from support.inputs import draw
+from support.tolerance import relative_error
 
 from favor_np import FeatureMap, feature_map, sample_projection
 
@@ -15,12 +17,8 @@ MAPS = [*((kind, False) for kind in KINDS), ("positive", True)]
 each_map = pytest.mark.parametrize(("kind", "antithetic"), MAPS)
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
 def mean_error(got, expected):
-    return naive.relative_error(got, np.asarray(expected, np.float64))
+    return relative_error(got, np.asarray(expected, np.float64))
 
 
 @each_map
@@ -28,11 +26,11 @@ def mean_error(got, expected):
 def test_definition(kind, antithetic, scale):
     W, x = draw(7, 5), 1.5 * draw(11, 5, seed=1)
     fm = FeatureMap.from_projection(W, kind, scale, antithetic, kernel_epsilon=0.01)
-    expected = naive.features(x, W, kind, scale, antithetic, kernel_epsilon=0.01)
+    expected = oracle.features(x, W, kind, scale, antithetic, kernel_epsilon=0.01)
     assert fm.num_features == expected.shape[-1]
     for phi in (fm.query_features(x), fm.key_features(x)):
         assert phi.dtype == np.float64
-        assert naive.relative_error(phi, expected) < 1e-14
+        assert relative_error(phi, expected) < 1e-14
 
 
 @each_map
@@ -43,7 +41,7 @@ def test_leading_axes_and_heads(kind, antithetic):
     assert phi.shape == (2, 3, 9, fm.num_features)
     for head in range(3):
         alone = FeatureMap.from_projection(W[head], kind, antithetic=antithetic)
-        assert naive.relative_error(phi[:, head], alone.key_features(x[:, head])) < 1e-15
+        assert relative_error(phi[:, head], alone.key_features(x[:, head])) < 1e-15
     assert alone.key_features(x).shape == (2, 3, 9, fm.num_features)
     assert alone.key_features(x[:, :, :0]).shape == (2, 3, 0, fm.num_features)
     assert fm.query_features(x[0, 0]).shape == (3, 9, fm.num_features)  # broadcast over heads
@@ -65,7 +63,7 @@ def test_the_attributes_that_kernels_read(kind, antithetic):
         y = np.concatenate([y, -y], -1) if antithetic else y
         log_phi = y - fm.key_norm * np.sum(x * x, -1, keepdims=True)
         phi = np.exp(log_phi) / np.sqrt(fm.num_features)
-        assert naive.relative_error(fm.key_features(x), phi) < 1e-14
+        assert relative_error(fm.key_features(x), phi) < 1e-14
     per_head = FeatureMap.from_projection(draw(3, 6, 4))
     assert (per_head.num_heads, per_head.weight.shape) == (3, (3, 6, 4))
 

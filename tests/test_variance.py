@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import test_statistics
-from test_statistics import DIM, LIMIT, point, z_mean
+from support import estimates
+from support.estimates import DIM, LIMIT, point, z_mean
 
 from favor_np import FeatureMap, feature_map, kernel_variance
 from favor_np.features import Calibration
 from favor_np.variance import structure
 
 ROWS = DIM + 3  # with a partial block
-projections = functools.cache(test_statistics.projections)
+projections = functools.cache(estimates.projections)
 
 
 def calibration(quadratic, change=False):

@@ -4,11 +4,11 @@ import ptxrun
 
 ptxrun.require()
 
-import naive
 import pytest
 import simcheck
 from cases import Case
 from ptxdevice import PtxDevice
+from support.tolerance import relative_error
 
 import favor_np
 from favor_np.cuda.runtime import THREADS
@@ -35,7 +35,7 @@ def reports():
         out = favor_np.favor_attention(
             *case.arrays(), case.feature_map(), causal=True, device="cuda"
         )
-    assert naive.relative_error(out, case.expected()) < case.tolerance()
+    assert relative_error(out, case.expected()) < case.tolerance()
     return device.reports
 
 

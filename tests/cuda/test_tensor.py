@@ -2,10 +2,10 @@
 
 import importlib
 
-import naive
 import numpy as np
 import ptxrun
 import pytest
+from support.tolerance import relative_error
 
 ptxrun.require()
 
@@ -125,7 +125,7 @@ def test_as_exact_as_float32(case, gpu):
             *case.arrays(), case.feature_map(), precision=precision, device="cuda",
             **case.keywords(),
         )  # fmt: skip
-        own.append(naive.relative_error(out, expected))
+        own.append(relative_error(out, expected))
     assert own[1] < case.tolerance()
     assert own[1] < 5 * own[0]
 
