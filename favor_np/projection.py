@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
+from favor_np.deprecation import renamed
 
 KINDS = ("orthogonal", "iid", "simplex")
 NORMS = ("chi", "sqrt")
@@ -29,8 +30,9 @@ F64: TypeAlias = npt.NDArray[np.float64]
 RNG: TypeAlias = int | np.random.SeedSequence | np.random.BitGenerator | np.random.Generator | None
 
 
+@renamed(num_features="num_rows")
 def sample_projection(
-    num_features: int,
+    num_rows: int,
     dim: int,
     kind: str = "orthogonal",
     norms: str = "chi",
@@ -42,7 +44,7 @@ def sample_projection(
 
     Parameters
     ----------
-    num_features : int
+    num_rows : int
         Number of rows m.
     dim : int
         Length d of queries and keys.
@@ -67,7 +69,7 @@ def sample_projection(
 
     Returns
     -------
-    ndarray, shape (num_features, dim)
+    ndarray, shape (num_rows, dim)
         The projection.  A given seed gives the same bits on every machine and NumPy version
         (see the head of this module for how).
 
@@ -101,7 +103,7 @@ def sample_projection(
     >>> bool(np.allclose(gram, np.diag(np.diag(gram)), atol=1e-5))
     True
     """
-    num_features = validation.integer("num_features", num_features)
+    num_rows = validation.integer("num_rows", num_rows)
     dim = validation.integer("dim", dim)
     validation.choice("kind", kind, KINDS)
     validation.choice("norms", norms, NORMS)
@@ -110,7 +112,7 @@ def sample_projection(
     if kind == "simplex" and dim < 2:
         raise ValueError(f"dim must be at least 2 for simplex rows, got {dim}")
     bits = _bit_generator(rng)
-    rows = _standard_normal(bits, num_features * dim).reshape(num_features, dim)
+    rows = _standard_normal(bits, num_rows * dim).reshape(num_rows, dim)
     own_lengths = np.sqrt(_sum(rows.T * rows.T))[:, None]
     if kind == "iid":
         directions = rows / own_lengths

@@ -156,9 +156,9 @@ def test_logarithm():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"num_features": 0}, ValueError, "num_features must be at least 1, got 0"),
-        ({"num_features": 2.0}, TypeError, "num_features must be an integer, got 2.0"),
-        ({"num_features": True}, TypeError, "num_features must be an integer, got True"),
+        ({"num_rows": 0}, ValueError, "num_rows must be at least 1, got 0"),
+        ({"num_rows": 2.0}, TypeError, "num_rows must be an integer, got 2.0"),
+        ({"num_rows": True}, TypeError, "num_rows must be an integer, got True"),
         ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
         ({"dim": "4"}, TypeError, "dim must be an integer, got '4'"),
         ({"dim": None}, TypeError, "dim must be an integer, got None"),
@@ -183,4 +183,10 @@ def test_logarithm():
 )
 def test_bad_arguments(change, error, message):
     with pytest.raises(error, match=message):
-        sample_projection(**({"num_features": 4, "dim": 2} | change))
+        sample_projection(**({"num_rows": 4, "dim": 2} | change))
+
+
+def test_the_old_name_of_rows_works_for_one_release():
+    with pytest.warns(DeprecationWarning, match="num_features=.* is now num_rows="):
+        old = sample_projection(num_features=4, dim=2)
+    assert np.array_equal(old, sample_projection(4, 2))
