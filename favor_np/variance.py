@@ -69,8 +69,8 @@ def kernel_variance(
     >>> favor_np.kernel_variance(q, k, fm, relative=True).round(5)
     array([[0.01528]])
     """
-    if isinstance(q, FeatureMap):  # type: ignore[unreachable]
-        warnings.warn(
+    if isinstance(q, FeatureMap):
+        warnings.warn(  # type: ignore[unreachable]
             "kernel_variance(feature_map, q, k) is now kernel_variance(q, k, feature_map)",
             DeprecationWarning,
             stacklevel=3,
