@@ -54,7 +54,7 @@ def _median(call, least, seconds):
 
 
 def ours():
-    """Every case of bench_cuda, forwards with `out`, and on tensor cores as well."""
+    """Every case of bench_cuda, forwards with `out` as well."""
     for kind in (bench_cuda.Forward, bench_cuda.Gradient, bench_cuda.RoundTrip, bench_cuda.Decode):
         (name,) = (name for name in dir(kind) if name.startswith("time_"))
         for values in itertools.product(*kind.params):
@@ -66,9 +66,8 @@ def ours():
             yield f"{kind.__name__} {' '.join(map(str, values))}", times(call)
             if kind is bench_cuda.Forward:
                 room = bench_cuda.cuda().device_array_like(bench_cuda.on_device(values[1])[2])
-                for text, options in (("out=", {"out": room}), ("tf32x3", {"precision": "tf32x3"})):
-                    call = bench_cuda.forward(*values, **options)
-                    yield f"Forward {' '.join(values)} {text}", times(call)
+                call = bench_cuda.forward(*values, out=room)
+                yield f"Forward {' '.join(values)} out=", times(call)
 
 
 def rivals():

@@ -13,8 +13,9 @@ import numpy as np
 
 import favor_np
 
-CUDA = Path(__file__).parents[1] / "tests" / "cuda"
-sys.path += [str(CUDA.parent), str(CUDA)]
+ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "tests" / "cuda"
+sys.path += map(str, (ROOT / "tests", CUDA, ROOT / "tools" / "cuda_on_cpu"))
 
 
 class Gpu(NamedTuple):
@@ -155,10 +156,7 @@ def figures():
     rows = []
     for kernel, table in json.loads((CUDA / "gate.json").read_text()).items():
         for sm, of in table.items():
-            loops = ", ".join(
-                f"{hmma} HMMA/{of_all}" if hmma else f"{ffma}/{of_all}"
-                for ffma, hmma, of_all, _ in of["loops"]
-            )
+            loops = ", ".join(f"{ffma}/{of_all}" for ffma, of_all, _ in of["loops"])
             wide = sum(n for *_, n in of["loops"])
             rows.append([f"`{kernel}`", sm, of["registers"], of["shared"], of["spill_stores"],
                          of["wide_shared_loads"], loops or "–", wide])  # fmt: skip
@@ -167,57 +165,7 @@ def figures():
     return markdown(header, rows)
 
 
-class Loop(NamedTuple):
-    """A loop of products as compiled: products, instructions and wavefronts of its loads; a warp's."""
-
-    products: int
-    instructions: int
-    loads: int
-
-
-#: A product of 64 x 64 x 64 has so many of a warp; and what tensor cores need after each.
-FFMA, HMMA, EXCHANGE = TILE**3 // 8 // 32, 3 * TILE**3 // 8 // 1024, 64
-#: Cycles that an FFMA and an HMMA take a quarter of a multiprocessor, and its target.
-QUARTERS = {"A100": (2, 8, "sm_80"), "H100": (1, 4, "sm_90"), "H200": (1, 4, "sm_90")}
-
-
-def hot_loops(target):
-    """The shortest loops of the causal read: of FFMA, and of HMMA, with loads of both."""
-    table = json.loads((CUDA / "gate.json").read_text())
-    found = []
-    for precision, kind in ((0, 0), (1, 1)):
-        name = f"read[causal=1, divide=1, kind=0, per_sign=2, precision={precision}]"
-        loops = [
-            x for x in table[name][target]["loops"] if (x[1] > 0) == bool(kind) and x[kind] != 16
-        ]
-        loop = max(loops, key=lambda x: x[kind] / x[2])
-        # half of the LDS.128 fetch 2 x 16 bytes for a warp, the others 16 x 16; 12 HMMA load twice the
-        # rows, in four turns, and sixteen times the columns
-        loads = loop[3] * 3 // 2 if not kind else loop[1] // 12 * (2 * 4 + 16)
-        found.append(Loop(loop[kind], loop[2], loads))
-    return found
-
-
-def tensor():
-    """Cycles of a product of 64 x 64 x 64 by FFMA and by tensor cores."""
-    rows = []
-    for gpu, (ffma, hmma, target) in QUARTERS.items():
-        sides = []
-        for loop, count, cycles, extra in zip(
-            hot_loops(target), (FFMA, HMMA), (ffma, hmma), (0, EXCHANGE), strict=True
-        ):
-            times = count / loop.products
-            # two warps a quarter, but the loads of all eight share one path
-            sides.append([2 * count * cycles, 2 * (times * loop.instructions + extra),
-                          8 * times * loop.loads])  # fmt: skip
-        gain = max(sides[0]) / max(sides[1])
-        cells = [" / ".join(f"{x:.0f}" for x in side) for side in sides]
-        rows.append([gpu, *cells, f"{gain:.1f}"])
-    three = "multiply / issue / load"
-    return markdown(["GPU", f"FFMA: {three}", f"tensor cores: {three}", "gain at most"], rows)
-
-
-TABLES = {"roofline_floors": floors, "roofline_figures": figures, "roofline_tensor": tensor}
+TABLES = {"roofline_floors": floors, "roofline_figures": figures}
 
 if __name__ == "__main__":
     for table in TABLES.values():

@@ -47,6 +47,12 @@ class Gradients:
         self.q, self.k, self.v, self.state = q, k, v, state
         self._pull_projection = projection
 
+    def __repr__(self) -> str:
+        """Say of what shapes the gradients are."""
+        shapes = ", ".join(f"{name} {getattr(self, name).shape}" for name in "qkv")
+        more = "" if self.state is None else ", state"
+        return f"<Gradients of {shapes}, projection{more}>"
+
     @cached_property
     def projection(self) -> Array:
         """Gradient of the projection, of its shape, in the dtype that attention was computed in."""

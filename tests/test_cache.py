@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from child import HANG, python
+from support.child import HANG, python
 
 import favor_np
 from favor_np import exact_attention

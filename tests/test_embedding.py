@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from child import BEGIN, HANG, python
+from support.child import BEGIN, HANG, python
 
 import favor_np
 from favor_np import exact_attention, favor_attention

@@ -7,7 +7,8 @@ import weakref
 
 import numpy as np
 import pytest
-from child import python
+from support.child import python
+from support.workspaces import is_kept, kept_workspaces
 
 from favor_np import AttentionState, favor_attention, feature_map, tables
 from favor_np.cpu import plan
@@ -114,7 +115,7 @@ def spare(sizes, threads=1):
         spaces = [plan.Workspace(np.dtype(np.float32), size // 4, 0, None) for size in sizes]
         for space in spaces:
             plan.give_back(space, threads, (np.zeros(1),))
-        kept.extend(i for i, space in enumerate(spaces) if (space, threads) in plan._spare.kept)
+        kept.extend(i for i, space in enumerate(spaces) if is_kept(space, threads))
 
     thread = threading.Thread(target=work)  # each has its own
     thread.start()
@@ -148,9 +149,9 @@ def test_a_spare_workspace_is_used_again():
     state = AttentionState.zeros(feature_map("positive", 4, 8), 4)
     x = np.ones(4, np.float32)
     state.step(x, x, x)
-    before = [array for arrays in plan._spare.kept.values() for array in arrays]
+    before = kept_workspaces()
     state.step(x, x, x)
-    after = [array for arrays in plan._spare.kept.values() for array in arrays]
+    after = kept_workspaces()
     assert {id(array) for array in before} == {id(array) for array in after}
     assert before
 

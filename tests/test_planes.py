@@ -1,11 +1,15 @@
 """Projections and logits as products of planes: exactly cut numbers, no larger an error than without."""
 
+import functools
 import itertools
 
 import numba
 import numpy as np
 import pytest
-from test_bfloat16 import EVERYTHING, apart, arrays, poison_workspaces
+from support.inputs import OPTIONS, random_inputs
+from support.tolerance import relative_rms
+from support.tuning import forced_planes, tuned
+from support.workspaces import forget_layouts, poison_workspaces
 
 from favor_np import (
     FeatureMap,
@@ -20,38 +24,24 @@ from favor_np.cpu.kernels import bfloat16
 bfloat16.refusal()  # asks the system for the matrix unit
 
 
-def forget_layouts():
-    plan.layout.cache_clear()
-    plan.schedule.cache_clear()
-
-
 @pytest.fixture(autouse=True)
-def leaves_no_layouts():
-    """Maps are equal if their numbers are: another test would find what this one has laid out."""
+def _find_and_leave_no_layouts():
     forget_layouts()
     yield
     forget_layouts()
 
 
-def choose(monkeypatch, planes):
-    """Let everything of float32 be computed with planes, or nothing."""
-    monkeypatch.setattr(plan, "worth_planes", lambda dtype, *_: planes and dtype == np.float32)
-    forget_layouts()
+inputs = functools.partial(random_inputs, std=0.5, dtype=np.float32)
 
 
-@pytest.fixture
-def with_and_without(monkeypatch):
-    """Return what a function returns, without planes and with them."""
-
-    def run(function):
-        found = []
-        for planes in (False, True):
-            choose(monkeypatch, planes)
+def with_and_without(function):
+    """What a function returns, without planes and with them."""
+    found = []
+    for wanted in (False, True):
+        with forced_planes(wanted):
             poison_workspaces()
             found.append(function())
-        return found
-
-    return run
+    return found
 
 
 def numbers(words):
@@ -136,38 +126,38 @@ MAPS = {
 @pytest.mark.parametrize("length", [2, 63, 65, 200])
 @pytest.mark.parametrize("dim", [1, 7, 33, 64, 100])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_error_is_no_larger_whatever_the_sizes(with_and_without, causal, dim, length):
-    q, k, v = arrays((3, length), dim, 17, std=1.0 / dim**0.25)
+def test_the_error_is_no_larger_whatever_the_sizes(causal, dim, length):
+    q, k, v = inputs(length, dim, 17, (3,), std=1.0 / dim**0.25)
     for name, make in MAPS.items():
         fm = make(dim)
         exactly = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, causal=causal)
         plain, planes = with_and_without(lambda: favor_attention(q, k, v, fm, causal=causal))  # noqa: B023
         assert planes.dtype == np.float32
-        assert apart(planes, exactly) < 1.2 * apart(plain, exactly) + 2e-7, name
+        assert relative_rms(planes, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7, name
         if length > 2:
             assert not np.array_equal(plain, planes), name  # the other way was taken
 
 
 @pytest.mark.parametrize(
     "options",
-    [*EVERYTHING.values(), {"causal": True, "window": 70}],
-    ids=[*EVERYTHING, "window"],
+    [*OPTIONS.values(), {"causal": True, "window": 70}],
+    ids=[*OPTIONS, "window"],
 )
 @pytest.mark.parametrize("kind", ["positive", "calibrated", "heads"])
-def test_with_everything_else(with_and_without, options, kind):
-    q, k, v = arrays((3, 300), 40, 20, seed=1)
+def test_with_everything_else(options, kind):
+    q, k, v = inputs(300, 40, 20, (3,), seed=1)
     fm = MAPS.get(kind, MAPS["positive"])(40)
     if kind == "calibrated":
         fm = fm.calibrate(q, k, "aderf+sderf")
     exactly = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, **options)
     plain, planes = with_and_without(lambda: favor_attention(q, k, v, fm, **options))
-    assert apart(planes, exactly) < 1.2 * apart(plain, exactly) + 2e-7
+    assert relative_rms(planes, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7
 
 
 @pytest.mark.parametrize("length", [300, 5000])
-def test_no_bit_depends_on_later_tokens_or_on_threads(monkeypatch, length):
-    choose(monkeypatch, True)
-    q, k, v = arrays((length,), 32, 32, std=1.0)
+@forced_planes(True)
+def test_no_bit_depends_on_later_tokens_or_on_threads(length):
+    q, k, v = inputs(length, 32, 32, std=1.0)
     fm = feature_map("positive", 32, 256, rng=0)
     out = favor_attention(q, k, v, fm, causal=True, num_threads=1)
     assert np.array_equal(out, favor_attention(q, k, v, fm, causal=True, num_threads=2))
@@ -181,9 +171,9 @@ def test_no_bit_depends_on_later_tokens_or_on_threads(monkeypatch, length):
     assert np.array_equal(favor_attention(q, k, v, fm, causal=True, num_threads=1), out)
 
 
-def test_packed_sequences_are_those_alone_to_the_bit(monkeypatch):
-    choose(monkeypatch, True)
-    q, k, v = arrays((300,), 40, 20)
+@forced_planes(True)
+def test_packed_sequences_are_those_alone_to_the_bit():
+    q, k, v = inputs(300, 40, 20)
     fm = feature_map("positive", 40, 96, rng=0)
     ends = [0, 1, 5, 130, 300]
     for causal in (False, True):
@@ -194,9 +184,9 @@ def test_packed_sequences_are_those_alone_to_the_bit(monkeypatch):
             assert np.array_equal(packed[rows], alone)
 
 
-def test_tokens_of_a_state_go_on_where_planes_ended(monkeypatch):
-    choose(monkeypatch, True)
-    q, k, v = arrays((2, 90), 40, 16)
+@forced_planes(True)
+def test_tokens_of_a_state_go_on_where_planes_ended():
+    q, k, v = inputs(90, 40, 16, (2,))
     fm = feature_map("positive", 40, 96, rng=0)
     whole = favor_attention(q, k, v, fm, causal=True)
     _, state = favor_attention(q[:, :70], k[:, :70], v[:, :70], fm, causal=True, return_state=True)
@@ -209,8 +199,8 @@ def test_tokens_of_a_state_go_on_where_planes_ended(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [1, 63, 65, 200, 1100])
 @pytest.mark.parametrize("dim", [1, 7, 33, 64, 100])
-def test_exact_attention(with_and_without, dim, length, causal):
-    q, k, v = arrays((2, length), dim, 17, std=3.0 / dim**0.25)
+def test_exact_attention(dim, length, causal):
+    q, k, v = inputs(length, dim, 17, (2,), std=3.0 / dim**0.25)
     mask = np.arange(length) % 5 != 3
     options = {"causal": causal, "key_mask": mask}
     exactly = exact_attention(*(x.astype(np.float64) for x in (q, k, v)), **options)
@@ -218,7 +208,7 @@ def test_exact_attention(with_and_without, dim, length, causal):
     few = (
         4e-7 if dim == 1 else 0
     )  # a single product of float32 is rounded once, one of planes is not
-    assert apart(planes, exactly) < 1.2 * apart(plain, exactly) + 2e-7 + few
+    assert relative_rms(planes, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7 + few
 
 
 @pytest.mark.parametrize(
@@ -227,8 +217,8 @@ def test_exact_attention(with_and_without, dim, length, causal):
     ids=["full", "causal", "decay", "packed"],
 )
 @pytest.mark.parametrize("kind", [*MAPS, "calibrated"])
-def test_gradients(with_and_without, kind, options):
-    q, k, v = arrays((3, 200), 40, 17)
+def test_gradients(kind, options):
+    q, k, v = inputs(200, 40, 17, (3,))
     g = np.random.default_rng(5).standard_normal(v.shape).astype(np.float32)
     fm = MAPS.get(kind, MAPS["positive"])(40)
     if kind == "calibrated":
@@ -241,12 +231,12 @@ def test_gradients(with_and_without, kind, options):
     exactly = gradients(*(x.astype(np.float64) for x in (q, k, v)))
     plain, planes = with_and_without(lambda: gradients(q, k, v))
     for wanted, before, now in zip(exactly, plain, planes, strict=True):
-        assert apart(now, wanted) < 1.2 * apart(before, wanted) + 3e-7
+        assert relative_rms(now, wanted) < 1.2 * relative_rms(before, wanted) + 3e-7
         assert not np.array_equal(before, now)
 
 
-def test_rows_that_are_not_finite_spoil_what_they_did(with_and_without):
-    q, k, v = arrays((200,), 40, 20)
+def test_rows_that_are_not_finite_spoil_what_they_did():
+    q, k, v = inputs(200, 40, 20)
     q[3], k[150], v[160, 2] = np.nan, np.inf, np.nan
     fm = feature_map("positive", 40, 96, rng=0)
     for attention in (exact_attention, favor_attention):
@@ -273,9 +263,9 @@ def test_they_are_used_where_they_pay():
         assert (found is not None) == expected
 
 
-def test_without_the_systems_leave_there_are_none(monkeypatch):
-    monkeypatch.setattr(bfloat16, "refusal", lambda: "Operation not permitted")
-    q, k, v = arrays((100,), 64, 16)
+@tuned(refusal=lambda: "Operation not permitted")
+def test_without_the_systems_leave_there_are_none():
+    q, k, v = inputs(100, 64, 16)
     fm = feature_map("positive", 64, 128, rng=0)
     assert plan.layout(fm, np.dtype(np.float32), 16).map.key_planes is None
     assert np.isfinite(favor_attention(q, k, v, fm)).all()

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import tuning
 
 import favor_np
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "favor_np"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted({*(ROOT / "tests").rglob("*.py")} - {Path(__file__)})
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -70,6 +72,74 @@ def test_modules_stay_readable(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 800
     assert "fastmath=True" not in "\n".join(lines)
+
+
+def imported(code):
+    """The modules that code imports, that of processes in its strings too."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"^\s*(?:from|import) ([\w.]+)", node.value, re.MULTILINE)
+
+
+def retuned(code):
+    """The names in modules or objects to which code gives a value of its own."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in SETTERS:
+            texts = (x.value for x in node.args if isinstance(x, ast.Constant))
+            yield from (text.rsplit(".")[-1] for text in texts if isinstance(text, str))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"^\s*\w+\.([A-Z_]+)\b.* = ", node.value, re.MULTILINE)
+
+
+SETTERS = {"setattr", "object", "patch", "__setattr__"}
+
+
+def test_no_test_imports_another():
+    names = {(relative(path), name) for path in TESTS for name in imported(path.read_text("utf-8"))}
+    assert {pair for pair in names if re.search(r"\btest_", pair[1])} == set()
+
+
+def test_no_test_changes_a_threshold_by_itself():
+    names = {(path.name, name) for path in TESTS for name in retuned(path.read_text("utf-8"))}
+    assert {pair for pair in names if pair[1].isupper() or pair[1] in tuning.HOME} == {
+        ("test_cache.py", "CACHE_DIR"),  # of Numba's configuration
+        ("test_scratch.py", "KEPT"),  # of one object
+    }
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import test_state",
+        "from test_state import folded",
+        "from tests.test_state import folded",
+        "def later():\n    import test_state",
+        'RUN = """\n    from test_state import folded\n"""',
+    ],
+)
+def test_an_import_of_a_test_is_noticed(code):
+    assert any(re.search(r"\btest_", name) for name in imported(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "plan.LONG = 2",
+        "launch.SERIAL, plan.LONG = 0, 2",
+        'monkeypatch.setattr(plan, "LONG", 2)',
+        'monkeypatch.setattr("favor_np.cpu.plan.LONG", 2)',
+        'mock.patch.object(plan, "LONG", 2)',
+        'RUN = """\n    plan.LONG = 2\n"""',
+    ],
+)
+def test_a_changed_threshold_is_noticed(code):
+    assert "LONG" in set(retuned(code))
 
 
 def documented(module):

@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from child import python
+from support.child import python
 
 from favor_np import AttentionState, WindowState, favor_attention, feature_map
 from favor_np.forecast import LiveForecast

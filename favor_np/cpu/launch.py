@@ -139,7 +139,7 @@ def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = Non
     if pulled.states is None:
         return Cotangents(q, k, v)
     # Query heads that share a state have each seen a part of its cotangent.
-    count, slots = len(pulled.slots) // 2, pulled.slots
+    count, slots = len(pulled.slots), pulled.slots
     parts = [array[:count] for array in pulled.states]
     sequences = 1 if call.offsets is None else len(call.offsets) - 1
     first = empty(pulled.layout, math.prod(call.state_shape) * sequences)

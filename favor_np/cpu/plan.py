@@ -221,7 +221,7 @@ def layout(
     With `group` every block has so many rows of W; with `words` the weights are for bfloat16.
     """
     size = dtype.itemsize
-    heads, rows, dim = feature_map.weight.shape
+    heads, rows, dim = feature_map.key_weight.shape
     signs = 2 if feature_map.antithetic else 1
     positive = feature_map.kind == "positive"
     blocks = -(-rows // (group or CHUNK))

@@ -90,7 +90,7 @@ class Layout:
 @functools.lru_cache(maxsize=64)
 def layout(feature_map: FeatureMap) -> Layout:
     """Return the layout of a map, with its weights in log2 units and padded."""
-    heads, rows, dim = feature_map.weight.shape
+    heads, rows, dim = feature_map.key_weight.shape
     signs = 2 if feature_map.antithetic else 1
     per_slice, columns = TILE // signs, -(-dim // 16) * 16
     slices = -(-rows // per_slice)

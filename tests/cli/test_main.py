@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from child import HANG
+from support.child import HANG
 
 import favor_np
 from favor_np.cli import COMMANDS, main

@@ -449,10 +449,6 @@ class _Translator:
             raise ins.unknown()
         to, x = ins.operands
         into, out_of = ins.modifiers[-2:]
-        if (into, out_of) == ("tf32", "f32"):
-            if "rna" not in ins.modifiers:
-                raise ins.unknown()
-            return self.put(to, f"tf32({self.value(x, 'b32')})", "b32")
         x = self.value(x, out_of)
         halves = {"f16", "bf16"} & {into, out_of}
         known = {"f16", "bf16", "f32", "rn"}
@@ -681,13 +677,3 @@ class _Translator:
             f"{{self->sent = {self.value(x, 'pred')}; self->source_lane = self->lane;"
             f" {self.with_warp('BALLOT', mask, ins.line)} {results[mode]}}}"
         )
-
-    def op_mma(self, ins: Instruction) -> str:
-        if "m16n8k8" not in ins.modifiers or ins.modifiers.count("tf32") != 2:
-            raise ins.unknown()
-        d, a, b, c = map(_members, ins.operands[:4])
-        send = "".join(
-            f"self->mma[{i}] = {self.value(x, 'b32')};" for i, x in enumerate([*a, *b, *c])
-        )
-        fetch = "".join(self.put(x, f"self->mma[{10 + i}]", "b32") for i, x in enumerate(d))
-        return f"{{{send} {self.with_warp('MMA_TF32', '0xffffffff', ins.line)} {fetch}}}"

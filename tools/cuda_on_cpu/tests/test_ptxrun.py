@@ -205,6 +205,76 @@ def test_a_race_of_blocks_is_found_although_the_writer_has_read_too():
     assert report.ok, report
 
 
+def test_a_race_names_both_lines():
+    def kernel(out):
+        shared = cuda.shared.array(32, f4)
+        t = cuda.threadIdx.x
+        shared[t] = f4(t)
+        out[t] = shared[31 - t]
+
+    report = ptxrun.run(kernel, 1, 32, (np.zeros(32, np.float32),))
+    first = kernel.__code__.co_firstlineno
+    named = {f"test_ptxrun.py:{first + line}" for line in (3, 4)}
+    races = [finding for finding in report.findings if finding.startswith("race")]
+    assert any(all(place in race for place in named) for race in races), report
+
+
+def test_only_syncwarp_orders_a_warp():
+    def shuffled(out):
+        shared = cuda.shared.array(32, i4)
+        t = cuda.threadIdx.x
+        shared[t] = t
+        out[t] = cuda.shfl_sync(0xFFFFFFFF, t, 0)
+        out[t] += shared[31 - t]
+
+    assert "race" in str(ptxrun.run(shuffled, 1, 32, (np.zeros(32, i4),)))
+    ordered = mutate(shuffled, "out[t] +=", "cuda.syncwarp()\n    out[t] +=", i4=i4)
+    report = ptxrun.run(ordered, 1, 32, (np.zeros(32, i4),))
+    assert report.ok, report
+
+
+def test_what_is_added_without_an_atomic_races():
+    def kernel(total, x):
+        total[0] += x[cuda.grid(1)]
+
+    report = ptxrun.run(kernel, 2, 32, (np.zeros(1, i4), np.arange(64, dtype=i4)))
+    assert "race" in str(report)
+
+
+@pytest.mark.parametrize(("stride", "passes", "sectors"), [(1, 1, 1), (2, 2, 2), (32, 32, 8)])
+def test_banks_and_sectors_are_counted(stride, passes, sectors):
+    def kernel(x, out, stride):
+        shared = cuda.shared.array(1024, f4)
+        t = cuda.threadIdx.x
+        shared[t * stride] = x[t * stride]
+        cuda.syncwarp()
+        out[t] = shared[(31 - t) * stride]
+
+    x, out = np.zeros(1032, np.float32), np.zeros(40, np.float32)
+    x, out = (array[-array.ctypes.data % 32 // 4 :][: len(array) - 8] for array in (x, out))
+    report = ptxrun.run(kernel, 1, 32, (x, out, i4(stride)), trace=True)
+    assert report.ok, report
+    assert set(report.bank_passes.values()) == {passes}
+    assert sorted(report.sectors.values()) == [1, sectors]
+
+
+def test_a_quarter_of_a_warp_has_the_banks_for_four_words_a_thread():
+    def kernel(out, pitch):
+        shared = cuda.shared.array(4096, f4, alignment=16)
+        t = cuda.threadIdx.x & 31
+        at = numba.uint32((4 * t * pitch) & 4092)
+        for i in range(4):
+            shared[at + i] = f4(t)
+        cuda.syncwarp()
+        out[t] = shared[0]
+
+    for pitch in (1, 8):
+        report = ptxrun.run(kernel, 1, 32, (np.zeros(32, np.float32), i4(pitch)), trace=True)
+        assert report.ok, report
+        assert "st.shared.v4" in report.ptx
+        assert max(report.bank_passes.values()) == pitch
+
+
 def test_neighbours_in_one_word_do_not_race():
     def kernel(out):
         shared = cuda.shared.array(64, numba.uint8)
@@ -286,7 +356,9 @@ def test_a_python_float_brings_float64():
 @pytest.mark.parametrize(
     "line",
     ["add.f16x2 %r1, %r1, %r1;", "cp.async.ca.shared.global [%r1], [%rd1], 4;", "nonsense.b32 %r1;",
-     "bar.sync 1;", "cvt.rn.f16x2.f32 %r1, %f1, %f1;", "ld.global.b128 %r1, [%rd1];"],
+     "bar.sync 1;", "cvt.rn.f16x2.f32 %r1, %f1, %f1;", "ld.global.b128 %r1, [%rd1];",
+     "cvt.rna.tf32.f32 %r1, %f1;",
+     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1}, {%r1}, {%r1}, {%f1};"],
 )  # fmt: skip
 def test_what_is_not_known_is_refused(line):
     text = f".visible .entry k(\n)\n{{\n.reg .b32 %r<2>;\n.reg .b64 %rd<2>;\n{line}\nret;\n}}\n"

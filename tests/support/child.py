@@ -5,6 +5,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
 
 #: Seconds after which a test hangs: the one limit of time in this suite, far beyond what a busy
 #: machine needs.
@@ -33,9 +36,20 @@ def check(threads=2):
 """
 
 
+def environment(**changes):
+    """The environment of a process that finds `support`, with these changes."""
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)} | changes
+
+
+def names_of(file):
+    """Code that gives a process the names of a test file."""
+    return f"import runpy\nglobals().update(runpy.run_path({str(file)!r}))\n"
+
+
 def python(code, *options, timeout=HANG, cwd=None, unset=(), **environ):
     """Run ``code`` in a fresh interpreter; what it printed.  It must end well and say no more."""
-    env = {name: value for name, value in os.environ.items() if name not in unset} | environ
+    env = {name: value for name, value in environment(**environ).items() if name not in unset}
     process = subprocess.Popen(
         [sys.executable, *options, "-c", textwrap.dedent(code)],
         stdin=subprocess.DEVNULL,

@@ -17,7 +17,7 @@
 
 enum { OUT_OF_BOUNDS = 1, MISALIGNED, RACE, UNINITIALISED, BARRIER, DEADLOCK };
 enum { RUNNING, AT_BARRIER, IN_WARP };                           /* what a thread waits for */
-enum { SHUFFLE, BALLOT, SYNCWARP, MMA_TF32 };                    /* what a warp does together */
+enum { SHUFFLE, BALLOT, SYNCWARP };                              /* what a warp does together */
 
 typedef struct {
   int kind, line, thread, block, other_thread, other_line;
@@ -50,9 +50,14 @@ typedef struct {
   int done, waits, line; /* the line at which it waits */
   int operation, source_lane;
   uint32_t mask, sent, received;
-  uint32_t mma[14]; /* A: 0 to 3, B: 4 and 5, C: 6 to 9, D: 10 to 13 */
   uint8_t *local;
 } thread_;
+
+/* One access of block 0, those of each thread in their order. */
+typedef struct {
+  uint64_t address;
+  int32_t line, thread, bytes, shared;
+} traced;
 
 static finding *FINDINGS;
 static int FOUND, MOST_FINDINGS, CHECK;
@@ -61,6 +66,8 @@ static int N_BUFFERS;
 static word **SHADOWS, *SHARED_SHADOW;
 static uint8_t *PARAMETERS, *SHARED, *SHARED_OWNED;
 static uint64_t SHARED_BYTES, ACCESSES, BARRIERS;
+static traced *TRACE;
+static uint64_t TRACED, MOST_TRACED;
 static uint32_t EPOCH, WARP_EPOCH[64], BLOCK;
 static int DYNAMIC_BYTES, CTAID_X, CTAID_Y, CTAID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z, NTID_X, NTID_Y, NTID_Z;
 static thread_ *THREADS, *self;
@@ -136,6 +143,11 @@ static void touch_all(word *shadow, uint64_t offset, int bytes, int shift, int w
     touch(&shadow[i], writes, atomic, line, address, shared);
 }
 
+static inline void trace(uint64_t address, int bytes, int line, int shared) {
+  if (MOST_TRACED && !BLOCK && TRACED++ < MOST_TRACED)
+    TRACE[TRACED - 1] = (traced){address, line, self->id, bytes, shared};
+}
+
 /* Where `bytes` bytes of shared memory lie, or 0 with a finding. */
 static uint8_t *shared_at(uint64_t address, int bytes, int writes, int atomic, int line) {
   ACCESSES++;
@@ -147,6 +159,7 @@ static uint8_t *shared_at(uint64_t address, int bytes, int writes, int atomic, i
     return 0;
   }
   if (offset % bytes) report(MISALIGNED, line, address, -1, 0);
+  trace(offset, bytes, line, 1);
   if (CHECK) touch_all(SHARED_SHADOW, offset, bytes, SHARED_SHIFT, writes, atomic, line, address, 1);
   return SHARED + offset;
 }
@@ -168,6 +181,7 @@ static uint8_t *global_at(uint64_t address, int bytes, int writes, int atomic, i
     if (address < b.base || address + bytes > b.base + b.size) continue;
     last = i;
     if (address % bytes) report(MISALIGNED, line, address, -1, 0);
+    trace(address, bytes, line, 0);
     if (CHECK)
       touch_all(SHADOWS[i], address - b.base, bytes, b.shift, writes, atomic, line, address, 0);
     return (uint8_t *)address;
@@ -185,7 +199,6 @@ static inline double f64_of(uint64_t bits) { double x; memcpy(&x, &bits, 8); ret
 static inline uint64_t of_f64(double x) { uint64_t bits; memcpy(&bits, &x, 8); return bits; }
 static inline float flushed(float x) { return fpclassify(x) == FP_SUBNORMAL ? copysignf(0, x) : x; }
 static inline int unordered(double a, double b) { return a != a || b != b; }
-static inline uint32_t tf32(uint32_t bits) { return (bits + 0x1000u) & 0xffffe000u; }
 static inline float bf16_of(uint16_t bits) { return f32_of((uint32_t)bits << 16); }
 static inline uint16_t of_bf16(float x) { /* to nearest, ties to even */
   uint32_t bits = of_f32(x);
@@ -216,37 +229,6 @@ static void entry(void) {
   swapcontext(&self->context, &scheduler);
 }
 
-/* The largest float32 that is not farther from zero: so tensor cores round their sums. */
-static inline float cut(double x) {
-  float y = (float)x;
-  return fabs(y) > fabs(x) ? nextafterf(y, 0) : y;
-}
-
-/* mma.m16n8k8 of tf32: A 16 x 8, B 8 x 8; what does not fit in tf32 is cut off. */
-static void multiply(thread_ **lanes) {
-  float a[16][8], b[8][8], c[16][8];
-  for (int i = 0; i < 32; i++) {
-    int row = lanes[i]->lane >> 2, column = lanes[i]->lane & 3;
-    const uint32_t *m = lanes[i]->mma;
-    for (int e = 0; e < 4; e++) {
-      a[row + 8 * (e & 1)][column + 4 * (e >> 1)] = f32_of(m[e] & 0xffffe000u);
-      c[row + 8 * (e >> 1)][2 * column + (e & 1)] = f32_of(m[6 + e]);
-    }
-    for (int e = 0; e < 2; e++) b[column + 4 * e][row] = f32_of(m[4 + e] & 0xffffe000u);
-  }
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 8; j++) {
-      double sum = c[i][j];
-      for (int k = 0; k < 8; k++) sum += (double)a[i][k] * b[k][j];
-      c[i][j] = cut(sum);
-    }
-  for (int i = 0; i < 32; i++) {
-    int row = lanes[i]->lane >> 2, column = lanes[i]->lane & 3;
-    for (int e = 0; e < 4; e++)
-      lanes[i]->mma[10 + e] = of_f32(c[row + 8 * (e >> 1)][2 * column + (e & 1)]);
-  }
-}
-
 /* All lanes of the mask have arrived: do what they came for. */
 static void meet(thread_ **lanes, int n) {
   uint32_t ballot = 0;
@@ -262,7 +244,6 @@ static void meet(thread_ **lanes, int n) {
     if (lanes[i]->operation == BALLOT) lanes[i]->received = ballot;
     lanes[i]->waits = RUNNING;
   }
-  if (lanes[0]->operation == MMA_TF32 && n == 32) multiply(lanes);
   if (lanes[0]->operation == SYNCWARP) WARP_EPOCH[lanes[0]->warp]++;
 }
 
@@ -351,16 +332,18 @@ static void run_block(int n_threads, uint8_t *stacks, uint8_t *locals, int *read
   while (pass_barrier(n_threads));
 }
 
-/* Run all blocks; the number of findings.  `dims`: grid, block, bytes of dynamic shared memory. */
+/* Run all blocks; the number of findings.  `dims`: grid, block, bytes of dynamic shared memory;
+   `counts`: accesses, barriers, and how many accesses there were to trace. */
 int run(finding *findings, int most, buffer *buffers, int n_buffers, word **shadows,
         uint8_t *parameters, const int *dims, uint64_t shared_bytes, uint8_t *shared_owned,
-        uint64_t seed, int check, uint64_t *counts) {
+        uint64_t seed, int check, traced *trace_of_block, uint64_t most_traced, uint64_t *counts) {
   FINDINGS = findings, MOST_FINDINGS = most, FOUND = 0, CHECK = check;
   BUFFERS = buffers, N_BUFFERS = n_buffers, SHADOWS = shadows, PARAMETERS = parameters;
   NCTAID_X = dims[0], NCTAID_Y = dims[1], NCTAID_Z = dims[2];
   NTID_X = dims[3], NTID_Y = dims[4], NTID_Z = dims[5], DYNAMIC_BYTES = dims[6];
   SHARED_BYTES = shared_bytes, SHARED_OWNED = shared_owned;
-  ACCESSES = BARRIERS = 0, EPOCH = 1, state = seed * 7919 + 1;
+  TRACE = trace_of_block, MOST_TRACED = most_traced;
+  TRACED = ACCESSES = BARRIERS = 0, EPOCH = 1, state = seed * 7919 + 1;
 
   int n_threads = NTID_X * NTID_Y * NTID_Z, n_blocks = NCTAID_X * NCTAID_Y * NCTAID_Z;
   SHARED = aligned_alloc(64, (shared_bytes + 63) & ~63ull);
@@ -388,5 +371,6 @@ int run(finding *findings, int most, buffer *buffers, int n_buffers, word **shad
   free(ready);
   counts[0] = ACCESSES;
   counts[1] = BARRIERS;
+  counts[2] = TRACED;
   return FOUND;
 }

@@ -17,7 +17,7 @@ FAMILIES = {
 }
 
 
-def draw(kind, std, seed, fresh=False):
+def draw_family(kind, std, seed, fresh=False):
     """Queries, keys and values (LENGTH, DIM); fresh ones come from the same distribution."""
     of_family, of_tokens = (np.random.default_rng([seed, i]) for i in range(2))
     if fresh:

@@ -4,12 +4,13 @@ import doctest
 import importlib
 import os
 
-import child
-import naive
 import numpy as np
 import pytest
 
 import favor_np
+from support import child
+from support.inputs import random_inputs
+from support.tolerance import relative_error
 
 FM = favor_np.FeatureMap.from_projection(
     np.random.default_rng(9).standard_normal((7, 6)), antithetic=True
@@ -34,11 +35,8 @@ def require(name):
 
 def inputs(*, grouped=False, dtype=np.float64, seed=0):
     """q, k, v, a projection and a cotangent."""
-    rng = np.random.default_rng(seed)
-    q, k, v, g = (
-        rng.standard_normal((heads, 20, n)).astype(dtype)
-        for heads, n in ((4 if grouped else 2, 6), (2, 6), (2, 5), (4 if grouped else 2, 5))
-    )
+    lead = (4,) if grouped else (2,)
+    q, k, v, g = random_inputs(20, lead=lead, kv_lead=(2,), seed=seed, dtype=dtype, cotangent=True)
     return q, k, v, FM.projection.astype(dtype), g
 
 
@@ -63,7 +61,7 @@ def dense(np, q, k, v, projection, *, causal, einsum, scale=6**-0.5):
 
 def assert_close(found, expected, tolerance=1e-12):
     for a, b in zip(found, expected, strict=True):
-        assert naive.relative_error(np.asarray(a), np.asarray(b)) < tolerance
+        assert relative_error(np.asarray(a), np.asarray(b)) < tolerance
 
 
 def assert_examples_are_right(module):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import linecache
-import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 _count = itertools.count()
@@ -36,34 +33,3 @@ def mutate(function: Callable[..., Any], old: str, new: str, **names: Any) -> Ca
         raise ValueError(f"{old!r} occurs {source.count(old)} times in {function.__name__}")
     scope = function.__globals__ | inspect.getclosurevars(function).nonlocals | names
     return function_of(source.replace(old, new), **scope)
-
-
-#: The modules of kernels, each after those that it imports from.
-MODULES = tuple(
-    f"favor_np.cuda.{name}"
-    for name in ("kernels.tiles", "kernels.pack", "kernels.favor", "kernels.favor_vjp", "launch")
-)
-
-
-def source_of(module: str) -> str:
-    """The text of a module."""
-    return inspect.getsource(importlib.import_module(module))
-
-
-@contextmanager
-def planted(module: str, start: int, old: str, new: str) -> Iterator[None]:
-    """Let a module of kernels have `new` in place of `old`, at a position of its text."""
-    text = source_of(module)
-    if not text.startswith(old, start) or old.count("\n") != new.count("\n"):
-        raise ValueError(f"{old!r} is not there, or has other lines than {new!r}")
-    text = text[:start] + new + text[start + len(old) :]
-    loaded = importlib.import_module(module)
-    after = [importlib.import_module(x).__name__ for x in MODULES[MODULES.index(module) + 1 :]]
-    try:
-        exec(compile(text, str(loaded.__file__), "exec"), vars(loaded))
-        for name in after:
-            importlib.reload(sys.modules[name])
-        yield
-    finally:
-        for name in (module, *after):
-            importlib.reload(sys.modules[name])

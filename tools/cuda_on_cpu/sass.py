@@ -17,13 +17,7 @@ class Loop:
 
     instructions: int
     ffma: int
-    hmma: int
     wide_loads: int
-
-    @property
-    def products(self) -> int:
-        """Multiply-adds, of single numbers or of tiles."""
-        return self.ffma + self.hmma
 
 
 def disassemble(nvdisasm: str, cubin: Path) -> str:
@@ -33,9 +27,9 @@ def disassemble(nvdisasm: str, cubin: Path) -> str:
 
 
 def product_loops(text: str) -> list[Loop]:
-    """The innermost loops with at least 16 multiply-adds, or 6 of tiles: those with the most first."""
-    loops = [loop for loop in _innermost(text) if loop.ffma >= 16 or loop.hmma >= 6]
-    return sorted(loops, key=lambda loop: (-loop.products, loop.instructions, loop.wide_loads))
+    """The innermost loops with at least 16 multiply-adds: those with the most first."""
+    loops = [loop for loop in _innermost(text) if loop.ffma >= 16]
+    return sorted(loops, key=lambda loop: (-loop.ffma, loop.instructions, loop.wide_loads))
 
 
 def _innermost(text: str) -> list[Loop]:
@@ -68,6 +62,5 @@ def _counted(names: list[str]) -> Loop:
     return Loop(
         instructions=len(names),
         ffma=sum(name.startswith("FFMA") for name in names),
-        hmma=sum(name.startswith("HMMA") for name in names),
         wide_loads=sum(name == "LDS.128" for name in names),
     )
