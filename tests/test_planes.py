@@ -22,7 +22,7 @@ from favor_np.cpu.kernels import bfloat16
 from favor_np.cpu.layout import layout
 from favor_np.cpu.memory import aligned_copy
 
-bfloat16.refusal()  # asks the system for the matrix unit
+bfloat16.amx_unavailable()  # asks the system for the matrix unit
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +59,9 @@ def cut_both(source, rows, cols, left, right):
 
 
 @numba.njit
-def multiply(a, b, c, rows, cols, words, add, unit):
+def multiply(a, b, c, rows, cols, words, add, tile_config):
     if bfloat16.AMX:
-        bfloat16.configure(unit)
+        bfloat16.configure(tile_config)
     bfloat16.gemm_planes(a, b, c, rows, cols, words, add)
     if bfloat16.AMX:
         bfloat16.release()
@@ -104,7 +104,7 @@ def test_a_product_of_planes_errs_no_more_than_one_of_float32(rows, cols, depth,
     got = aligned_copy(c if add else np.full_like(c, np.nan))
     left = aligned_copy(bfloat16.planes_of(a))
     right = aligned_copy(bfloat16.planes_of(b.T).T)
-    multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.UNIT)
+    multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.TILE_CONFIG)
     chain = np.zeros_like(c)
     for k in range(depth):
         chain += a[:, k : k + 1] * b[k]
@@ -250,7 +250,7 @@ def test_rows_that_are_not_finite_spoil_what_they_did():
 
 def test_they_are_used_where_they_pay():
     """And only there: rows that are short, few features, float64 and other vectors have no planes."""
-    worth = not bfloat16.refusal()
+    worth = not bfloat16.amx_unavailable()
     for dim, features, dtype, expected in [
         (64, 256, np.float32, worth),
         (32, 128, np.float32, worth),
@@ -264,7 +264,7 @@ def test_they_are_used_where_they_pay():
         assert (found is not None) == expected
 
 
-@tuned(refusal=lambda: "Operation not permitted")
+@tuned(amx_unavailable=lambda: "Operation not permitted")
 def test_without_the_systems_leave_there_are_none():
     q, k, v = inputs(100, 64, 16)
     fm = feature_map("positive", 64, 128, rng=0)

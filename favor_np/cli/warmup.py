@@ -79,7 +79,7 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
         ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
     ]
-    planes = not bfloat16.refusal()
+    planes = not bfloat16.amx_unavailable()
     if dtype == np.float32 and planes:  # longer rows have kernels of their own
         calls += [
             ("long rows", lambda: favor_attention(long, long, long, large)),

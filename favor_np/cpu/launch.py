@@ -301,7 +301,7 @@ class _Launch:
             room = memory.aligned((workers, spread_room(layout)), layout.dtype)
             kernel, more = kernels.attend_spread, (room, self.spread)
         if self.words:
-            bfloat16.allow()
+            bfloat16.require_amx()
             kernel = kernels.attend_words
         if layout.map.key_planes is not None:
             kernel = kernels.attend_planes
@@ -364,11 +364,11 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     )  # fmt: skip
     kernel, words = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
     if words:
-        bfloat16.allow()
-        kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.UNIT)
+        bfloat16.require_amx()
+        kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.TILE_CONFIG)
     planes = not words and worth_planes(dtype, CHUNK, q.shape[-1])
     if planes:
-        kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.UNIT)
+        kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.TILE_CONFIG)
     space = exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
     workers = min(_threads(work, call.num_threads), len(table))
     control = _run(kernel, args, len(table), workers, space)

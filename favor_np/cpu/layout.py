@@ -123,7 +123,7 @@ def worth_planes(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
     if tuning.USE_BF16X3 is not None:
         return dtype == np.float32 and tuning.USE_BF16X3
     large = min(rows, dim) >= tuning.MIN_BF16X3_SIDE and rows * dim >= tuning.MIN_BF16X3_SIZE
-    return dtype == np.float32 and large and not bfloat16.refusal()
+    return dtype == np.float32 and large and not bfloat16.amx_unavailable()
 
 
 @tuning.depends_on_tuning
@@ -151,7 +151,10 @@ def layout(
     return Layout(
         dtype=dtype,
         map=weights,
-        arrays=(*weights[: None if planes else 4], *([bfloat16.UNIT] if planes or words else [])),
+        arrays=(
+            *weights[: None if planes else 4],
+            *([bfloat16.TILE_CONFIG] if planes or words else []),
+        ),
         natural=natural,
         blocks=blocks.count,
         half=half,
@@ -202,7 +205,7 @@ def _weights(
         linear=linear,
         query_planes=query_right,
         key_planes=key_left,
-        unit=bfloat16.UNIT if planes else None,
+        config=bfloat16.TILE_CONFIG if planes else None,
     )
     return weights, natural
 

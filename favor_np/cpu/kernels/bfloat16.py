@@ -74,10 +74,10 @@ DOTS = not AMX and ISA == "avx512" and _has_products()
 
 
 @functools.cache
-def refusal() -> str:
-    """Ask the system for the matrix unit, and return why it does not give it to this process, or "".
+def amx_unavailable() -> str:
+    """Ask the system for AMX, and return why this process may not use it, or "" if it may.
 
-    A process may only use it, its children too, after it has asked.
+    A process must ask before it, or a child of it, uses the unit.
     """
     if not AMX:
         return "there is none"
@@ -88,10 +88,11 @@ def refusal() -> str:
     return ""
 
 
-def allow() -> None:
-    """Make sure that products of words may run: without a matrix unit they do."""
-    if AMX and refusal():
-        raise RuntimeError(f"the system does not let this process use the matrix unit: {refusal()}")
+def require_amx() -> None:
+    """Ask for AMX where kernels are compiled for it; RuntimeError if this process may not use it."""
+    if AMX and amx_unavailable():
+        why = amx_unavailable()
+        raise RuntimeError(f"the system does not let this process use the matrix unit: {why}")
 
 
 #: Words that the matrix unit sums over at a time; the buffers of words are padded to it with zeros.
@@ -106,12 +107,13 @@ def words_for(numbers: int) -> int:
 register_jitable(words_for)
 #: Queries that are read at a time: what is between the products stays in the nearest cache.
 STRIP = 16
-#: What a kernel is handed to know that it computes in bfloat16: the shapes of the tiles, 16 rows of 64
-#: bytes each.  The type tells which way that is, and so does the name of cached code.
-UNIT = np.zeros(64, np.uint8 if AMX else np.int16 if DOTS else np.int8)
-UNIT[0] = 1
-UNIT[16:32:2] = 64
-UNIT[48:56] = 16
+#: The operand of LDTILECFG: palette 1, eight tiles of 16 rows of 64 bytes.  A kernel that gets it computes in
+#: bfloat16, one that gets None does not; its type tells by which instructions, and so does the name of cached
+#: code.
+TILE_CONFIG = np.zeros(64, np.uint8 if AMX else np.int16 if DOTS else np.int8)
+TILE_CONFIG[0] = 1
+TILE_CONFIG[16:32:2] = 64
+TILE_CONFIG[48:56] = 16
 
 
 def _amx(builder: Any, name: str, *args: Any) -> None:
@@ -121,15 +123,15 @@ def _amx(builder: Any, name: str, *args: Any) -> None:
 
 
 @intrinsic
-def configure(typingctx, unit):
+def configure(typingctx, config):
     """Make the tiles of this thread ready."""
 
     def codegen(context, builder, signature, args):
-        data = make_array(unit)(context, builder, args[0]).data
+        data = make_array(config)(context, builder, args[0]).data
         _amx(builder, "ldtilecfg", builder.bitcast(data, _BYTE.as_pointer()))
         return context.get_dummy_value()
 
-    return types.void(unit), codegen
+    return types.void(config), codegen
 
 
 @intrinsic

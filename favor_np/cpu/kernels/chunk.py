@@ -86,7 +86,7 @@ Tiles = namedtuple(
 
 
 @jit()
-def carve(floats, ints, signs, unit, cut_weight, d, vcols, width, blocks):
+def carve(floats, ints, signs, config, cut_weight, d, vcols, width, blocks):
     """Cut the tiles from one thread's workspace, which `measure` makes large enough for this."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -113,7 +113,7 @@ def carve(floats, ints, signs, unit, cut_weight, d, vcols, width, blocks):
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
-    words = carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
+    words = carve_words(config, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
     planes = carve_planes(cut_weight, floats, at, d)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,

@@ -39,7 +39,7 @@ from favor_np.cpu.kernels.gemm import gemm_t, project_t, soon
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.jobs import claim, enter, leave, report
 from favor_np.cpu.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
-from favor_np.cpu.kernels.products import begin_unit, end_unit, seen_by
+from favor_np.cpu.kernels.products import load_tile_config, release_tiles, seen_by
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, sum_lanes
 from favor_np.jobs import K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
@@ -61,9 +61,9 @@ ExactPlanes = namedtuple("ExactPlanes", "queries keys")
 
 
 @jit()
-def carve_exact_words(unit, floats, at, d, vcols):
+def carve_exact_words(config, floats, at, d, vcols):
     """Cut the tiles for words, or none."""
-    if unit is None:
+    if config is None:
         return None
     lanes = VECTOR_BYTES // floats.itemsize
     depth = words_for(d)
@@ -79,9 +79,9 @@ def carve_exact_words(unit, floats, at, d, vcols):
 
 
 @jit()
-def carve_exact_planes(cut_unit, floats, at, d):
+def carve_exact_planes(split_config, floats, at, d):
     """Cut the tiles for planes, or none."""
-    if cut_unit is None:
+    if split_config is None:
         return None
     depth = PLANES * words_for(d)
     queries, at = cut(floats, at, GROUP * depth, CHUNK)
@@ -90,7 +90,7 @@ def carve_exact_planes(cut_unit, floats, at, d):
 
 
 @jit()
-def carve_exact(floats, ints, unit, cut_unit, d, vcols):
+def carve_exact(floats, ints, config, split_config, d, vcols):
     """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -109,8 +109,8 @@ def carve_exact(floats, ints, unit, cut_unit, d, vcols):
     longest, at = cut(floats, at, 1, CHUNK * doubles)  # in whole cache lines, as all the rest
     square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
     key_square, at = cut(floats, at, 1, CHUNK * doubles)
-    words = carve_exact_words(unit, floats, at, d, vcols)
-    planes = carve_exact_planes(cut_unit, floats, at, d)
+    words = carve_exact_words(config, floats, at, d, vcols)
+    planes = carve_exact_planes(split_config, floats, at, d)
     c, mark = cut(ints, 0, 1, CHUNK)
     top, mark = cut(ints, mark, GROUP, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
@@ -320,15 +320,15 @@ def exact_block(par, q, k, v, mask, job, out, t):
 
 
 @jit()
-def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, ctl, n):
-    """What the kernels do; which of `unit` and `cut_unit` are None is known to the compiler."""
+def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, ints, ctl, n):
+    """What the kernels do; which of `config` and `split_config` are None is known to the compiler."""
     me, mode = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(
-        floats[me], ints[me], unit, cut_unit, q.shape[1], -(-v.shape[1] // lanes) * lanes
+        floats[me], ints[me], config, split_config, q.shape[1], -(-v.shape[1] // lanes) * lanes
     )
-    begin_unit(unit)
-    begin_unit(cut_unit)
+    load_tile_config(config)
+    load_tile_config(split_config)
     finished = 0
     while True:
         job = claim(ctl)
@@ -337,8 +337,8 @@ def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, c
         if not exact_block(par, q, k, v, mask, jobs[job], out, t):
             report(ctl)
         finished += 1
-    end_unit(unit)
-    end_unit(cut_unit)
+    release_tiles(config)
+    release_tiles(split_config)
     return leave(ctl, finished, mode)
 
 
@@ -350,14 +350,16 @@ def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ct
 
 
 @jit(cache=True)
-def attend_exact_words(par, q, k, v, mask, jobs, rows, weights, tops, unit, floats, ints, ctl, n):
+def attend_exact_words(par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n):
     """The same, its products in bfloat16."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), unit, None, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), config, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
-def attend_exact_planes(par, q, k, v, mask, jobs, rows, weights, tops, unit, floats, ints, ctl, n):
+def attend_exact_planes(
+    par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n
+):
     """The same as `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, unit, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, config, floats,
                          ints, ctl, n)  # fmt: skip

@@ -11,7 +11,7 @@ from favor_np.cpu.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mo
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.jobs import claim, enter, leave
 from favor_np.cpu.kernels.pack import CHUNK, Map, Result
-from favor_np.cpu.kernels.products import begin_unit, end_unit, load_state
+from favor_np.cpu.kernels.products import load_state, load_tile_config, release_tiles
 from favor_np.cpu.kernels.relay import attend_relay
 from favor_np.cpu.kernels.spread import carve_groups
 from favor_np.cpu.kernels.state import PAD, begin, fold_tail
@@ -68,17 +68,17 @@ def attend_one(par, p, c, s, z, slot, t):
 
 @jit()
 def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, out, room, spread,
-                unit, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """What all kernels but one do; what of `spread`, `unit` and `fm` is None is known to the compiler.
+                config, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """What all kernels but one do; what of `spread`, `config` and `fm` is None is known to the compiler.
 
-    Jobs are the rows of a table or, where there is a relay, those of the one problem in it.  With a unit
+    Jobs are the rows of a table or, where there is a relay, those of the one problem in it.  With a `config`
     products are in bfloat16 or, if the map's weights are cut into planes, projections are products of
     planes.
     """
     me, mode = enter(ctl)
     width = fm.key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
-    t = carve(floats[me], ints[me], par.signs, unit, fm.key_planes, q.shape[1], s.shape[2], width,
+    t = carve(floats[me], ints[me], par.signs, config, fm.key_planes, q.shape[1], s.shape[2], width,
               blocks)  # fmt: skip
     groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
@@ -92,7 +92,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
         p = Problem(
             q, k, v, mask, fm, row, q_rows[at], out_rows[at], clock, rate, out, spread, groups
         )
-        begin_unit(unit)
+        load_tile_config(config)
         if relay is not None:
             attend_relay(par, p, relay, job, c, s, z, floats, t)
         else:
@@ -102,7 +102,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
             ):  # who only reads changes nothing: others may read, too
                 fold_tail(c, s, z, slot)
             attend_one(par, p, c, s, z, slot, t)
-        end_unit(unit)
+        release_tiles(config)
         finished += 1
     return leave(ctl, finished, mode)
 
@@ -131,23 +131,23 @@ def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_ro
 
 
 @jit(cache=True)
-def attend_words(constants, q, k, v, mask, query, key, bias, affine, unit, jobs, q_rows, out_rows,
+def attend_words(constants, q, k, v, mask, query, key, bias, affine, config, jobs, q_rows, out_rows,
                  clocks, relay, rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
     """The same as `attend`, its products in bfloat16: `query` and `key` are words."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
 @jit(cache=True)
-def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_planes, key_planes, unit,
+def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_planes, key_planes, config,
                   jobs, q_rows, out_rows, clocks, relay, rows, weights, tops, c, s, z, floats,
                   ints, ctl, n):  # fmt: skip
     """The same as `attend`, with projections from the matrix unit: no less exact, and faster."""
     fm = Map(query, key, bias, affine, query_planes, key_planes)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 

@@ -37,10 +37,10 @@ from favor_np.cpu.kernels.pack import (
     pack_values,
 )
 from favor_np.cpu.kernels.products import (
-    begin_unit,
     carve_planes,
-    end_unit,
+    load_tile_config,
     project_queries,
+    release_tiles,
     turn_queries,
 )
 from favor_np.cpu.kernels.simd import (
@@ -76,8 +76,8 @@ Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
 #: What it writes: rows or, if these are not empty, for each job sums over its rows, in float64.
 Gradients = namedtuple("Gradients", "q k v projection bias")
 #: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.  If the
-#: map's weights are cut into planes, those of queries as right factor, those of keys as left one, and the unit.
-Natural = namedtuple("Natural", "query key hessian linear query_planes key_planes unit")
+#: map's weights are cut into planes, those of queries as right factor, those of keys as left one, and TILE_CONFIG.
+Natural = namedtuple("Natural", "query key hessian linear query_planes key_planes config")
 #: The tiles a thread works on.
 Tiles = namedtuple(
     "Tiles",
@@ -420,7 +420,7 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
     me, mode = enter(ctl)
     t = carve(floats[me], ints[me], par.signs, fm.key_planes, x.q.shape[1], s.shape[2],
               fm.key.shape[2], (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
-    begin_unit(natural.unit)
+    load_tile_config(natural.config)
     finished = 0
     while True:
         job = claim(ctl)
@@ -431,5 +431,5 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
         clock, rate = clock_of(clocks, job)
         pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1
-    end_unit(natural.unit)
+    release_tiles(natural.config)
     return leave(ctl, finished, mode)

@@ -64,9 +64,9 @@ def carve_planes(cut_weight, floats, at, d):
 
 
 @jit()
-def carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles):
+def carve_words(config, cut_weight, floats, at, ints, mark, d, vcols, width, tiles):
     """Cut the tiles for words, if products are of these."""
-    if unit is None:
+    if config is None:
         return None
     if cut_weight is not None:
         return None
@@ -98,18 +98,18 @@ def carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles
 
 
 @jit()
-def begin_unit(unit):
-    """Make the matrix unit ready, where it is used."""
-    if unit is None:
+def load_tile_config(config):
+    """Make the tiles of this thread ready, where they are used."""
+    if config is None:
         return
     if AMX:
-        configure(unit)
+        configure(config)
 
 
 @jit()
-def end_unit(unit):
+def release_tiles(config):
     """Leave it as it was."""
-    if unit is None:
+    if config is None:
         return
     if AMX:
         release()
