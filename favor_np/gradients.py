@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import validation
+from favor_np import numerics, validation
 from favor_np.attention import attend, check, state_after
 from favor_np.call import Call, Forward, StateParts
 from favor_np.engine import refuse
@@ -254,9 +254,7 @@ def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
 
 
 def _nothing(c: Array) -> int:
-    from favor_np.cpu import plan
-
-    return plan.NOTHING[c.dtype.itemsize]
+    return numerics.NOTHING[c.dtype.itemsize]
 
 
 def _folded(c: Array) -> Any:

@@ -364,7 +364,7 @@ def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -
     return None if (decay == 1).all() else -np.log2(decay).ravel()
 
 
-#: What weights may decay by in one call, as a power of two: see ``plan.NOTHING``.
+#: What weights may decay by in one call, as a power of two: see ``numerics.NOTHING``.
 LONGEST_DECAY = 2**28
 
 

@@ -1,7 +1,9 @@
 """The cache of compiled kernels: used when it can be, never in the way, never wrong."""
 
+import ast
 import compileall
 import hashlib
+import importlib
 import os
 import shutil
 import stat
@@ -205,6 +207,48 @@ print(favor_np.exact_attention(x, x, x)[0, 0], len(exact.attend_exact.stats.cach
     path.write_text(text)
     assert run() == "1.0 1\n"  # code of both versions is kept, for programs that share the folder
     assert entries() == sorted([first, second])
+
+
+@pytest.mark.parametrize("shared", [name.__name__.rpartition(".")[2] for name in jit._SHARED])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_constants_that_engines_share_are_part_of_the_sources(shared, zipped, copied, tmp_path):
+    """As they were when they were loaded: that is what kernels freeze.  No comment of theirs matters."""
+    path = copied / "favor_np" / f"{shared}.py"
+    text = path.read_text()
+    name = min(filter(str.isupper, vars(importlib.import_module(f"favor_np.{shared}"))))
+    versions = text, f"{text}\n{name} = 99\n", f"# A comment.\n{text}"
+    found = []
+    for version in versions:
+        path.write_text(version)
+        place = shutil.make_archive(str(tmp_path / "new"), "zip", copied) if zipped else copied
+        code = f"""
+import sys
+sys.path.insert(0, {str(place)!r})
+import favor_np.{shared}
+open({str(path)!r}, "a").write("EDITED_SINCE = 1")
+from favor_np.cpu.kernels.jit import SOURCES
+print(SOURCES, favor_np.{shared}.__file__)
+"""
+        found.append(python(code, "-B", cwd=tmp_path).split())
+    sources, files = zip(*found, strict=True)
+    assert all(file.startswith(str(place)) for file in files)
+    assert sources[0] == sources[2] != sources[1]
+
+
+def test_kernels_take_nothing_else_from_outside():
+    """Of the package: constants of modules that the digest of the sources includes."""
+    for path in sorted((PACKAGE / "cpu" / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("favor_np"):
+                assert not isinstance(node, ast.Import) or "favor_np" not in node.names[0].name
+            elif not node.module.startswith("favor_np.cpu.kernels"):
+                names = {name.name for name in node.names}
+                if node.module == "favor_np":
+                    assert names <= {module.__name__.rpartition(".")[2] for module in jit._SHARED}
+                    assert path.name == "jit.py"
+                else:
+                    assert node.module in {module.__name__ for module in jit._SHARED}
+                    assert all(map(str.isupper, names))
 
 
 def test_old_versions_are_forgotten(warm):

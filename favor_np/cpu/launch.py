@@ -21,6 +21,7 @@ from favor_np.cpu.kernels.pack import CHUNK
 from favor_np.cpu.kernels.spread import Spread
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
+from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
 from favor_np.validation import rows_of
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -89,7 +90,7 @@ def attend(
         if longest == 1:
             launch.run(constants, jobs, state, tokens=True)
             return
-        longer = np.count_nonzero(jobs.table[:, 3] > 1)  # these come first
+        longer = np.count_nonzero(jobs.table[:, KEYS] > 1)  # these come first
         launch.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
         jobs = jobs.take(slice(longer))
     if call.causal and launch.threads > 1:
@@ -97,12 +98,12 @@ def attend(
     if call.causal or longest <= plan.SEGMENT:
         launch.run(constants, jobs, state)
         return
-    long = jobs.table[:, [3, 6]].max(1) > plan.SEGMENT
+    long = jobs.table[:, [KEYS, QUERIES]].max(1) > plan.SEGMENT
     launch.run(constants, jobs.take(~long), state)
     jobs = jobs.take(long)
     for first in range(0, len(jobs.table), plan.WAVE):
         wave = jobs.take(slice(first, first + plan.WAVE))
-        slots = wave.table[:, 5]
+        slots = wave.table[:, SLOT]
         if state is None:
             totals = empty(layout, len(slots))
         else:
@@ -116,13 +117,13 @@ def attend(
                 array[slots] = total
 
 
-def _adapted(jobs: plan.Jobs, call: Call) -> plan.Jobs:
+def _adapted(jobs: Jobs, call: Call) -> Jobs:
     """Return the jobs of packed sequences, and of keys that decay."""
     if call.decay is not None:
         clocks = np.stack([call.decay.start, call.decay.rate], axis=1)
-        jobs = plan.Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
+        jobs = Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
     if call.offsets is not None:
-        jobs = plan.packed(jobs, call.offsets)
+        jobs = packed(jobs, call.offsets)
     return jobs
 
 
@@ -156,14 +157,14 @@ def projection_vjp(
 ) -> tuple[Array, Array, Array]:
     """Return the cotangents of weights and biases for each job, and the head of each job."""
     pulled = _pull(call, forward, grad, final_state, projection=True)
-    return pulled.to.projection, pulled.to.bias, pulled.jobs.table[:, 4] // pulled.layout.blocks
+    return pulled.to.projection, pulled.to.bias, pulled.jobs.table[:, BLOCK] // pulled.layout.blocks
 
 
 class _Pulled(NamedTuple):
     """What the kernel of the gradient wrote, for every query head: rows, or sums of each job."""
 
     layout: plan.Layout
-    jobs: plan.Jobs
+    jobs: Jobs
     slots: Array  # of each job of one side
     to: vjp.Gradients
     states: Any  # cotangents of states: those of the keys' sides, then those of the queries'
@@ -181,7 +182,7 @@ def _pull(
     )  # fmt: skip
     jobs = _adapted(jobs, call)
     group = max(jobs.q_rows.shape[1], 1)
-    slots = np.repeat(jobs.table[:, 5], jobs.q_rows.shape[1])
+    slots = np.repeat(jobs.table[:, SLOT], jobs.q_rows.shape[1])
     jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
     count = len(jobs.table)
     heads, sums = (0, count) if projection else (math.prod(call.out_shape[:-2]), 0)
@@ -196,7 +197,7 @@ def _pull(
     states = None
     if stateful:  # first those of the keys' sides, then those of the queries'
         states = empty(layout, count)
-        jobs.table[:, 5] = np.arange(count)
+        jobs.table[:, SLOT] = np.arange(count)
         for mine, last, first in zip(states, final_state or states, state or states, strict=True):
             if final_state is not None:
                 mine[: count // 2 : group] = last[slots[::group]]
@@ -237,7 +238,7 @@ class _Launch:
     spread: Spread | None
     words: bool
 
-    def run(self, constants: Array, jobs: plan.Jobs, state: Any, *, tokens: bool = False) -> None:
+    def run(self, constants: Array, jobs: Jobs, state: Any, *, tokens: bool = False) -> None:
         """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
         count = len(jobs.table)
         if not count:
@@ -249,15 +250,15 @@ class _Launch:
         space = self.layout.stateful if state is None else self.layout.stateless
         _run(kernel, (*args, *(state or ())), count, workers, space)
 
-    def share(self, constants: Array, jobs: plan.Jobs, state: Any) -> plan.Jobs:
+    def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
         """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
         few, space = plan.few(jobs, self.threads), self.layout.stateful
         if few and state is not None:
             self.fold_tails(state)
         for i in range(few):
             job = jobs.take(slice(i, i + 1))
-            slot = int(job.table[0, 5])
-            relay = plan.relay(self.layout, int(job.table[0, 3]), self.threads)
+            slot = int(job.table[0, SLOT])
+            relay = plan.relay(self.layout, int(job.table[0, KEYS]), self.threads)
             total = relay.states
             arrays = plan.borrow(space, relay.rows)
             try:
@@ -278,11 +279,11 @@ class _Launch:
     def fold_tails(self, state: Any) -> None:
         """Fold the tokens that states keep in their tails."""
         if state[0][:, self.layout.features].any():
-            jobs = plan.jobs_without_rows(len(state[0]), self.layout.rows)
+            jobs = jobs_without_rows(len(state[0]), self.layout.rows)
             self.run(self.layout.bidirectional, jobs, state)
 
     def _kernel(
-        self, constants: Array, jobs: plan.Jobs, relay: Array | None, workers: int
+        self, constants: Array, jobs: Jobs, relay: Array | None, workers: int
     ) -> tuple[Any, tuple[Any, ...]]:
         """Return the kernel for jobs, or for a relay of the first, and its arguments up to the states."""
         layout, kernel = self.layout, kernels.attend
@@ -299,18 +300,18 @@ class _Launch:
                 *self.result, *more)  # fmt: skip
         return kernel, args
 
-    def _step(self, constants: Array, jobs: plan.Jobs) -> tuple[Any, tuple[Any, ...]]:
+    def _step(self, constants: Array, jobs: Jobs) -> tuple[Any, tuple[Any, ...]]:
         """Return the kernel for jobs of one token, and its arguments up to the states."""
         args = (constants, *self.arrays[:3], *self.layout.map[:4], jobs.table, jobs.q_rows, jobs.out_rows,
                 jobs.clocks, *self.result)  # fmt: skip
         return kernels.attend_tokens, args
 
-    def fold(self, constants: Array, folds: plan.Jobs, totals: Any) -> None:
+    def fold(self, constants: Array, folds: Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
         for first in range(0, len(folds.table), plan.WAVE):
             batch = folds.take(slice(first, first + plan.WAVE))
-            owners = batch.table[:, 5].copy()
-            batch.table[:, 5] = np.arange(len(owners))
+            owners = batch.table[:, SLOT].copy()
+            batch.table[:, SLOT] = np.arange(len(owners))
             parts = empty(self.layout, len(owners))
             self.run(constants, batch, parts)
             for i, owner in enumerate(owners):

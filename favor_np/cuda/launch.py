@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from favor_np import numerics
 from favor_np.call import Call, Forward, StateForm
-from favor_np.cpu import plan as host
 from favor_np.cuda import plan, runtime
 from favor_np.cuda.arrays import Place
 from favor_np.cuda.device import Device
@@ -220,7 +220,7 @@ class Launch:
         c, s, z = (runtime.to_host(array, self.place.stream) for array in arrays)
         seen = c[:, real]
         return (
-            np.where(seen == NOTHING, 4 * -int(host.FAR[4]), seen),
+            np.where(seen == NOTHING, 4 * -int(numerics.FAR[4]), seen),
             s[:, real, : form.value_dim],
             z[:, real],
         )

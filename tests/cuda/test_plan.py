@@ -6,11 +6,11 @@ import pytest
 
 ptxrun.require()
 
-from favor_np.cpu import plan as cpu_plan
 from favor_np.cuda import plan
 from favor_np.cuda.device import KNOWN
 from favor_np.cuda.kernels.tiles import TILE
 from favor_np.cuda.runtime import RESIDENT
+from favor_np.jobs import KEYS, broadcast_jobs
 
 each_device = pytest.mark.parametrize("device", KNOWN.values(), ids=KNOWN)
 
@@ -53,9 +53,9 @@ def test_stretches_cover_every_position_once(length):
 
 
 def test_tables_go_backwards_from_the_last_row():
-    jobs = cpu_plan.jobs((), (), (), None, None, None, False, 70, 70, 1, 0)
+    jobs = broadcast_jobs((), (), (), None, None, None, False, 70, 70, 1, 0)
     sides = plan.keys_and_queries(jobs)
-    parts = plan.stretches(jobs.table[:, 3], TILE, (0, 70))
+    parts = plan.stretches(jobs.table[:, KEYS], TILE, (0, 70))
     table = plan.fold_table(sides, parts, backwards=True)
     rows = [row + step * i for _, step, n, _, _, row, *_ in table for i in range(n)]
     assert rows == list(range(69, -1, -1))

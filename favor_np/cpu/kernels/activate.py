@@ -6,8 +6,6 @@ maximum runs along vectors.  ``exp2`` adds the maximum to the exponent, so movin
 
 from __future__ import annotations
 
-import math
-
 from favor_np.cpu.kernels.bfloat16 import pair_along
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.simd import (
@@ -23,11 +21,10 @@ from favor_np.cpu.kernels.simd import (
     store,
 )
 from favor_np.cpu.kernels.state import raise_state
+from favor_np.numerics import ELU, LOG2E, POSITIVE
 
-POSITIVE, RELU, ELU = 0, 1, 2
 #: log2 head-room over the running maxima before they are moved.
 RAISE_KEYS, RAISE_QUERIES = 16, 40
-LOG2E = math.log2(math.e)
 
 
 @jit(fastmath=EXACT)

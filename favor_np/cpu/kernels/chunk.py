@@ -69,6 +69,7 @@ from favor_np.cpu.kernels.spread import (
     lift_squares,
 )
 from favor_np.cpu.kernels.state import add_rows, add_sums
+from favor_np.jobs import BLOCK, K_ROW, KEYS, MASK_ROW, ROWS, V_ROW
 
 #: Positions of a chunk that are tried together once its keys did not fit together: they may not again.
 PIECE = 8
@@ -85,11 +86,11 @@ Tiles = namedtuple(
 
 
 @jit()
-def carve(par, unit, cut_weight, floats, ints, d, vcols, width, blocks):
-    """Cut the tiles from one thread's workspace; ``plan.layout`` says how much they need."""
+def carve(floats, ints, signs, unit, cut_weight, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace, which `measure` makes large enough for this."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
-    tiles = blocks * par.signs
+    tiles = blocks * signs
     rows, at = cut(floats, 0, CHUNK, dcols)
     columns, at = cut(floats, at, dcols, CHUNK)
     raw, at = cut(floats, at, width, CHUNK)
@@ -237,11 +238,16 @@ def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, ahead, foll
 
     So many queries are following, that far ahead: they are fetched meanwhile, with where their outputs go.
     """
-    row, out_row, w, features = p.q_rows[g] + start, p.out_rows[g] + start, p.row[4], p.row[7]
+    row, out_row, w, features = (
+        p.q_rows[g] + start,
+        p.out_rows[g] + start,
+        p.row[BLOCK],
+        p.row[ROWS],
+    )
     if words is None:
         coming = Coming(p.q, row + ahead, p.out.rows, out_row + ahead, following)
         read_chunk(par, p.q, row, count, p.fm, w, features, c, s, z, slot, keys, t.values, clean, p.out,
-                   out_row, p.spread, batch_of(p.spread, p.v, p.row[1]), p.groups, coming, t)  # fmt: skip
+                   out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, coming, t)  # fmt: skip
     else:
         soon(p.q, row + ahead, following)
         read_words(words, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
@@ -339,10 +345,15 @@ def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
 
     A FOLD is into a state of the chunk's own.  That far ahead are the rows that are fetched meanwhile.
     """
-    k_row, v_row, w, features = p.row[0] + start, p.row[1] + start, p.row[4], p.row[7]
-    mask_row = p.row[2] + start if p.row[2] >= 0 else -1
+    k_row, v_row, w, features = (
+        p.row[K_ROW] + start,
+        p.row[V_ROW] + start,
+        p.row[BLOCK],
+        p.row[ROWS],
+    )
+    mask_row = p.row[MASK_ROW] + start if p.row[MASK_ROW] >= 0 else -1
     reads = what == READ or (what == WHOLE and par.causal)
-    following = min(CHUNK, p.row[3] - start - ahead)
+    following = min(CHUNK, p.row[KEYS] - start - ahead)
     taken = count
     set_float_mode(IEEE)
     if what != READ:

@@ -41,6 +41,7 @@ from favor_np.cpu.kernels.jobs import claim, enter, leave, report
 from favor_np.cpu.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
 from favor_np.cpu.kernels.products import begin_unit, end_unit, seen_by
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, sum_lanes
+from favor_np.jobs import K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
 #: Query tiles that share one packed tile of keys.
 GROUP = 16
@@ -89,7 +90,7 @@ def carve_exact_planes(cut_unit, floats, at, d):
 
 
 @jit()
-def carve_exact(unit, cut_unit, floats, ints, d, vcols):
+def carve_exact(floats, ints, unit, cut_unit, d, vcols):
     """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -282,8 +283,8 @@ def exact_block(par, q, k, v, mask, job, out, t):
     False if a logit may be too large for this precision: the rows it belongs to are then wrong.
     """
     fits = True
-    q_row, k_row, v_row, mask_row, out_row = job[0], job[1], job[2], job[3], job[4]
-    count, keys_count, offset = job[5], job[6], job[7]
+    q_row, k_row, v_row, mask_row = job[Q_ROW], job[K_ROW], job[V_ROW], job[MASK_ROW]
+    out_row, count, keys_count, offset = job[OUT_ROW], job[QUERIES], job[KEYS], job[START]
     pack_queries(par, q, q_row, count, t)
     bad = keys_count
     end = min(keys_count, offset + count) if par.causal else keys_count
@@ -324,7 +325,7 @@ def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, c
     me, mode = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(
-        unit, cut_unit, floats[me], ints[me], q.shape[1], -(-v.shape[1] // lanes) * lanes
+        floats[me], ints[me], unit, cut_unit, q.shape[1], -(-v.shape[1] // lanes) * lanes
     )
     begin_unit(unit)
     begin_unit(cut_unit)

@@ -7,7 +7,6 @@ dk = scale dS^T q and, into rows that its job alone adds to, dq = scale dS k.
 
 from __future__ import annotations
 
-import math
 from collections import namedtuple
 
 import numpy as np
@@ -18,8 +17,20 @@ from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.jobs import claim, enter, leave
 from favor_np.cpu.kernels.pack import CHUNK, across, cut, pack, pack_values
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, load, nearest, splat, store, view
+from favor_np.jobs import (
+    DQ_ROW,
+    GRAD_ROW,
+    K_ROW,
+    KEYS,
+    MASK_ROW,
+    NUMBER,
+    QUERIES,
+    START,
+    STRIDE,
+    V_ROW,
+)
+from favor_np.numerics import LN2
 
-LN2 = math.log(2)
 #: Key tiles of a block, which share one packed tile of queries.
 GROUP = 8
 
@@ -147,17 +158,17 @@ def write_key_block(mask, mask_row, count, out, row, t):
 @jit()
 def differentiate_keys(par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows, offset, out, t):
     """One block of keys, from offset on, over all queries that may see them."""
-    owner, mask_row, queries = job[0], job[3], job[6]
-    count = min(GROUP * CHUNK, job[5] - offset)
+    owner, mask_row, queries = job[NUMBER], job[MASK_ROW], job[QUERIES]
+    count = min(GROUP * CHUNK, job[KEYS] - offset)
     m_row = mask_row + offset if mask_row >= 0 else -1
-    pack_key_block(par, k, job[1] + offset, v, job[2] + offset, count, mask, m_row, t)
+    pack_key_block(par, k, job[K_ROW] + offset, v, job[V_ROW] + offset, count, mask, m_row, t)
     for h in range(q_rows.shape[1]):
         for start in range(offset if par.causal else 0, queries, CHUNK):
             here = min(CHUNK, queries - start)
             row = g_rows[owner, h] + start
             pack_query_tile(par, q, q_rows[owner, h] + start, g, row, here, mask, t)
             width = out.q.shape[1]
-            first = job[7] + dq_rows[owner, h] + start
+            first = job[DQ_ROW] + dq_rows[owner, h] + start
             dq = view(out.q, first * width, -(-here // 8) * 8, width)
             for b in range(-(-count // CHUNK)):
                 position = offset + b * CHUNK
@@ -168,7 +179,7 @@ def differentiate_keys(par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows
                 differentiate_tile(
                     rows, row, here, keys, q.shape[1], v.shape[1], diagonal, b, dq, t
                 )
-    write_key_block(mask, m_row, count, out, job[4] + offset, t)
+    write_key_block(mask, m_row, count, out, job[GRAD_ROW] + offset, t)
 
 
 @jit(cache=True)
@@ -184,7 +195,7 @@ def differentiate_exact(
         if index >= n:
             break
         job = jobs[index]
-        for offset in range(job[8], job[5], job[9]):
+        for offset in range(job[START], job[KEYS], job[STRIDE]):
             differentiate_keys(
                 par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows, offset, out, t
             )

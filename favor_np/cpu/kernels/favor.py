@@ -16,6 +16,7 @@ from favor_np.cpu.kernels.relay import attend_relay
 from favor_np.cpu.kernels.spread import carve_groups
 from favor_np.cpu.kernels.state import PAD, begin, fold_tail
 from favor_np.cpu.kernels.step import step_token
+from favor_np.jobs import BLOCK, K_ROW, KEYS, QUERIES, ROWS, V_ROW
 
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
@@ -50,14 +51,14 @@ def clock_of(clocks, job):
 @jit()
 def attend_one(par, p, c, s, z, slot, t):
     """Everything for one problem: its keys and values, one state, its group of queries."""
-    start, keys_count, queries_count, split = 0, p.row[3], p.row[6], False
+    start, keys_count, queries_count, split = 0, p.row[KEYS], p.row[QUERIES], False
     while start < keys_count:
         count = piece(start, keys_count, split)
         taken = attend_chunk(par, p, WHOLE, start, count, count, c, s, z, slot, t.keys, t)
         start, split = start + taken, taken < count
     if not par.causal and queries_count > 0:
         set_float_mode(IEEE | FLUSH if ordinary_sums(s, slot, c.shape[1] - PAD) else IEEE)
-        load_state(t.words, par, p.row[7], c, s, z, slot, t.keys.shape[2])
+        load_state(t.words, par, p.row[ROWS], c, s, z, slot, t.keys.shape[2])
         for g in range(p.q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 count, following = min(CHUNK, queries_count - start), queries_count - start - CHUNK
@@ -77,7 +78,8 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
     me, mode = enter(ctl)
     width = fm.key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
-    t = carve(par, unit, fm.key_planes, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
+    t = carve(floats[me], ints[me], par.signs, unit, fm.key_planes, q.shape[1], s.shape[2], width,
+              blocks)  # fmt: skip
     groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
     while True:
@@ -95,7 +97,9 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
             attend_relay(par, p, relay, job, c, s, z, floats, t)
         else:
             slot = begin(par, row, me, c, s, z, width)
-            if row[3] > 0 or row[6] == 0:  # who only reads changes nothing: others may read, too
+            if (
+                row[KEYS] > 0 or row[QUERIES] == 0
+            ):  # who only reads changes nothing: others may read, too
                 fold_tail(c, s, z, slot)
             attend_one(par, p, c, s, z, slot, t)
         end_unit(unit)
@@ -155,14 +159,14 @@ def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, ou
     me, mode = enter(ctl)
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
-    t = carve(par, None, None, floats[me], ints[me], q.shape[1], s.shape[2], width, blocks)
+    t = carve(floats[me], ints[me], par.signs, None, None, q.shape[1], s.shape[2], width, blocks)
     while True:
         job = claim(ctl)
         if job >= n:
             break
         row, clock = jobs[job], clock_of(clocks, job)[0]
         slot = begin(par, row, me, c, s, z, width)
-        step_token(par, q, q_rows[job, 0], k, row[0], v, row[1], fm, row[4], row[7], clock, c, s, z, slot,
+        step_token(par, q, q_rows[job, 0], k, row[K_ROW], v, row[V_ROW], fm, row[BLOCK], row[ROWS], clock, c, s, z, slot,
                    Result(rows, weights, tops), out_rows[job, 0], t)  # fmt: skip
         finished += 1
     return leave(ctl, finished, mode)

@@ -19,7 +19,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from favor_np.cpu.kernels.activate import LOG2E, POSITIVE, RELU, factor, log_feature
+from favor_np.cpu.kernels.activate import factor, log_feature
 from favor_np.cpu.kernels.chunk import fold_chunk, map_keys, own_values, piece
 from favor_np.cpu.kernels.favor import clock_of, parameters
 from favor_np.cpu.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
@@ -55,6 +55,21 @@ from favor_np.cpu.kernels.simd import (
     sum_lanes,
 )
 from favor_np.cpu.kernels.state import PAD, begin, fold_tail
+from favor_np.jobs import (
+    BLOCK,
+    GRAD_ROW,
+    K_ROW,
+    KEYS,
+    MASK_ROW,
+    NUMBER,
+    OUT_ROW,
+    Q_ROW,
+    QUERIES,
+    ROWS,
+    SIDE,
+    V_ROW,
+)
+from favor_np.numerics import LOG2E, POSITIVE, RELU
 
 #: What the pullback works from; out, weights and tops are what the forward pass wrote.
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
@@ -72,11 +87,11 @@ Tiles = namedtuple(
 
 
 @jit()
-def carve(par, cut_weight, floats, ints, d, vcols, width, blocks):
-    """Cut the tiles from one thread's workspace; ``plan.vjp_workspace`` says how much they need."""
+def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
-    tiles = blocks * par.signs
+    tiles = blocks * signs
     rows, at = cut(floats, 0, CHUNK, dcols)
     columns, at = cut(floats, at, dcols, CHUNK)
     raws, at = cut(floats, at, blocks * width, CHUNK)
@@ -123,17 +138,17 @@ def dot(a, i, b, j, width):
 @jit()
 def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
     """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
-    k_row, v_row, mask_row = job[0], job[1], job[2]
+    k_row, v_row, mask_row = job[K_ROW], job[V_ROW], job[MASK_ROW]
     m_row = mask_row + at if mask_row >= 0 else -1
     lift = pack_keys(
-        par, x.k, k_row + at, count, x.mask, m_row, fm, job[4], clock + at * rate, rate, t
+        par, x.k, k_row + at, count, x.mask, m_row, fm, job[BLOCK], clock + at * rate, rate, t
     )
     clean = pack_values(x.v, v_row + at, 1, count, t.values, x.mask, m_row)
     for i in range(count):
         if t.square[i] == math.inf and (m_row < 0 or x.mask[m_row + i]):
             # With a feature of zero NaN reaches nobody who must not see it.
             t.values[i], t.share[i], clean = math.nan, math.nan, False
-    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.key_planes, fm.bias, job[4], c, s, z,
+    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.key_planes, fm.bias, job[BLOCK], c, s, z,
                      slot, t.keys, t)  # fmt: skip
     return taken, clean
 
@@ -141,8 +156,8 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
 @jit()
 def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
-    q_row, out_row, width = job[9] + at, job[10] + at, x.grad.shape[1]
-    pack_queries(par, x.q, q_row, step, count, fm, job[4], t)
+    q_row, out_row, width = job[Q_ROW] + at, job[OUT_ROW] + at, x.grad.shape[1]
+    pack_queries(par, x.q, q_row, step, count, fm, job[BLOCK], t)
     clean = pack_values(x.grad, out_row, step, count, t.values, x.mask, -1)
     for i in range(CHUNK):
         t.height[i], t.share[i] = math.inf, 0
@@ -165,7 +180,7 @@ def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t
         else:
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
-    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_planes, none, job[4], c,
+    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_planes, none, job[BLOCK], c,
                      s, z, slot, t.keys, t)  # fmt: skip
     return taken, clean
 
@@ -236,17 +251,17 @@ def errors(par, side, cols, features, z, slot, r0, bias, row, first, t):
 def side_b(par, x, job, of_keys, at, step, count, fm, t):
     """Pack the rows of side B, their vectors, and what has to be known of them."""
     if of_keys:
-        mask_row = job[2] + at if job[2] >= 0 else -1
-        pack(x.k, job[0] + at, step, count, t.rows, par.limit, t.square)
-        heights(par, fm, job[4], count, x.k.shape[1], t)
-        pack_values(x.v, job[1] + at, step, count, t.other, x.mask, mask_row)
+        mask_row = job[MASK_ROW] + at if job[MASK_ROW] >= 0 else -1
+        pack(x.k, job[K_ROW] + at, step, count, t.rows, par.limit, t.square)
+        heights(par, fm, job[BLOCK], count, x.k.shape[1], t)
+        pack_values(x.v, job[V_ROW] + at, step, count, t.other, x.mask, mask_row)
         t.extra[:] = 1
     else:
-        pack_queries(par, x.q, job[9] + at, step, count, fm, job[4], t)
-        pack_values(x.grad, job[10] + at, step, count, t.other, x.mask, -1)
+        pack_queries(par, x.q, job[Q_ROW] + at, step, count, fm, job[BLOCK], t)
+        pack_values(x.grad, job[OUT_ROW] + at, step, count, t.other, x.mask, -1)
         t.extra[:] = 0
         for i in range(count):
-            row = job[10] + at + i * step
+            row = job[OUT_ROW] + at + i * step
             if x.weights[row] == 0:  # it sees no key, whatever its cotangent is
                 t.other[i] = 0
             t.extra[0, i] = -dot(t.other, i, x.out, row, x.grad.shape[1])
@@ -263,11 +278,11 @@ def factors(par, x, job, of_keys, at, step, count, clock, rate, t):
         by = 0.0
         if of_keys:
             position = at + i * step
-            if job[2] < 0 or x.mask[job[2] + position]:
+            if job[MASK_ROW] < 0 or x.mask[job[MASK_ROW] + position]:
                 height = t.square[i] - clock - rate * position
                 by = 2.0 ** (t.top[0, i] - height)
         else:
-            row = job[10] + at + i * step
+            row = job[OUT_ROW] + at + i * step
             if x.weights[row] != 0:
                 by = 2.0 ** float(t.top[0, i] - x.tops[row]) / x.weights[row]
         if t.square[i] == math.inf and by != 0:
@@ -298,7 +313,7 @@ def pull_chunk(
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
     d, dv, vcols, dcols = x.q.shape[1], x.v.shape[1], t.num.shape[1], t.grad.shape[1]
-    w, features_count = job[4], job[7]
+    w, features_count = job[BLOCK], job[ROWS]
     blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
     half = blocks * width
     set_float_mode(IEEE)
@@ -331,12 +346,12 @@ def pull_chunk(
                     gemm(tile, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             if of_keys:
                 gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
-            errors(par, side, cols, features, z, slot, r0, to.bias, job[12], b * width, t)
+            errors(par, side, cols, features, z, slot, r0, to.bias, job[NUMBER], b * width, t)
         if to.projection.size > 0:
             gemm(t.error, t.rows, t.stretched, 0, width, 0, dcols, 0, count, False)
             for r in range(width):
                 for y in range(dcols):
-                    to.projection[job[12], b * width + r, y] += t.stretched[r, y]
+                    to.projection[job[NUMBER], b * width + r, y] += t.stretched[r, y]
         else:
             gemm_t(t.error, rows_of_weight[w + b], t.grad, 0, rows, 0, dcols, 0, width, b > 0)
     if to.projection.size > 0:
@@ -352,8 +367,8 @@ def pull_chunk(
         position = at + i * step
         by = t.factor[0, i]
         if of_keys:
-            row = job[11] + position
-            seen = job[2] < 0 or x.mask[job[2] + position]
+            row = job[GRAD_ROW] + position
+            seen = job[MASK_ROW] < 0 or x.mask[job[MASK_ROW] + position]
             for y in range(d):
                 slope = t.stretched[i, y] if par.factored else norm * t.rows[i, y]
                 if par.affine:
@@ -363,7 +378,7 @@ def pull_chunk(
             for y in range(dv):
                 to.v[row, y] = t.num[i, y] * by if seen else 0
         else:
-            row = job[10] + position
+            row = job[OUT_ROW] + position
             for y in range(d):
                 to.q[row, y] = t.grad[i, y] if x.weights[row] != 0 else 0
 
@@ -371,8 +386,8 @@ def pull_chunk(
 @jit()
 def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
     """One side of one problem: the gradient of its queries, or that of its keys and values."""
-    of_keys = job[8] == 1
-    a_count, b_count = (job[6], job[3]) if of_keys else (job[3], job[6])
+    of_keys = job[SIDE] == 1
+    a_count, b_count = (job[QUERIES], job[KEYS]) if of_keys else (job[KEYS], job[QUERIES])
     step = -1 if of_keys and par.causal else 1
     first = a_count - 1 if step < 0 else 0
     mine = fm.bias if of_keys else none
@@ -403,8 +418,8 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
     """Take jobs until none is left; how many are finished by now."""
     par = parameters(constants)
     me, mode = enter(ctl)
-    t = carve(par, fm.key_planes, floats[me], ints[me], x.q.shape[1], s.shape[2], fm.key.shape[2],
-              (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
+    t = carve(floats[me], ints[me], par.signs, fm.key_planes, x.q.shape[1], s.shape[2],
+              fm.key.shape[2], (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
     begin_unit(natural.unit)
     finished = 0
     while True:

@@ -20,7 +20,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import llvmlite
@@ -32,12 +32,16 @@ from numba.core.compiler import Compiler, CompileResult
 from numba.misc.appdirs import AppDirs
 from numba.np import linalg
 
+from favor_np import jobs, numerics
+
 #: Reassociation is allowed (it is what vectorises a sum), NaN and infinity stay what they are.
 FAST = frozenset({"contract", "reassoc", "nsz", "arcp", "afn"})
 #: Products and sums may fuse and nothing else: for code that rounds by adding a large number.
 EXACT = frozenset({"contract"})
 
 _PACKAGE = Path(__file__).parent
+#: Modules outside this package whose constants kernels freeze into machine code.
+_SHARED = (jobs, numerics)
 _FROZEN = bool(getattr(sys, "frozen", False))
 #: What of this package is on the disk: its folder, the archive it is in, the program it is frozen in.
 _PLACE = Path(sys.executable) if _FROZEN else _PACKAGE
@@ -48,9 +52,14 @@ def _sources() -> str:
     """Digest of everything compiled code depends on that a kernel's signature does not tell."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     parts = [path.read_bytes() for path in sorted(_PACKAGE.glob("*.py"))] or list(_loaded())
-    for part in parts:
+    for part in (*parts, *map(_constants, _SHARED)):
         digest.update(part)
     return digest.hexdigest()[:16] if parts else ""
+
+
+def _constants(module: ModuleType) -> bytes:
+    """Return the constants of a module as they are frozen: its file may have changed since it was loaded."""
+    return repr(sorted((name, x) for name, x in vars(module).items() if name.isupper())).encode()
 
 
 def _loaded() -> Iterator[bytes]:

@@ -65,7 +65,7 @@ def carve_planes(cut_weight, floats, at, d):
 
 @jit()
 def carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles):
-    """Cut the tiles for words; ``plan.layout`` says how much they need."""
+    """Cut the tiles for words, if products are of these."""
     if unit is None:
         return None
     if cut_weight is not None:

@@ -22,6 +22,7 @@ from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import CHUNK, cut
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, fetch_add, load
 from favor_np.cpu.kernels.state import PAD, add_state, copy_state, raise_state
+from favor_np.jobs import KEYS
 
 #: The third kind of job, beside FOLD and READ: the states of a group are added up.
 SCAN = 2
@@ -143,7 +144,7 @@ def attend_relay(par, p, relay, number, c, s, z, floats, t):
     if what == SCAN:
         last = min(chunk + relay[GROUP], relay[CHUNKS])
     for i in range(chunk, last):
-        slot, at, end = slot_of(relay, i), i * CHUNK, min(i * CHUNK + CHUNK, p.row[3])
+        slot, at, end = slot_of(relay, i), i * CHUNK, min(i * CHUNK + CHUNK, p.row[KEYS])
         flat, _ = cut(floats[relay[THREADS]], slot * t.keys.size, t.keys.size // width, width)
         keys = flat.reshape(t.keys.shape)
         own, basis = note(relay, slot), basis_of(relay, what, i, turn)

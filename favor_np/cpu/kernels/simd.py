@@ -20,6 +20,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 from numba.np.arrayobj import make_array, populate_array
 
+from favor_np.numerics import EXP2, EXP2_BFLOAT16, ROUNDER
+
 _AVX512_NAMES = ("avx512", "lake-server", "cascade", "cooper", "cannon", "icelake", "tigerlake",
                  "rocketlake", "sapphire", "emerald", "granite", "diamond", "znver4", "znver5",
                  "x86-64-v4")  # fmt: skip
@@ -255,31 +257,14 @@ def sum_lanes(typingctx, a):
     return a.dtype(a), codegen
 
 
-# Per type: 1.5 * 2**mantissa (adding it rounds to an integer), bits of the mantissa, and 2**f on
-# [-1/2, 1/2] as 1 + c0 f + c1 f**2 + ..., a weighted least-squares fit at Chebyshev nodes with the
-# coefficients rounded one after the other; its relative error is 0.06 of half an ulp.
-_EXP2 = {
-    types.float32: (
-        12582912.0,
-        23,
-        (0.6931471824645996, 0.24022644758224487, 0.055503591895103455, 0.009618841111660004,
-         0.0013391136890277267, 0.00015238006017170846),
-    ),
-    types.float64: (
-        6755399441055744.0,
-        52,
-        (0.6931471805599453, 0.24022650695910133, 0.05550410866482226, 0.009618129107593498,
-         0.0013333558146380658, 0.00015403530457765014, 1.5252733805508415e-05,
-         1.3215435001110848e-06, 1.0178086773687693e-07, 7.073826046303358e-09,
-         4.449955477539561e-10),
-    ),
-}  # fmt: skip
+#: Per type: what rounds to an integer when it is added, and the bits of the mantissa.
+_ROUNDER = {types.float32: ROUNDER[4], types.float64: ROUNDER[8]}
 
 
 @intrinsic
 def nearest(typingctx, y):
     """The integer nearest to each lane, for |y| < 2**22 (float32) or 2**51 (float64)."""
-    magic = _EXP2[y.dtype][0]
+    magic, _ = _ROUNDER[y.dtype]
 
     def codegen(context, builder, signature, args):
         shifted = builder.bitcast(builder.fadd(args[0], y.constant(magic)), y.integer.ir)
@@ -294,8 +279,8 @@ def _exp2(short: tuple[float, ...] | None = None) -> Callable[..., Any]:
 
     @intrinsic
     def exp2(typingctx, y, n):
-        magic, mantissa, full = _EXP2[y.dtype]
-        coefficients = short or (1.0, *full)
+        magic, mantissa = _ROUNDER[y.dtype]
+        coefficients = short or EXP2[y.dtype.bitwidth // 8]
         lowest = -125 if mantissa == 23 else -1021  # the fraction is from 0.7 up
 
         def codegen(context, builder, signature, args):
@@ -318,11 +303,8 @@ def _exp2(short: tuple[float, ...] | None = None) -> Callable[..., Any]:
 #: ``exp2(y, n) = 2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds.
 #: Zero where the result might be below the smallest normal number; n must not pass the largest.
 exp2 = _exp2()
-#: The same with a relative error of 7.5e-5, the least that four coefficients have: a twentieth of what
-#: rounding to bfloat16 makes of it.  For float32.
-exp2_short = _exp2(
-    (0.9999280729823053, 0.6932609852797501, 0.2426111252104096, 0.055171670307334816)
-)
+#: The same for float32, as exact as bfloat16 needs.
+exp2_short = _exp2(EXP2_BFLOAT16)
 
 
 @intrinsic

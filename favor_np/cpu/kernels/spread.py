@@ -34,7 +34,7 @@ Groups = namedtuple("Groups", "den top shares num squares turned")
 
 @jit()
 def carve_groups(spread, room, me, blocks, vcols, width):
-    """Cut the tiles from this thread's row of `room`; ``plan.spread_room`` says how much."""
+    """Cut the tiles from this thread's row of `room`."""
     if spread is None:
         return None
     lanes = VECTOR_BYTES // room.itemsize

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, fma, load, splat, store, view
+from favor_np.jobs import ROWS, SLOT
 
 #: Tokens that a state keeps before it folds them together.
 TAIL = 16
@@ -28,13 +29,13 @@ PAD = 16
 @jit()
 def begin(par, job, me, c, s, z, width):
     """The slot of a job's state; if it has none, that of this thread, without a key."""
-    if job[5] >= 0:
-        return job[5]
+    if job[SLOT] >= 0:
+        return job[SLOT]
     features = c.shape[1] - PAD
     tiles = features // width
     blocks = tiles // par.signs
     for b in range(tiles):
-        real = min(par.filled, job[7] - b % blocks * par.filled)
+        real = min(par.filled, job[ROWS] - b % blocks * par.filled)
         for r in range(width):
             c[me, b * width + r] = par.nothing if r < real else par.idle
     c[me, features] = 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from numba import cuda, float32, int32, uint32, uint64
 
-from favor_np.cpu.kernels.activate import POSITIVE
+from favor_np import numerics
 from favor_np.cuda.kernels.storage import four, number, put_four, rounded
 from favor_np.cuda.kernels.tiles import (
     EVEN,
@@ -47,9 +47,10 @@ from favor_np.cuda.kernels.tiles import (
     take,
     total_across,
 )
+from favor_np.numerics import POSITIVE
 
-#: log2-features of the keys of one chunk may pass its first key by this much, as on the CPU.
-SPAN = 40
+#: log2-features of the keys of one chunk may pass its first key by this much.
+SPAN = numerics.SPAN[4]
 #: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which is
 #: folded; a row of -1 steps goes backwards.
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)

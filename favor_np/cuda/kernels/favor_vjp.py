@@ -11,7 +11,6 @@ from typing import Any
 
 from numba import cuda, float32, int32, uint32
 
-from favor_np.cpu.kernels.activate import POSITIVE, RELU
 from favor_np.cuda.kernels.favor import (
     COUNT,
     HEAD,
@@ -57,6 +56,7 @@ from favor_np.cuda.kernels.tiles import (
     take,
     total_across,
 )
+from favor_np.numerics import POSITIVE, RELU
 
 
 def cotangents(grad, out, dens, tops, vectors, shares, heights):

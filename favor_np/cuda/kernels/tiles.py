@@ -11,8 +11,9 @@ from __future__ import annotations
 from numba import cuda, float32, int32, uint32
 from numba.cuda.libdevice import float_as_int, int_as_float
 
-from favor_np.cpu.kernels.activate import ELU, LOG2E, POSITIVE
+from favor_np import numerics
 from favor_np.cuda.kernels.storage import four, number
+from favor_np.numerics import ELU, LOG2E, POSITIVE
 
 #: Positions, features and values of a tile; threads of a block.
 TILE, THREADS = 64, 256
@@ -28,11 +29,13 @@ PADDED, PLAIN, STAGED, WARPS, ROWS = 4352, 4608, 2560, 516, 68
 JOB = 16
 #: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
 EVEN = 8188
-#: Largest |log2-feature|, as on the CPU; below -3 FAR there is none.  The height of a masked key, its
-#: exponent, and that of a feature which no key has reached.
-FAR, MASKED, LOWEST, NOTHING = 2.0**20, 2.0**23, -(2**25), -(2**22)
-#: Adding it rounds to an integer: 1.5 * 2**23, and its bits.
-_MAGIC, _MAGIC_BITS = 12582912.0, 0x4B400000
+#: Largest |log2-feature|; below -3 FAR there is none.  The height of a masked key, its exponent, and that
+#: of a feature which no key has reached.
+FAR = numerics.FAR[4]
+MASKED, LOWEST, NOTHING = numerics.MASKED * FAR, -(2**25), -4 * int(FAR)
+#: Adding it rounds to an integer; and its bits.
+_MAGIC, _MAGIC_BITS = numerics.ROUNDER[4][0], 0x4B400000
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = numerics.EXP2[4]
 
 device = cuda.jit(device=True, forceinline=True)
 
@@ -61,13 +64,13 @@ def exp2(y, n):
     """``2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds."""
     n = int32(n)
     f = y - (float32(y + float32(_MAGIC)) - float32(_MAGIC))
-    p = float32(0.00015238006017170846)
-    p = p * f + float32(0.0013391136890277267)
-    p = p * f + float32(0.009618841111660004)
-    p = p * f + float32(0.055503591895103455)
-    p = p * f + float32(0.24022644758224487)
-    p = p * f + float32(0.6931471824645996)
-    p = p * f + float32(1)
+    p = float32(_E6)
+    p = p * f + float32(_E5)
+    p = p * f + float32(_E4)
+    p = p * f + float32(_E3)
+    p = p * f + float32(_E2)
+    p = p * f + float32(_E1)
+    p = p * f + float32(_E0)
     moved = int_as_float(int32(float_as_int(p) + int32(n << int32(23))))
     return moved if n >= -125 else float32(0)
 
