@@ -1,9 +1,9 @@
 """The tables of the calibration page.
 
-python docs/calibration_table.py                      # the families of tests/families.py
-python docs/calibration_table.py prices volatility    # data of `favor-np compare`
-python docs/calibration_table.py FILE.npz --causal    # queries and keys of another program
-python docs/calibration_table.py forecasts            # how much a forecast should know
+python tools/calibration_table.py                      # the families of tests/families.py
+python tools/calibration_table.py prices volatility    # data of `favor-np compare`
+python tools/calibration_table.py FILE.npz --causal    # queries and keys of another program
+python tools/calibration_table.py forecasts            # how much a forecast should know
 """
 
 import argparse
