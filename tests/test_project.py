@@ -255,7 +255,7 @@ def test_readme_commands_are_one_line_and_do_their_own_set_up(name):
 
 
 def test_table_of_variances_agrees_with_simulation():
-    tables = runpy.run_path(str(ROOT / "docs" / "variance_tables.py"))
+    tables = runpy.run_path(str(ROOT / "tools" / "variance_tables.py"))
     d, features, draws, s = 4, 16, 4000, 0.25
     x = np.full((1, d), np.sqrt(s) / 2 / np.sqrt(d))  # |x + x|**2 = s
     for orthogonal, antithetic in tables["MAPS"].values():
