@@ -20,7 +20,7 @@ from favor_np.compare._methods import METHODS
 from favor_np.forecast import forecast, read_prices
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from families import DIM, DRAWS, FAMILIES, FEATURES, draw
+from support.families import DIM, DRAWS, FAMILIES, FEATURES, draw
 
 
 def family_errors(method, family, draws=DRAWS):
