@@ -14,7 +14,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # nothing is imported here: an interrupt would find no program yet
 
-__version__ = "0.1.0"
+from favor_np._version import __version__
 
 _HOMES = {
     "AttentionState": "state",

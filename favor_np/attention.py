@@ -199,7 +199,7 @@ def check(
                 f"state has dtype {before.dtype}, but these arrays are computed in {call.compute}"
             )
         before._fits(call.offsets, decay, causal=call.causal)
-        rates, call.decay = before.rates, before._decay
+        rates, call.decay = before._rates, before._decay
     elif rates is not None:
         sequences = 1 if call.offsets is None else len(call.offsets) - 1
         call.decay_rates, call.decay = rates, decay_offsets(rates, sequences)
@@ -223,8 +223,8 @@ def _checked_state(state: object, feature_map: FeatureMap, engine: Engine) -> At
     if not isinstance(state, AttentionState):
         raise TypeError(f"state must be an AttentionState, got {validation.got(state)}")
     state._check_map(feature_map)
-    if state.engine.home != engine.home:
-        raise TypeError(f"state lies {state.engine.home}, the arrays do not")
+    if state._engine.home != engine.home:
+        raise TypeError(f"state lies {state._engine.home}, the arrays do not")
     return state
 
 
@@ -237,7 +237,7 @@ def state_after(call: Call, before: AttentionState | None) -> AttentionState:
     form = StateForm(call.map, call.compute, call.v.shape[-1])
     after = AttentionState._empty(call.engine, form, call.state_shape, sequences)
     if call.decay_rates is not None:
-        after.rates = np.repeat(call.decay_rates, sequences or 1)
+        after._rates = np.repeat(call.decay_rates, sequences or 1)
     return after
 
 
@@ -260,6 +260,6 @@ def attend(
 
         window.attend(call, target)
     else:
-        call.engine.attend(call, target, None if after is None else after.arrays, normalizers)
+        call.engine.attend(call, target, None if after is None else after._arrays, normalizers)
     if after is not None:
         after._count(call.keys, call.offsets)

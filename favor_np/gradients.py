@@ -147,7 +147,7 @@ def attend_forward(
     if state is not None and after is None:
         after = state_after(call, state)
     attend(call, out, after, normalizers)
-    return Forward(out, normalizers, None if state is None else state.arrays)
+    return Forward(out, normalizers, None if state is None else state._arrays)
 
 
 def pullback_of(
@@ -220,10 +220,10 @@ def _final_state(
         given[name] = validation.tensor(f"grad_state.{name}", given[name], 1)
         if given[name].shape != shape:
             raise ValueError(f"grad_state.{name} must have shape {shape}, got {given[name].shape}")
-    rows = len(after.arrays[0]), after.feature_map.num_features
+    rows = len(after._arrays[0]), after.feature_map.num_features
     c, weight = after.c.reshape(rows), np.ones(rows)
     seen, exponents = _folded(c), -c
-    if after.rates is not None:
+    if after._rates is not None:
         whole, fraction = after._raised()
         earlier = 0 if before is None else before._raised()[0]
         exponents = exponents - (whole - earlier)[:, None].astype(c.dtype)
@@ -234,17 +234,17 @@ def _final_state(
         given["S"].reshape(*rows, after.value_dim) * weight[..., None],
         given["z"].reshape(rows) * weight,
     )
-    states: tuple[Any, ...] = after.engine.states_of(after.form, parts)
+    states: tuple[Any, ...] = after._engine.states_of(after._form, parts)
     return states
 
 
 def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
     """Return the cotangent of the first state's S and z from the fold that went back to it."""
-    c, s, z = state.engine.state_sums(state.form, found)
+    c, s, z = state._engine.state_sums(state._form, found)
     before = state.c.reshape(c.shape)
     seen = _folded(before) & _folded(c)
     weight = np.ldexp(np.where(seen, 1.0, 0.0), np.where(seen, c + before, 0))
-    if state.rates is not None:
+    if state._rates is not None:
         weight = weight * np.exp2(state._raised()[1])[:, None]
     lead = (*state._slots, state.feature_map.num_features)
     return StateGradient(

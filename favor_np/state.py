@@ -89,9 +89,9 @@ class AttentionState:
     """
 
     #: -log2 of the decay, a row each; None where nothing decays.
-    rates: Array | None
+    _rates: Array | None
     #: Tokens folded: by every row, or an array where rows may differ, which is never changed in place.
-    tokens: int | Array
+    _tokens: int | Array
 
     def __init__(
         self,
@@ -120,20 +120,20 @@ class AttentionState:
         if rates is not None:
             rates = np.repeat(rates, sequences or 1)
         self._set_up(engine, StateForm(fm, kind, value_dim), batch_shape, sequences)
-        self.rates = rates
+        self._rates = rates
 
     def _set_up(
         self, engine: Engine, form: StateForm, batch_shape: tuple[int, ...], sequences: int | None
     ) -> None:
         """Be the state of no keys."""
-        self.engine = engine
-        self.feature_map, self.dtype, self.value_dim = self.form = form
+        self._engine = engine
+        self.feature_map, self.dtype, self.value_dim = self._form = form
         self.batch_shape = batch_shape
         self.sequences = sequences
         #: c, S, z in the layout of the engine: one row a batch and head, features padded.
-        self.arrays = engine.new_states(form, math.prod(batch_shape) * (sequences or 1))
-        self.rates = None
-        self.tokens = 0
+        self._arrays = engine.new_states(form, math.prod(batch_shape) * (sequences or 1))
+        self._rates = None
+        self._tokens = 0
         self._guard = Guard("AttentionState")
 
     @classmethod
@@ -182,7 +182,7 @@ class AttentionState:
     @property
     def nbytes(self) -> int:
         """Bytes of the state's arrays."""
-        return sum(int(array.nbytes) for array in self.arrays)
+        return sum(int(array.nbytes) for array in self._arrays)
 
     @property
     def lengths(self) -> Array:
@@ -190,25 +190,25 @@ class AttentionState:
         return self._guard.read(self._lengths).reshape(self._slots)
 
     def _lengths(self) -> Array:
-        return np.full(len(self.arrays[0]), self.tokens, np.int64)
+        return np.full(len(self._arrays[0]), self._tokens, np.int64)
 
     @property
     def decay(self) -> Array | None:
         """What the weight of a key is multiplied with at every later token; a copy."""
-        if self.rates is None:
+        if self._rates is None:
             return None
-        rates: Array = self.rates.reshape(*self.batch_shape, self.sequences or 1)[..., 0]
+        rates: Array = self._rates.reshape(*self.batch_shape, self.sequences or 1)[..., 0]
         return np.asarray(np.exp2(-rates))
 
     @property
     def _decay(self) -> DecayOffsets | None:
         """How the keys to come are raised, so that those before them decay."""
-        return None if self.rates is None else DecayOffsets(self._raised()[1], self.rates)
+        return None if self._rates is None else DecayOffsets(self._raised()[1], self._rates)
 
     def _raised(self) -> Any:
         """By how much a key folded now is raised, given decay: the whole part and the fraction."""
-        assert self.rates is not None
-        return np.divmod(self.tokens * self.rates, 1.0)
+        assert self._rates is not None
+        return np.divmod(self._tokens * self._rates, 1.0)
 
     def _age(self, tokens: int | Array) -> None:
         """Count tokens that were folded; with decay, keep the exponents near zero.
@@ -216,16 +216,16 @@ class AttentionState:
         Key j is raised by ``j * rate``; the integer part of what the last one had is taken off again
         here, and the fraction is left to `_decay`.
         """
-        if self.rates is None:
-            self.tokens = self.tokens + tokens
+        if self._rates is None:
+            self._tokens = self._tokens + tokens
             return
         before, _ = self._raised()
-        self.tokens = self.tokens + tokens
-        self.engine.lower_states(self.form, self.arrays, self._raised()[0] - before)
+        self._tokens = self._tokens + tokens
+        self._engine.lower_states(self._form, self._arrays, self._raised()[0] - before)
 
     def _real(self) -> tuple[Array, Array, Array]:
         """Return copies of c, S and z in C order, without the kernels' padding, with the batch axes."""
-        sums, lead = self.engine.state_sums(self.form, self.arrays), self._slots
+        sums, lead = self._engine.state_sums(self._form, self._arrays), self._slots
         c, s, z = (np.ascontiguousarray(x).reshape(*lead, *x.shape[1:]) for x in sums)
         return c, s, z
 
@@ -236,7 +236,7 @@ class AttentionState:
 
     def _now(self, array: Array) -> Array:
         """Return an array of the state without the fraction by which the last token was raised."""
-        if self.rates is not None:
+        if self._rates is not None:
             fraction = np.exp2(-self._raised()[1]).astype(array.dtype)
             lead = self._slots
             array = array * fraction.reshape(*lead, *[1] * (array.ndim - len(lead)))
@@ -383,7 +383,7 @@ class AttentionState:
         RuntimeError
             If a call that changed the state was interrupted, and spoiled it.
         """
-        engine, (q, k, v) = self.engine.receive(q=q, k=k, v=v)
+        engine, (q, k, v) = self._engine.receive(q=q, k=k, v=v)
         (q, k, v), flat = engine.token(
             q, k, v, self.batch_shape, self.feature_map.dim, self.sequences
         )
@@ -401,18 +401,18 @@ class AttentionState:
                 f"cu_seqlens must be that of the state: it has sequences={self.sequences}, "
                 f"got {found}"
             )
-        if self.rates is not None and not causal:
+        if self._rates is not None and not causal:
             raise ValueError("a state with decay needs causal=True, or its own update and attend")
         if decay is not None:
             rates = validation.decay_rates(decay, self.batch_shape)
             if rates is not None:
                 rates = np.repeat(rates, self.sequences or 1)
-            if not _same(rates, self.rates):
+            if not _same(rates, self._rates):
                 raise ValueError(f"decay must be that of the state, {self.decay}, got {decay}")
 
     def _run(self, q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Unpack[Options]) -> Array:
         """Fold keys and read with queries, None being none of them."""
-        engine, (q, k, v, options["key_mask"]) = self.engine.receive(
+        engine, (q, k, v, options["key_mask"]) = self._engine.receive(
             q=q, k=k, v=v, key_mask=options.get("key_mask")
         )
         return self._attend(engine, q, k, v, cu_seqlens, **options)
@@ -430,13 +430,13 @@ class AttentionState:
             call.offsets = validation.sequence_offsets(cu_seqlens, max(keys, call.q.shape[-2]))
         if call.offsets is not None or self.sequences is not None:
             self._fits(call.offsets)
-        if self.rates is not None:
-            validation.decay_span(self.rates, keys)
+        if self._rates is not None:
+            validation.decay_span(self._rates, keys)
         if 0 < keys < LONG:
             return self._guard.change(self._advance, call)
         if keys:
             return self._guard.change(self._advance_copy, call, spoils=False)
-        if self.engine.has_tails(self.arrays):
+        if self._engine.has_tails(self._arrays):
             self._guard.change(lambda state: state._without_tail(), self)
         return self._guard.read(self._advance, call, shared=True)
 
@@ -444,16 +444,18 @@ class AttentionState:
         """Fold and read what was checked."""
         keys, engine = call.keys, call.engine
         result, target = engine.outputs(call)
-        arrays = self.arrays
+        arrays = self._arrays
         if not keys and engine.has_tails(arrays):
             # A token came since `_attend` looked: what only reads changes nothing.
-            arrays = self._copy()._without_tail().arrays
+            arrays = self._copy()._without_tail()._arrays
         if len(arrays[0]) and (target.size or keys):
-            if self.rates is not None:
+            if self._rates is not None:
                 call.decay = self._decay
             engine.attend(call, target, arrays)
-        if keys and call.offsets is None and self.rates is None:  # a token: sooner than by `_count`
-            self.tokens = self.tokens + keys
+        if (
+            keys and call.offsets is None and self._rates is None
+        ):  # a token: sooner than by `_count`
+            self._tokens = self._tokens + keys
         else:
             self._count(keys, call.offsets)
         return engine.finish(call, result, target)
@@ -462,7 +464,7 @@ class AttentionState:
         after = self._copy()
         out = after._advance(call)
         # One step, so that no interrupt comes between the two.
-        vars(self).update(arrays=after.arrays, tokens=after.tokens)
+        vars(self).update(_arrays=after._arrays, _tokens=after._tokens)
         return out
 
     def _count(self, keys: int, offsets: Array | None) -> None:
@@ -506,33 +508,33 @@ class AttentionState:
             raise ValueError(
                 f"other must have (batch_shape, value_dim, sequences) {mine}, got {theirs}"
             )
-        if not _same(self.rates, other.rates):
+        if not _same(self._rates, other._rates):
             raise ValueError(f"other must have decay {self.decay}, got {other.decay}")
-        if self.engine.home != other.engine.home:
+        if self._engine.home != other._engine.home:
             raise TypeError("other must lie where the state does: in main memory, or on the device")
         self._guard.change(self._merge, other.copy())
         return self
 
     def _without_tail(self) -> AttentionState:
         """Fold the tokens that wait, in place."""
-        if self.engine.has_tails(self.arrays):
-            self.engine.fold_tails(self.form, self.arrays)
+        if self._engine.has_tails(self._arrays):
+            self._engine.fold_tails(self._form, self._arrays)
         return self
 
     def _merge(self, other: AttentionState) -> None:
         self._without_tail()
-        c, s, z = other._without_tail().arrays
-        if self.rates is not None:
+        c, s, z = other._without_tail()._arrays
+        if self._rates is not None:
             before, fraction = self._raised()
             before = before + other._raised()[0]
             factor = np.exp2(fraction).astype(z.dtype)[:, None]
             s, z = s * factor[..., None], z * factor
-            self._age(other.tokens)
+            self._age(other._tokens)
             # The sum of the integer parts may be one short of the integer part of the sum.
-            self.engine.lower_states(self.form, (c, s, z), self._raised()[0] - before)
+            self._engine.lower_states(self._form, (c, s, z), self._raised()[0] - before)
         else:
-            self._age(other.tokens)
-        self.engine.merge_states(self.arrays, (c, s, z))
+            self._age(other._tokens)
+        self._engine.merge_states(self._arrays, (c, s, z))
 
     def copy(self) -> AttentionState:
         """Return an independent copy: to continue one prefix in two ways."""
@@ -541,7 +543,7 @@ class AttentionState:
     def _copy(self) -> AttentionState:
         new = AttentionState.__new__(AttentionState)
         vars(new).update(vars(self))
-        new.arrays = self.engine.copy_states(self.arrays)
+        new._arrays = self._engine.copy_states(self._arrays)
         new._guard = Guard("AttentionState")
         return new
 
@@ -626,12 +628,12 @@ class AttentionState:
         args = (self.feature_map, self.value_dim, self.batch_shape, self.dtype.str)
 
         def content() -> tuple[Any, ...]:
-            c, s, z, *rest = self.engine.state_parts(self.form, self.arrays)
+            c, s, z, *rest = self._engine.state_parts(self._form, self._arrays)
             sums = (x.reshape(*self._slots, *x.shape[1:]) for x in (c, s, z))
             return *sums, self._lengths(), None if rest[0] is None else tuple(rest)
 
         c, s, z, lengths, rest = self._guard.read(content)
-        return _restore, (*args, c, s, z, self.sequences, self.rates, lengths, rest)
+        return _restore, (*args, c, s, z, self.sequences, self._rates, lengths, rest)
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -648,10 +650,10 @@ def _restore(*pickled: Any) -> AttentionState:
     parts = Parts(*pickled)
     form = StateForm(parts.feature_map, np.dtype(parts.dtype), parts.value_dim)
     state = AttentionState._empty(processor(), form, parts.batch_shape, parts.sequences)
-    rows = len(state.arrays[0]), form.feature_map.num_features
+    rows = len(state._arrays[0]), form.feature_map.num_features
     c, s, z = parts.c.reshape(rows), parts.s.reshape(*rows, form.value_dim), parts.z.reshape(rows)
-    state.arrays = state.engine.states_of(form, StateParts(c, s, z, *(parts.rest or ())))
-    state.rates, state.tokens = parts.rates, np.ravel(parts.lengths)
+    state._arrays = state._engine.states_of(form, StateParts(c, s, z, *(parts.rest or ())))
+    state._rates, state._tokens = parts.rates, np.ravel(parts.lengths)
     return state
 
 

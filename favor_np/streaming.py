@@ -438,7 +438,7 @@ class _Checkpoint:
         if found.feature_map != new.feature_map:
             self.refuse("its state has another feature map")
         mine, its = (
-            (s.batch_shape, s.value_dim, s.dtype.name, s.sequences, s.rates is None)
+            (s.batch_shape, s.value_dim, s.dtype.name, s.sequences, s._rates is None)
             for s in (new, found)
         )
         if its != mine:

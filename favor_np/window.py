@@ -201,12 +201,12 @@ class WindowState:
         self._guard = Guard("WindowState")
 
     @property
-    def form(self) -> StateForm:
+    def _form(self) -> StateForm:
         """What decides how states are laid out."""
         return StateForm(self.feature_map, self.dtype, self.value_dim)
 
     def _empty(self) -> Any:
-        return processor().new_states(self.form, math.prod(self.batch_shape))
+        return processor().new_states(self._form, math.prod(self.batch_shape))
 
     def _forget(self) -> None:
         #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window,
@@ -416,7 +416,7 @@ class WindowState:
         return self._guard.read(self._kept)
 
     def _kept(self) -> dict[str, Any]:
-        c, s, z, *rest = processor().state_parts(self.form, self._own)
+        c, s, z, *rest = processor().state_parts(self._form, self._own)
         kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
         rows = {name: kept[name].copy() for name in ("_k", "_v", "_mask")}
         return kept | rows | {"_own": ((c, s, z), tuple(rest))}
@@ -425,7 +425,7 @@ class WindowState:
         """Take what `__getstate__` gave, of this version or of one whose states were (c, S, z) alone."""
         vars(self).update(kept)
         sums, rest = self._own if len(self._own) == 2 else (self._own, ())
-        self._own = processor().states_of(self.form, StateParts(*sums, *rest))
+        self._own = processor().states_of(self._form, StateParts(*sums, *rest))
         self._forget()
         self._guard = Guard("WindowState")
 

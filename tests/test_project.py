@@ -74,6 +74,49 @@ def test_modules_stay_readable(path):
     assert "fastmath=True" not in "\n".join(lines)
 
 
+#: Why functions that are neither public nor kernels take more than `MOST_PARAMETERS`.
+MOST_PARAMETERS = 7
+MANY_PARAMETERS = {
+    "attention.check": "the arguments of favor_attention as they came: it makes the Call of them",
+    "jobs.broadcast_jobs": "shapes, by which the table is kept",
+    "cpu.schedule.schedule": "shapes, by which the table is kept",
+    "cuda.plan.attention": "shapes, by which the table is kept",
+    "cuda.plan.gradient": "shapes, by which the table is kept",
+}
+
+
+def parameters(path):
+    """The functions of a module, by dotted name, and how many parameters each takes."""
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            a = node.args
+            names = [
+                x.arg for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if x
+            ]
+            yield f"{module}.{node.name}", len([n for n in names if n not in ("self", "cls")])
+
+
+def test_functions_take_few_parameters():
+    """What belongs together travels as one object; public functions and kernels are excepted."""
+    public = {
+        *favor_np.__all__,
+        "from_projection",
+        "zeros",
+        "forecast",
+        "__init__",
+        "favor_attention",
+    }
+    many = {
+        name
+        for path in PACKAGE.rglob("*.py")
+        if "kernels" not in path.parts
+        for name, count in parameters(path)
+        if count > MOST_PARAMETERS and name.rpartition(".")[2] not in public
+    }
+    assert many == set(MANY_PARAMETERS)
+
+
 def imported(code):
     """The modules that code imports, that of processes in its strings too."""
     for node in ast.walk(ast.parse(code)):
@@ -212,7 +255,7 @@ def test_readme_commands_are_one_line_and_do_their_own_set_up(name):
 
 
 def test_table_of_variances_agrees_with_simulation():
-    tables = runpy.run_path(str(ROOT / "docs" / "variance_tables.py"))
+    tables = runpy.run_path(str(ROOT / "tools" / "variance_tables.py"))
     d, features, draws, s = 4, 16, 4000, 0.25
     x = np.full((1, d), np.sqrt(s) / 2 / np.sqrt(d))  # |x + x|**2 = s
     for orthogonal, antithetic in tables["MAPS"].values():

@@ -11,7 +11,7 @@ from support.inputs import draw, random_inputs
 from support.parameters import each_dtype, each_map
 from support.tolerance import relative_error, state_error
 
-from favor_np import AttentionState, FeatureMap, favor_attention
+from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
 
 L = 150
 
@@ -337,3 +337,20 @@ def test_a_decay_is_that_of_a_state_within_rounding_only(decay):
             state.merge(near_state)
         with pytest.raises(ValueError, match="decay must be that of the state"):
             favor_attention(q, k, v, fm, causal=True, state=state, decay=near)
+
+
+def test_the_constructor_makes_the_state_of_no_keys():
+    fm = feature_map("positive", 4, 8)
+    state = AttentionState(fm, value_dim=3, batch_shape=(2, 5), dtype=np.float64)
+    zeros = AttentionState.zeros(fm, 3, (2, 5), dtype=np.float64)
+    assert (state.batch_shape, state.value_dim, state.dtype) == ((2, 5), 3, np.dtype(np.float64))
+    assert not state.attend(np.ones((2, 5, 1, 4))).any()
+    assert np.array_equal(state.c, zeros.c)
+    assert state.lengths.shape == (2, 5)
+
+
+def test_nbytes_is_what_the_arrays_take():
+    fm = feature_map("positive", 4, 8)
+    small, large = (AttentionState(fm, 16, heads) for heads in (1, 10))
+    assert 10 * small.nbytes == large.nbytes
+    assert small.nbytes >= small.c.nbytes + small.S.nbytes + small.z.nbytes

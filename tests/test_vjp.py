@@ -265,12 +265,12 @@ def moved(state, S, z):
 
     state = state.copy()
     real = layout(state.feature_map, state.dtype, state.value_dim).real
-    late = 1.0 if state.rates is None else np.exp2((state.lengths.ravel() * state.rates) % 1.0)
+    late = 1.0 if state._rates is None else np.exp2((state.lengths.ravel() * state._rates) % 1.0)
     late = np.reshape(late, (-1, 1)) if np.ndim(late) else late
-    rows = len(state.arrays[0])
-    state.arrays[2][:, real] += late * z.reshape(rows, len(real))
+    rows = len(state._arrays[0])
+    state._arrays[2][:, real] += late * z.reshape(rows, len(real))
     late = np.reshape(late, (-1, 1, 1)) if np.ndim(late) else late
-    state.arrays[1][:, real, : state.value_dim] += late * S.reshape(rows, len(real), -1)
+    state._arrays[1][:, real, : state.value_dim] += late * S.reshape(rows, len(real), -1)
     return state
 
 

@@ -93,6 +93,7 @@ def test_rows_of_a_long_sequence():
     q, k = inputs(40, 40)
     everything = attention_weights(q, k, fm, positions=np.arange(40))
     rows = [31, 7, 7, 0, 39]  # in any order
+    np.testing.assert_array_equal(everything, attention_weights(q, k, fm, causal=True))
     got = attention_weights(q[rows], k, fm, positions=rows)
     np.testing.assert_allclose(got, everything[rows], rtol=1e-12)
     assert (got[1, 8:] == 0).all()
@@ -159,6 +160,11 @@ def test_types_and_emptiness():
         ({"k": np.ones((4, 8), complex)}, TypeError, "k must hold real"),
         ({"feature_map": "positive"}, TypeError, "feature_map must be"),
         ({"feature_map": favor_np.feature_map("trig", 8, 4)}, ValueError, "trig"),
+        (
+            {"positions": [0, 1, 2], "causal": True},
+            ValueError,
+            "positions cannot be used with causal",
+        ),
         ({"positions": [0, 1]}, ValueError, r"positions must have shape \(3,\)"),
         ({"positions": [0, 1, 1.5]}, TypeError, "positions must be integers"),
         ({"positions": [0, -1, 2]}, ValueError, "positions must be at least 0, got -1"),

@@ -4,11 +4,11 @@ import ptxrun
 
 ptxrun.require()
 
-import naive
 import pytest
 from cases import Case
 from planting import planted, source_of
 from ptxdevice import PtxDevice
+from support import oracle as naive
 
 import favor_np
 from favor_np.cuda.kernels import tiles

@@ -92,7 +92,7 @@ def test_a_pickle_is_a_state_in_main_memory(gpu):
     q, k, v = CASE.arrays()
     state = AttentionState.zeros(CASE.feature_map(), 5, 2, device="cuda").update(k, v)
     loaded = pickle.loads(pickle.dumps(state))
-    assert loaded.engine.home == "in main memory"
+    assert loaded._engine.home == "in main memory"
     assert relative_error(loaded.attend(q), state.attend(q)) < 1e-5
 
 

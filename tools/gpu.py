@@ -1,6 +1,6 @@
-"""Time the GPU benchmarks without asv, beside what else is installed: python asv_benchmarks/gpu.py.
+"""Time the GPU benchmarks without asv, beside what else is installed: python tools/gpu.py.
 
-Prints a table: the time of each call, and the floor of docs/roofline.py; exact attention of PyTorch and
+Prints a table: the time of each call, and the floor by roofline.py; exact attention of PyTorch and
 linear attention of fla are timed where they are there.  Fails where there is no GPU.
 """
 
@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "docs")]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "asv_benchmarks"), str(ROOT)]
 os.environ["FAVOR_NP_BENCH"] = "full"
 
 from benchmarks import bench_cuda

@@ -1,7 +1,7 @@
 """favor_np beside JAX, PyTorch, a C++ loop and performer-pytorch: same inputs, same run.
 
     pip install jax jaxlib torch performer-pytorch     # what is missing is named and left out
-    python asv_benchmarks/peers.py --threads 1,2 --publish amx       # a part of docs/peers.md
+    python tools/peers.py --threads 1,2 --publish amx       # a part of docs/peers.md
 
 Every number of threads has a process of its own, in which all libraries are held to it. All peers
 get the same arrays and the same projection, and must agree with favor_np before the clock runs.

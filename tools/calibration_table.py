@@ -1,9 +1,9 @@
 """The tables of the calibration page.
 
-python docs/calibration_table.py                      # the families of tests/support/families.py
-python docs/calibration_table.py prices volatility    # data of `favor-np compare`
-python docs/calibration_table.py FILE.npz --causal    # queries and keys of another program
-python docs/calibration_table.py forecasts            # how much a forecast should know
+python tools/calibration_table.py                      # the families of tests/support/families.py
+python tools/calibration_table.py prices volatility    # data of `favor-np compare`
+python tools/calibration_table.py FILE.npz --causal    # queries and keys of another program
+python tools/calibration_table.py forecasts            # how much a forecast should know
 """
 
 import argparse
@@ -20,14 +20,14 @@ from favor_np.compare._methods import METHODS
 from favor_np.forecast import forecast, read_prices
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from support.families import DIM, DRAWS, FAMILIES, FEATURES, draw_family
+from support.families import DIM, DRAWS, FAMILIES, FEATURES, draw
 
 
 def family_errors(method, family, draws=DRAWS):
     """Root-mean-square errors on the calibration data and on fresh data of the same kind."""
     squares = []
     for seed in range(draws):
-        sets = [draw_family(*family, seed, fresh=fresh) for fresh in (False, True)]
+        sets = [draw(*family, seed, fresh=fresh) for fresh in (False, True)]
         known = [x[None] for x in sets[0][:2]]
         fm = method.feature_map(Tokens(*known, *known, DIM**-0.5), FEATURES, seed)
         squares.append([np.mean(difference(fm, *qkv) ** 2) for qkv in sets])

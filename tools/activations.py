@@ -1,7 +1,7 @@
 """Queries and keys of a trained performer-pytorch model, for `favor-np compare --data`.
 
     pip install safetensors
-    python asv_benchmarks/activations.py MODEL OUT.npz     # MODEL.safetensors, MODEL.json, MODEL.npz
+    python tools/activations.py MODEL OUT.npz     # MODEL.safetensors, MODEL.json, MODEL.npz
     favor-np compare --data OUT.npz --causal --lengths 64
 
 MODEL is a causal PerformerLM of characters, softmax kernel: its weights, its configuration with

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests, compute-sanitizer and benchmarks on a machine with an NVIDIA GPU, and a log of it.
 #
-#   scripts/gpu_check.sh [log]        default: gpu_check.log
+#   tools/gpu_check.sh [log]        default: gpu_check.log
 #
 # Needs Python 3.11 or newer ($PYTHON, default python3) with numba and numba-cuda; no network, and
 # nothing is installed. pytest, compute-sanitizer, PyTorch and fla are used where they are there.
@@ -41,7 +41,7 @@ main() {
     step "Tests" "$python" tests/gpu/plain.py
   fi
 
-  step "Benchmarks" "$python" asv_benchmarks/gpu.py
+  step "Benchmarks" "$python" tools/gpu.py
 
   if command -v compute-sanitizer >/dev/null; then
     for case in masked causal-131; do

@@ -1,7 +1,7 @@
 """Tables and pictures of docs/benchmarks.md from results that asv has saved.
 
     FAVOR_NP_BENCH=full asv run -E existing --set-commit-hash $(git rev-parse HEAD)
-    python asv_benchmarks/publish.py amx --cpu "what the machine calls its processor"
+    python tools/publish.py amx --cpu "what the machine calls its processor"
 
 The first argument names the part of the page, between comments: there is one for each machine.  Run it
 where the suite ran: versions are those of this environment.  The suite records what is better when it is
@@ -18,8 +18,8 @@ import math
 import platform
 from pathlib import Path
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 KINDS = {"causal": "causal", "full": "bidirectional"}
 
 
@@ -28,7 +28,7 @@ class Results:
 
     def __init__(self, paths=()):
         if not paths:
-            found = HERE.glob("results/*/*-*.json")
+            found = ROOT.glob("asv_benchmarks/results/*/*-*.json")
             paths = [max(found, key=lambda file: file.stat().st_mtime)]
         self.values, self.commits, started = {}, [], 0
         for path in map(Path, paths):
