@@ -34,7 +34,7 @@ from favor_np.cpu.kernels.activate import (
 )
 from favor_np.cpu.kernels.bfloat16 import words_along
 from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
-from favor_np.cpu.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
+from favor_np.cpu.kernels.gemm import Prefetch, gemm, gemm_t, gemm_t_fetching, prefetch_rows
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import (
     CHUNK,
@@ -122,14 +122,14 @@ def carve(floats, ints, signs, config, cut_weight, d, vcols, width, blocks):
 
 
 @jit()
-def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming, spare):
-    """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while rows are fetched that are coming."""
-    width, features, done, mode = keys.shape[2], sums.shape[1], 0, float_mode()
+def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, next_rows, spare):
+    """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while the next rows are prefetched."""
+    width, features, fetched, mode = keys.shape[2], sums.shape[1], 0, float_mode()
     for t in range(keys.shape[0]):
         set_float_mode(mode)
         r0 = t % par.signs * (features // par.signs) + t // par.signs * width
         more = spare if add else s[slot, r0 : r0 + width]
-        done = fold_keys(words, keys[t], values, count, more, coming, done)
+        fetched = fold_keys(words, keys[t], values, count, more, next_rows, fetched)
         set_float_mode(IEEE)  # whatever the values are: a relay adds sums without them
         if add:
             add_rows(s[slot], r0, features + r0, width, spare)
@@ -161,7 +161,7 @@ def read_chunk(
     spread,
     batch,
     groups,
-    coming,
+    next_rows,
     t,
 ):
     """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
@@ -173,7 +173,7 @@ def read_chunk(
     half = blocks * width
     pack_queries(par, q, row, 1, count, fm, w, t)
     turn_queries(t.planes, t)
-    first, done = True, 0
+    first, fetched = True, 0
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
         project_queries(t.planes, t, fm.query, fm.query_planes, w + b, t.raw, cols, d)
@@ -195,8 +195,8 @@ def read_chunk(
             for i in range(cols):
                 t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
             state = s[slot, r0 : r0 + width]
-            done = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
-                                   not first, coming, done)  # fmt: skip
+            fetched = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
+                                   not first, next_rows, fetched)  # fmt: skip
             if par.causal:
                 tile = keys[b * par.signs + side]
                 for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
@@ -233,10 +233,10 @@ def read_words(words, par, q, row, count, fm, w, clean, out, out_row, t):
 
 
 @jit()
-def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, ahead, following, t):
+def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, distance, next_count, t):
     """Whether `words` is None is known to the compiler.
 
-    So many queries are following, that far ahead: they are fetched meanwhile, with where their outputs go.
+    Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of their outputs.
     """
     row, out_row, w, features = (
         p.q_rows[g] + start,
@@ -245,11 +245,11 @@ def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, ahead, foll
         p.row[ROWS],
     )
     if words is None:
-        coming = Coming(p.q, row + ahead, p.out.rows, out_row + ahead, following)
+        next_rows = Prefetch(p.q, row + distance, p.out.rows, out_row + distance, next_count)
         read_chunk(par, p.q, row, count, p.fm, w, features, c, s, z, slot, keys, t.values, clean, p.out,
-                   out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, coming, t)  # fmt: skip
+                   out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, next_rows, t)  # fmt: skip
     else:
-        soon(p.q, row + ahead, following)
+        prefetch_rows(p.q, row + distance, next_count)
         read_words(words, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
 
 
@@ -340,10 +340,11 @@ def piece(start, end, split):
 
 
 @jit()
-def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
+def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
     """Map the keys of a chunk and fold them, or read the chunk, or both; how many keys were taken.
 
-    A FOLD is into a state of the chunk's own.  That far ahead are the rows that are fetched meanwhile.
+    A FOLD is into a state of the chunk's own.  `distance`: how many rows on those are that are prefetched
+    meanwhile.
     """
     k_row, v_row, w, features = (
         p.row[K_ROW] + start,
@@ -353,24 +354,25 @@ def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
     )
     mask_row = p.row[MASK_ROW] + start if p.row[MASK_ROW] >= 0 else -1
     reads = what == READ or (what == WHOLE and par.causal)
-    following = min(CHUNK, p.row[KEYS] - start - ahead)
+    next_count = min(CHUNK, p.row[KEYS] - start - distance)
     taken = count
     set_float_mode(IEEE)
     if what != READ:
         taken = keys_chunk(par, p.k, k_row, count, p.mask, mask_row, p.fm, w, p.clock + start * p.rate,
                            p.rate, c, s, z, slot, keys, t)  # fmt: skip
-    coming = Coming(p.k, k_row + ahead, p.v, v_row + ahead, following)
+    next_rows = Prefetch(p.k, k_row + distance, p.v, v_row + distance, next_count)
     if t.words is not None:  # nothing below fetches
-        soon(p.k, coming.a_row, following)
-        soon(p.v, coming.b_row, following)
+        prefetch_rows(p.k, next_rows.a_row, next_count)
+        prefetch_rows(p.v, next_rows.b_row, next_count)
     clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
     flush_beside(t.values, taken, c, True)
     load_keys(t.words, reads, keys, t, -(-count // 8) * 8, clean)
     if reads:
         load_state(t.words, par, features, c, s, z, slot, keys.shape[2])
         for g in range(p.q_rows.size):
-            read(t.words, par, p, g, start, taken, c, s, z, slot, keys, clean, ahead, following, t)
+            read(t.words, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
+                 t)  # fmt: skip
     if what != READ:
-        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, coming,
+        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
                    t.spare)  # fmt: skip
     return taken

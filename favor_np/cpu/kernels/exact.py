@@ -35,7 +35,7 @@ from favor_np.cpu.kernels.bfloat16 import (
 )
 from favor_np.cpu.kernels.chunk import own_values
 from favor_np.cpu.kernels.floats import flush_beside
-from favor_np.cpu.kernels.gemm import gemm_t, project_t, soon
+from favor_np.cpu.kernels.gemm import gemm_t, prefetch_rows, project_t
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.jobs import claim, enter, leave, report
 from favor_np.cpu.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
@@ -294,9 +294,9 @@ def exact_block(par, q, k, v, mask, job, out, t):
         longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
         flush_beside(t.values, here, t.top, True)
-        following = min(CHUNK, keys_count - start - here)
-        soon(k, k_row + start + here, following)
-        soon(v, v_row + start + here, following)
+        next_count = min(CHUNK, keys_count - start - here)
+        prefetch_rows(k, k_row + start + here, next_count)
+        prefetch_rows(v, v_row + start + here, next_count)
         load_values(t.words, t, clean)
         if first_bad < CHUNK:
             bad = min(bad, start + first_bad)

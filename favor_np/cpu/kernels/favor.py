@@ -61,9 +61,9 @@ def attend_one(par, p, c, s, z, slot, t):
         load_state(t.words, par, p.row[ROWS], c, s, z, slot, t.keys.shape[2])
         for g in range(p.q_rows.size):
             for start in range(0, queries_count, CHUNK):
-                count, following = min(CHUNK, queries_count - start), queries_count - start - CHUNK
+                count, next_count = min(CHUNK, queries_count - start), queries_count - start - CHUNK
                 read(t.words, par, p, g, start, count, c, s, z, slot, t.keys, True, CHUNK,
-                     min(CHUNK, following), t)  # fmt: skip
+                     min(CHUNK, next_count), t)  # fmt: skip
 
 
 @jit()

@@ -184,15 +184,17 @@ def load_keys(words, reads, keys, t, rows, clean):
 
 
 @jit()
-def fold_keys(words, keys, values, count, s, coming, done):
+def fold_keys(words, keys, values, count, s, next_rows, fetched):
     """``S = phi_k.T V`` for one tile of features, s being its rows; see `gemm_t_fetching`."""
     width, vcols = keys.shape[1], s.shape[1]
     if words is None:
-        return gemm_t_fetching(keys, values, s, 0, width, 0, vcols, 0, count, False, coming, done)
+        return gemm_t_fetching(
+            keys, values, s, 0, width, 0, vcols, 0, count, False, next_rows, fetched
+        )
     words_down(keys, CHUNK, width, words.folded)
     turn_words(words.folded, CHUNK // 2, width, words.folded_t)
     gemm_words(words.folded_t, words.values, s, width, vcols, CHUNK // 2, False)
-    return done
+    return fetched
 
 
 @jit()
