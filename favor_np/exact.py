@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import validation
+from favor_np import numerics, validation
 from favor_np.call import Call, Forward, Options, sum_to
 from favor_np.engine import processor
 
@@ -296,8 +296,6 @@ def _too_large(call: Call, size: int) -> npt.NDArray[np.bool_]:
 
     Row by row: no later key decides how an earlier row is computed.
     """
-    from favor_np.cpu import plan
-
     q, k = map(_norms, (call.q, call.k))
     k = np.where(np.isfinite(k), k, 0.0)
     if call.mask is not None:
@@ -306,7 +304,7 @@ def _too_large(call: Call, size: int) -> npt.NDArray[np.bool_]:
         k = np.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)
     longest = np.maximum.accumulate(k, axis=-1) if call.causal else k.max(-1, keepdims=True)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        limit = plan.longest_row(size, call.scale)
+        limit = numerics.longest_row(size, call.scale)
         rows = (q * longest > LARGEST_LOGIT[size] / call.scale) | (q >= limit) | (longest >= limit)
         rows &= np.isfinite(q)
     return np.broadcast_to(rows, call.out_shape[:-1])

@@ -61,3 +61,8 @@ def projection_limit(feature_map: FeatureMap, itemsize: int) -> float:
     if exponential:
         return FAR[itemsize] / max(longest, 1e-30)
     return MAX_PROJECTION / max(longest, 1.0)
+
+
+def longest_row(itemsize: int, scale: float) -> float:
+    """Return the norm from which on a row of exact attention, once scaled or squared, may overflow."""
+    return 2.0**100 / max(scale, 1.0) if itemsize == 4 else 1e150

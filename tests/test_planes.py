@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.inputs import OPTIONS, random_inputs
 from support.tolerance import relative_rms
-from support.tuning import forced_planes, tuned
+from support.tuning import tuned
 from support.workspaces import forget_layouts, poison_workspaces
 
 from favor_np import (
@@ -18,8 +18,9 @@ from favor_np import (
     favor_attention_vjp,
     feature_map,
 )
-from favor_np.cpu import plan
 from favor_np.cpu.kernels import bfloat16
+from favor_np.cpu.layout import layout
+from favor_np.cpu.memory import aligned_copy
 
 bfloat16.refusal()  # asks the system for the matrix unit
 
@@ -38,7 +39,7 @@ def with_and_without(function):
     """What a function returns, without planes and with them."""
     found = []
     for wanted in (False, True):
-        with forced_planes(wanted):
+        with tuned(USE_BF16X3=wanted):
             poison_workspaces()
             found.append(function())
     return found
@@ -77,9 +78,9 @@ def wide(shape, seed=0):
 @pytest.mark.parametrize("cols", [16, 32, 48, 64])
 def test_the_planes_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
     rows, depth = 34, -(-cols // 32) * 16
-    source = plan.aligned_copy(wide((rows, cols)))
-    left = plan.aligned_copy(np.full((rows, 3 * depth), np.nan, np.float32))
-    right = plan.aligned_copy(np.full((3 * 20, cols), np.nan, np.float32))
+    source = aligned_copy(wide((rows, cols)))
+    left = aligned_copy(np.full((rows, 3 * depth), np.nan, np.float32))
+    right = aligned_copy(np.full((3 * 20, cols), np.nan, np.float32))
     cut_both(source, rows, cols, left, right)
     padded = np.pad(source, ((0, 0), (0, 2 * depth - cols)))
     along = [numbers(left[:, p * depth : (p + 1) * depth]) for p in range(3)]
@@ -100,9 +101,9 @@ def test_a_product_of_planes_errs_no_more_than_one_of_float32(rows, cols, depth,
     a, b, c = (rng.standard_normal(s).astype(np.float32)
                for s in ((rows, depth), (depth, cols), (rows, cols)))  # fmt: skip
     expected = a.astype(np.float64) @ b + (c if add else 0)
-    got = plan.aligned_copy(c if add else np.full_like(c, np.nan))
-    left = plan.aligned_copy(bfloat16.planes_of(a))
-    right = plan.aligned_copy(bfloat16.planes_of(b.T).T)
+    got = aligned_copy(c if add else np.full_like(c, np.nan))
+    left = aligned_copy(bfloat16.planes_of(a))
+    right = aligned_copy(bfloat16.planes_of(b.T).T)
     multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.UNIT)
     chain = np.zeros_like(c)
     for k in range(depth):
@@ -155,7 +156,7 @@ def test_with_everything_else(options, kind):
 
 
 @pytest.mark.parametrize("length", [300, 5000])
-@forced_planes(True)
+@tuned(USE_BF16X3=True)
 def test_no_bit_depends_on_later_tokens_or_on_threads(length):
     q, k, v = inputs(length, 32, 32, std=1.0)
     fm = feature_map("positive", 32, 256, rng=0)
@@ -171,7 +172,7 @@ def test_no_bit_depends_on_later_tokens_or_on_threads(length):
     assert np.array_equal(favor_attention(q, k, v, fm, causal=True, num_threads=1), out)
 
 
-@forced_planes(True)
+@tuned(USE_BF16X3=True)
 def test_packed_sequences_are_those_alone_to_the_bit():
     q, k, v = inputs(300, 40, 20)
     fm = feature_map("positive", 40, 96, rng=0)
@@ -184,7 +185,7 @@ def test_packed_sequences_are_those_alone_to_the_bit():
             assert np.array_equal(packed[rows], alone)
 
 
-@forced_planes(True)
+@tuned(USE_BF16X3=True)
 def test_tokens_of_a_state_go_on_where_planes_ended():
     q, k, v = inputs(90, 40, 16, (2,))
     fm = feature_map("positive", 40, 96, rng=0)
@@ -259,7 +260,7 @@ def test_they_are_used_where_they_pay():
         (32, 64, np.float32, False),
     ]:
         fm = feature_map("positive", dim, features, rng=0)
-        found = plan.layout(fm, np.dtype(dtype), 16).map.key_planes
+        found = layout(fm, np.dtype(dtype), 16).map.key_planes
         assert (found is not None) == expected
 
 
@@ -267,7 +268,7 @@ def test_they_are_used_where_they_pay():
 def test_without_the_systems_leave_there_are_none():
     q, k, v = inputs(100, 64, 16)
     fm = feature_map("positive", 64, 128, rng=0)
-    assert plan.layout(fm, np.dtype(np.float32), 16).map.key_planes is None
+    assert layout(fm, np.dtype(np.float32), 16).map.key_planes is None
     assert np.isfinite(favor_attention(q, k, v, fm)).all()
     assert np.isfinite(exact_attention(q, k, v)).all()
     if bfloat16.AMX:

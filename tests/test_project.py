@@ -173,16 +173,16 @@ def test_an_import_of_a_test_is_noticed(code):
 @pytest.mark.parametrize(
     "code",
     [
-        "plan.LONG = 2",
-        "launch.SERIAL, plan.LONG = 0, 2",
-        'monkeypatch.setattr(plan, "LONG", 2)',
-        'monkeypatch.setattr("favor_np.cpu.plan.LONG", 2)',
-        'mock.patch.object(plan, "LONG", 2)',
-        'RUN = """\n    plan.LONG = 2\n"""',
+        "tuning.MIN_SHARED_LENGTH = 2",
+        "tuning.MIN_PARALLEL_WORK, tuning.MIN_SHARED_LENGTH = 0, 2",
+        'monkeypatch.setattr(tuning, "MIN_SHARED_LENGTH", 2)',
+        'monkeypatch.setattr("favor_np.cpu.tuning.MIN_SHARED_LENGTH", 2)',
+        'mock.patch.object(tuning, "MIN_SHARED_LENGTH", 2)',
+        'RUN = """\n    tuning.MIN_SHARED_LENGTH = 2\n"""',
     ],
 )
 def test_a_changed_threshold_is_noticed(code):
-    assert "LONG" in set(retuned(code))
+    assert "MIN_SHARED_LENGTH" in set(retuned(code))
 
 
 def documented(module):

@@ -8,24 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.child import BEGIN, python
 from support.inputs import anisotropic_inputs, random_inputs
-from support.tuning import forced_planes, recorded, tuned
+from support.tuning import recorded, tuned
 from support.workspaces import poison_workspaces
 
 import favor_np
 from favor_np import favor_attention, feature_map
-from favor_np.cpu import plan
+from favor_np.cpu import schedule, tuning
 from favor_np.cpu.kernels import relay as kernel
 from favor_np.cpu.kernels.pack import CHUNK
+from favor_np.cpu.layout import layout
 from favor_np.jobs import broadcast_jobs
 
 #: The shortest head that is shared out where no test says otherwise.
-LONG = plan.LONG
+LONG = tuning.MIN_SHARED_LENGTH
 
 
 @pytest.fixture(autouse=True)
 def relays():
     """Share out whatever is longer than a chunk; the relays that are run."""
-    with tuned(SERIAL=0, LONG=CHUNK + 1), recorded("relay") as run:
+    with tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=CHUNK + 1), recorded("relay") as run:
         yield run
 
 
@@ -199,7 +200,7 @@ def test_bfloat16_and_planes(relays):
     v[:, 700, 3] = np.nan
     same_bits(q, k, v, fm, precision="bfloat16")
     before = len(relays)
-    with forced_planes(True):
+    with tuned(USE_BF16X3=True):
         same_bits(q, k, v, fm)
     assert len(relays) == before + 6
 
@@ -250,30 +251,27 @@ def test_whatever_the_keys_are(data):
 )  # fmt: skip
 def test_threads_share_the_heads_that_would_leave_some_of_them_idle(heads, threads, few):
     jobs = broadcast_jobs((heads,), (heads,), (heads,), None, None, None, False, 9999, 9999, 1, 0)
-    assert plan.few(jobs, threads) == few
+    assert schedule.shared_count(jobs, threads) == few
 
 
-@tuned(LONG=LONG)
+@tuned(MIN_SHARED_LENGTH=LONG)
 def test_short_heads_are_left_whole():
     for length, few in ((900, 0), (LONG - 1, 0), (LONG, 1)):
         jobs = broadcast_jobs((1,), (1,), (1,), None, None, None, False, length, length, 1, 0)
-        assert plan.few(jobs, 2) == few
+        assert schedule.shared_count(jobs, 2) == few
 
 
 @pytest.mark.parametrize(
     ("features", "width", "threads"), [(256, 64, 2), (256, 64, 64), (4096, 256, 8), (2, 1, 3)]
 )
 def test_memory_is_enough_and_no_more(features, width, threads):
-    layout = plan.layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
-    relay = plan.relay(layout, 10**6, threads)
-    keys = layout.features * CHUNK
-    own = 4 * (layout.features * layout.value_columns + keys)
-    assert relay.states * own <= max(plan.ROOM, kernel.RING * own)
+    of = layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
+    relay = schedule.relay(of, 10**6, threads)
+    keys = of.features * CHUNK
+    own = 4 * (of.features * of.value_columns + keys)
+    assert relay.states * own <= max(tuning.MAX_GROUP_BYTES, kernel.RING * own)
     assert relay.rows > relay.states
-    assert (
-        relay.rows * layout.stateful.floats
-        >= threads * layout.stateful.floats + relay.states * keys
-    )
+    assert relay.rows * of.stateful.floats >= threads * of.stateful.floats + relay.states * keys
 
 
 ONE_HEAD = (

@@ -261,10 +261,10 @@ def test_no_queries():
 
 def moved(state, S, z):
     """The state with these added to its S and z."""
-    from favor_np.cpu import plan
+    from favor_np.cpu.layout import layout
 
     state = state.copy()
-    real = plan.layout(state.feature_map, state.dtype, state.value_dim).real
+    real = layout(state.feature_map, state.dtype, state.value_dim).real
     late = 1.0 if state._rates is None else np.exp2((state.lengths.ravel() * state._rates) % 1.0)
     late = np.reshape(late, (-1, 1)) if np.ndim(late) else late
     rows = len(state._arrays[0])

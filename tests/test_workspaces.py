@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from favor_np.cpu.kernels import chunk, exact, exact_vjp, favor_vjp, products, spread
-from favor_np.cpu.plan import measure
+from favor_np.cpu.memory import measure
 
 FLOATS, INTS = np.zeros(0, np.float32), np.zeros(0, np.int32)
 ROOM = np.zeros((1, 0), np.float32)

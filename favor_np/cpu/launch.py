@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np.call import Call, Cotangents, Forward, StateForm, sum_to
-from favor_np.cpu import plan
+from favor_np.cpu import memory, schedule, tuning
 from favor_np.cpu.kernels import bfloat16
 from favor_np.cpu.kernels import exact as exact_kernels
 from favor_np.cpu.kernels import exact_vjp as exact_vjp_kernels
@@ -19,6 +19,15 @@ from favor_np.cpu.kernels import favor_vjp as vjp
 from favor_np.cpu.kernels.jobs import TROUBLE
 from favor_np.cpu.kernels.pack import CHUNK
 from favor_np.cpu.kernels.spread import Spread
+from favor_np.cpu.layout import (
+    Layout,
+    exact_parameters,
+    exact_vjp_workspace,
+    exact_workspace,
+    spread_room,
+    vjp_workspace,
+    worth_planes,
+)
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
@@ -29,7 +38,7 @@ Array: TypeAlias = npt.NDArray[Any]
 _NO_MASK = np.ones(1, np.bool_)
 _NO_MASK.flags.writeable = False
 _NO_NORMALIZERS = {
-    np.dtype(kind): (np.zeros(0, kind), np.zeros(0, plan.integer_of(np.dtype(kind))))
+    np.dtype(kind): (np.zeros(0, kind), np.zeros(0, memory.integer_of(np.dtype(kind))))
     for kind in (np.float32, np.float64)
 }
 
@@ -73,7 +82,7 @@ def attend(
         out[...] = 0
         return
     q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
-    layout, constants, jobs, longest, work = plan.schedule(
+    layout, constants, jobs, longest, work = schedule.schedule(
         call.map, dtype, q.shape, k.shape, v.shape, call.mask_shape, call.causal, call.grouped,
         None if state is None else call.state_shape, None if bars is None else bars.group, call.bfloat16,
     )  # fmt: skip
@@ -95,21 +104,21 @@ def attend(
         jobs = jobs.take(slice(longer))
     if call.causal and launch.threads > 1:
         jobs = launch.share(constants, jobs, state)
-    if call.causal or longest <= plan.SEGMENT:
+    if call.causal or longest <= tuning.SEGMENT_LENGTH:
         launch.run(constants, jobs, state)
         return
-    long = jobs.table[:, [KEYS, QUERIES]].max(1) > plan.SEGMENT
+    long = jobs.table[:, [KEYS, QUERIES]].max(1) > tuning.SEGMENT_LENGTH
     launch.run(constants, jobs.take(~long), state)
     jobs = jobs.take(long)
-    for first in range(0, len(jobs.table), plan.WAVE):
-        wave = jobs.take(slice(first, first + plan.WAVE))
+    for first in range(0, len(jobs.table), tuning.MAX_LIVE_STATES):
+        wave = jobs.take(slice(first, first + tuning.MAX_LIVE_STATES))
         slots = wave.table[:, SLOT]
         if state is None:
             totals = empty(layout, len(slots))
         else:
             totals = tuple(array[slots] for array in state)
             launch.fold_tails(totals)
-        folds, reads = plan.segments(wave)
+        folds, reads = schedule.segments(wave)
         launch.fold(constants, folds, totals)
         launch.run(constants, reads, totals)
         if state is not None and call.keys:
@@ -163,7 +172,7 @@ def projection_vjp(
 class _Pulled(NamedTuple):
     """What the kernel of the gradient wrote, for every query head: rows, or sums of each job."""
 
-    layout: plan.Layout
+    layout: Layout
     jobs: Jobs
     slots: Array  # of each job of one side
     to: vjp.Gradients
@@ -176,14 +185,14 @@ def _pull(
     """Run the kernel of the gradient: for the inputs or, with `projection`, for the map's weights."""
     q, k, v, dtype, state = call.q, call.k, call.v, call.compute, forward.state
     stateful = state is not None or final_state is not None
-    layout, constants, jobs, _, work = plan.schedule(
+    layout, constants, jobs, _, work = schedule.schedule(
         call.map, dtype, q.shape, k.shape, v.shape, call.mask_shape, call.causal, call.grouped,
         call.state_shape if stateful else None,
     )  # fmt: skip
     jobs = _adapted(jobs, call)
     group = max(jobs.q_rows.shape[1], 1)
     slots = np.repeat(jobs.table[:, SLOT], jobs.q_rows.shape[1])
-    jobs = plan.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
+    jobs = schedule.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
     count = len(jobs.table)
     heads, sums = (0, count) if projection else (math.prod(call.out_shape[:-2]), 0)
     dq, dk, dv = (np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v))
@@ -191,8 +200,8 @@ def _pull(
         dq,
         dk,
         dv,
-        plan.aligned((sums, layout.half, layout.natural.key.shape[-1]), np.float64),
-        plan.aligned((sums, layout.half), np.float64),
+        memory.aligned((sums, layout.half, layout.natural.key.shape[-1]), np.float64),
+        memory.aligned((sums, layout.half), np.float64),
     )
     states = None
     if stateful:  # first those of the keys' sides, then those of the queries'
@@ -214,7 +223,7 @@ def _pull(
     )  # fmt: skip
     if count and (forward.out.size or final_state is not None):
         workers = min(_threads(work * count, call.num_threads), count)
-        _run(vjp.pull, args, count, workers, plan.vjp_workspace(layout, stateful=not stateful))
+        _run(vjp.pull, args, count, workers, vjp_workspace(layout, stateful=not stateful))
     return _Pulled(layout, jobs, slots, to, states)
 
 
@@ -231,7 +240,7 @@ def _onto(grad: Array, like: Array, heads: tuple[int, ...] | None) -> Array:
 class _Launch:
     """What all kernel calls of one attention call share."""
 
-    layout: plan.Layout
+    layout: Layout
     arrays: tuple[Array, ...]
     result: tuple[Array, ...]
     threads: int
@@ -252,15 +261,15 @@ class _Launch:
 
     def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
         """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
-        few, space = plan.few(jobs, self.threads), self.layout.stateful
+        few, space = schedule.shared_count(jobs, self.threads), self.layout.stateful
         if few and state is not None:
             self.fold_tails(state)
         for i in range(few):
             job = jobs.take(slice(i, i + 1))
             slot = int(job.table[0, SLOT])
-            relay = plan.relay(self.layout, int(job.table[0, KEYS]), self.threads)
+            relay = schedule.relay(self.layout, int(job.table[0, KEYS]), self.threads)
             total = relay.states
-            arrays = plan.borrow(space, relay.rows)
+            arrays = memory.borrow(space, relay.rows)
             try:
                 c, s, z = arrays[:3]
                 new = empty(self.layout, 1) if state is None else [a[slot, None] for a in state]
@@ -273,7 +282,7 @@ class _Launch:
                     for array, mine in zip(state, after, strict=True):
                         array[slot] = mine
             finally:
-                plan.give_back(space, relay.rows, arrays)
+                memory.give_back(space, relay.rows, arrays)
         return jobs.take(slice(few, None))
 
     def fold_tails(self, state: Any) -> None:
@@ -289,7 +298,7 @@ class _Launch:
         layout, kernel = self.layout, kernels.attend
         more: tuple[Any, ...] = ()
         if self.spread is not None:
-            room = plan.aligned((workers, plan.spread_room(layout)), layout.dtype)
+            room = memory.aligned((workers, spread_room(layout)), layout.dtype)
             kernel, more = kernels.attend_spread, (room, self.spread)
         if self.words:
             bfloat16.allow()
@@ -308,8 +317,8 @@ class _Launch:
 
     def fold(self, constants: Array, folds: Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
-        for first in range(0, len(folds.table), plan.WAVE):
-            batch = folds.take(slice(first, first + plan.WAVE))
+        for first in range(0, len(folds.table), tuning.MAX_LIVE_STATES):
+            batch = folds.take(slice(first, first + tuning.MAX_LIVE_STATES))
             owners = batch.table[:, SLOT].copy()
             batch.table[:, SLOT] = np.arange(len(owners))
             parts = empty(self.layout, len(owners))
@@ -321,7 +330,7 @@ class _Launch:
 def normalizers(out: Array) -> tuple[Array, Array]:
     """Return arrays for the denominators of the rows of `out`: zeros, as of rows without keys."""
     rows = out.shape[:-1]
-    return np.zeros(rows, out.dtype), np.zeros(rows, plan.integer_of(out.dtype))
+    return np.zeros(rows, out.dtype), np.zeros(rows, memory.integer_of(out.dtype))
 
 
 def _result(out: Array, normalizers: tuple[Array, Array] | None) -> tuple[Array, ...]:
@@ -334,7 +343,7 @@ def _result(out: Array, normalizers: tuple[Array, Array] | None) -> tuple[Array,
 
 def _threads(work: int, threads: int | None) -> int:
     """Return how many threads that many multiply-adds deserve."""
-    return 1 if work < SERIAL else resolve_threads(threads)
+    return 1 if work < tuning.MIN_PARALLEL_WORK else resolve_threads(threads)
 
 
 def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None = None) -> bool:
@@ -343,13 +352,13 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     `normalizers` receive the denominators of the rows as (w, top), w * 2**top.
     """
     q, k, v, dtype = call.q, call.k, call.v, out.dtype
-    table = plan.exact_jobs(
+    table = schedule.exact_jobs(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], None if call.mask is None else call.mask.shape[:-1],
         call.grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip
     work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
     args = (
-        plan.exact_parameters(dtype, call.scale, call.causal),
+        exact_parameters(dtype, call.scale, call.causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask), table,
         *_result(out, normalizers),
     )  # fmt: skip
@@ -357,10 +366,10 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     if words:
         bfloat16.allow()
         kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.UNIT)
-    planes = not words and plan.worth_planes(dtype, CHUNK, q.shape[-1])
+    planes = not words and worth_planes(dtype, CHUNK, q.shape[-1])
     if planes:
         kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.UNIT)
-    space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
+    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
     workers = min(_threads(work, call.num_threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
     return not control[TROUBLE]
@@ -372,24 +381,24 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     `forward` is what `attend_exact` wrote, in the dtype of the gradients.
     """
     q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
-    jobs = plan.exact_vjp_jobs(
+    jobs = schedule.exact_vjp_jobs(
         q.shape[:-2], k.shape[:-2], v.shape[:-2], None if call.mask is None else call.mask.shape[:-1],
         call.grouped, q.shape[-2], k.shape[-2],
     )  # fmt: skip
     g, rows = _cotangents(forward, rows_of(grad_out, dtype))
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
-    columns = plan.padded(dim, dtype.itemsize)
-    sums = plan.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
+    columns = memory.padded(dim, dtype.itemsize)
+    sums = memory.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
     args = (
-        plan.exact_parameters(dtype, call.scale, call.causal),
+        exact_parameters(dtype, call.scale, call.causal),
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), g, rows, _mask_rows(call.mask),
         jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
         exact_vjp_kernels.Gradients(sums.reshape(-1, columns), dk, dv),
     )  # fmt: skip
     work = 4 * math.prod(call.out_shape[:-1]) * k.shape[-2] * dim
     workers = min(_threads(work, call.num_threads), len(jobs.table))
-    space = plan.exact_vjp_workspace(dtype, dim, v.shape[-1])
+    space = exact_vjp_workspace(dtype, dim, v.shape[-1])
     _run(exact_vjp_kernels.differentiate_exact, args, len(jobs.table), workers, space)
     for part in sums[1:]:
         sums[0] += part
@@ -419,15 +428,11 @@ def _cotangents(forward: Forward, g: Array) -> tuple[Array, Any]:
 
 
 def _run(
-    kernel: Any, args: tuple[Any, ...], count: int, workers: int, space: plan.Workspace
+    kernel: Any, args: tuple[Any, ...], count: int, workers: int, space: memory.Workspace
 ) -> Array:
     """Run jobs on threads with such a workspace each; the control words."""
-    arrays = plan.borrow(space, workers)
+    arrays = memory.borrow(space, workers)
     try:
         return POOL.call(kernel, (*args, *arrays), count, workers)
     finally:
-        plan.give_back(space, workers, arrays)
-
-
-#: Multiply-adds below which a second thread costs more than it does (about 0.3 ms).
-SERIAL = 4_000_000
+        memory.give_back(space, workers, arrays)

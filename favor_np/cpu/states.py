@@ -9,15 +9,16 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import StateForm, StateParts
-from favor_np.cpu import plan
-from favor_np.cpu.kernels.state import PAD
+from favor_np.cpu import memory
+from favor_np.cpu.kernels.state import PAD, TAIL
+from favor_np.cpu.layout import Layout, layout
 
 Array: TypeAlias = npt.NDArray[Any]
 
 
-def layout_of(form: StateForm) -> plan.Layout:
+def layout_of(form: StateForm) -> Layout:
     """Return the layout of states of this form."""
-    return plan.layout(form.feature_map, form.dtype, form.value_dim)
+    return layout(form.feature_map, form.dtype, form.value_dim)
 
 
 def new_states(form: StateForm, count: int) -> tuple[Array, ...]:
@@ -25,21 +26,26 @@ def new_states(form: StateForm, count: int) -> tuple[Array, ...]:
     return empty(layout_of(form), count)
 
 
-def empty(layout: plan.Layout, count: int) -> tuple[Array, ...]:
+def empty(of: Layout, count: int) -> tuple[Array, ...]:
     """Return `count` states of no keys, laid out like this."""
-    arrays = plan.state_arrays(count, layout.features, layout.value_columns, layout.dtype)
-    arrays[0][:, : layout.features] = layout.fresh
+    arrays = memory.state_arrays(count, of.features, of.value_columns, of.dtype)
+    arrays[0][:, : of.features] = of.fresh
     return arrays
 
 
 def copy_states(arrays: Any) -> tuple[Array, ...]:
     """Return a copy of states."""
-    return tuple(plan.aligned_copy(array) for array in arrays)
+    return tuple(memory.aligned_copy(array) for array in arrays)
 
 
 def has_tails(arrays: Any) -> bool:
     """Whether tokens wait in the states to be folded together."""
     return bool(arrays[0][:, -PAD].any())
+
+
+def tail(of: Layout, s: Array, z: Array) -> tuple[Array, Array]:
+    """Return the tails of states: features (slots, TAIL, F) and values (slots, TAIL, X), both views."""
+    return z[:, 2 * of.features :].reshape(len(z), TAIL, of.features), s[:, 2 * of.features :]
 
 
 def lower_states(form: StateForm, arrays: Any, by: Array) -> None:
@@ -59,7 +65,7 @@ def state_parts(form: StateForm, arrays: Any) -> StateParts:
     (c, s, z), real, low = arrays, layout.real, layout.features + layout.real
     count = c[:, layout.features].copy()
     alive = np.arange(count.max(initial=0)) < count[:, None]
-    keys, values = plan.tail(layout, s, z)
+    keys, values = tail(layout, s, z)
     keys = keys[:, : alive.shape[1], real]
     values = values[:, : alive.shape[1], : form.value_dim].copy()
     keys[~alive], values[~alive] = 0, 0
@@ -86,7 +92,7 @@ def states_of(form: StateForm, parts: StateParts) -> tuple[Array, ...]:
         assert parts.tail_features is not None
         assert parts.tail_values is not None
         s[:, low, :width], z[:, low], c[:, layout.features] = parts.s_rest, parts.z_rest, parts.tail
-        keys, values = plan.tail(layout, s, z)
+        keys, values = tail(layout, s, z)
         keys[:, : parts.tail_features.shape[1], real] = parts.tail_features
         values[:, : parts.tail_values.shape[1], :width] = parts.tail_values
     return arrays

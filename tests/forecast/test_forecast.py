@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.tuning import tuned
 
-from favor_np.cpu import plan
+from favor_np.cpu import tuning
 from favor_np.forecast import (
     PriceError,
     Prices,
@@ -428,7 +428,7 @@ def test_what_is_timed_was_compiled_before():
 
     rows = []
     timed(rows.append, 9000)
-    assert rows[0] < plan.LONG <= rows[1] - PREFIX
+    assert rows[0] < tuning.MIN_SHARED_LENGTH <= rows[1] - PREFIX
     assert set(rows[2:]) == {9000}
 
 

@@ -23,7 +23,7 @@ from favor_np import (
 from favor_np.call import Forward
 from favor_np.cpu.kernels import bfloat16
 from favor_np.engine import processor
-from support.tuning import forced_planes, tuned
+from support.tuning import tuned
 from support.workspaces import forget_workspaces
 
 PAGE = mmap.PAGESIZE
@@ -121,10 +121,10 @@ def main():
     for (dtype, planes), front in itertools.product(kinds, (False, True)):
         forget_workspaces()
         with (
-            tuned(SERIAL=0, LONG=2),  # three threads share what is not shorter
+            # Three threads share what is not shorter.
+            tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=2, USE_BF16X3=planes),
             # The kernels' own arrays too: workspaces, packed weights, states.
             tuned(aligned=functools.partial(guarded, front=front)),
-            forced_planes(planes),
         ):
             for q, k, v, mask, out, W in inputs(dtype, front):
                 for kind, antithetic in (("positive", False), ("positive", True), ("elu", False)):

@@ -2,32 +2,27 @@
 
 `tuned` is a context manager and a decorator:
 
-    with tuned(LONG=65, SERIAL=0): ...
+    with tuned(MIN_SHARED_LENGTH=65, MIN_PARALLEL_WORK=0): ...
 """
 
 import contextlib
 import importlib
 from unittest import mock
 
-import numpy as np
+from favor_np.cpu import tuning
 
-from support.workspaces import forget_layouts
-
-#: Where each of them lives.
+#: Where those live that are no thresholds of favor_np.cpu.tuning.
 HOME = {
     "BLOCK": "favor_np.weights",
     "CHECKPOINT_SECONDS": "favor_np.streaming",
-    "LONG": "favor_np.cpu.plan",
     "MOST": "favor_np.forecast.reading.files",
     "ROOM": "favor_np.cuda.plan",
-    "SERIAL": "favor_np.cpu.launch",
     "SHORTEST": "favor_np.cuda.plan",
     "SLICE": "favor_np.forecast._forecast",
     "WAVE": "favor_np.window",
-    "aligned": "favor_np.cpu.plan",
+    "aligned": "favor_np.cpu.memory",
     "refusal": "favor_np.cpu.kernels.bfloat16",
-    "relay": "favor_np.cpu.plan",
-    "worth_planes": "favor_np.cpu.plan",
+    "relay": "favor_np.cpu.schedule",
 }
 
 
@@ -35,9 +30,11 @@ HOME = {
 def tuned(**values):
     """Let these names have these values; an unknown one is an error."""
     with contextlib.ExitStack() as stack:
-        for name, value in values.items():
+        own = {name: value for name, value in values.items() if name not in HOME}
+        stack.enter_context(tuning.tuned(**own))
+        for name in values.keys() - own:
             home = importlib.import_module(HOME[name])
-            stack.enter_context(mock.patch.object(home, name, value))
+            stack.enter_context(mock.patch.object(home, name, values[name]))
         yield
 
 
@@ -53,14 +50,3 @@ def recorded(name):
 
     with tuned(**{name: noting}):
         yield found
-
-
-@contextlib.contextmanager
-def forced_planes(wanted):
-    """Let everything of float32 be computed with planes, or nothing."""
-    forget_layouts()
-    try:
-        with tuned(worth_planes=lambda dtype, *_: wanted and dtype == np.float32):
-            yield
-    finally:
-        forget_layouts()

@@ -3,19 +3,19 @@
 import importlib
 
 
-def _plan():
-    """The module that keeps them; it loads Numba, which the import of this one must not do."""
-    return importlib.import_module("favor_np.cpu.plan")
+def _cpu(name):
+    """A module that keeps them; it loads Numba, which the import of this one must not do."""
+    return importlib.import_module(f"favor_np.cpu.{name}")
 
 
 def kept_workspaces():
     """The arrays that this thread keeps for its next calls."""
-    return [array for arrays in _plan()._spare.kept.values() for array in arrays]
+    return [array for arrays in _cpu("memory")._spare.kept.values() for array in arrays]
 
 
 def is_kept(workspace, threads):
     """Whether this thread keeps the arrays of that plan of a workspace."""
-    return (workspace, threads) in _plan()._spare.kept
+    return (workspace, threads) in _cpu("memory")._spare.kept
 
 
 def poison_workspaces():
@@ -26,10 +26,10 @@ def poison_workspaces():
 
 
 def forget_workspaces():
-    _plan()._spare.kept.clear()
+    _cpu("memory")._spare.kept.clear()
 
 
 def forget_layouts():
     """Forget how maps are laid out: equal maps would find what an earlier one was given."""
-    _plan().layout.cache_clear()
-    _plan().schedule.cache_clear()
+    _cpu("layout").layout.cache_clear()
+    _cpu("schedule").schedule.cache_clear()
