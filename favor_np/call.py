@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.features import FeatureMap
+from favor_np.jobs import Shapes
 
 if TYPE_CHECKING:
     from favor_np.engine import Engine
@@ -112,10 +113,16 @@ class Call:
         keys: int = self.k.shape[-2]
         return keys
 
-    @property
-    def mask_shape(self) -> Shape | None:
-        """Shape of the mask, if there is one."""
-        return None if self.mask is None else self.mask.shape
+    def shapes(self, *, stateful: bool = False) -> Shapes:
+        """Return the shapes of the arrays, and of the states if there are any."""
+        return Shapes(
+            self.q.shape,
+            self.k.shape,
+            self.v.shape,
+            None if self.mask is None else self.mask.shape,
+            self.grouped,
+            self.state_shape if stateful else None,
+        )
 
 
 class StateShape(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -76,16 +76,32 @@ def jobs_without_rows(slots: int, rows: int) -> Jobs:
     return Jobs(table, nothing, nothing, _NO_CLOCKS)
 
 
+class Shapes(NamedTuple):
+    """The shapes of arrays that broadcast (validated before), and of the batch of states, if there are any.
+
+    If they are grouped the last of the leading axes holds the heads, and several query heads share one head
+    of keys and values.
+    """
+
+    q: Shape
+    k: Shape
+    v: Shape
+    mask: Shape | None = None
+    grouped: bool = False
+    state: Shape | None = None
+
+
 @kept(256, lambda of: of.nbytes)
 def broadcast_jobs(
-    q: Shape, k: Shape, v: Shape, mask: Shape | None, heads: int | None, state: Shape | None,
-    grouped: bool, q_length: int, k_length: int, blocks: int, rows: int,
-) -> Jobs:  # fmt: skip
-    """Return the jobs for leading axes that broadcast (validated before).
+    shapes: Shapes, heads: int | None = None, blocks: int = 0, rows: int = 0
+) -> Jobs:
+    """Return the jobs for a map of so many heads, or for exact attention.
 
-    With `grouped` the last of the leading axes holds the heads, and several query heads share one
-    head of keys and values.
+    Each head has so many blocks of weights, and its projection so many rows.
     """
+    (q, q_length), (k, k_length) = ((x[:-2], x[-2]) for x in (shapes.q, shapes.k))
+    v, mask = shapes.v[:-2], None if shapes.mask is None else shapes.mask[:-1]
+    state, grouped = shapes.state, shapes.grouped
     state_shape = np.broadcast_shapes(k, v, mask or (), (heads,) if heads else (), state or ())
     q_full, state_full = q, state_shape
     if grouped:

@@ -78,10 +78,6 @@ def test_modules_stay_readable(path):
 MOST_PARAMETERS = 7
 MANY_PARAMETERS = {
     "attention.check": "the arguments of favor_attention as they came: it makes the Call of them",
-    "jobs.broadcast_jobs": "shapes, by which the table is kept",
-    "cpu.schedule.schedule": "shapes, by which the table is kept",
-    "cuda.plan.attention": "shapes, by which the table is kept",
-    "cuda.plan.gradient": "shapes, by which the table is kept",
 }
 
 

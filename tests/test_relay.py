@@ -17,7 +17,7 @@ from favor_np.cpu import schedule, tuning
 from favor_np.cpu.kernels import relay as kernel
 from favor_np.cpu.kernels.pack import CHUNK
 from favor_np.cpu.layout import layout
-from favor_np.jobs import broadcast_jobs
+from favor_np.jobs import Shapes, broadcast_jobs
 
 #: The shortest head that is shared out where no test says otherwise.
 LONG = tuning.MIN_SHARED_LENGTH
@@ -250,14 +250,14 @@ def test_whatever_the_keys_are(data):
     [(1, 2, 1), (1, 4, 1), (2, 4, 2), (3, 4, 3), (4, 5, 0), (3, 2, 1), (5, 4, 1), (4, 2, 0), (0, 2, 0)],
 )  # fmt: skip
 def test_threads_share_the_heads_that_would_leave_some_of_them_idle(heads, threads, few):
-    jobs = broadcast_jobs((heads,), (heads,), (heads,), None, None, None, False, 9999, 9999, 1, 0)
+    jobs = broadcast_jobs(Shapes(*3 * [(heads, 9999, 4)]))
     assert schedule.shared_count(jobs, threads) == few
 
 
 @tuned(MIN_SHARED_LENGTH=LONG)
 def test_short_heads_are_left_whole():
     for length, few in ((900, 0), (LONG - 1, 0), (LONG, 1)):
-        jobs = broadcast_jobs((1,), (1,), (1,), None, None, None, False, length, length, 1, 0)
+        jobs = broadcast_jobs(Shapes(*3 * [(1, length, 4)]))
         assert schedule.shared_count(jobs, 2) == few
 
 

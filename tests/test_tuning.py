@@ -7,6 +7,7 @@ from favor_np import feature_map
 from favor_np.cpu import tuning
 from favor_np.cpu.layout import layout
 from favor_np.cpu.schedule import exact_jobs, exact_vjp_jobs
+from favor_np.jobs import Shapes
 
 
 def test_thresholds_are_afterwards_what_they_were():
@@ -34,7 +35,7 @@ def test_what_is_no_threshold_is_not_changed(name):
     assert tuning.MAX_SPARE != 3
 
 
-FM, HEAD = feature_map("positive", 8, 16), ((1,), (1,), (1,), None, False, 4096, 4096)
+FM, HEAD = feature_map("positive", 8, 16), Shapes(*3 * [(1, 4096, 8)])
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,8 @@ FM, HEAD = feature_map("positive", 8, 16), ((1,), (1,), (1,), None, False, 4096,
             "USE_BF16X3",
             True,
         ),
-        (lambda: len(exact_jobs(*HEAD)), "MIN_EXACT_JOBS", 8),
-        (lambda: len(exact_vjp_jobs(*HEAD).table), "EXACT_VJP_JOBS", 1),
+        (lambda: len(exact_jobs(HEAD)), "MIN_EXACT_JOBS", 8),
+        (lambda: len(exact_vjp_jobs(HEAD).table), "EXACT_VJP_JOBS", 1),
     ],
 )
 def test_what_was_made_with_other_thresholds_is_made_anew(call, name, value):

@@ -82,10 +82,10 @@ def attend(
         out[...] = 0
         return
     q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
+    shapes, group = call.shapes(stateful=state is not None), None if bars is None else bars.group
     layout, constants, jobs, longest, work = schedule.schedule(
-        call.map, dtype, q.shape, k.shape, v.shape, call.mask_shape, call.causal, call.grouped,
-        None if state is None else call.state_shape, None if bars is None else bars.group, call.bfloat16,
-    )  # fmt: skip
+        call.map, dtype, shapes, call.causal, group, call.bfloat16
+    )
     if call.decay is not None or call.offsets is not None:
         jobs = _adapted(jobs, call)
     inputs = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask),
@@ -186,9 +186,8 @@ def _pull(
     q, k, v, dtype, state = call.q, call.k, call.v, call.compute, forward.state
     stateful = state is not None or final_state is not None
     layout, constants, jobs, _, work = schedule.schedule(
-        call.map, dtype, q.shape, k.shape, v.shape, call.mask_shape, call.causal, call.grouped,
-        call.state_shape if stateful else None,
-    )  # fmt: skip
+        call.map, dtype, call.shapes(stateful=stateful), call.causal
+    )
     jobs = _adapted(jobs, call)
     group = max(jobs.q_rows.shape[1], 1)
     slots = np.repeat(jobs.table[:, SLOT], jobs.q_rows.shape[1])
@@ -352,10 +351,7 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     `normalizers` receive the denominators of the rows as (w, top), w * 2**top.
     """
     q, k, v, dtype = call.q, call.k, call.v, out.dtype
-    table = schedule.exact_jobs(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if call.mask is None else call.mask.shape[:-1],
-        call.grouped, q.shape[-2], k.shape[-2],
-    )  # fmt: skip
+    table = schedule.exact_jobs(call.shapes())
     work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
     args = (
         exact_parameters(dtype, call.scale, call.causal),
@@ -381,10 +377,7 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     `forward` is what `attend_exact` wrote, in the dtype of the gradients.
     """
     q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
-    jobs = schedule.exact_vjp_jobs(
-        q.shape[:-2], k.shape[:-2], v.shape[:-2], None if call.mask is None else call.mask.shape[:-1],
-        call.grouped, q.shape[-2], k.shape[-2],
-    )  # fmt: skip
+    jobs = schedule.exact_vjp_jobs(call.shapes())
     g, rows = _cotangents(forward, rows_of(grad_out, dtype))
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)

@@ -34,7 +34,7 @@ from favor_np.jobs import (
     STRIDE,
     Array,
     Jobs,
-    Shape,
+    Shapes,
     broadcast_jobs,
 )
 from favor_np.tables import kept
@@ -53,19 +53,19 @@ class Schedule(NamedTuple):
 @tuning.depends_on_tuning
 @kept(64, lambda of: of.jobs.nbytes)
 def schedule(
-    feature_map: FeatureMap, dtype: np.dtype[Any], q: Shape, k: Shape, v: Shape,
-    mask: Shape | None, causal: bool, grouped: bool, state: Shape | None, group: int | None = None,
+    feature_map: FeatureMap,
+    dtype: np.dtype[Any],
+    shapes: Shapes,
+    causal: bool,
+    group: int | None = None,
     words: bool = False,
-) -> Schedule:  # fmt: skip
+) -> Schedule:
     """Return layout and jobs for arrays of these shapes."""
-    of = layout(feature_map, dtype, v[-1], group, words)
-    to_do = broadcast_jobs(
-        q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
-        grouped, q[-2], k[-2], of.blocks, of.rows,
-    )  # fmt: skip
-    longest = max(q[-2], k[-2])
+    of = layout(feature_map, dtype, shapes.v[-1], group, words)
+    to_do = broadcast_jobs(shapes, feature_map.num_heads, of.blocks, of.rows)
+    longest = max(shapes.q[-2], shapes.k[-2])
     constants = of.causal if causal else of.bidirectional
-    return Schedule(of, constants, to_do, longest, longest * of.features * q[-1])
+    return Schedule(of, constants, to_do, longest, longest * of.features * shapes.q[-1])
 
 
 def segments(of: Jobs) -> tuple[Jobs, Jobs]:
@@ -163,11 +163,9 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
 
 @tuning.depends_on_tuning
 @kept(256, lambda table: table.nbytes)
-def exact_jobs(
-    q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
-) -> Array:
+def exact_jobs(shapes: Shapes) -> Array:
     """Return the jobs of exact attention, a block of queries each."""
-    of = broadcast_jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
+    of, q_length = broadcast_jobs(shapes), shapes.q[-2]
     block = CHUNK * exact_kernels.GROUP
     while of.q_rows.size * -(-q_length // block) < tuning.MIN_EXACT_JOBS and block > 4 * CHUNK:
         block //= 2
@@ -199,11 +197,9 @@ class GradientJobs(NamedTuple):
 
 @tuning.depends_on_tuning
 @kept(256, lambda of: of.table.nbytes + of.q_rows.nbytes + of.out_rows.nbytes + of.dq_rows.nbytes)
-def exact_vjp_jobs(
-    q: Shape, k: Shape, v: Shape, mask: Shape | None, grouped: bool, q_length: int, k_length: int
-) -> GradientJobs:
+def exact_vjp_jobs(shapes: Shapes) -> GradientJobs:
     """Return the jobs of the gradient of exact attention."""
-    of = broadcast_jobs(q, k, v, mask, None, None, grouped, q_length, k_length, 0, 0)
+    of, q_length, k_length = broadcast_jobs(shapes), shapes.q[-2], shapes.k[-2]
     block, count = CHUNK * exact_vjp.GROUP, len(of.table)
     parts = min(-(-tuning.EXACT_VJP_JOBS // count), -(-k_length // block))
     rows = -(-q_length // 8) * 8

@@ -243,8 +243,8 @@ class Launch:
         """Fold keys and values, read with queries into `out`: see `Engine.attend`."""
         of = self._map(call)
         how = _attention(
-            self.place.device, self.handle, call.map, *_shapes(call), grouped=call.grouped,
-            state=None if state is None else call.state_shape, fresh=state is None, causal=call.causal,
+            self.place.device, self.handle, call.map, call.shapes(stateful=state is not None), _offsets(call),
+            fresh=state is None, causal=call.causal,
         )  # fmt: skip
         rows, heights = self._pack(of, call.q, 0, how.queries)
         problem = Problem(
@@ -266,9 +266,8 @@ class Launch:
         q, k, v, causal = call.q, call.k, call.v, call.causal
         of, dim = self._map(call), v.shape[-1]
         how = _gradient(
-            self.place.device, self.handle, call.map, *_shapes(call), grouped=call.grouped,
-            causal=causal,
-        )  # fmt: skip
+            self.place.device, self.handle, call.map, call.shapes(), _offsets(call), causal=causal
+        )
         rows, _ = self._pack(of, q, 0, how.queries)
         count = rows.shape[0]
         vectors, shares, heights = self._taken((count, dim)), self._taken(count), self._taken(count)
@@ -396,10 +395,5 @@ class Launch:
             )  # fmt: skip
 
 
-def _shapes(call: Call) -> tuple[Any, ...]:
-    """What a plan depends on."""
-    return (
-        *(tuple(x.shape) for x in (call.q, call.k, call.v)),
-        None if call.mask is None else tuple(call.mask.shape),
-        None if call.offsets is None else call.offsets.tobytes(),
-    )
+def _offsets(call: Call) -> bytes | None:
+    return None if call.offsets is None else call.offsets.tobytes()

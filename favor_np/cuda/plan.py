@@ -23,6 +23,7 @@ from favor_np.jobs import (
     SLOT,
     V_ROW,
     Jobs,
+    Shapes,
     broadcast_jobs,
     packed,
 )
@@ -355,13 +356,18 @@ class Attention(NamedTuple):
 
 
 def attention(
-    device: Device, feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...],
-    v: tuple[int, ...], mask: tuple[int, ...] | None, offsets: bytes | None, *, grouped: bool,
-    state: tuple[int, ...] | None, fresh: bool, causal: bool,
-) -> Attention:  # fmt: skip
+    device: Device,
+    feature_map: FeatureMap,
+    shapes: Shapes,
+    offsets: bytes | None,
+    *,
+    fresh: bool,
+    causal: bool,
+) -> Attention:
     """Return how arrays of these shapes are attended; `fresh`: the states begin empty."""
+    q, k, v = shapes.q, shapes.k, shapes.v
     of = layout(feature_map)
-    jobs = _jobs(feature_map, q, k, v, mask, grouped, state)
+    jobs = broadcast_jobs(shapes, feature_map.num_heads, 1)
     q_owners, k_owners = row_heads(jobs, q, k, of)
     if q_owners is not None:  # each job has packed rows of its own
         jobs = with_own_rows(jobs, q[-2], k[-2])
@@ -391,13 +397,12 @@ class Gradient(NamedTuple):
 
 
 def gradient(
-    device: Device, feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...],
-    v: tuple[int, ...], mask: tuple[int, ...] | None, offsets: bytes | None, *, grouped: bool,
-    causal: bool,
-) -> Gradient:  # fmt: skip
+    device: Device, feature_map: FeatureMap, shapes: Shapes, offsets: bytes | None, *, causal: bool
+) -> Gradient:
     """Return how gradients for arrays of these shapes are found."""
+    q, k, v = shapes.q, shapes.k, shapes.v
     of = layout(feature_map)
-    whole = _jobs(feature_map, q, k, v, mask, grouped, None)
+    whole = broadcast_jobs(shapes, feature_map.num_heads, 1)
     _, k_owners = row_heads(whole, q, k, of)
     jobs, q_owners = with_rows_of_result(whole, q[-2])
     if k_owners is not None:
@@ -426,16 +431,6 @@ def gradient(
             for of_head, x in zip(heads, (q, k, v), strict=True)
         ),
     )
-
-
-def _jobs(
-    feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...],
-    mask: tuple[int, ...] | None, grouped: bool, state: tuple[int, ...] | None,
-) -> Jobs:  # fmt: skip
-    return broadcast_jobs(
-        q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
-        grouped, q[-2], k[-2], 1, 0,
-    )  # fmt: skip
 
 
 def _in_sequences(jobs: Jobs, offsets: bytes | None) -> Jobs:

@@ -10,7 +10,7 @@ from favor_np.cuda import plan
 from favor_np.cuda.device import KNOWN
 from favor_np.cuda.kernels.tiles import TILE
 from favor_np.cuda.runtime import RESIDENT
-from favor_np.jobs import KEYS, broadcast_jobs
+from favor_np.jobs import KEYS, Shapes, broadcast_jobs
 
 each_device = pytest.mark.parametrize("device", KNOWN.values(), ids=KNOWN)
 
@@ -53,7 +53,7 @@ def test_stretches_cover_every_position_once(length):
 
 
 def test_tables_go_backwards_from_the_last_row():
-    jobs = broadcast_jobs((), (), (), None, None, None, False, 70, 70, 1, 0)
+    jobs = broadcast_jobs(Shapes((70, 4), (70, 4), (70, 4)))
     sides = plan.keys_and_queries(jobs)
     parts = plan.stretches(jobs.table[:, KEYS], TILE, (0, 70))
     table = plan.fold_table(sides, parts, backwards=True)
