@@ -45,9 +45,9 @@ def with_and_without(function):
     return found
 
 
-def numbers(words):
-    """The numbers of words, (..., 2 words)."""
-    bits = np.ascontiguousarray(words).view(np.uint32)
+def numbers(pairs):
+    """The numbers of pairs, (..., 2 pairs)."""
+    bits = np.ascontiguousarray(pairs).view(np.uint32)
     pair = np.stack([bits << 16, bits & np.uint32(0xFFFF0000)], axis=-1)
     return pair.reshape(*bits.shape[:-1], -1).view(np.float32)
 
@@ -59,10 +59,10 @@ def cut_both(source, rows, cols, left, right):
 
 
 @numba.njit
-def multiply(a, b, c, rows, cols, words, add, tile_config):
+def multiply(a, b, c, rows, cols, pairs, add, tile_config):
     if bfloat16.AMX:
         bfloat16.configure(tile_config)
-    bfloat16.gemm_planes(a, b, c, rows, cols, words, add)
+    bfloat16.gemm_planes(a, b, c, rows, cols, pairs, add)
     if bfloat16.AMX:
         bfloat16.release()
 

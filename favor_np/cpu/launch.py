@@ -244,7 +244,7 @@ class _Launch:
     result: tuple[Array, ...]
     threads: int
     spread: Spread | None
-    words: bool
+    pairs: bool
 
     def run(self, constants: Array, jobs: Jobs, state: Any, *, tokens: bool = False) -> None:
         """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
@@ -299,9 +299,9 @@ class _Launch:
         if self.spread is not None:
             room = memory.aligned((workers, spread_room(layout)), layout.dtype)
             kernel, more = kernels.attend_spread, (room, self.spread)
-        if self.words:
+        if self.pairs:
             bfloat16.require_amx()
-            kernel = kernels.attend_words
+            kernel = kernels.attend_bf16
         if layout.map.key_planes is not None:
             kernel = kernels.attend_planes
         args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, relay,
@@ -358,14 +358,14 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask), table,
         *_result(out, normalizers),
     )  # fmt: skip
-    kernel, words = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
-    if words:
+    kernel, pairs = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
+    if pairs:
         bfloat16.require_amx()
-        kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.TILE_CONFIG)
-    planes = not words and worth_planes(dtype, CHUNK, q.shape[-1])
+        kernel, args = exact_kernels.attend_exact_bf16, (*args, bfloat16.TILE_CONFIG)
+    planes = not pairs and worth_planes(dtype, CHUNK, q.shape[-1])
     if planes:
         kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.TILE_CONFIG)
-    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
+    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], pairs=pairs, planes=planes)
     workers = min(_threads(work, call.num_threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
     return not control[TROUBLE]

@@ -130,22 +130,22 @@ def worth_planes(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
 @functools.lru_cache(maxsize=64)
 def layout(
     feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None,
-    words: bool = False,
+    pairs: bool = False,
 ) -> Layout:  # fmt: skip
     """Return the layout, with the map's weights packed for the kernels.
 
-    With `group` every block has so many rows of W; with `words` the weights are for bfloat16.
+    With `group` every block has so many rows of W; with `pairs` the weights are for bfloat16.
     """
     blocks = _Blocks(feature_map, dtype, group)
-    planes = not words and group is None and worth_planes(dtype, blocks.rows, blocks.dim)
-    weights, natural = _weights(feature_map, blocks, words=words, planes=planes)
+    planes = not pairs and group is None and worth_planes(dtype, blocks.rows, blocks.dim)
+    weights, natural = _weights(feature_map, blocks, pairs=pairs, planes=planes)
     par = _parameters(feature_map, blocks)
     signs, half, value_columns = par.signs, blocks.half, padded(value_dim, dtype.itemsize)
     real = np.concatenate([s * half + blocks.places for s in range(signs)])
     fresh = np.full(signs * half, par.idle, integer_of(dtype))
     fresh[real] = par.nothing
     sizes = sizes_of(
-        chunk.carve, dtype, signs, _if(planes or words), _if(planes), blocks.dim, value_columns,
+        chunk.carve, dtype, signs, _if(planes or pairs), _if(planes), blocks.dim, value_columns,
         blocks.width, blocks.count,
     )  # fmt: skip
     return Layout(
@@ -153,7 +153,7 @@ def layout(
         map=weights,
         arrays=(
             *weights[: None if planes else 4],
-            *([bfloat16.TILE_CONFIG] if planes or words else []),
+            *([bfloat16.TILE_CONFIG] if planes or pairs else []),
         ),
         natural=natural,
         blocks=blocks.count,
@@ -173,7 +173,7 @@ def layout(
 
 
 def _weights(
-    feature_map: FeatureMap, blocks: _Blocks, *, words: bool, planes: bool
+    feature_map: FeatureMap, blocks: _Blocks, *, pairs: bool, planes: bool
 ) -> tuple[Any, Any]:
     """Return what kernels take of a map, and what those of its gradient take besides."""
     key, natural_key = query, natural_query = blocks.weight(feature_map.key_weight)
@@ -184,9 +184,9 @@ def _weights(
         query_left, query_right = key_left, key_right = _factors(key)
         if query is not key:
             query_left, query_right = _factors(query)
-    if words:  # right factors
+    if pairs:  # right factors
         query, key = (
-            aligned_copy(bfloat16.words_of(x * np.float32(blocks.unit)).swapaxes(1, 2))
+            aligned_copy(bfloat16.pairs_of(x * np.float32(blocks.unit)).swapaxes(1, 2))
             for x in (natural_query, natural_key)
         )
     affine, hessian, linear = blocks.affine(feature_map)
@@ -283,10 +283,10 @@ def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
 
 
 def exact_workspace(
-    dtype: np.dtype[Any], dim: int, value_dim: int, *, words: bool = False, planes: bool = False
+    dtype: np.dtype[Any], dim: int, value_dim: int, *, pairs: bool = False, planes: bool = False
 ) -> Workspace:
     """Return what a thread of exact attention works on."""
-    args = (_if(words), _if(planes), dim, padded(value_dim, dtype.itemsize))
+    args = (_if(pairs), _if(planes), dim, padded(value_dim, dtype.itemsize))
     return workspace(dtype, *sizes_of(exact_kernels.carve_exact, dtype, *args))
 
 

@@ -32,7 +32,7 @@ from favor_np.cpu.kernels.activate import (
     measure_queries,
     raise_keys,
 )
-from favor_np.cpu.kernels.bfloat16 import words_along
+from favor_np.cpu.kernels.bfloat16 import pairs_along
 from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
 from favor_np.cpu.kernels.gemm import Prefetch, gemm, gemm_t, gemm_t_fetching, prefetch_rows
 from favor_np.cpu.kernels.jit import jit
@@ -45,8 +45,8 @@ from favor_np.cpu.kernels.pack import (
     write_rows,
 )
 from favor_np.cpu.kernels.products import (
+    carve_pairs,
     carve_planes,
-    carve_words,
     fold_keys,
     load_keys,
     load_state,
@@ -81,7 +81,7 @@ Problem = namedtuple("Problem", "q k v mask fm row q_rows out_rows clock rate ou
 Tiles = namedtuple(
     "Tiles",
     "rows columns raw phi values num spare scores keys height share den part others sums scale token "
-    "square stretched top higher excess words planes",
+    "square stretched top higher excess pairs planes",
 )
 
 
@@ -113,23 +113,23 @@ def carve(floats, ints, signs, config, cut_weight, d, vcols, width, blocks):
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
-    words = carve_words(config, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
+    pairs = carve_pairs(config, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
     planes = carve_planes(cut_weight, floats, at, d)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,
-                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, words,
+                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, pairs,
                  planes)  # fmt: skip
 
 
 @jit()
-def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, next_rows, spare):
+def fold_chunk(par, pairs, keys, values, count, s, z, slot, sums, add, next_rows, spare):
     """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while the next rows are prefetched."""
     width, features, fetched, mode = keys.shape[2], sums.shape[1], 0, float_mode()
     for t in range(keys.shape[0]):
         set_float_mode(mode)
         r0 = t % par.signs * (features // par.signs) + t // par.signs * width
         more = spare if add else s[slot, r0 : r0 + width]
-        fetched = fold_keys(words, keys[t], values, count, more, next_rows, fetched)
+        fetched = fold_keys(pairs, keys[t], values, count, more, next_rows, fetched)
         set_float_mode(IEEE)  # whatever the values are: a relay adds sums without them
         if add:
             add_rows(s[slot], r0, features + r0, width, spare)
@@ -224,17 +224,17 @@ def read_chunk(
 
 
 @jit()
-def read_words(words, par, q, row, count, fm, w, clean, out, out_row, t):
+def read_pairs(pairs, par, q, row, count, fm, w, clean, out, out_row, t):
     """The same in bfloat16, without error bars."""
     pack_queries(par, q, row, 1, count, fm, w, t)
-    words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
-    read_blocks(words, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
+    pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.rows)
+    read_blocks(pairs, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
     write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
 
 
 @jit()
-def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, distance, next_count, t):
-    """Whether `words` is None is known to the compiler.
+def read(pairs, par, p, g, start, count, c, s, z, slot, keys, clean, distance, next_count, t):
+    """Whether `pairs` is None is known to the compiler.
 
     Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of their outputs.
     """
@@ -244,13 +244,13 @@ def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, distance, n
         p.row[BLOCK],
         p.row[ROWS],
     )
-    if words is None:
+    if pairs is None:
         next_rows = Prefetch(p.q, row + distance, p.out.rows, out_row + distance, next_count)
         read_chunk(par, p.q, row, count, p.fm, w, features, c, s, z, slot, keys, t.values, clean, p.out,
                    out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, next_rows, t)  # fmt: skip
     else:
         prefetch_rows(p.q, row + distance, next_count)
-        read_words(words, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
+        read_pairs(pairs, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
 
 
 @jit()
@@ -303,12 +303,12 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
     rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
-    turn_keys(t.words, t.planes, t)
+    turn_keys(t.pairs, t.planes, t)
     for attempt in range(2):
         known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
         if known:
             for b in range(blocks):
-                project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
+                project_keys(t.pairs, t.planes, t, weight, cut_weight, w + b,
                              keys[b * par.signs], rows, d)  # fmt: skip
             accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
                                   t.excess, t.scale)  # fmt: skip
@@ -318,7 +318,7 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
         for b in range(blocks):
             for again in range(1 if known else 2):
                 if not known:
-                    project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
+                    project_keys(t.pairs, t.planes, t, weight, cut_weight, w + b,
                                  keys[b * par.signs], rows, d)  # fmt: skip
                 if again == 1 and raise_keys(par, rows, count, keys, b, b + 1, t.height, lift, bias, w, c, s,
                                              z, slot, t.excess, t.scale) < count:  # fmt: skip
@@ -361,18 +361,18 @@ def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
         taken = keys_chunk(par, p.k, k_row, count, p.mask, mask_row, p.fm, w, p.clock + start * p.rate,
                            p.rate, c, s, z, slot, keys, t)  # fmt: skip
     next_rows = Prefetch(p.k, k_row + distance, p.v, v_row + distance, next_count)
-    if t.words is not None:  # nothing below fetches
+    if t.pairs is not None:  # nothing below fetches
         prefetch_rows(p.k, next_rows.a_row, next_count)
         prefetch_rows(p.v, next_rows.b_row, next_count)
     clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
     flush_beside(t.values, taken, c, True)
-    load_keys(t.words, reads, keys, t, -(-count // 8) * 8, clean)
+    load_keys(t.pairs, reads, keys, t, -(-count // 8) * 8, clean)
     if reads:
-        load_state(t.words, par, features, c, s, z, slot, keys.shape[2])
+        load_state(t.pairs, par, features, c, s, z, slot, keys.shape[2])
         for g in range(p.q_rows.size):
-            read(t.words, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
+            read(t.pairs, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
                  t)  # fmt: skip
     if what != READ:
-        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
+        fold_chunk(par, t.pairs, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
                    t.spare)  # fmt: skip
     return taken

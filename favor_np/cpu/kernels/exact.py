@@ -25,13 +25,13 @@ from favor_np.cpu.kernels.bfloat16 import (
     add_spoiled,
     cut_along,
     cut_down,
-    finite_words,
+    finite_pairs,
+    gemm_pairs,
     gemm_planes,
-    gemm_words,
+    pairs_along,
+    pairs_down,
+    pairs_for,
     turn_rows,
-    words_along,
-    words_down,
-    words_for,
 )
 from favor_np.cpu.kernels.chunk import own_values
 from favor_np.cpu.kernels.floats import flush_beside
@@ -51,22 +51,22 @@ ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit
 ExactTiles = namedtuple(
     "ExactTiles",
     "rows keys values raw phi across num spare den part ones longest square key_square "
-    "c top higher words planes",
+    "c top higher pairs planes",
 )
 #: In bfloat16, query by query: packed queries and features as left factors, keys (first as `rows`) and
 #: values as right ones; the sums of features by lanes, of all tiles of queries and of a strip.
-ExactWords = namedtuple("ExactWords", "queries rows keys values phi sums part")
+ExactPairs = namedtuple("ExactPairs", "queries rows keys values phi sums part")
 #: For logits from the matrix unit: packed queries as right factors and keys as left one, cut into planes.
 ExactPlanes = namedtuple("ExactPlanes", "queries keys")
 
 
 @jit()
-def carve_exact_words(config, floats, at, d, vcols):
-    """Cut the tiles for words, or none."""
+def carve_exact_pairs(config, floats, at, d, vcols):
+    """Cut the tiles for pairs, or none."""
     if config is None:
         return None
     lanes = VECTOR_BYTES // floats.itemsize
-    depth = words_for(d)
+    depth = pairs_for(d)
     queries, at = cut(floats, at, GROUP * CHUNK, depth)
     rows, at = cut(floats, at, CHUNK, depth)
     keys, at = cut(floats, at, depth, CHUNK)
@@ -75,7 +75,7 @@ def carve_exact_words(config, floats, at, d, vcols):
     sums, at = cut(floats, at, GROUP * CHUNK, lanes)
     part, at = cut(floats, at, STRIP, lanes)
     queries[:], rows[:] = 0, 0  # what is not written to, and another call may have
-    return ExactWords(queries, rows, keys, values, phi, sums, part)
+    return ExactPairs(queries, rows, keys, values, phi, sums, part)
 
 
 @jit()
@@ -83,7 +83,7 @@ def carve_exact_planes(split_config, floats, at, d):
     """Cut the tiles for planes, or none."""
     if split_config is None:
         return None
-    depth = PLANES * words_for(d)
+    depth = PLANES * pairs_for(d)
     queries, at = cut(floats, at, GROUP * depth, CHUNK)
     keys, at = cut(floats, at, CHUNK, depth)
     return ExactPlanes(queries.reshape(GROUP, depth, CHUNK), keys)
@@ -109,7 +109,7 @@ def carve_exact(floats, ints, config, split_config, d, vcols):
     longest, at = cut(floats, at, 1, CHUNK * doubles)  # in whole cache lines, as all the rest
     square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
     key_square, at = cut(floats, at, 1, CHUNK * doubles)
-    words = carve_exact_words(config, floats, at, d, vcols)
+    pairs = carve_exact_pairs(config, floats, at, d, vcols)
     planes = carve_exact_planes(split_config, floats, at, d)
     c, mark = cut(ints, 0, 1, CHUNK)
     top, mark = cut(ints, mark, GROUP, CHUNK)
@@ -118,19 +118,19 @@ def carve_exact(floats, ints, config, split_config, d, vcols):
         rows, keys, values, raw, phi, across.reshape(GROUP, dcols, CHUNK),
         num.reshape(GROUP, CHUNK, vcols), spare, den, part, ones,
         longest[0].view(np.float64), square.view(np.float64).reshape(GROUP, CHUNK),
-        key_square[0].view(np.float64), c, top, higher, words, planes,
+        key_square[0].view(np.float64), c, top, higher, pairs, planes,
     )  # fmt: skip
 
 
 @jit()
-def load_queries(words, planes, t, g):
-    """Turn the packed queries of tile g for `read_tile` or `read_words`; their sums start at zero."""
+def load_queries(pairs, planes, t, g):
+    """Turn the packed queries of tile g for `read_tile` or `read_pairs`; their sums start at zero."""
     t.den[g] = 0
     t.num[g] = 0
-    if words is not None:
+    if pairs is not None:
         rows = slice(g * CHUNK, (g + 1) * CHUNK)
-        words_along(t.rows, CHUNK, t.rows.shape[1], words.queries[rows])
-        words.sums[rows] = 0
+        pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.queries[rows])
+        pairs.sums[rows] = 0
     else:
         across(t.rows, t.across[g])
     if planes is not None:
@@ -138,10 +138,10 @@ def load_queries(words, planes, t, g):
 
 
 @jit()
-def load_keys(words, planes, t):
+def load_keys(pairs, planes, t):
     """The same of packed keys."""
-    if words is not None:
-        turn_rows(t.rows, words.rows, words.keys)
+    if pairs is not None:
+        turn_rows(t.rows, pairs.rows, pairs.keys)
     elif planes is not None:
         cut_along(t.rows, CHUNK, t.rows.shape[1], planes.keys)
     else:
@@ -159,14 +159,14 @@ def logits(planes, g, cols, d, t):
 
 
 @jit()
-def load_values(words, t, clean):
+def load_values(pairs, t, clean):
     """Prepare a tile of values."""
-    if words is None:
+    if pairs is None:
         return
     if clean:
-        words_down(t.values, CHUNK, t.values.shape[1], words.values)
+        pairs_down(t.values, CHUNK, t.values.shape[1], pairs.values)
     else:
-        finite_words(t.values, t.spare, words.values)
+        finite_pairs(t.values, t.spare, pairs.values)
 
 
 @jit()
@@ -190,7 +190,7 @@ def pack_queries(par, q, row, count, t):
         for i in range(here):
             for x in range(t.rows.shape[1]):
                 t.rows[i, x] *= factor
-        load_queries(t.words, t.planes, t, g)
+        load_queries(t.pairs, t.planes, t, g)
 
 
 @jit()
@@ -208,7 +208,7 @@ def pack_keys(par, k, row, count, mask, mask_row, t):
             seen, bad = False, min(bad, j)
         t.ones[0, j] = 1 if seen else 0
         t.c[0, j] = 0 if seen else -4 * int(par.far)
-    load_keys(t.words, t.planes, t)
+    load_keys(t.pairs, t.planes, t)
     return longest_of(t.key_square[:count], par.limit), bad
 
 
@@ -239,41 +239,41 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
 
 
 @jit()
-def read_words(words, par, g, count, first, diagonal, clean, t):
+def read_pairs(pairs, par, g, count, first, diagonal, clean, t):
     """The same in bfloat16, strip by strip."""
     top, num = t.top[g], t.num[g]
-    depth = words.queries.shape[1]
+    depth = pairs.queries.shape[1]
     for i in range(0, count, STRIP):
         seen = seen_by(i) if diagonal else CHUNK
         raw, rows = t.raw[:STRIP], slice(g * CHUNK + i, g * CHUNK + i + STRIP)
-        gemm_words(words.queries[rows], words.keys, raw, STRIP, seen, depth, False)
+        gemm_pairs(pairs.queries[rows], pairs.keys, raw, STRIP, seen, depth, False)
         if diagonal:
             for r in range(STRIP):
                 raw[r, i + r + 1 : seen] = -par.masked
-        sums, out = words.sums[rows], num[i : i + STRIP]
+        sums, out = pairs.sums[rows], num[i : i + STRIP]
         strip_features(par, 1, raw, seen, t.c, t.ones, first, top[i : i + STRIP], t.higher[0, :STRIP],
-                       sums, out, t.spare[:STRIP], words.phi, words.part)  # fmt: skip
-        gemm_words(words.phi, words.values, out, STRIP, out.shape[1], seen // 2, True)
+                       sums, out, t.spare[:STRIP], pairs.phi, pairs.part)  # fmt: skip
+        gemm_pairs(pairs.phi, pairs.values, out, STRIP, out.shape[1], seen // 2, True)
         if not clean:
-            add_spoiled(words.phi, i, out, diagonal, raw, t.values)
+            add_spoiled(pairs.phi, i, out, diagonal, raw, t.values)
 
 
 @jit()
-def read(words, par, g, count, d, first, diagonal, clean, t):
-    """Whether `words` is None is known to the compiler."""
-    if words is None:
+def read(pairs, par, g, count, d, first, diagonal, clean, t):
+    """Whether `pairs` is None is known to the compiler."""
+    if pairs is None:
         read_tile(par, g, count, d, first, diagonal, clean, t)
     else:
-        read_words(words, par, g, count, first, diagonal, clean, t)
+        read_pairs(pairs, par, g, count, first, diagonal, clean, t)
 
 
 @jit()
-def add_lanes(words, count, g, t):
+def add_lanes(pairs, count, g, t):
     """The denominators of a tile of queries, where they were summed by lanes."""
-    if words is None:
+    if pairs is None:
         return
     for i in range(count):
-        t.den[g, i] = sum_lanes(load(words.sums, g * CHUNK + i, 0))
+        t.den[g, i] = sum_lanes(load(pairs.sums, g * CHUNK + i, 0))
 
 
 @jit()
@@ -297,7 +297,7 @@ def exact_block(par, q, k, v, mask, job, out, t):
         next_count = min(CHUNK, keys_count - start - here)
         prefetch_rows(k, k_row + start + here, next_count)
         prefetch_rows(v, v_row + start + here, next_count)
-        load_values(t.words, t, clean)
+        load_values(t.pairs, t, clean)
         if first_bad < CHUNK:
             bad = min(bad, start + first_bad)
         for g in range(-(-count // CHUNK)):
@@ -305,11 +305,11 @@ def exact_block(par, q, k, v, mask, job, out, t):
             if par.causal and position < start:
                 continue
             fits = fits and t.longest[g] * longest <= par.far * par.far
-            read(t.words, par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
+            read(t.pairs, par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
                  par.causal and position == start, clean, t)  # fmt: skip
     for g in range(-(-count // CHUNK)):
         here = min(CHUNK, count - g * CHUNK)
-        add_lanes(t.words, here, g, t)
+        add_lanes(t.pairs, here, g, t)
         for i in range(here):
             if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
                 t.square[g, i] = math.inf
@@ -350,7 +350,7 @@ def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ct
 
 
 @jit(cache=True)
-def attend_exact_words(par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n):
+def attend_exact_bf16(par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n):
     """The same, its products in bfloat16."""
     return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), config, None, floats,
                          ints, ctl, n)  # fmt: skip

@@ -58,11 +58,11 @@ def attend_one(par, p, c, s, z, slot, t):
         start, split = start + taken, taken < count
     if not par.causal and queries_count > 0:
         set_float_mode(IEEE | FLUSH if ordinary_sums(s, slot, c.shape[1] - PAD) else IEEE)
-        load_state(t.words, par, p.row[ROWS], c, s, z, slot, t.keys.shape[2])
+        load_state(t.pairs, par, p.row[ROWS], c, s, z, slot, t.keys.shape[2])
         for g in range(p.q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 count, next_count = min(CHUNK, queries_count - start), queries_count - start - CHUNK
-                read(t.words, par, p, g, start, count, c, s, z, slot, t.keys, True, CHUNK,
+                read(t.pairs, par, p, g, start, count, c, s, z, slot, t.keys, True, CHUNK,
                      min(CHUNK, next_count), t)  # fmt: skip
 
 
@@ -131,9 +131,9 @@ def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_ro
 
 
 @jit(cache=True)
-def attend_words(constants, q, k, v, mask, query, key, bias, affine, config, jobs, q_rows, out_rows,
+def attend_bf16(constants, q, k, v, mask, query, key, bias, affine, config, jobs, q_rows, out_rows,
                  clocks, relay, rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same as `attend`, its products in bfloat16: `query` and `key` are words."""
+    """The same as `attend`, its products in bfloat16: `query` and `key` are pairs."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,

@@ -81,8 +81,8 @@ Natural = namedtuple("Natural", "query key hessian linear query_planes key_plane
 #: The tiles a thread works on.
 Tiles = namedtuple(
     "Tiles",
-    "rows columns raws phi slope back error values other turned num spare scores pair keys grad "
-    "height share extra factor total sums scale square stretched top excess words planes",
+    "rows columns raws phi slope back error values other turned num spare scores products keys grad "
+    "height share extra factor total sums scale square stretched top excess pairs planes",
 )
 
 
@@ -105,7 +105,7 @@ def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
     num, at = cut(floats, at, CHUNK, vcols)
     spare, at = cut(floats, at, CHUNK, vcols)
     scores, at = cut(floats, at, CHUNK, CHUNK)
-    pair, at = cut(floats, at, CHUNK, CHUNK)
+    products, at = cut(floats, at, CHUNK, CHUNK)
     flat, at = cut(floats, at, tiles * CHUNK, width)
     grad, at = cut(floats, at, CHUNK, dcols)
     height, at = cut(floats, at, 1, CHUNK)
@@ -122,7 +122,7 @@ def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raws, phi, slope, back, error, values, other, turned, num, spare,
-                 scores, pair, keys, grad, height[0], share[0], extra, by, total, sums, scale,
+                 scores, products, keys, grad, height[0], share[0], extra, by, total, sums, scale,
                  square[0].view(np.float64), stretched, top, excess, None, planes)  # fmt: skip
 
 
@@ -291,17 +291,17 @@ def factors(par, x, job, of_keys, at, step, count, clock, rate, t):
 
 
 @jit()
-def pairs(count, cols, rows, d, t):
-    """``pair[j, i] = vector of A j . vector of B i`` for j <= i, else zero."""
-    lanes = VECTOR_BYTES // t.pair.itemsize
+def pair_products(count, cols, rows, d, t):
+    """``products[j, i] = vector of A j . vector of B i`` for j <= i, else zero."""
+    lanes = VECTOR_BYTES // t.products.itemsize
     for i in range(0, cols, 2 * lanes):
         end = min(i + 2 * lanes, cols)
-        gemm(t.values, t.turned, t.pair, 0, min(-(-end // 8) * 8, rows), i, end, 0, d, False)
+        gemm(t.values, t.turned, t.products, 0, min(-(-end // 8) * 8, rows), i, end, 0, d, False)
     for j in range(rows):
         for i in range(min(j, cols)):
-            t.pair[j, i] = 0
+            t.products[j, i] = 0
         for i in range(j, cols):
-            t.pair[j, i] += t.share[j] * t.extra[0, i]
+            t.products[j, i] += t.share[j] * t.extra[0, i]
 
 
 @jit()
@@ -328,7 +328,7 @@ def pull_chunk(
     measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
     factors(par, x, job, of_keys, at, step, count, clock, rate, t)
     if par.causal:
-        pairs(count, cols, rows, dv, t)
+        pair_products(count, cols, rows, dv, t)
     for b in range(blocks):
         features = min(width, features_count - b * width)
         for side in range(par.signs):
@@ -341,7 +341,7 @@ def pull_chunk(
             for i in range(0, cols if par.causal else 0, 2 * lanes):
                 end = min(i + 2 * lanes, cols)
                 last = min(-(-end // 8) * 8, rows)
-                gemm_t(tile, t.pair, t.back, 0, width, i, end, 0, last, True)
+                gemm_t(tile, t.products, t.back, 0, width, i, end, 0, last, True)
                 if of_keys:
                     gemm(tile, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             if of_keys:
@@ -406,7 +406,7 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
                        natural, c, s, z, slot, to, t)  # fmt: skip
         flush_beside(t.values, taken, c, True)
-        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
+        fold_chunk(par, t.pairs, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
         done, split = done + taken, taken < count
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,

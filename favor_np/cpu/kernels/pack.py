@@ -123,7 +123,7 @@ def heights(par, fm, w, count, d, t):
     """
     if par.affine:
         center(t.rows, count, fm.affine[w, KEY_CENTER], t.square)
-    round_rows(t.words, t.rows, count, t.square)
+    round_rows(t.pairs, t.rows, count, t.square)
     if par.factored:
         across(t.rows, t.columns)
         rows, cols = -(-count // 8) * 8, t.stretched.shape[1]
