@@ -26,7 +26,7 @@ from favor_np.cpu.layout import (
     exact_workspace,
     spread_room,
     vjp_workspace,
-    worth_planes,
+    worth_bf16x3,
 )
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
@@ -302,8 +302,8 @@ class _Launch:
         if self.pairs:
             bfloat16.require_amx()
             kernel = kernels.attend_bf16
-        if layout.map.key_planes is not None:
-            kernel = kernels.attend_planes
+        if layout.map.key_parts is not None:
+            kernel = kernels.attend_bf16x3
         args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, relay,
                 *self.result, *more)  # fmt: skip
         return kernel, args
@@ -362,10 +362,10 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     if pairs:
         bfloat16.require_amx()
         kernel, args = exact_kernels.attend_exact_bf16, (*args, bfloat16.TILE_CONFIG)
-    planes = not pairs and worth_planes(dtype, CHUNK, q.shape[-1])
-    if planes:
-        kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.TILE_CONFIG)
-    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], pairs=pairs, planes=planes)
+    bf16x3 = not pairs and worth_bf16x3(dtype, CHUNK, q.shape[-1])
+    if bf16x3:
+        kernel, args = exact_kernels.attend_exact_bf16x3, (*args, bfloat16.TILE_CONFIG)
+    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], pairs=pairs, bf16x3=bf16x3)
     workers = min(_threads(work, call.num_threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
     return not control[TROUBLE]

@@ -7,10 +7,10 @@ Matrices of bfloat16 are held in pairs (VNNI format): two numbers that follow ea
 summed over share the 32 bits of one float32, whose own value means nothing.  So a left factor is
 (rows, pairs), a right one (pairs, columns), and the transpose of the one is the other.
 
-A float32 is rounded to one such number, or it is cut into three: the first 8 of its 24 bits, the next 8
-and the last, whose sum it is.  Each of the three makes a plane of pairs, one plane behind the other along
-the axis that is summed over, and the six largest of their nine products are a product of float32: on the
-matrix unit twice as fast as one of vectors, where the factors are pairs already.
+A float32 is rounded to one such number, or it is split into three parts (bf16x3): the first 8 of its 24 bits,
+the next 8 and the last, whose sum it is.  The pairs of each part stand behind those of the part before, along
+the axis that is summed over, and the six largest of the nine products of two parts are a product of float32: on
+the matrix unit twice as fast as one of vectors, where the factors are pairs already.
 """
 
 from __future__ import annotations
@@ -145,17 +145,17 @@ def release(typingctx):
     return types.void(), codegen
 
 
-#: The planes of a float32 that is cut.
-PLANES = 3
-#: Which planes of the left and of the right factor are multiplied, one pair after the other, in rounds
+#: The parts of a float32 that is split.
+PARTS = 3
+#: Which parts of the left and of the right factor are multiplied, one product after the other, in rounds
 #: over all pairs: what is small is summed before what is large, so that most sums round little.
-_ROUNDS = {1: (((0, 0),),), PLANES: (((2, 0), (1, 0), (1, 1), (0, 1), (0, 2)), ((0, 0),))}
+_ROUNDS = {1: (((0, 0),),), PARTS: (((2, 0), (1, 0), (1, 1), (0, 1), (0, 2)), ((0, 0),))}
 
 
-def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
+def _block(rows: int, cols: int, parts: int) -> Callable[..., Any]:
     """Make ``c[i:, j:] (+)= a[i:, :pairs] @ b[:pairs, j:]`` for rows x cols tiles of 16 x 16.
 
-    The pairs are those of each of the planes.
+    So many pairs each of the parts has.
     """
 
     @intrinsic
@@ -168,12 +168,12 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
             def after(start: Any, tiles: int) -> Any:
                 return builder.add(start, ir.Constant(_I64, 16 * tiles))
 
-            def plane(kind: Any, value: Any, axis: int, number: int) -> Any:
-                """Where the plane of that number begins."""
+            def part(kind: Any, value: Any, axis: int, number: int) -> Any:
+                """Where part number `number` begins."""
                 length = builder.extract_value(
                     make_array(kind)(context, builder, value).shape, axis
                 )
-                pitch = builder.udiv(length, ir.Constant(_I64, planes))
+                pitch = builder.udiv(length, ir.Constant(_I64, parts))
                 return builder.mul(pitch, ir.Constant(_I64, number))
 
             def move(name: str, tile: int, kind: Any, value: Any, y: Any, x: Any) -> None:
@@ -192,7 +192,7 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
                 with otherwise:
                     for tile, _, _ in sums:
                         _amx(builder, "tilezero", ir.Constant(_BYTE, tile))
-            for products in _ROUNDS[planes]:
+            for products in _ROUNDS[parts]:
                 steps = cgutils.for_range_slice(
                     builder, ir.Constant(_I64, 0), last, ir.Constant(_I64, STEP), _I64
                 )
@@ -200,11 +200,11 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
                     before = (-1, -1)
                     for left, right in products:
                         if left != before[0]:
-                            here = builder.add(k, plane(a, a_value, 1, left))
+                            here = builder.add(k, part(a, a_value, 1, left))
                             for y in range(rows):
                                 move("tileloadd64", 4 + y, a, a_value, after(i0, y), here)
                         if right != before[1]:
-                            here = builder.add(k, plane(b, b_value, 0, right))
+                            here = builder.add(k, part(b, b_value, 0, right))
                             for x in range(cols):
                                 move("tileloadd64", 6 + x, b, b_value, here, after(j0, x))
                         for tile, _, _ in sums:
@@ -220,10 +220,10 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
     return block  # type: ignore[no-any-return]  # intrinsic has no types
 
 
-def _on_unit(planes: int) -> Callable[..., Any]:
-    """Make ``c (+)= a @ b`` of factors of so many planes; rows and cols in sixteens, pairs in steps."""
+def _on_unit(parts: int) -> Callable[..., Any]:
+    """Make ``c (+)= a @ b`` of factors of so many parts; rows and cols in sixteens, pairs in steps."""
     shapes = ((2, 2), (1, 2), (2, 1), (1, 1))
-    four, across, down, one = (_block(rows, cols, planes) for rows, cols in shapes)
+    four, across, down, one = (_block(rows, cols, parts) for rows, cols in shapes)
 
     @jit()
     def cover(a, b, c, rows, cols, pairs, add):
@@ -241,7 +241,7 @@ def _on_unit(planes: int) -> Callable[..., Any]:
     return cover  # type: ignore[no-any-return]  # jit has no types
 
 
-_of_pairs, _of_planes = _on_unit(1), _on_unit(PLANES)
+_of_pairs, _of_parts = _on_unit(1), _on_unit(PARTS)
 
 
 def _bits(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -415,15 +415,15 @@ _of_dots = covering(transposed=False, product=_dot)
 
 
 @jit()
-def _plain(planes, a, b, c, rows, cols, pairs, add):
+def _plain(parts, a, b, c, rows, cols, pairs, add):
     """The product without instructions for it: right, and slower than one of float32."""
     lanes = VECTOR_BYTES // c.itemsize
-    beside, below = a.shape[1] // planes, b.shape[0] // planes
+    beside, below = a.shape[1] // parts, b.shape[0] // parts
     for i in range(rows):
         for j in range(0, cols, lanes):
             total = load(c, i, j) if add else splat(c, 0)
-            for p in range(planes - 1, -1, -1):
-                for r in range(planes - 1 - p, -1, -1):
+            for p in range(parts - 1, -1, -1):
+                for r in range(parts - 1 - p, -1, -1):
                     for k in range(pairs):
                         left = splat(c, a[i, p * beside + k])
                         right = load(b, r * below + k, j)
@@ -444,12 +444,12 @@ def gemm_pairs(a, b, c, rows, cols, pairs, add):
 
 
 @jit()
-def gemm_planes(a, b, c, rows, cols, pairs, add):
-    """The same of matrices of float32 that have been cut, of so many pairs a plane."""
+def gemm_bf16x3(a, b, c, rows, cols, pairs, add):
+    """The same of matrices of float32 that have been split, of so many pairs a part."""
     if AMX:
-        _of_planes(a, b, c, rows, cols, pairs, add)
+        _of_parts(a, b, c, rows, cols, pairs, add)
     else:
-        _plain(PLANES, a, b, c, rows, cols, pairs, add)
+        _plain(PARTS, a, b, c, rows, cols, pairs, add)
 
 
 @intrinsic
@@ -468,10 +468,10 @@ def _upper_along(typingctx, a, b):
 
 
 @jit()
-def cut_along(source, rows, cols, target):
-    """The planes of source[:rows, :cols] as left factor; cols in whole vectors, zeros behind them."""
+def split_along(source, rows, cols, target):
+    """The parts of source[:rows, :cols] as left factor; cols in whole vectors, zeros behind them."""
     lanes = VECTOR_BYTES // source.itemsize
-    pitch = target.shape[1] // PLANES
+    pitch = target.shape[1] // PARTS
     for i in range(rows):
         for x in range(0, 2 * pitch, 2 * lanes):
             a, b = splat(source, 0), splat(source, 0)
@@ -479,23 +479,23 @@ def cut_along(source, rows, cols, target):
                 a = load(source, i, x)
             if x + lanes < cols:
                 b = load(source, i, x + lanes)
-            for plane in range(PLANES):
-                store(target, i, plane * pitch + x // 2, _upper_along(a, b))
+            for part in range(PARTS):
+                store(target, i, part * pitch + x // 2, _upper_along(a, b))
                 a, b = a - upper(a), b - upper(b)
 
 
 @jit()
-def cut_down(source, rows, cols, target):
-    """The planes of source[:rows, :cols] as right factor; rows are even, below them there are zeros."""
+def split_down(source, rows, cols, target):
+    """The parts of source[:rows, :cols] as right factor; rows are even, below them there are zeros."""
     lanes = VECTOR_BYTES // source.itemsize
-    pitch = target.shape[0] // PLANES
+    pitch = target.shape[0] // PARTS
     for k in range(pitch):
         for x in range(0, cols, lanes):
             a, b = splat(source, 0), splat(source, 0)
             if 2 * k < rows:
                 a, b = load(source, 2 * k, x), load(source, 2 * k + 1, x)
-            for plane in range(PLANES):
-                store(target, plane * pitch + k, x, _join(a, b))
+            for part in range(PARTS):
+                store(target, part * pitch + k, x, _join(a, b))
                 a, b = a - upper(a), b - upper(b)
 
 
@@ -548,10 +548,10 @@ def pairs_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return _pairs(_numbers(matrix).view(np.uint32) + np.uint32(0x8000))
 
 
-def planes_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The same, cut into planes."""
+def parts_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same, split into three parts."""
     rest, found = _numbers(matrix), []
-    for _ in range(PLANES):
+    for _ in range(PARTS):
         bits = rest.view(np.uint32)
         found.append(_pairs(bits))
         rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)

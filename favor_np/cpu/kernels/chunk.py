@@ -46,7 +46,7 @@ from favor_np.cpu.kernels.pack import (
 )
 from favor_np.cpu.kernels.products import (
     carve_pairs,
-    carve_planes,
+    carve_parts,
     fold_keys,
     load_keys,
     load_state,
@@ -81,12 +81,12 @@ Problem = namedtuple("Problem", "q k v mask fm row q_rows out_rows clock rate ou
 Tiles = namedtuple(
     "Tiles",
     "rows columns raw phi values num spare scores keys height share den part others sums scale token "
-    "square stretched top higher excess pairs planes",
+    "square stretched top higher excess pairs parts",
 )
 
 
 @jit()
-def carve(floats, ints, signs, config, cut_weight, d, vcols, width, blocks):
+def carve(floats, ints, signs, config, split_weight, d, vcols, width, blocks):
     """Cut the tiles from one thread's workspace, which `measure` makes large enough for this."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -113,12 +113,12 @@ def carve(floats, ints, signs, config, cut_weight, d, vcols, width, blocks):
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
-    pairs = carve_pairs(config, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
-    planes = carve_planes(cut_weight, floats, at, d)
+    pairs = carve_pairs(config, split_weight, floats, at, ints, mark, d, vcols, width, tiles)
+    parts = carve_parts(split_weight, floats, at, d)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,
                  sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, pairs,
-                 planes)  # fmt: skip
+                 parts)  # fmt: skip
 
 
 @jit()
@@ -172,11 +172,11 @@ def read_chunk(
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
     pack_queries(par, q, row, 1, count, fm, w, t)
-    turn_queries(t.planes, t)
+    turn_queries(t.parts, t)
     first, fetched = True, 0
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
-        project_queries(t.planes, t, fm.query, fm.query_planes, w + b, t.raw, cols, d)
+        project_queries(t.parts, t, fm.query, fm.query_parts, w + b, t.raw, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -288,7 +288,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
     Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
     """
     lift = pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t)
-    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_planes, fm.bias, w, c, s, z, slot,
+    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_parts, fm.bias, w, c, s, z, slot,
                         keys, t)  # fmt: skip
     for i in range(accepted):
         if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
@@ -298,17 +298,17 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
 
 
 @jit()
-def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, keys, t):
+def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, keys, t):
     """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
     rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
-    turn_keys(t.pairs, t.planes, t)
+    turn_keys(t.pairs, t.parts, t)
     for attempt in range(2):
         known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
         if known:
             for b in range(blocks):
-                project_keys(t.pairs, t.planes, t, weight, cut_weight, w + b,
+                project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
                              keys[b * par.signs], rows, d)  # fmt: skip
             accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
                                   t.excess, t.scale)  # fmt: skip
@@ -318,7 +318,7 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
         for b in range(blocks):
             for again in range(1 if known else 2):
                 if not known:
-                    project_keys(t.pairs, t.planes, t, weight, cut_weight, w + b,
+                    project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
                                  keys[b * par.signs], rows, d)  # fmt: skip
                 if again == 1 and raise_keys(par, rows, count, keys, b, b + 1, t.height, lift, bias, w, c, s,
                                              z, slot, t.excess, t.scale) < count:  # fmt: skip

@@ -20,17 +20,17 @@ from favor_np.cpu.kernels.activate import (
     strip_features,
 )
 from favor_np.cpu.kernels.bfloat16 import (
-    PLANES,
+    PARTS,
     STRIP,
     add_spoiled,
-    cut_along,
-    cut_down,
     finite_pairs,
+    gemm_bf16x3,
     gemm_pairs,
-    gemm_planes,
     pairs_along,
     pairs_down,
     pairs_for,
+    split_along,
+    split_down,
     turn_rows,
 )
 from favor_np.cpu.kernels.chunk import own_values
@@ -51,13 +51,13 @@ ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit
 ExactTiles = namedtuple(
     "ExactTiles",
     "rows keys values raw phi across num spare den part ones longest square key_square "
-    "c top higher pairs planes",
+    "c top higher pairs parts",
 )
 #: In bfloat16, query by query: packed queries and features as left factors, keys (first as `rows`) and
 #: values as right ones; the sums of features by lanes, of all tiles of queries and of a strip.
 ExactPairs = namedtuple("ExactPairs", "queries rows keys values phi sums part")
-#: For logits from the matrix unit: packed queries as right factors and keys as left one, cut into planes.
-ExactPlanes = namedtuple("ExactPlanes", "queries keys")
+#: For logits from the matrix unit: packed queries as right factors and keys as left one, split into parts.
+ExactParts = namedtuple("ExactParts", "queries keys")
 
 
 @jit()
@@ -79,14 +79,14 @@ def carve_exact_pairs(config, floats, at, d, vcols):
 
 
 @jit()
-def carve_exact_planes(split_config, floats, at, d):
-    """Cut the tiles for planes, or none."""
+def carve_exact_parts(split_config, floats, at, d):
+    """Cut the tiles for parts, or none."""
     if split_config is None:
         return None
-    depth = PLANES * pairs_for(d)
+    depth = PARTS * pairs_for(d)
     queries, at = cut(floats, at, GROUP * depth, CHUNK)
     keys, at = cut(floats, at, CHUNK, depth)
-    return ExactPlanes(queries.reshape(GROUP, depth, CHUNK), keys)
+    return ExactParts(queries.reshape(GROUP, depth, CHUNK), keys)
 
 
 @jit()
@@ -110,7 +110,7 @@ def carve_exact(floats, ints, config, split_config, d, vcols):
     square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
     key_square, at = cut(floats, at, 1, CHUNK * doubles)
     pairs = carve_exact_pairs(config, floats, at, d, vcols)
-    planes = carve_exact_planes(split_config, floats, at, d)
+    parts = carve_exact_parts(split_config, floats, at, d)
     c, mark = cut(ints, 0, 1, CHUNK)
     top, mark = cut(ints, mark, GROUP, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
@@ -118,12 +118,12 @@ def carve_exact(floats, ints, config, split_config, d, vcols):
         rows, keys, values, raw, phi, across.reshape(GROUP, dcols, CHUNK),
         num.reshape(GROUP, CHUNK, vcols), spare, den, part, ones,
         longest[0].view(np.float64), square.view(np.float64).reshape(GROUP, CHUNK),
-        key_square[0].view(np.float64), c, top, higher, pairs, planes,
+        key_square[0].view(np.float64), c, top, higher, pairs, parts,
     )  # fmt: skip
 
 
 @jit()
-def load_queries(pairs, planes, t, g):
+def load_queries(pairs, parts, t, g):
     """Turn the packed queries of tile g for `read_tile` or `read_pairs`; their sums start at zero."""
     t.den[g] = 0
     t.num[g] = 0
@@ -133,29 +133,29 @@ def load_queries(pairs, planes, t, g):
         pairs.sums[rows] = 0
     else:
         across(t.rows, t.across[g])
-    if planes is not None:
-        cut_down(t.across[g], t.rows.shape[1], CHUNK, planes.queries[g])
+    if parts is not None:
+        split_down(t.across[g], t.rows.shape[1], CHUNK, parts.queries[g])
 
 
 @jit()
-def load_keys(pairs, planes, t):
+def load_keys(pairs, parts, t):
     """The same of packed keys."""
     if pairs is not None:
         turn_rows(t.rows, pairs.rows, pairs.keys)
-    elif planes is not None:
-        cut_along(t.rows, CHUNK, t.rows.shape[1], planes.keys)
+    elif parts is not None:
+        split_along(t.rows, CHUNK, t.rows.shape[1], parts.keys)
     else:
         across(t.rows, t.keys)
 
 
 @jit()
-def logits(planes, g, cols, d, t):
+def logits(parts, g, cols, d, t):
     """The logits (F, C) of a tile of keys and one of queries."""
-    if planes is None:
+    if parts is None:
         project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
     else:
-        depth = planes.keys.shape[1] // PLANES
-        gemm_planes(planes.keys, planes.queries[g], t.raw, CHUNK, cols, depth, False)
+        depth = parts.keys.shape[1] // PARTS
+        gemm_bf16x3(parts.keys, parts.queries[g], t.raw, CHUNK, cols, depth, False)
 
 
 @jit()
@@ -190,7 +190,7 @@ def pack_queries(par, q, row, count, t):
         for i in range(here):
             for x in range(t.rows.shape[1]):
                 t.rows[i, x] *= factor
-        load_queries(t.pairs, t.planes, t, g)
+        load_queries(t.pairs, t.parts, t, g)
 
 
 @jit()
@@ -208,7 +208,7 @@ def pack_keys(par, k, row, count, mask, mask_row, t):
             seen, bad = False, min(bad, j)
         t.ones[0, j] = 1 if seen else 0
         t.c[0, j] = 0 if seen else -4 * int(par.far)
-    load_keys(t.pairs, t.planes, t)
+    load_keys(t.pairs, t.parts, t)
     return longest_of(t.key_square[:count], par.limit), bad
 
 
@@ -219,7 +219,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
-    logits(t.planes, g, cols, d, t)
+    logits(t.parts, g, cols, d, t)
     if diagonal:
         for j in range(CHUNK):
             t.raw[j, : min(j, cols)] = -par.masked
@@ -357,7 +357,7 @@ def attend_exact_bf16(par, q, k, v, mask, jobs, rows, weights, tops, config, flo
 
 
 @jit(cache=True)
-def attend_exact_planes(
+def attend_exact_bf16x3(
     par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n
 ):
     """The same as `attend_exact`, with logits from the matrix unit: no less exact, and faster."""

@@ -72,13 +72,13 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
     """What all kernels but one do; what of `spread`, `config` and `fm` is None is known to the compiler.
 
     Jobs are the rows of a table or, where there is a relay, those of the one problem in it.  With a `config`
-    products are in bfloat16 or, if the map's weights are cut into planes, projections are products of
-    planes.
+    products are in bfloat16 or, if the map's weights are split into parts, projections are products of
+    parts.
     """
     me, mode = enter(ctl)
     width = fm.key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
-    t = carve(floats[me], ints[me], par.signs, config, fm.key_planes, q.shape[1], s.shape[2], width,
+    t = carve(floats[me], ints[me], par.signs, config, fm.key_parts, q.shape[1], s.shape[2], width,
               blocks)  # fmt: skip
     groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
@@ -141,11 +141,11 @@ def attend_bf16(constants, q, k, v, mask, query, key, bias, affine, config, jobs
 
 
 @jit(cache=True)
-def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_planes, key_planes, config,
+def attend_bf16x3(constants, q, k, v, mask, query, key, bias, affine, query_parts, key_parts, config,
                   jobs, q_rows, out_rows, clocks, relay, rows, weights, tops, c, s, z, floats,
                   ints, ctl, n):  # fmt: skip
     """The same as `attend`, with projections from the matrix unit: no less exact, and faster."""
-    fm = Map(query, key, bias, affine, query_planes, key_planes)
+    fm = Map(query, key, bias, affine, query_parts, key_parts)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip

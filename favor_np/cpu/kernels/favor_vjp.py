@@ -37,7 +37,7 @@ from favor_np.cpu.kernels.pack import (
     pack_values,
 )
 from favor_np.cpu.kernels.products import (
-    carve_planes,
+    carve_parts,
     load_tile_config,
     project_queries,
     release_tiles,
@@ -76,18 +76,18 @@ Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
 #: What it writes: rows or, if these are not empty, for each job sums over its rows, in float64.
 Gradients = namedtuple("Gradients", "q k v projection bias")
 #: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.  If the
-#: map's weights are cut into planes, those of queries as right factor, those of keys as left one, and TILE_CONFIG.
-Natural = namedtuple("Natural", "query key hessian linear query_planes key_planes config")
+#: map's weights are split into parts, those of queries as right factor, those of keys as left one, and TILE_CONFIG.
+Natural = namedtuple("Natural", "query key hessian linear query_parts key_parts config")
 #: The tiles a thread works on.
 Tiles = namedtuple(
     "Tiles",
     "rows columns raws phi slope back error values other turned num spare scores products keys grad "
-    "height share extra factor total sums scale square stretched top excess pairs planes",
+    "height share extra factor total sums scale square stretched top excess pairs parts",
 )
 
 
 @jit()
-def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
+def carve(floats, ints, signs, split_weight, d, vcols, width, blocks):
     """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -117,13 +117,13 @@ def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
     scale, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
     stretched, at = cut(floats, at, CHUNK, dcols)
-    planes = carve_planes(cut_weight, floats, at, d)
+    parts = carve_parts(split_weight, floats, at, d)
     top, mark = cut(ints, 0, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raws, phi, slope, back, error, values, other, turned, num, spare,
                  scores, products, keys, grad, height[0], share[0], extra, by, total, sums, scale,
-                 square[0].view(np.float64), stretched, top, excess, None, planes)  # fmt: skip
+                 square[0].view(np.float64), stretched, top, excess, None, parts)  # fmt: skip
 
 
 @jit()
@@ -148,7 +148,7 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
         if t.square[i] == math.inf and (m_row < 0 or x.mask[m_row + i]):
             # With a feature of zero NaN reaches nobody who must not see it.
             t.values[i], t.share[i], clean = math.nan, math.nan, False
-    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.key_planes, fm.bias, job[BLOCK], c, s, z,
+    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.key_parts, fm.bias, job[BLOCK], c, s, z,
                      slot, t.keys, t)  # fmt: skip
     return taken, clean
 
@@ -180,7 +180,7 @@ def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t
         else:
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
-    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_planes, none, job[BLOCK], c,
+    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_parts, none, job[BLOCK], c,
                      s, z, slot, t.keys, t)  # fmt: skip
     return taken, clean
 
@@ -265,7 +265,7 @@ def side_b(par, x, job, of_keys, at, step, count, fm, t):
             if x.weights[row] == 0:  # it sees no key, whatever its cotangent is
                 t.other[i] = 0
             t.extra[0, i] = -dot(t.other, i, x.out, row, x.grad.shape[1])
-    turn_queries(t.planes, t)
+    turn_queries(t.parts, t)
     across(t.other, t.turned)
     t.total[:] = 0
 
@@ -320,10 +320,10 @@ def pull_chunk(
     side_b(par, x, job, of_keys, at, step, count, fm, t)
     flush_beside(t.other, count, c, ordinary_sums(s, slot, c.shape[1] - PAD))
     weight = fm.key if of_keys else fm.query
-    cut_weight = natural.key_planes if of_keys else fm.query_planes
+    split_weight = natural.key_parts if of_keys else fm.query_parts
     rows_of_weight = natural.key if of_keys else natural.query
     for b in range(blocks):
-        project_queries(t.planes, t, weight, cut_weight, w + b,
+        project_queries(t.parts, t, weight, split_weight, w + b,
                         t.raws[b * width : (b + 1) * width], cols, d)  # fmt: skip
     measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
     factors(par, x, job, of_keys, at, step, count, clock, rate, t)
@@ -418,7 +418,7 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
     """Take jobs until none is left; how many are finished by now."""
     par = parameters(constants)
     me, mode = enter(ctl)
-    t = carve(floats[me], ints[me], par.signs, fm.key_planes, x.q.shape[1], s.shape[2],
+    t = carve(floats[me], ints[me], par.signs, fm.key_parts, x.q.shape[1], s.shape[2],
               fm.key.shape[2], (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
     load_tile_config(natural.config)
     finished = 0

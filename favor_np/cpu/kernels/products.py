@@ -1,6 +1,6 @@
 """The matrix products of a chunk: in the arrays' precision or, with tiles for pairs, in bfloat16.
 
-In the arrays' precision projections may be products of planes: `project_keys` and `project_queries`.
+In the arrays' precision projections may be products of parts: `project_keys` and `project_queries`.
 
 Whether `pairs` is None the compiler knows.  If it is not, the map's weights are pairs, and what else a
 product needs in pairs is made of the tiles of float32 as it is due.  Queries are then read strip by strip,
@@ -17,20 +17,20 @@ import numpy as np
 from favor_np.cpu.kernels.activate import strip_features
 from favor_np.cpu.kernels.bfloat16 import (
     AMX,
-    PLANES,
+    PARTS,
     STRIP,
     add_spoiled,
     both,
     configure,
-    cut_along,
-    cut_down,
     finite_pairs,
+    gemm_bf16x3,
     gemm_pairs,
-    gemm_planes,
     pairs_along,
     pairs_down,
     pairs_for,
     release,
+    split_along,
+    split_down,
     transpose_pairs,
     turn_rows,
 )
@@ -48,27 +48,27 @@ Pairs = namedtuple(
 )
 
 
-#: Packed rows cut into planes, as left and as right factor.
-Planes = namedtuple("Planes", "left right")
+#: Packed rows split into parts, as left and as right factor.
+Parts = namedtuple("Parts", "left right")
 
 
 @jit()
-def carve_planes(cut_weight, floats, at, d):
-    """Cut the tiles for products with weights that are cut into planes, if they are."""
-    if cut_weight is None:
+def carve_parts(split_weight, floats, at, d):
+    """Cut the tiles for products with weights that are split into parts, if they are."""
+    if split_weight is None:
         return None
-    depth = PLANES * pairs_for(d)
+    depth = PARTS * pairs_for(d)
     left, at = cut(floats, at, CHUNK, depth)
     right, at = cut(floats, at, depth, CHUNK)
-    return Planes(left, right)
+    return Parts(left, right)
 
 
 @jit()
-def carve_pairs(config, cut_weight, floats, at, ints, mark, d, vcols, width, tiles):
+def carve_pairs(config, split_weight, floats, at, ints, mark, d, vcols, width, tiles):
     """Cut the tiles for pairs, if products are of these."""
     if config is None:
         return None
-    if cut_weight is not None:
+    if split_weight is not None:
         return None
     lanes = VECTOR_BYTES // floats.itemsize
     depth, features = pairs_for(d), pairs_for(width)
@@ -127,45 +127,45 @@ def pairs_of_values(values, clean, target):
 
 
 @jit()
-def turn_keys(pairs, planes, t):
+def turn_keys(pairs, parts, t):
     """Turn the packed keys for `project_keys`."""
     if pairs is not None:
         pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.rows)
-    elif planes is not None:
-        cut_along(t.rows, CHUNK, t.rows.shape[1], planes.left)
+    elif parts is not None:
+        split_along(t.rows, CHUNK, t.rows.shape[1], parts.left)
     else:
         across(t.rows, t.columns)
 
 
 @jit()
-def project_keys(pairs, planes, t, weight, cut_weight, b, target, rows, d):
+def project_keys(pairs, parts, t, weight, split_weight, b, target, rows, d):
     """The projections (C, F) of the packed keys, of one block of the map."""
     if pairs is not None:
         depth = pairs.rows.shape[1]
         gemm_pairs(pairs.rows, weight[b], target, CHUNK, target.shape[1], depth, False)
-    elif planes is not None:
-        depth = planes.left.shape[1] // PLANES
-        gemm_planes(planes.left, cut_weight[b], target, CHUNK, target.shape[1], depth, False)
+    elif parts is not None:
+        depth = parts.left.shape[1] // PARTS
+        gemm_bf16x3(parts.left, split_weight[b], target, CHUNK, target.shape[1], depth, False)
     else:
         project_t(t.columns, weight[b], target, rows, target.shape[1], d)
 
 
 @jit()
-def turn_queries(planes, t):
+def turn_queries(parts, t):
     """Turn the packed queries for `project_queries`."""
     across(t.rows, t.columns)
-    if planes is not None:
-        cut_down(t.columns, t.columns.shape[0], CHUNK, planes.right)
+    if parts is not None:
+        split_down(t.columns, t.columns.shape[0], CHUNK, parts.right)
 
 
 @jit()
-def project_queries(planes, t, weight, cut_weight, b, target, cols, d):
+def project_queries(parts, t, weight, split_weight, b, target, cols, d):
     """The projections (F, C) of the packed queries, of one block of the map."""
-    if planes is None:
+    if parts is None:
         project_t(weight[b], t.columns, target, target.shape[0], cols, d)
     else:
-        depth = planes.right.shape[0] // PLANES
-        gemm_planes(cut_weight[b], planes.right, target, target.shape[0], cols, depth, False)
+        depth = parts.right.shape[0] // PARTS
+        gemm_bf16x3(split_weight[b], parts.right, target, target.shape[0], cols, depth, False)
 
 
 @jit()
