@@ -321,7 +321,29 @@ def exact_block(par, q, k, v, mask, job, out, t):
 
 @jit()
 def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, ints, ctl, n):
-    """What the kernels do; which of `config` and `split_config` are None is known to the compiler."""
+    """The body of the kernels; how many jobs are finished by now.  Reports where float64 is needed.
+
+    Which of `config` and `split_config` are None the compiler knows: each kernel below is this function with
+    one of them, or with none.
+
+    Parameters
+    ----------
+    par : ExactParameters
+    q, k, v : (N, d), (N_k, d) and (N_k, dv) arrays
+        The rows of all problems, one behind the other: where those of a job begin says the table.
+    mask : (N_k,) array of bool
+        Which keys take part, in jobs that have a MASK_ROW.
+    jobs : (jobs, 14) array of int64
+        Blocks of up to ``GROUP * CHUNK`` queries.  The columns are named in ``favor_np.jobs``.
+    out : Result
+        Rows (N, dv) and, unless these are empty, the denominators (N,) and their exponents.
+    config, split_config : TILE_CONFIG or None
+        With the first products are in bfloat16, with the second logits are products of three parts.
+    floats, ints : (threads, ...) arrays
+        Workspaces.
+    ctl, n : array of int64, int
+        The counters by which threads share the jobs, and how many jobs there are.
+    """
     me, mode = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(
@@ -344,14 +366,14 @@ def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, i
 
 @jit(cache=True)
 def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
-    """Take jobs until none is left; how many are finished by now.  Reports where float64 is needed."""
+    """In the precision of the arrays."""
     return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_exact_bf16(par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n):
-    """The same, its products in bfloat16."""
+    """In bfloat16."""
     return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), config, None, floats,
                          ints, ctl, n)  # fmt: skip
 
@@ -360,6 +382,6 @@ def attend_exact_bf16(par, q, k, v, mask, jobs, rows, weights, tops, config, flo
 def attend_exact_bf16x3(
     par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n
 ):
-    """The same as `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
+    """As `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
     return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, config, floats,
                          ints, ctl, n)  # fmt: skip

@@ -69,11 +69,40 @@ def attend_one(par, p, c, s, z, slot, t):
 @jit()
 def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, out, room, spread,
                 config, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """What all kernels but one do; what of `spread`, `config` and `fm` is None is known to the compiler.
+    """The body of all kernels but `attend_tokens`; how many jobs are finished by now.
 
-    Jobs are the rows of a table or, where there is a relay, those of the one problem in it.  With a `config`
-    products are in bfloat16 or, if the map's weights are split into parts, projections are products of
-    parts.
+    Which of `spread`, `config`, `relay` and the parts of `fm` are None the compiler knows: each kernel below is
+    this function with some of them.
+
+    Parameters
+    ----------
+    par : Parameters
+    q, k, v : (N, d), (N_k, d) and (N_k, dv) arrays
+        The rows of all problems, one behind the other: where those of a job begin says the table.
+    mask : (N_k,) array of bool
+        Which keys take part, in jobs that have a MASK_ROW.
+    fm : Map
+        Weights (heads * blocks, d, width) and what else belongs to the map, block by block.
+    jobs : (jobs, 8) array of int64
+        Its columns are named in ``favor_np.jobs``.
+    q_rows, out_rows : (jobs, group) arrays of int64
+        The first row of each run of queries that reads the state of a job, and that of its results.
+    clocks : (jobs, 2) or (0, 2) array
+        By how much, in log2, the first key of a job is raised, and by how much more every further one.
+    relay : array of int64 or None
+        What threads know of the one problem that they share: then `n` are its jobs.  See ``kernels.relay``.
+    out : Result
+        Rows (N, dv) and, unless these are empty, the denominators (N,) and their exponents.
+    room, spread : (threads, floats) array and Spread, or None
+        Tiles and results of standard errors: each block of the map is a group of features.
+    config : TILE_CONFIG or None
+        Given, products are in bfloat16 or, if the map has weights in three parts, projections are of these.
+    c, s, z : (slots, F + PAD), (slots, 2 F + TAIL, X) and (slots, (2 + TAIL) F) arrays
+        States, as ``kernels.state`` describes them: those of the jobs, or one for each thread.
+    floats, ints : (threads, ...) arrays
+        Workspaces.
+    ctl, n : array of int64, int
+        The counters by which threads share the jobs, and how many jobs there are.
     """
     me, mode = enter(ctl)
     width = fm.key.shape[2]
@@ -110,7 +139,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
 @jit(cache=True)
 def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
            relay, rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """Take jobs until none is left; how many are finished by now."""
+    """In the precision of the arrays."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), None, None, None, c, s, z, floats, ints, ctl,
@@ -120,10 +149,7 @@ def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out
 @jit(cache=True)
 def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
                   relay, rows, weights, tops, room, spread, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same, and how far the groups of features are apart: each block of the map is one.
-
-    There is room for them for each thread.
-    """
+    """The same, with standard errors."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), room, spread, None, c, s, z, floats, ints, ctl,
@@ -133,7 +159,7 @@ def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_ro
 @jit(cache=True)
 def attend_bf16(constants, q, k, v, mask, query, key, bias, affine, config, jobs, q_rows, out_rows,
                  clocks, relay, rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same as `attend`, its products in bfloat16: `query` and `key` are pairs."""
+    """In bfloat16: `query` and `key` are pairs."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
@@ -144,7 +170,7 @@ def attend_bf16(constants, q, k, v, mask, query, key, bias, affine, config, jobs
 def attend_bf16x3(constants, q, k, v, mask, query, key, bias, affine, query_parts, key_parts, config,
                   jobs, q_rows, out_rows, clocks, relay, rows, weights, tops, c, s, z, floats,
                   ints, ctl, n):  # fmt: skip
-    """The same as `attend`, with projections from the matrix unit: no less exact, and faster."""
+    """As `attend`, its projections products of three parts on the matrix unit: no less exact, and faster."""
     fm = Map(query, key, bias, affine, query_parts, key_parts)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
@@ -154,7 +180,7 @@ def attend_bf16x3(constants, q, k, v, mask, query, key, bias, affine, query_part
 @jit(cache=True)
 def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, out_rows, clocks, rows, weights,
                   tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same as `attend` for causal problems of one token each, which is not masked."""
+    """As `attend`, for causal problems of one token each, which is not masked."""
     par, finished = parameters(constants), 0
     me, mode = enter(ctl)
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
