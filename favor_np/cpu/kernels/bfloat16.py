@@ -33,7 +33,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 from numba.np.arrayobj import make_array
 
-from favor_np.cpu.kernels.gemm import covering
+from favor_np.cpu.kernels.gemm import tiled_gemm
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.simd import (
     ISA,
@@ -293,7 +293,7 @@ def _join(typingctx, a, b):
 
 
 @intrinsic
-def both(typingctx, a, b):
+def bitwise_and(typingctx, a, b):
     """The bits that a and b have in common."""
     return a(a, b), _bits(lambda builder, _, x, y: builder.and_(x, y))
 
@@ -411,11 +411,11 @@ def _dot(builder: Any, a: Any, b: Any, total: Any) -> Any:
     return builder.call(function, [total, builder.bitcast(a, halves), builder.bitcast(b, halves)])
 
 
-_of_dots = covering(transposed=False, product=_dot)
+_dpbf16 = tiled_gemm(transposed=False, product=_dot)
 
 
 @jit()
-def _plain(parts, a, b, c, rows, cols, pairs, add):
+def _reference(parts, a, b, c, rows, cols, pairs, add):
     """The product without instructions for it: right, and slower than one of float32."""
     lanes = VECTOR_BYTES // c.itemsize
     beside, below = a.shape[1] // parts, b.shape[0] // parts
@@ -438,9 +438,9 @@ def gemm_pairs(a, b, c, rows, cols, pairs, add):
     if AMX:
         _of_pairs(a, b, c, rows, cols, pairs, add)
     elif DOTS:
-        _of_dots(a, b, c, 0, rows, 0, cols, 0, pairs, add, None, 0)
+        _dpbf16(a, b, c, 0, rows, 0, cols, 0, pairs, add, None, 0)
     else:
-        _plain(1, a, b, c, rows, cols, pairs, add)
+        _reference(1, a, b, c, rows, cols, pairs, add)
 
 
 @jit()
@@ -449,7 +449,7 @@ def gemm_bf16x3(a, b, c, rows, cols, pairs, add):
     if AMX:
         _of_parts(a, b, c, rows, cols, pairs, add)
     else:
-        _plain(PARTS, a, b, c, rows, cols, pairs, add)
+        _reference(PARTS, a, b, c, rows, cols, pairs, add)
 
 
 @intrinsic
@@ -509,7 +509,7 @@ def finite_pairs(values, spare, target):
 
 
 @jit()
-def add_spoiled(left, start, num, diagonal, numbers, values):
+def add_nonfinite(left, start, num, diagonal, numbers, values):
     """Add what `finite_pairs` left out to the rows of a strip, if diagonal only to those that see it.
 
     The strip begins at position `start` of the tile; `left` are the pairs of its weights.

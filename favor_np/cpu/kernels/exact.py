@@ -22,7 +22,7 @@ from favor_np.cpu.kernels.activate import (
 from favor_np.cpu.kernels.bfloat16 import (
     PARTS,
     STRIP,
-    add_spoiled,
+    add_nonfinite,
     finite_pairs,
     gemm_bf16x3,
     gemm_pairs,
@@ -255,7 +255,7 @@ def read_pairs(pairs, par, g, count, first, diagonal, clean, t):
                        sums, out, t.spare[:STRIP], pairs.phi, pairs.part)  # fmt: skip
         gemm_pairs(pairs.phi, pairs.values, out, STRIP, out.shape[1], seen // 2, True)
         if not clean:
-            add_spoiled(pairs.phi, i, out, diagonal, raw, t.values)
+            add_nonfinite(pairs.phi, i, out, diagonal, raw, t.values)
 
 
 @jit()

@@ -136,7 +136,7 @@ def dot(a, i, b, j, width):
 
 
 @jit()
-def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
+def map_keys_side(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
     """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
     k_row, v_row, mask_row = job[K_ROW], job[V_ROW], job[MASK_ROW]
     m_row = mask_row + at if mask_row >= 0 else -1
@@ -154,7 +154,7 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
 
 
 @jit()
-def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t):
+def map_queries_side(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
     q_row, out_row, width = job[Q_ROW] + at, job[OUT_ROW] + at, x.grad.shape[1]
     pack_queries(par, x.q, q_row, step, count, fm, job[BLOCK], t)
@@ -225,7 +225,7 @@ def activate_rows(par, sign, cols, raws, first, features, bias, b, c, slot, r0, 
 
 
 @jit(fastmath=EXACT)
-def errors(par, side, cols, features, z, slot, r0, bias, row, first, t):
+def feature_cotangents(par, side, cols, features, z, slot, r0, bias, row, first, t):
     """``error (-)= slope * (back + z extra) * factor``; its sums over features and, in bias, rows."""
     lanes = VECTOR_BYTES // t.back.itemsize
     slope = t.phi if par.kind == POSITIVE else t.slope
@@ -248,8 +248,8 @@ def errors(par, side, cols, features, z, slot, r0, bias, row, first, t):
 
 
 @jit()
-def side_b(par, x, job, of_keys, at, step, count, fm, t):
-    """Pack the rows of side B, their vectors, and what has to be known of them."""
+def pack_readers(par, x, job, of_keys, at, step, count, fm, t):
+    """Pack the reading side B: its rows, their values or cotangents, and what goes with z."""
     if of_keys:
         mask_row = job[MASK_ROW] + at if job[MASK_ROW] >= 0 else -1
         pack(x.k, job[K_ROW] + at, step, count, t.rows, par.limit, t.square)
@@ -271,8 +271,8 @@ def side_b(par, x, job, of_keys, at, step, count, fm, t):
 
 
 @jit()
-def factors(par, x, job, of_keys, at, step, count, clock, rate, t):
-    """What the rows of side B are multiplied with: their height, undone top included."""
+def reader_scales(par, x, job, of_keys, at, step, count, clock, rate, t):
+    """``2**(top - height)`` of each row of side B, by which its results are multiplied."""
     t.factor[:] = 0
     for i in range(count):
         by = 0.0
@@ -317,7 +317,7 @@ def pull_chunk(
     blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
     half = blocks * width
     set_float_mode(IEEE)
-    side_b(par, x, job, of_keys, at, step, count, fm, t)
+    pack_readers(par, x, job, of_keys, at, step, count, fm, t)
     flush_beside(t.other, count, c, ordinary_sums(s, slot, c.shape[1] - PAD))
     weight = fm.key if of_keys else fm.query
     split_weight = natural.key_parts if of_keys else fm.query_parts
@@ -326,7 +326,7 @@ def pull_chunk(
         project_queries(t.parts, t, weight, split_weight, w + b,
                         t.raws[b * width : (b + 1) * width], cols, d)  # fmt: skip
     measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
-    factors(par, x, job, of_keys, at, step, count, clock, rate, t)
+    reader_scales(par, x, job, of_keys, at, step, count, clock, rate, t)
     if par.causal:
         pair_products(count, cols, rows, dv, t)
     for b in range(blocks):
@@ -346,7 +346,9 @@ def pull_chunk(
                     gemm(tile, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             if of_keys:
                 gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
-            errors(par, side, cols, features, z, slot, r0, to.bias, job[NUMBER], b * width, t)
+            feature_cotangents(
+                par, side, cols, features, z, slot, r0, to.bias, job[NUMBER], b * width, t
+            )
         if to.projection.size > 0:
             gemm(t.error, t.rows, t.stretched, 0, width, 0, dcols, 0, count, False)
             for r in range(width):
@@ -397,10 +399,10 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
         count = piece(done, a_count, split)
         at = first + step * done
         if of_keys:
-            taken, clean = queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z,
+            taken, clean = map_queries_side(par, x, job, at, step, count, fm, none, natural, c, s, z,
                                       slot, t)  # fmt: skip
         else:
-            taken, clean = keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot,
+            taken, clean = map_keys_side(par, x, job, at, count, clock, rate, fm, c, s, z, slot,
                                    t)  # fmt: skip
         if par.causal:
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,

@@ -56,7 +56,7 @@ def _tall_end(first, last):
     return end
 
 
-def covering(*, transposed: bool, **product: Any) -> Callable[..., Any]:
+def tiled_gemm(*, transposed: bool, **product: Any) -> Callable[..., Any]:
     """Make a product that covers the ranges of its result with tiles of `gemm_tile`.
 
     Meanwhile it prefetches `next_rows`, from number `fetched` on; it returns how many have been then.
@@ -89,8 +89,8 @@ def covering(*, transposed: bool, **product: Any) -> Callable[..., Any]:
 
 
 #: ``c[row0:row1, col0:col1] (+)= a[K, row0:row1].T @ b[K, col0:col1]``, K = first:last.
-gemm_t_fetching = covering(transposed=True)
-_gemm = covering(transposed=False)
+gemm_t_fetching = tiled_gemm(transposed=True)
+_gemm = tiled_gemm(transposed=False)
 
 
 @jit()

@@ -19,8 +19,8 @@ from favor_np.cpu.kernels.bfloat16 import (
     AMX,
     PARTS,
     STRIP,
-    add_spoiled,
-    both,
+    add_nonfinite,
+    bitwise_and,
     configure,
     finite_pairs,
     gemm_bf16x3,
@@ -264,7 +264,7 @@ def own_pairs(pairs, start, scores, num, values, clean):
         for j in range(0, start, lanes):
             total = total + load(scores, i, j)
         for j in range(start, seen, lanes):
-            score = both(load(scores, i, j), load(pairs.seen, i, j - start))
+            score = bitwise_and(load(scores, i, j), load(pairs.seen, i, j - start))
             store(scores, i, j, score)
             total = total + score
         store(pairs.sums, start + i, 0, total)
@@ -272,4 +272,4 @@ def own_pairs(pairs, start, scores, num, values, clean):
     right = pairs.values if clean else pairs.finite
     gemm_pairs(pairs.phi, right, num, STRIP, num.shape[1], seen // 2, True)
     if not clean:
-        add_spoiled(pairs.phi, start, num, True, pairs.raw, values)
+        add_nonfinite(pairs.phi, start, num, True, pairs.raw, values)
