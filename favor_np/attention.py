@@ -184,15 +184,19 @@ def check(
     engine = engine_for(device, q, k, v, options.get("key_mask"))
     if engine.refused:
         refuse(engine, decay=decay, window=window, check_finite=options.get("check_finite"))
-        q, k, v, options["key_mask"] = engine.views(q=q, k=k, v=v, key_mask=options.get("key_mask"))
+        q, k, v, options["key_mask"] = engine.views(q, k, v, options.get("key_mask"))
     fm = checked(feature_map, ATTENTION_KINDS)
     before = None if state is None else _checked_state(state, fm, engine)
     call = engine.check(q, k, v, fm, before, **options)
-    keeps = validation.flag("return_state", return_state) or before is not None
+    keeps = before is not None
+    if return_state is not False:
+        keeps |= validation.flag("return_state", return_state)
     if cu_seqlens is not None:
         cu_seqlens = engine.to_host(cu_seqlens)
         call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
-    rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
+    rates = None
+    if decay is not None:
+        rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
     if before is not None:
         if before.dtype != call.compute:
             raise TypeError(

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.call import Call, Cotangents, Forward, Options, StateForm, StateParts, StateShape
+from favor_np.call import (
+    Arrays,
+    Call,
+    Cotangents,
+    Forward,
+    Options,
+    StateForm,
+    StateParts,
+    StateShape,
+)
 
 if TYPE_CHECKING:
     from favor_np.cpu.engine import CPU
@@ -38,10 +47,10 @@ class Engine(Protocol):
 
     # Arrays of the caller
 
-    def receive(self, **arrays: Any) -> tuple[Engine, list[Any]]:
+    def receive(self, q: Any, k: Any, v: Any, key_mask: Any = None) -> tuple[Engine, Arrays]:
         """Return the engine for arrays that come to a state of this one, and the arrays as it reads them."""
 
-    def views(self, **arrays: Any) -> list[Any]:
+    def views(self, q: Any, k: Any, v: Any, key_mask: Any) -> Arrays:
         """Return arrays as `check` takes them."""
 
     def to_host(self, array: Any) -> Any:
@@ -67,6 +76,9 @@ class Engine(Protocol):
 
     def cotangent(self, call: Call, grad_out: Any) -> Any:
         """Check the cotangent of a result."""
+
+    def new_output(self, call: Call) -> Any:
+        """Return a new array for the result, in 32 bits at least."""
 
     def outputs(self, call: Call, out: Any = None) -> tuple[Any, Any]:
         """Return the array of the result, `out` if given, and the C-ordered one to compute it in.

@@ -383,7 +383,7 @@ class AttentionState:
         RuntimeError
             If a call that changed the state was interrupted, and spoiled it.
         """
-        engine, (q, k, v) = self._engine.receive(q=q, k=k, v=v)
+        engine, (q, k, v, _) = self._engine.receive(q, k, v)
         (q, k, v), flat = engine.token(
             q, k, v, self.batch_shape, self.feature_map.dim, self.sequences
         )
@@ -413,7 +413,7 @@ class AttentionState:
     def _run(self, q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Unpack[Options]) -> Array:
         """Fold keys and read with queries, None being none of them."""
         engine, (q, k, v, options["key_mask"]) = self._engine.receive(
-            q=q, k=k, v=v, key_mask=options.get("key_mask")
+            q, k, v, options.get("key_mask")
         )
         return self._attend(engine, q, k, v, cu_seqlens, **options)
 

@@ -434,11 +434,6 @@ def is_bfloat16(precision: object, compute: np.dtype[Any]) -> bool:
     return True
 
 
-def thread_count(value: object) -> int | None:
-    """Return ``num_threads`` as a positive int, or None."""
-    return None if value is None else integer("num_threads", value)
-
-
 # ----------------------------------------------------------------------------------------
 # Attention weights
 # ----------------------------------------------------------------------------------------
