@@ -241,9 +241,9 @@ PROCESS = """
 from numba.core.caching import NullCache
 from favor_np.cpu.kernels import bfloat16, exact
 
-exact.attend_exact_words._cache = NullCache()
+exact.attend_exact_bf16._cache = NullCache()
 np.save({path!r}, results())
-(assembly,) = exact.attend_exact_words.inspect_asm().values()
+(assembly,) = exact.attend_exact_bf16.inspect_asm().values()
 print(bfloat16.AMX, bfloat16.DOTS, assembly.count("vdpbf16ps") >= 28)
 """
 

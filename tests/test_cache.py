@@ -261,7 +261,7 @@ def test_old_versions_are_forgotten(warm):
     draft = others[6].with_suffix(".0123")
     draft.write_bytes(b"half")
     os.utime(draft, (0, 0))
-    kin = path.with_name(path.name.replace("attend_exact-", "attend_exact_words-"))
+    kin = path.with_name(path.name.replace("attend_exact-", "attend_exact_bf16-"))
     kin.write_bytes(b"another kernel")
     path.unlink()
     assert call(warm) == "compiled\n"

@@ -1,4 +1,4 @@
-"""Projections and logits as products of planes: exactly cut numbers, no larger an error than without."""
+"""Projections and logits as products of parts: exactly cut numbers, no larger an error than without."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from favor_np.cpu.kernels import bfloat16
 from favor_np.cpu.layout import layout
 from favor_np.cpu.memory import aligned_copy
 
-bfloat16.refusal()  # asks the system for the matrix unit
+bfloat16.amx_unavailable()  # asks the system for the matrix unit
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ inputs = functools.partial(random_inputs, std=0.5, dtype=np.float32)
 
 
 def with_and_without(function):
-    """What a function returns, without planes and with them."""
+    """What a function returns, without parts and with them."""
     found = []
     for wanted in (False, True):
         with tuned(USE_BF16X3=wanted):
@@ -45,24 +45,24 @@ def with_and_without(function):
     return found
 
 
-def numbers(words):
-    """The numbers of words, (..., 2 words)."""
-    bits = np.ascontiguousarray(words).view(np.uint32)
+def numbers(pairs):
+    """The numbers of pairs, (..., 2 pairs)."""
+    bits = np.ascontiguousarray(pairs).view(np.uint32)
     pair = np.stack([bits << 16, bits & np.uint32(0xFFFF0000)], axis=-1)
     return pair.reshape(*bits.shape[:-1], -1).view(np.float32)
 
 
 @numba.njit
 def cut_both(source, rows, cols, left, right):
-    bfloat16.cut_along(source, rows, cols, left)
-    bfloat16.cut_down(source, rows, cols, right)
+    bfloat16.split_along(source, rows, cols, left)
+    bfloat16.split_down(source, rows, cols, right)
 
 
 @numba.njit
-def multiply(a, b, c, rows, cols, words, add, unit):
+def multiply(a, b, c, rows, cols, pairs, add, tile_config):
     if bfloat16.AMX:
-        bfloat16.configure(unit)
-    bfloat16.gemm_planes(a, b, c, rows, cols, words, add)
+        bfloat16.configure(tile_config)
+    bfloat16.gemm_bf16x3(a, b, c, rows, cols, pairs, add)
     if bfloat16.AMX:
         bfloat16.release()
 
@@ -76,7 +76,7 @@ def wide(shape, seed=0):
 
 
 @pytest.mark.parametrize("cols", [16, 32, 48, 64])
-def test_the_planes_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
+def test_the_parts_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
     rows, depth = 34, -(-cols // 32) * 16
     source = aligned_copy(wide((rows, cols)))
     left = aligned_copy(np.full((rows, 3 * depth), np.nan, np.float32))
@@ -88,23 +88,23 @@ def test_the_planes_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
     assert np.array_equal(sum(x.astype(np.float64) for x in along), padded)
     assert np.array_equal(sum(x.astype(np.float64) for x in down)[:rows], source)
     assert not any(x[rows:].any() for x in down)
-    for plane in (*along, *down):
-        assert not (plane.view(np.uint32) & 0xFFFF).any()
-    assert np.array_equal(left.view(np.uint32), bfloat16.planes_of(padded).view(np.uint32))
+    for part in (*along, *down):
+        assert not (part.view(np.uint32) & 0xFFFF).any()
+    assert np.array_equal(left.view(np.uint32), bfloat16.parts_of(padded).view(np.uint32))
 
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("depth", [32, 96, 256])
 @pytest.mark.parametrize(("rows", "cols"), [(16, 16), (64, 64), (48, 32), (32, 80), (16, 48)])
-def test_a_product_of_planes_errs_no_more_than_one_of_float32(rows, cols, depth, add):
+def test_a_product_of_parts_errs_no_more_than_one_of_float32(rows, cols, depth, add):
     rng = np.random.default_rng(depth)
     a, b, c = (rng.standard_normal(s).astype(np.float32)
                for s in ((rows, depth), (depth, cols), (rows, cols)))  # fmt: skip
     expected = a.astype(np.float64) @ b + (c if add else 0)
     got = aligned_copy(c if add else np.full_like(c, np.nan))
-    left = aligned_copy(bfloat16.planes_of(a))
-    right = aligned_copy(bfloat16.planes_of(b.T).T)
-    multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.UNIT)
+    left = aligned_copy(bfloat16.parts_of(a))
+    right = aligned_copy(bfloat16.parts_of(b.T).T)
+    multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.TILE_CONFIG)
     chain = np.zeros_like(c)
     for k in range(depth):
         chain += a[:, k : k + 1] * b[k]
@@ -132,11 +132,11 @@ def test_the_error_is_no_larger_whatever_the_sizes(causal, dim, length):
     for name, make in MAPS.items():
         fm = make(dim)
         exactly = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, causal=causal)
-        plain, planes = with_and_without(lambda: favor_attention(q, k, v, fm, causal=causal))  # noqa: B023
-        assert planes.dtype == np.float32
-        assert relative_rms(planes, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7, name
+        plain, split = with_and_without(lambda: favor_attention(q, k, v, fm, causal=causal))  # noqa: B023
+        assert split.dtype == np.float32
+        assert relative_rms(split, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7, name
         if length > 2:
-            assert not np.array_equal(plain, planes), name  # the other way was taken
+            assert not np.array_equal(plain, split), name  # the other way was taken
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_with_everything_else(options, kind):
     if kind == "calibrated":
         fm = fm.calibrate(q, k, "aderf+sderf")
     exactly = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, **options)
-    plain, planes = with_and_without(lambda: favor_attention(q, k, v, fm, **options))
-    assert relative_rms(planes, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7
+    plain, split = with_and_without(lambda: favor_attention(q, k, v, fm, **options))
+    assert relative_rms(split, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7
 
 
 @pytest.mark.parametrize("length", [300, 5000])
@@ -186,7 +186,7 @@ def test_packed_sequences_are_those_alone_to_the_bit():
 
 
 @tuned(USE_BF16X3=True)
-def test_tokens_of_a_state_go_on_where_planes_ended():
+def test_tokens_of_a_state_go_on_where_parts_ended():
     q, k, v = inputs(90, 40, 16, (2,))
     fm = feature_map("positive", 40, 96, rng=0)
     whole = favor_attention(q, k, v, fm, causal=True)
@@ -205,11 +205,11 @@ def test_exact_attention(dim, length, causal):
     mask = np.arange(length) % 5 != 3
     options = {"causal": causal, "key_mask": mask}
     exactly = exact_attention(*(x.astype(np.float64) for x in (q, k, v)), **options)
-    plain, planes = with_and_without(lambda: exact_attention(q, k, v, **options))
+    plain, split = with_and_without(lambda: exact_attention(q, k, v, **options))
     few = (
         4e-7 if dim == 1 else 0
-    )  # a single product of float32 is rounded once, one of planes is not
-    assert relative_rms(planes, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7 + few
+    )  # a single product of float32 is rounded once, one of parts is not
+    assert relative_rms(split, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7 + few
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_gradients(kind, options):
         return found.q, found.k, found.v
 
     exactly = gradients(*(x.astype(np.float64) for x in (q, k, v)))
-    plain, planes = with_and_without(lambda: gradients(q, k, v))
-    for wanted, before, now in zip(exactly, plain, planes, strict=True):
+    plain, split = with_and_without(lambda: gradients(q, k, v))
+    for wanted, before, now in zip(exactly, plain, split, strict=True):
         assert relative_rms(now, wanted) < 1.2 * relative_rms(before, wanted) + 3e-7
         assert not np.array_equal(before, now)
 
@@ -243,14 +243,14 @@ def test_rows_that_are_not_finite_spoil_what_they_did():
     for attention in (exact_attention, favor_attention):
         of = [fm] if attention is favor_attention else []
         for causal in (False, True):
-            plain, planes = with_and_without(lambda: attention(q, k, v, *of, causal=causal))  # noqa: B023
-            assert np.array_equal(np.isfinite(plain), np.isfinite(planes))
-            assert np.isnan(planes).any()
+            plain, split = with_and_without(lambda: attention(q, k, v, *of, causal=causal))  # noqa: B023
+            assert np.array_equal(np.isfinite(plain), np.isfinite(split))
+            assert np.isnan(split).any()
 
 
 def test_they_are_used_where_they_pay():
-    """And only there: rows that are short, few features, float64 and other vectors have no planes."""
-    worth = not bfloat16.refusal()
+    """And only there: rows that are short, few features, float64 and other vectors have no parts."""
+    worth = not bfloat16.amx_unavailable()
     for dim, features, dtype, expected in [
         (64, 256, np.float32, worth),
         (32, 128, np.float32, worth),
@@ -260,15 +260,15 @@ def test_they_are_used_where_they_pay():
         (32, 64, np.float32, False),
     ]:
         fm = feature_map("positive", dim, features, rng=0)
-        found = layout(fm, np.dtype(dtype), 16).map.key_planes
+        found = layout(fm, np.dtype(dtype), 16).map.key_parts
         assert (found is not None) == expected
 
 
-@tuned(refusal=lambda: "Operation not permitted")
+@tuned(amx_unavailable=lambda: "Operation not permitted")
 def test_without_the_systems_leave_there_are_none():
     q, k, v = inputs(100, 64, 16)
     fm = feature_map("positive", 64, 128, rng=0)
-    assert layout(fm, np.dtype(np.float32), 16).map.key_planes is None
+    assert layout(fm, np.dtype(np.float32), 16).map.key_parts is None
     assert np.isfinite(favor_attention(q, k, v, fm)).all()
     assert np.isfinite(exact_attention(q, k, v)).all()
     if bfloat16.AMX:

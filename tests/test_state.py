@@ -137,7 +137,7 @@ def test_who_only_steps_compiles_no_chunks():
             state.step(*np.ones((3, 3, 4), np.float32))
         AttentionState.zeros(state.feature_map, 4).step(*np.ones((3, 4), np.float32))
         assert len(favor.attend_tokens.signatures) == 1
-        assert not favor.attend.signatures and not favor.attend_planes.signatures
+        assert not favor.attend.signatures and not favor.attend_bf16x3.signatures
         """
     )
 

@@ -22,11 +22,11 @@ CARVES = {
 }
 #: What these call: where it is called, and how that must be called for it.
 PARTS = {
-    "words": (products.carve_words, chunk, "carve", (2, True, None, 17, 48, 32, 3)),
-    "planes": (products.carve_planes, chunk, "carve", (2, True, True, 17, 48, 32, 3)),
-    "planes of gradients": (products.carve_planes, favor_vjp, "carve", (2, True, 17, 48, 32, 3)),
-    "exact words": (exact.carve_exact_words, exact, "carve_exact", (True, None, 17, 48)),
-    "exact planes": (exact.carve_exact_planes, exact, "carve_exact", (None, True, 17, 48)),
+    "pairs": (products.carve_pairs, chunk, "carve", (2, True, None, 17, 48, 32, 3)),
+    "parts": (products.carve_parts, chunk, "carve", (2, True, True, 17, 48, 32, 3)),
+    "parts of gradients": (products.carve_parts, favor_vjp, "carve", (2, True, 17, 48, 32, 3)),
+    "exact pairs": (exact.carve_exact_pairs, exact, "carve_exact", (True, None, 17, 48)),
+    "exact parts": (exact.carve_exact_parts, exact, "carve_exact", (None, True, 17, 48)),
 }
 
 

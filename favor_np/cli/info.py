@@ -74,8 +74,8 @@ def _matrix_unit() -> str:
     from favor_np.cpu.kernels import bfloat16
 
     if bfloat16.AMX:
-        refusal = bfloat16.refusal()
-        return f"AMX, but the system refuses it: {refusal}" if refusal else "AMX"
+        why_not = bfloat16.amx_unavailable()
+        return f"AMX, but the system refuses it: {why_not}" if why_not else "AMX"
     return "none: bfloat16 " + ("by AVX512_BF16" if bfloat16.DOTS else "is slow")
 
 

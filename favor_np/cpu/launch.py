@@ -26,7 +26,7 @@ from favor_np.cpu.layout import (
     exact_workspace,
     spread_room,
     vjp_workspace,
-    worth_planes,
+    worth_bf16x3,
 )
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
@@ -244,7 +244,7 @@ class _Launch:
     result: tuple[Array, ...]
     threads: int
     spread: Spread | None
-    words: bool
+    pairs: bool
 
     def run(self, constants: Array, jobs: Jobs, state: Any, *, tokens: bool = False) -> None:
         """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
@@ -299,11 +299,11 @@ class _Launch:
         if self.spread is not None:
             room = memory.aligned((workers, spread_room(layout)), layout.dtype)
             kernel, more = kernels.attend_spread, (room, self.spread)
-        if self.words:
-            bfloat16.allow()
-            kernel = kernels.attend_words
-        if layout.map.key_planes is not None:
-            kernel = kernels.attend_planes
+        if self.pairs:
+            bfloat16.require_amx()
+            kernel = kernels.attend_bf16
+        if layout.map.key_parts is not None:
+            kernel = kernels.attend_bf16x3
         args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, relay,
                 *self.result, *more)  # fmt: skip
         return kernel, args
@@ -358,14 +358,14 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
         rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask), table,
         *_result(out, normalizers),
     )  # fmt: skip
-    kernel, words = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
-    if words:
-        bfloat16.allow()
-        kernel, args = exact_kernels.attend_exact_words, (*args, bfloat16.UNIT)
-    planes = not words and worth_planes(dtype, CHUNK, q.shape[-1])
-    if planes:
-        kernel, args = exact_kernels.attend_exact_planes, (*args, bfloat16.UNIT)
-    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
+    kernel, pairs = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
+    if pairs:
+        bfloat16.require_amx()
+        kernel, args = exact_kernels.attend_exact_bf16, (*args, bfloat16.TILE_CONFIG)
+    bf16x3 = not pairs and worth_bf16x3(dtype, CHUNK, q.shape[-1])
+    if bf16x3:
+        kernel, args = exact_kernels.attend_exact_bf16x3, (*args, bfloat16.TILE_CONFIG)
+    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], pairs=pairs, bf16x3=bf16x3)
     workers = min(_threads(work, call.num_threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
     return not control[TROUBLE]

@@ -118,40 +118,43 @@ class _Blocks:
         return self.repeated(np.concatenate(rows, axis=1)), hessian, self.repeated(of.key_linear)
 
 
-def worth_planes(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
+def worth_bf16x3(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
     """Whether products with a matrix (rows, dim) are faster on the matrix unit, its factors being cut."""
     if tuning.USE_BF16X3 is not None:
         return dtype == np.float32 and tuning.USE_BF16X3
     large = min(rows, dim) >= tuning.MIN_BF16X3_SIDE and rows * dim >= tuning.MIN_BF16X3_SIZE
-    return dtype == np.float32 and large and not bfloat16.refusal()
+    return dtype == np.float32 and large and not bfloat16.amx_unavailable()
 
 
 @tuning.depends_on_tuning
 @functools.lru_cache(maxsize=64)
 def layout(
     feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None,
-    words: bool = False,
+    pairs: bool = False,
 ) -> Layout:  # fmt: skip
     """Return the layout, with the map's weights packed for the kernels.
 
-    With `group` every block has so many rows of W; with `words` the weights are for bfloat16.
+    With `group` every block has so many rows of W; with `pairs` the weights are for bfloat16.
     """
     blocks = _Blocks(feature_map, dtype, group)
-    planes = not words and group is None and worth_planes(dtype, blocks.rows, blocks.dim)
-    weights, natural = _weights(feature_map, blocks, words=words, planes=planes)
+    bf16x3 = not pairs and group is None and worth_bf16x3(dtype, blocks.rows, blocks.dim)
+    weights, natural = _weights(feature_map, blocks, pairs=pairs, bf16x3=bf16x3)
     par = _parameters(feature_map, blocks)
     signs, half, value_columns = par.signs, blocks.half, padded(value_dim, dtype.itemsize)
     real = np.concatenate([s * half + blocks.places for s in range(signs)])
     fresh = np.full(signs * half, par.idle, integer_of(dtype))
     fresh[real] = par.nothing
     sizes = sizes_of(
-        chunk.carve, dtype, signs, _if(planes or words), _if(planes), blocks.dim, value_columns,
+        chunk.carve, dtype, signs, _if(bf16x3 or pairs), _if(bf16x3), blocks.dim, value_columns,
         blocks.width, blocks.count,
     )  # fmt: skip
     return Layout(
         dtype=dtype,
         map=weights,
-        arrays=(*weights[: None if planes else 4], *([bfloat16.UNIT] if planes or words else [])),
+        arrays=(
+            *weights[: None if bf16x3 else 4],
+            *([bfloat16.TILE_CONFIG] if bf16x3 or pairs else []),
+        ),
         natural=natural,
         blocks=blocks.count,
         half=half,
@@ -170,20 +173,20 @@ def layout(
 
 
 def _weights(
-    feature_map: FeatureMap, blocks: _Blocks, *, words: bool, planes: bool
+    feature_map: FeatureMap, blocks: _Blocks, *, pairs: bool, bf16x3: bool
 ) -> tuple[Any, Any]:
     """Return what kernels take of a map, and what those of its gradient take besides."""
     key, natural_key = query, natural_query = blocks.weight(feature_map.key_weight)
     if feature_map.calibration is not None:
         query, natural_query = blocks.weight(feature_map.query_weight)
     query_left = query_right = key_left = key_right = None
-    if planes:
+    if bf16x3:
         query_left, query_right = key_left, key_right = _factors(key)
         if query is not key:
             query_left, query_right = _factors(query)
-    if words:  # right factors
+    if pairs:  # right factors
         query, key = (
-            aligned_copy(bfloat16.words_of(x * np.float32(blocks.unit)).swapaxes(1, 2))
+            aligned_copy(bfloat16.pairs_of(x * np.float32(blocks.unit)).swapaxes(1, 2))
             for x in (natural_query, natural_key)
         )
     affine, hessian, linear = blocks.affine(feature_map)
@@ -192,24 +195,24 @@ def _weights(
         key=key,
         bias=blocks.bias(feature_map.bias),
         affine=affine,
-        query_planes=query_left,
-        key_planes=key_right,
+        query_parts=query_left,
+        key_parts=key_right,
     )
     natural = vjp_kernels.Natural(
         query=natural_query,
         key=natural_key,
         hessian=hessian,
         linear=linear,
-        query_planes=query_right,
-        key_planes=key_left,
-        unit=bfloat16.UNIT if planes else None,
+        query_parts=query_right,
+        key_parts=key_left,
+        config=bfloat16.TILE_CONFIG if bf16x3 else None,
     )
     return weights, natural
 
 
 def _factors(weight: Array) -> tuple[Array, Array]:
-    """Return blocks of weights (d, width), cut into planes, as left and as right factors."""
-    left = bfloat16.planes_of(weight.swapaxes(1, 2))
+    """Return blocks of weights (d, width), split into parts, as left and as right factors."""
+    left = bfloat16.parts_of(weight.swapaxes(1, 2))
     return aligned_copy(left), aligned_copy(left.swapaxes(1, 2))
 
 
@@ -250,10 +253,10 @@ def _if(true: bool) -> bool | None:
 
 def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
     """Return what a thread of the pullback works on."""
-    planes = _if(of.map.key_planes is not None)
+    bf16x3 = _if(of.map.key_parts is not None)
     dim, columns = of.map.key.shape[1], of.value_columns
     sizes = sizes_of(
-        vjp_kernels.carve, of.dtype, of.signs, planes, dim, columns, of.width, of.blocks
+        vjp_kernels.carve, of.dtype, of.signs, bf16x3, dim, columns, of.width, of.blocks
     )
     return workspace(of.dtype, *sizes, (of.features, columns) if stateful else None)
 
@@ -280,10 +283,10 @@ def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
 
 
 def exact_workspace(
-    dtype: np.dtype[Any], dim: int, value_dim: int, *, words: bool = False, planes: bool = False
+    dtype: np.dtype[Any], dim: int, value_dim: int, *, pairs: bool = False, bf16x3: bool = False
 ) -> Workspace:
     """Return what a thread of exact attention works on."""
-    args = (_if(words), _if(planes), dim, padded(value_dim, dtype.itemsize))
+    args = (_if(pairs), _if(bf16x3), dim, padded(value_dim, dtype.itemsize))
     return workspace(dtype, *sizes_of(exact_kernels.carve_exact, dtype, *args))
 
 

@@ -58,10 +58,10 @@ def schedule(
     shapes: Shapes,
     causal: bool,
     group: int | None = None,
-    words: bool = False,
+    pairs: bool = False,
 ) -> Schedule:
     """Return layout and jobs for arrays of these shapes."""
-    of = layout(feature_map, dtype, shapes.v[-1], group, words)
+    of = layout(feature_map, dtype, shapes.v[-1], group, pairs)
     to_do = broadcast_jobs(shapes, feature_map.num_heads, of.blocks, of.rows)
     longest = max(shapes.q[-2], shapes.k[-2])
     constants = of.causal if causal else of.bidirectional

@@ -109,7 +109,7 @@ def test_info_as_json(capsys):
 
 def test_warmup(capsys):
     assert main(["warmup", "--float64"]) == 0
-    more = 7 if not bfloat16.refusal() else 3 if bfloat16.DOTS else 0
+    more = 7 if not bfloat16.amx_unavailable() else 3 if bfloat16.DOTS else 0
     assert f"{22 + more} kernel calls ready" in capsys.readouterr().out
 
 

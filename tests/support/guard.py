@@ -116,7 +116,7 @@ def as_many(q, k, v, front):
 
 
 def main():
-    bfloat16.refusal()  # asks the system for the matrix unit
+    bfloat16.amx_unavailable()  # asks the system for the matrix unit
     kinds = (np.float32, False), (np.float32, True), (np.float64, False)
     for (dtype, planes), front in itertools.product(kinds, (False, True)):
         forget_workspaces()

@@ -221,8 +221,8 @@ def turned(sign, raw, i, f):
 
 
 @jit(fastmath=EXACT)
-def activate_words(par, sign, raw, cols, c, z, top, target, part):
-    """Projections raw (C, F) of queries to words of their features, and z . phi_q by lanes.
+def activate_pairs(par, sign, raw, cols, c, z, top, target, part):
+    """Projections raw (C, F) of queries to pairs of their features, and z . phi_q by lanes.
 
     As `activate_queries`, but in bfloat16 queries lie like keys: so their features are left factors as
     they come, where a transposition would take as long as they do.
@@ -246,7 +246,7 @@ def activate_words(par, sign, raw, cols, c, z, top, target, part):
 
 
 @jit(fastmath=EXACT)
-def measure_words(par, sign, raw, cols, c, top):
+def measure_pairs(par, sign, raw, cols, c, top):
     """top = the largest log2-feature of each query in this tile."""
     lanes = VECTOR_BYTES // raw.itemsize
     for i in range(raw.shape[0]):
@@ -269,16 +269,16 @@ def lift_rows(new, top, rows):
 
 @jit()
 def strip_features(par, sign, raw, cols, c, z, first, top, higher, sums, num, scores, target, part):
-    """Words of the features of a strip of queries; raises top, and what was summed under it, as needed."""
+    """Pairs of the features of a strip of queries; raises top, and what was summed under it, as needed."""
     if first:
-        measure_words(par, sign, raw, cols, c, top)
-    if activate_words(par, sign, raw, cols, c, z, top, target, part) > RAISE_QUERIES:
-        measure_words(par, sign, raw, cols, c, higher)
+        measure_pairs(par, sign, raw, cols, c, top)
+    if activate_pairs(par, sign, raw, cols, c, z, top, target, part) > RAISE_QUERIES:
+        measure_pairs(par, sign, raw, cols, c, higher)
         lift_rows(higher, top, sums)
         lift_rows(higher, top, num)
         lift_rows(higher, top, scores)
         for i in range(top.size):
             top[i] = max(top[i], higher[i])
-        activate_words(par, sign, raw, cols, c, z, top, target, part)
+        activate_pairs(par, sign, raw, cols, c, z, top, target, part)
     for i in range(top.size):
         store(sums, i, 0, load(sums, i, 0) + load(part, i, 0))

@@ -1,16 +1,16 @@
 """Matrix products of bfloat16 numbers with sums in float32.
 
-On the matrix unit (AMX) where there is one, or by instructions that multiply vectors of words (AVX512_BF16),
+On the matrix unit (AMX) where there is one, or by instructions that multiply vectors of pairs (AVX512_BF16),
 twice as fast as those for float32; elsewhere slowly.
 
-Matrices of bfloat16 are held as words: two numbers that follow each other along the axis that is
+Matrices of bfloat16 are held in pairs (VNNI format): two numbers that follow each other along the axis that is
 summed over share the 32 bits of one float32, whose own value means nothing.  So a left factor is
-(rows, words), a right one (words, columns), and either turns into the other as any matrix of float32.
+(rows, pairs), a right one (pairs, columns), and the transpose of the one is the other.
 
-A float32 is rounded to one such number, or it is cut into three: the first 8 of its 24 bits, the next 8
-and the last, whose sum it is.  Each of the three makes a plane of words, one plane behind the other along
-the axis that is summed over, and the six largest of their nine products are a product of float32: on the
-matrix unit twice as fast as one of vectors, where the factors are words already.
+A float32 is rounded to one such number, or it is split into three parts (bf16x3): the first 8 of its 24 bits,
+the next 8 and the last, whose sum it is.  The pairs of each part stand behind those of the part before, along
+the axis that is summed over, and the six largest of the nine products of two parts are a product of float32: on
+the matrix unit twice as fast as one of vectors, where the factors are pairs already.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 from numba.np.arrayobj import make_array
 
-from favor_np.cpu.kernels.gemm import covering
+from favor_np.cpu.kernels.gemm import tiled_gemm
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.simd import (
     ISA,
@@ -68,16 +68,16 @@ def _has_products() -> bool:
     return any(part in name for part in _PRODUCTS_NAMES)
 
 
-#: Which way words are multiplied, if either.
+#: Which way pairs are multiplied, if either.
 AMX = _has_matrix_unit()
 DOTS = not AMX and ISA == "avx512" and _has_products()
 
 
 @functools.cache
-def refusal() -> str:
-    """Ask the system for the matrix unit, and return why it does not give it to this process, or "".
+def amx_unavailable() -> str:
+    """Ask the system for AMX, and return why this process may not use it, or "" if it may.
 
-    A process may only use it, its children too, after it has asked.
+    A process must ask before it, or a child of it, uses the unit.
     """
     if not AMX:
         return "there is none"
@@ -88,30 +88,32 @@ def refusal() -> str:
     return ""
 
 
-def allow() -> None:
-    """Make sure that products of words may run: without a matrix unit they do."""
-    if AMX and refusal():
-        raise RuntimeError(f"the system does not let this process use the matrix unit: {refusal()}")
+def require_amx() -> None:
+    """Ask for AMX where kernels are compiled for it; RuntimeError if this process may not use it."""
+    if AMX and amx_unavailable():
+        why = amx_unavailable()
+        raise RuntimeError(f"the system does not let this process use the matrix unit: {why}")
 
 
-#: Words that the matrix unit sums over at a time; the buffers of words are padded to it with zeros.
+#: Pairs that the matrix unit sums over at a time; the buffers of pairs are padded to it with zeros.
 STEP = 16
 
 
-def words_for(numbers: int) -> int:
-    """Return how many words a row of so many numbers takes, in whole steps: in kernels and outside."""
+def pairs_for(numbers: int) -> int:
+    """Return how many pairs a row of so many numbers takes, in whole steps: in kernels and outside."""
     return -(-numbers // (2 * STEP)) * STEP
 
 
-register_jitable(words_for)
+register_jitable(pairs_for)
 #: Queries that are read at a time: what is between the products stays in the nearest cache.
 STRIP = 16
-#: What a kernel is handed to know that it computes in bfloat16: the shapes of the tiles, 16 rows of 64
-#: bytes each.  The type tells which way that is, and so does the name of cached code.
-UNIT = np.zeros(64, np.uint8 if AMX else np.int16 if DOTS else np.int8)
-UNIT[0] = 1
-UNIT[16:32:2] = 64
-UNIT[48:56] = 16
+#: The operand of LDTILECFG: palette 1, eight tiles of 16 rows of 64 bytes.  A kernel that gets it computes in
+#: bfloat16, one that gets None does not; its type tells by which instructions, and so does the name of cached
+#: code.
+TILE_CONFIG = np.zeros(64, np.uint8 if AMX else np.int16 if DOTS else np.int8)
+TILE_CONFIG[0] = 1
+TILE_CONFIG[16:32:2] = 64
+TILE_CONFIG[48:56] = 16
 
 
 def _amx(builder: Any, name: str, *args: Any) -> None:
@@ -121,15 +123,15 @@ def _amx(builder: Any, name: str, *args: Any) -> None:
 
 
 @intrinsic
-def configure(typingctx, unit):
+def configure(typingctx, config):
     """Make the tiles of this thread ready."""
 
     def codegen(context, builder, signature, args):
-        data = make_array(unit)(context, builder, args[0]).data
+        data = make_array(config)(context, builder, args[0]).data
         _amx(builder, "ldtilecfg", builder.bitcast(data, _BYTE.as_pointer()))
         return context.get_dummy_value()
 
-    return types.void(unit), codegen
+    return types.void(config), codegen
 
 
 @intrinsic
@@ -143,21 +145,21 @@ def release(typingctx):
     return types.void(), codegen
 
 
-#: The planes of a float32 that is cut.
-PLANES = 3
-#: Which planes of the left and of the right factor are multiplied, one pair after the other, in rounds
-#: over all words: what is small is summed before what is large, so that most sums round little.
-_ROUNDS = {1: (((0, 0),),), PLANES: (((2, 0), (1, 0), (1, 1), (0, 1), (0, 2)), ((0, 0),))}
+#: The parts of a float32 that is split.
+PARTS = 3
+#: Which parts of the left and of the right factor are multiplied, one product after the other, in rounds
+#: over all pairs: what is small is summed before what is large, so that most sums round little.
+_ROUNDS = {1: (((0, 0),),), PARTS: (((2, 0), (1, 0), (1, 1), (0, 1), (0, 2)), ((0, 0),))}
 
 
-def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
-    """Make ``c[i:, j:] (+)= a[i:, :words] @ b[:words, j:]`` for rows x cols tiles of 16 x 16.
+def _block(rows: int, cols: int, parts: int) -> Callable[..., Any]:
+    """Make ``c[i:, j:] (+)= a[i:, :pairs] @ b[:pairs, j:]`` for rows x cols tiles of 16 x 16.
 
-    The words are those of each of the planes.
+    So many pairs each of the parts has.
     """
 
     @intrinsic
-    def block(typingctx, a, i, b, j, c, words, add):
+    def block(typingctx, a, i, b, j, c, pairs, add):
         signature = types.void(a, types.intp, b, types.intp, c, types.intp, types.boolean)
 
         def codegen(context, builder, signature, args):
@@ -166,12 +168,12 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
             def after(start: Any, tiles: int) -> Any:
                 return builder.add(start, ir.Constant(_I64, 16 * tiles))
 
-            def plane(kind: Any, value: Any, axis: int, number: int) -> Any:
-                """Where the plane of that number begins."""
+            def part(kind: Any, value: Any, axis: int, number: int) -> Any:
+                """Where part number `number` begins."""
                 length = builder.extract_value(
                     make_array(kind)(context, builder, value).shape, axis
                 )
-                pitch = builder.udiv(length, ir.Constant(_I64, planes))
+                pitch = builder.udiv(length, ir.Constant(_I64, parts))
                 return builder.mul(pitch, ir.Constant(_I64, number))
 
             def move(name: str, tile: int, kind: Any, value: Any, y: Any, x: Any) -> None:
@@ -190,19 +192,19 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
                 with otherwise:
                     for tile, _, _ in sums:
                         _amx(builder, "tilezero", ir.Constant(_BYTE, tile))
-            for pairs in _ROUNDS[planes]:
+            for products in _ROUNDS[parts]:
                 steps = cgutils.for_range_slice(
                     builder, ir.Constant(_I64, 0), last, ir.Constant(_I64, STEP), _I64
                 )
                 with steps as (k, _):
                     before = (-1, -1)
-                    for left, right in pairs:
+                    for left, right in products:
                         if left != before[0]:
-                            here = builder.add(k, plane(a, a_value, 1, left))
+                            here = builder.add(k, part(a, a_value, 1, left))
                             for y in range(rows):
                                 move("tileloadd64", 4 + y, a, a_value, after(i0, y), here)
                         if right != before[1]:
-                            here = builder.add(k, plane(b, b_value, 0, right))
+                            here = builder.add(k, part(b, b_value, 0, right))
                             for x in range(cols):
                                 move("tileloadd64", 6 + x, b, b_value, here, after(j0, x))
                         for tile, _, _ in sums:
@@ -218,28 +220,28 @@ def _block(rows: int, cols: int, planes: int) -> Callable[..., Any]:
     return block  # type: ignore[no-any-return]  # intrinsic has no types
 
 
-def _on_unit(planes: int) -> Callable[..., Any]:
-    """Make ``c (+)= a @ b`` of factors of so many planes; rows and cols in sixteens, words in steps."""
+def _on_unit(parts: int) -> Callable[..., Any]:
+    """Make ``c (+)= a @ b`` of factors of so many parts; rows and cols in sixteens, pairs in steps."""
     shapes = ((2, 2), (1, 2), (2, 1), (1, 1))
-    four, across, down, one = (_block(rows, cols, planes) for rows, cols in shapes)
+    four, across, down, one = (_block(rows, cols, parts) for rows, cols in shapes)
 
     @jit()
-    def cover(a, b, c, rows, cols, words, add):
+    def cover(a, b, c, rows, cols, pairs, add):
         for j in range(0, cols - 16, 32):
             for i in range(0, rows - 16, 32):
-                four(a, i, b, j, c, words, add)
+                four(a, i, b, j, c, pairs, add)
             if rows % 32 > 0:
-                across(a, rows - 16, b, j, c, words, add)
+                across(a, rows - 16, b, j, c, pairs, add)
         if cols % 32 > 0:
             for i in range(0, rows - 16, 32):
-                down(a, i, b, cols - 16, c, words, add)
+                down(a, i, b, cols - 16, c, pairs, add)
             if rows % 32 > 0:
-                one(a, rows - 16, b, cols - 16, c, words, add)
+                one(a, rows - 16, b, cols - 16, c, pairs, add)
 
     return cover  # type: ignore[no-any-return]  # jit has no types
 
 
-_of_words, _of_planes = _on_unit(1), _on_unit(PLANES)
+_of_pairs, _of_parts = _on_unit(1), _on_unit(PARTS)
 
 
 def _bits(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,8 +249,8 @@ def _bits(operation: Callable[..., Any]) -> Callable[..., Any]:
 
     def codegen(context, builder, signature, args):
         vector = signature.args[0]
-        words = [builder.bitcast(x, vector.integer.ir) for x in args]
-        return builder.bitcast(operation(builder, vector.integer, *words), vector.ir)
+        bits = [builder.bitcast(x, vector.integer.ir) for x in args]
+        return builder.bitcast(operation(builder, vector.integer, *bits), vector.ir)
 
     return codegen
 
@@ -276,7 +278,7 @@ def _joined(builder: Any, integer: Any, first: Any, second: Any) -> Any:
 
 @intrinsic
 def pair(typingctx, a, b):
-    """The words of two vectors, rounded to bfloat16; a comes first."""
+    """The pairs of two vectors, rounded to bfloat16; a comes first."""
 
     def operation(builder: Any, integer: Any, *numbers: Any) -> Any:
         return _joined(builder, integer, *(_nearest(builder, integer, x) for x in numbers))
@@ -286,25 +288,25 @@ def pair(typingctx, a, b):
 
 @intrinsic
 def _join(typingctx, a, b):
-    """The words of the upper halves of two vectors; a comes first."""
+    """The pairs of the upper halves of two vectors; a comes first."""
     return a(a, a), _bits(_joined)
 
 
 @intrinsic
-def both(typingctx, a, b):
+def bitwise_and(typingctx, a, b):
     """The bits that a and b have in common."""
     return a(a, b), _bits(lambda builder, _, x, y: builder.and_(x, y))
 
 
 @intrinsic
-def first_of(typingctx, words):
-    """The first number of each word."""
-    return words(words), _bits(lambda builder, integer, x: builder.shl(x, integer.constant(16)))
+def first_of(typingctx, pairs):
+    """The first number of each pair."""
+    return pairs(pairs), _bits(lambda builder, integer, x: builder.shl(x, integer.constant(16)))
 
 
 @intrinsic
 def upper(typingctx, a):
-    """The upper half of each lane: of a word its second number."""
+    """The upper half of each lane: of a pair its second number."""
     return a(a), _bits(_upper_bits)
 
 
@@ -352,25 +354,25 @@ def _convert(typingctx, a, b):
 
 @jit()
 def pair_along(a, b):
-    """The words of the numbers of a, and then of b, in their order."""
+    """The pairs of the numbers of a, and then of b, in their order."""
     if AMX or DOTS:
         return _convert(a, b)
     return pair(_even(a, b), _odd(a, b))
 
 
 @jit()
-def numbers_of(words, cols, target):
-    """target = the first numbers of the words of a left factor, and behind them the second ones."""
-    lanes = VECTOR_BYTES // words.itemsize
-    for i in range(words.shape[0]):
+def numbers_of(pairs, cols, target):
+    """target = the first numbers of the pairs of a left factor, and behind them the second ones."""
+    lanes = VECTOR_BYTES // pairs.itemsize
+    for i in range(pairs.shape[0]):
         for x in range(0, cols, lanes):
-            store(target, i, x, first_of(load(words, i, x)))
-            store(target, i, cols + x, upper(load(words, i, x)))
+            store(target, i, x, first_of(load(pairs, i, x)))
+            store(target, i, cols + x, upper(load(pairs, i, x)))
 
 
 @jit()
-def words_down(source, rows, cols, target):
-    """target[k, x] = the word of source[2 k, x] and source[2 k + 1, x]."""
+def pairs_down(source, rows, cols, target):
+    """target[k, x] = the pair of source[2 k, x] and source[2 k + 1, x]."""
     lanes = VECTOR_BYTES // source.itemsize
     for k in range(rows // 2):
         for x in range(0, cols, lanes):
@@ -378,8 +380,8 @@ def words_down(source, rows, cols, target):
 
 
 @jit()
-def words_along(source, rows, cols, target):
-    """target[i, k] = the word of source[i, 2 k] and source[i, 2 k + 1]; cols in whole vectors."""
+def pairs_along(source, rows, cols, target):
+    """target[i, k] = the pair of source[i, 2 k] and source[i, 2 k + 1]; cols in whole vectors."""
     lanes = VECTOR_BYTES // source.itemsize
     for i in range(rows):
         for x in range(0, cols, 2 * lanes):
@@ -390,7 +392,7 @@ def words_along(source, rows, cols, target):
 
 
 @jit()
-def turn_words(source, rows, cols, target):
+def transpose_pairs(source, rows, cols, target):
     """target[j, i] = source[i, j]: a left factor from a right one, or the other way."""
     lanes = VECTOR_BYTES // source.itemsize
     for i in range(0, rows, lanes):
@@ -399,7 +401,7 @@ def turn_words(source, rows, cols, target):
 
 
 def _dot(builder: Any, a: Any, b: Any, total: Any) -> Any:
-    """Add both products of each word to a total, lane by lane: one instruction of AVX512_BF16."""
+    """Add both products of each pair to a total, lane by lane: one instruction of AVX512_BF16."""
     halves = ir.VectorType(_BFLOAT, 2 * total.type.count)
     function = cgutils.get_or_insert_function(
         builder.module,
@@ -409,20 +411,20 @@ def _dot(builder: Any, a: Any, b: Any, total: Any) -> Any:
     return builder.call(function, [total, builder.bitcast(a, halves), builder.bitcast(b, halves)])
 
 
-_of_dots = covering(transposed=False, product=_dot)
+_dpbf16 = tiled_gemm(transposed=False, product=_dot)
 
 
 @jit()
-def _plain(planes, a, b, c, rows, cols, words, add):
+def _reference(parts, a, b, c, rows, cols, pairs, add):
     """The product without instructions for it: right, and slower than one of float32."""
     lanes = VECTOR_BYTES // c.itemsize
-    beside, below = a.shape[1] // planes, b.shape[0] // planes
+    beside, below = a.shape[1] // parts, b.shape[0] // parts
     for i in range(rows):
         for j in range(0, cols, lanes):
             total = load(c, i, j) if add else splat(c, 0)
-            for p in range(planes - 1, -1, -1):
-                for r in range(planes - 1 - p, -1, -1):
-                    for k in range(words):
+            for p in range(parts - 1, -1, -1):
+                for r in range(parts - 1 - p, -1, -1):
+                    for k in range(pairs):
                         left = splat(c, a[i, p * beside + k])
                         right = load(b, r * below + k, j)
                         total = fma(first_of(left), first_of(right), total)
@@ -431,28 +433,28 @@ def _plain(planes, a, b, c, rows, cols, words, add):
 
 
 @jit()
-def gemm_words(a, b, c, rows, cols, words, add):
-    """``c (+)= a @ b``; rows and cols in sixteens for the matrix unit, words in its steps."""
+def gemm_pairs(a, b, c, rows, cols, pairs, add):
+    """``c (+)= a @ b``; rows and cols in sixteens for the matrix unit, pairs in its steps."""
     if AMX:
-        _of_words(a, b, c, rows, cols, words, add)
+        _of_pairs(a, b, c, rows, cols, pairs, add)
     elif DOTS:
-        _of_dots(a, b, c, 0, rows, 0, cols, 0, words, add, None, 0)
+        _dpbf16(a, b, c, 0, rows, 0, cols, 0, pairs, add, None, 0)
     else:
-        _plain(1, a, b, c, rows, cols, words, add)
+        _reference(1, a, b, c, rows, cols, pairs, add)
 
 
 @jit()
-def gemm_planes(a, b, c, rows, cols, words, add):
-    """The same of matrices of float32 that have been cut, of so many words a plane."""
+def gemm_bf16x3(a, b, c, rows, cols, pairs, add):
+    """The same of matrices of float32 that have been split, of so many pairs a part."""
     if AMX:
-        _of_planes(a, b, c, rows, cols, words, add)
+        _of_parts(a, b, c, rows, cols, pairs, add)
     else:
-        _plain(PLANES, a, b, c, rows, cols, words, add)
+        _reference(PARTS, a, b, c, rows, cols, pairs, add)
 
 
 @intrinsic
 def _upper_along(typingctx, a, b):
-    """The words of the upper halves of the lanes of a, and then of b, in their order."""
+    """The pairs of the upper halves of the lanes of a, and then of b, in their order."""
 
     def codegen(context, builder, signature, args):
         halves = ir.VectorType(ir.IntType(16), 2 * a.lanes)
@@ -466,10 +468,10 @@ def _upper_along(typingctx, a, b):
 
 
 @jit()
-def cut_along(source, rows, cols, target):
-    """The planes of source[:rows, :cols] as left factor; cols in whole vectors, zeros behind them."""
+def split_along(source, rows, cols, target):
+    """The parts of source[:rows, :cols] as left factor; cols in whole vectors, zeros behind them."""
     lanes = VECTOR_BYTES // source.itemsize
-    pitch = target.shape[1] // PLANES
+    pitch = target.shape[1] // PARTS
     for i in range(rows):
         for x in range(0, 2 * pitch, 2 * lanes):
             a, b = splat(source, 0), splat(source, 0)
@@ -477,40 +479,40 @@ def cut_along(source, rows, cols, target):
                 a = load(source, i, x)
             if x + lanes < cols:
                 b = load(source, i, x + lanes)
-            for plane in range(PLANES):
-                store(target, i, plane * pitch + x // 2, _upper_along(a, b))
+            for part in range(PARTS):
+                store(target, i, part * pitch + x // 2, _upper_along(a, b))
                 a, b = a - upper(a), b - upper(b)
 
 
 @jit()
-def cut_down(source, rows, cols, target):
-    """The planes of source[:rows, :cols] as right factor; rows are even, below them there are zeros."""
+def split_down(source, rows, cols, target):
+    """The parts of source[:rows, :cols] as right factor; rows are even, below them there are zeros."""
     lanes = VECTOR_BYTES // source.itemsize
-    pitch = target.shape[0] // PLANES
+    pitch = target.shape[0] // PARTS
     for k in range(pitch):
         for x in range(0, cols, lanes):
             a, b = splat(source, 0), splat(source, 0)
             if 2 * k < rows:
                 a, b = load(source, 2 * k, x), load(source, 2 * k + 1, x)
-            for plane in range(PLANES):
-                store(target, plane * pitch + k, x, _join(a, b))
+            for part in range(PARTS):
+                store(target, part * pitch + k, x, _join(a, b))
                 a, b = a - upper(a), b - upper(b)
 
 
 @jit()
-def finite_words(values, spare, target):
+def finite_pairs(values, spare, target):
     """A tile of values as right factor, without what is not finite: zero times infinity is not zero."""
     for j in range(values.shape[0]):
         for x in range(values.shape[1]):
             spare[j, x] = values[j, x] if math.isfinite(values[j, x]) else 0
-    words_down(spare, values.shape[0], values.shape[1], target)
+    pairs_down(spare, values.shape[0], values.shape[1], target)
 
 
 @jit()
-def add_spoiled(left, start, num, diagonal, numbers, values):
-    """Add what `finite_words` left out to the rows of a strip, if diagonal only to those that see it.
+def add_nonfinite(left, start, num, diagonal, numbers, values):
+    """Add what `finite_pairs` left out to the rows of a strip, if diagonal only to those that see it.
 
-    The strip begins at position `start` of the tile; `left` are the words of its weights.
+    The strip begins at position `start` of the tile; `left` are the pairs of its weights.
     """
     rows, half = left.shape
     numbers_of(left, half, numbers)
@@ -523,46 +525,46 @@ def add_spoiled(left, start, num, diagonal, numbers, values):
 
 @jit()
 def turn_rows(rows, left, right):
-    """The words of packed rows as left factor and, turned, as right factor."""
-    words_along(rows, rows.shape[0], rows.shape[1], left)
-    turn_words(left, left.shape[0], left.shape[1], right)
+    """The pairs of packed rows as left factor and, turned, as right factor."""
+    pairs_along(rows, rows.shape[0], rows.shape[1], left)
+    transpose_pairs(left, left.shape[0], left.shape[1], right)
 
 
 def _numbers(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the matrix in float32, its rows filled up with zeros to whole steps."""
     columns = matrix.shape[-1]
-    padding = [(0, 0)] * (matrix.ndim - 1) + [(0, 2 * words_for(columns) - columns)]
+    padding = [(0, 0)] * (matrix.ndim - 1) + [(0, 2 * pairs_for(columns) - columns)]
     return np.pad(np.asarray(matrix, np.float32), padding)
 
 
-def _words(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the words of the upper halves of numbers, along the last axis."""
-    words = (bits[..., 0::2] >> 16) | (bits[..., 1::2] & np.uint32(0xFFFF0000))
-    return np.asarray(words.view(np.float32))
+def _pairs(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the pairs of the upper halves of numbers, along the last axis."""
+    pairs = (bits[..., 0::2] >> 16) | (bits[..., 1::2] & np.uint32(0xFFFF0000))
+    return np.asarray(pairs.view(np.float32))
 
 
-def words_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def pairs_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the rows of a matrix, or of many, as left factors: outside kernels."""
-    return _words(_numbers(matrix).view(np.uint32) + np.uint32(0x8000))
+    return _pairs(_numbers(matrix).view(np.uint32) + np.uint32(0x8000))
 
 
-def planes_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The same, cut into planes."""
+def parts_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same, split into three parts."""
     rest, found = _numbers(matrix), []
-    for _ in range(PLANES):
+    for _ in range(PARTS):
         bits = rest.view(np.uint32)
-        found.append(_words(bits))
+        found.append(_pairs(bits))
         rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)
     return np.concatenate(found, axis=-1)
 
 
 @jit()
-def round_rows(words, rows, count, squares):
-    """If `words` are what is computed with: round packed rows as these will be, and square them anew.
+def round_rows(pairs, rows, count, squares):
+    """If `pairs` are what is computed with: round packed rows as these will be, and square them anew.
 
     So the height of a key is that of the vector whose product with a query is estimated.
     """
-    if words is None:
+    if pairs is None:
         return
     lanes = VECTOR_BYTES // rows.itemsize
     for i in range(count):

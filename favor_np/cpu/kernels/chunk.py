@@ -32,9 +32,9 @@ from favor_np.cpu.kernels.activate import (
     measure_queries,
     raise_keys,
 )
-from favor_np.cpu.kernels.bfloat16 import words_along
+from favor_np.cpu.kernels.bfloat16 import pairs_along
 from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
-from favor_np.cpu.kernels.gemm import Coming, gemm, gemm_t, gemm_t_fetching, soon
+from favor_np.cpu.kernels.gemm import Prefetch, gemm, gemm_t, gemm_t_fetching, prefetch_rows
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import (
     CHUNK,
@@ -45,8 +45,8 @@ from favor_np.cpu.kernels.pack import (
     write_rows,
 )
 from favor_np.cpu.kernels.products import (
-    carve_planes,
-    carve_words,
+    carve_pairs,
+    carve_parts,
     fold_keys,
     load_keys,
     load_state,
@@ -81,12 +81,12 @@ Problem = namedtuple("Problem", "q k v mask fm row q_rows out_rows clock rate ou
 Tiles = namedtuple(
     "Tiles",
     "rows columns raw phi values num spare scores keys height share den part others sums scale token "
-    "square stretched top higher excess words planes",
+    "square stretched top higher excess pairs parts",
 )
 
 
 @jit()
-def carve(floats, ints, signs, unit, cut_weight, d, vcols, width, blocks):
+def carve(floats, ints, signs, config, split_weight, d, vcols, width, blocks):
     """Cut the tiles from one thread's workspace, which `measure` makes large enough for this."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -113,23 +113,23 @@ def carve(floats, ints, signs, unit, cut_weight, d, vcols, width, blocks):
     top, mark = cut(ints, 0, 1, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
-    words = carve_words(unit, cut_weight, floats, at, ints, mark, d, vcols, width, tiles)
-    planes = carve_planes(cut_weight, floats, at, d)
+    pairs = carve_pairs(config, split_weight, floats, at, ints, mark, d, vcols, width, tiles)
+    parts = carve_parts(split_weight, floats, at, d)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,
-                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, words,
-                 planes)  # fmt: skip
+                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, pairs,
+                 parts)  # fmt: skip
 
 
 @jit()
-def fold_chunk(par, words, keys, values, count, s, z, slot, sums, add, coming, spare):
-    """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while rows are fetched that are coming."""
-    width, features, done, mode = keys.shape[2], sums.shape[1], 0, float_mode()
+def fold_chunk(par, pairs, keys, values, count, s, z, slot, sums, add, next_rows, spare):
+    """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while the next rows are prefetched."""
+    width, features, fetched, mode = keys.shape[2], sums.shape[1], 0, float_mode()
     for t in range(keys.shape[0]):
         set_float_mode(mode)
         r0 = t % par.signs * (features // par.signs) + t // par.signs * width
         more = spare if add else s[slot, r0 : r0 + width]
-        done = fold_keys(words, keys[t], values, count, more, coming, done)
+        fetched = fold_keys(pairs, keys[t], values, count, more, next_rows, fetched)
         set_float_mode(IEEE)  # whatever the values are: a relay adds sums without them
         if add:
             add_rows(s[slot], r0, features + r0, width, spare)
@@ -161,7 +161,7 @@ def read_chunk(
     spread,
     batch,
     groups,
-    coming,
+    next_rows,
     t,
 ):
     """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
@@ -172,11 +172,11 @@ def read_chunk(
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
     pack_queries(par, q, row, 1, count, fm, w, t)
-    turn_queries(t.planes, t)
-    first, done = True, 0
+    turn_queries(t.parts, t)
+    first, fetched = True, 0
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
-        project_queries(t.planes, t, fm.query, fm.query_planes, w + b, t.raw, cols, d)
+        project_queries(t.parts, t, fm.query, fm.query_parts, w + b, t.raw, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -195,8 +195,8 @@ def read_chunk(
             for i in range(cols):
                 t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
             state = s[slot, r0 : r0 + width]
-            done = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
-                                   not first, coming, done)  # fmt: skip
+            fetched = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
+                                   not first, next_rows, fetched)  # fmt: skip
             if par.causal:
                 tile = keys[b * par.signs + side]
                 for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
@@ -224,19 +224,19 @@ def read_chunk(
 
 
 @jit()
-def read_words(words, par, q, row, count, fm, w, clean, out, out_row, t):
+def read_pairs(pairs, par, q, row, count, fm, w, clean, out, out_row, t):
     """The same in bfloat16, without error bars."""
     pack_queries(par, q, row, 1, count, fm, w, t)
-    words_along(t.rows, CHUNK, t.rows.shape[1], words.rows)
-    read_blocks(words, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
+    pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.rows)
+    read_blocks(pairs, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
     write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
 
 
 @jit()
-def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, ahead, following, t):
-    """Whether `words` is None is known to the compiler.
+def read(pairs, par, p, g, start, count, c, s, z, slot, keys, clean, distance, next_count, t):
+    """Whether `pairs` is None is known to the compiler.
 
-    So many queries are following, that far ahead: they are fetched meanwhile, with where their outputs go.
+    Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of their outputs.
     """
     row, out_row, w, features = (
         p.q_rows[g] + start,
@@ -244,13 +244,13 @@ def read(words, par, p, g, start, count, c, s, z, slot, keys, clean, ahead, foll
         p.row[BLOCK],
         p.row[ROWS],
     )
-    if words is None:
-        coming = Coming(p.q, row + ahead, p.out.rows, out_row + ahead, following)
+    if pairs is None:
+        next_rows = Prefetch(p.q, row + distance, p.out.rows, out_row + distance, next_count)
         read_chunk(par, p.q, row, count, p.fm, w, features, c, s, z, slot, keys, t.values, clean, p.out,
-                   out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, coming, t)  # fmt: skip
+                   out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, next_rows, t)  # fmt: skip
     else:
-        soon(p.q, row + ahead, following)
-        read_words(words, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
+        prefetch_rows(p.q, row + distance, next_count)
+        read_pairs(pairs, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
 
 
 @jit()
@@ -288,7 +288,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
     Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
     """
     lift = pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t)
-    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_planes, fm.bias, w, c, s, z, slot,
+    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_parts, fm.bias, w, c, s, z, slot,
                         keys, t)  # fmt: skip
     for i in range(accepted):
         if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
@@ -298,17 +298,17 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
 
 
 @jit()
-def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, keys, t):
+def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, keys, t):
     """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
     rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
-    turn_keys(t.words, t.planes, t)
+    turn_keys(t.pairs, t.parts, t)
     for attempt in range(2):
         known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
         if known:
             for b in range(blocks):
-                project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
+                project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
                              keys[b * par.signs], rows, d)  # fmt: skip
             accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
                                   t.excess, t.scale)  # fmt: skip
@@ -318,7 +318,7 @@ def map_keys(par, count, d, lift, weight, cut_weight, bias, w, c, s, z, slot, ke
         for b in range(blocks):
             for again in range(1 if known else 2):
                 if not known:
-                    project_keys(t.words, t.planes, t, weight, cut_weight, w + b,
+                    project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
                                  keys[b * par.signs], rows, d)  # fmt: skip
                 if again == 1 and raise_keys(par, rows, count, keys, b, b + 1, t.height, lift, bias, w, c, s,
                                              z, slot, t.excess, t.scale) < count:  # fmt: skip
@@ -340,10 +340,11 @@ def piece(start, end, split):
 
 
 @jit()
-def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
+def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
     """Map the keys of a chunk and fold them, or read the chunk, or both; how many keys were taken.
 
-    A FOLD is into a state of the chunk's own.  That far ahead are the rows that are fetched meanwhile.
+    A FOLD is into a state of the chunk's own.  `distance`: how many rows on those are that are prefetched
+    meanwhile.
     """
     k_row, v_row, w, features = (
         p.row[K_ROW] + start,
@@ -353,24 +354,25 @@ def attend_chunk(par, p, what, start, count, ahead, c, s, z, slot, keys, t):
     )
     mask_row = p.row[MASK_ROW] + start if p.row[MASK_ROW] >= 0 else -1
     reads = what == READ or (what == WHOLE and par.causal)
-    following = min(CHUNK, p.row[KEYS] - start - ahead)
+    next_count = min(CHUNK, p.row[KEYS] - start - distance)
     taken = count
     set_float_mode(IEEE)
     if what != READ:
         taken = keys_chunk(par, p.k, k_row, count, p.mask, mask_row, p.fm, w, p.clock + start * p.rate,
                            p.rate, c, s, z, slot, keys, t)  # fmt: skip
-    coming = Coming(p.k, k_row + ahead, p.v, v_row + ahead, following)
-    if t.words is not None:  # nothing below fetches
-        soon(p.k, coming.a_row, following)
-        soon(p.v, coming.b_row, following)
+    next_rows = Prefetch(p.k, k_row + distance, p.v, v_row + distance, next_count)
+    if t.pairs is not None:  # nothing below fetches
+        prefetch_rows(p.k, next_rows.a_row, next_count)
+        prefetch_rows(p.v, next_rows.b_row, next_count)
     clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
     flush_beside(t.values, taken, c, True)
-    load_keys(t.words, reads, keys, t, -(-count // 8) * 8, clean)
+    load_keys(t.pairs, reads, keys, t, -(-count // 8) * 8, clean)
     if reads:
-        load_state(t.words, par, features, c, s, z, slot, keys.shape[2])
+        load_state(t.pairs, par, features, c, s, z, slot, keys.shape[2])
         for g in range(p.q_rows.size):
-            read(t.words, par, p, g, start, taken, c, s, z, slot, keys, clean, ahead, following, t)
+            read(t.pairs, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
+                 t)  # fmt: skip
     if what != READ:
-        fold_chunk(par, t.words, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, coming,
+        fold_chunk(par, t.pairs, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
                    t.spare)  # fmt: skip
     return taken

@@ -20,26 +20,26 @@ from favor_np.cpu.kernels.activate import (
     strip_features,
 )
 from favor_np.cpu.kernels.bfloat16 import (
-    PLANES,
+    PARTS,
     STRIP,
-    add_spoiled,
-    cut_along,
-    cut_down,
-    finite_words,
-    gemm_planes,
-    gemm_words,
+    add_nonfinite,
+    finite_pairs,
+    gemm_bf16x3,
+    gemm_pairs,
+    pairs_along,
+    pairs_down,
+    pairs_for,
+    split_along,
+    split_down,
     turn_rows,
-    words_along,
-    words_down,
-    words_for,
 )
 from favor_np.cpu.kernels.chunk import own_values
 from favor_np.cpu.kernels.floats import flush_beside
-from favor_np.cpu.kernels.gemm import gemm_t, project_t, soon
+from favor_np.cpu.kernels.gemm import gemm_t, prefetch_rows, project_t
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.jobs import claim, enter, leave, report
 from favor_np.cpu.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
-from favor_np.cpu.kernels.products import begin_unit, end_unit, seen_by
+from favor_np.cpu.kernels.products import load_tile_config, release_tiles, seen_by
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, sum_lanes
 from favor_np.jobs import K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
@@ -51,22 +51,22 @@ ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit
 ExactTiles = namedtuple(
     "ExactTiles",
     "rows keys values raw phi across num spare den part ones longest square key_square "
-    "c top higher words planes",
+    "c top higher pairs parts",
 )
 #: In bfloat16, query by query: packed queries and features as left factors, keys (first as `rows`) and
 #: values as right ones; the sums of features by lanes, of all tiles of queries and of a strip.
-ExactWords = namedtuple("ExactWords", "queries rows keys values phi sums part")
-#: For logits from the matrix unit: packed queries as right factors and keys as left one, cut into planes.
-ExactPlanes = namedtuple("ExactPlanes", "queries keys")
+ExactPairs = namedtuple("ExactPairs", "queries rows keys values phi sums part")
+#: For logits from the matrix unit: packed queries as right factors and keys as left one, split into parts.
+ExactParts = namedtuple("ExactParts", "queries keys")
 
 
 @jit()
-def carve_exact_words(unit, floats, at, d, vcols):
-    """Cut the tiles for words, or none."""
-    if unit is None:
+def carve_exact_pairs(config, floats, at, d, vcols):
+    """Cut the tiles for pairs, or none."""
+    if config is None:
         return None
     lanes = VECTOR_BYTES // floats.itemsize
-    depth = words_for(d)
+    depth = pairs_for(d)
     queries, at = cut(floats, at, GROUP * CHUNK, depth)
     rows, at = cut(floats, at, CHUNK, depth)
     keys, at = cut(floats, at, depth, CHUNK)
@@ -75,22 +75,22 @@ def carve_exact_words(unit, floats, at, d, vcols):
     sums, at = cut(floats, at, GROUP * CHUNK, lanes)
     part, at = cut(floats, at, STRIP, lanes)
     queries[:], rows[:] = 0, 0  # what is not written to, and another call may have
-    return ExactWords(queries, rows, keys, values, phi, sums, part)
+    return ExactPairs(queries, rows, keys, values, phi, sums, part)
 
 
 @jit()
-def carve_exact_planes(cut_unit, floats, at, d):
-    """Cut the tiles for planes, or none."""
-    if cut_unit is None:
+def carve_exact_parts(split_config, floats, at, d):
+    """Cut the tiles for parts, or none."""
+    if split_config is None:
         return None
-    depth = PLANES * words_for(d)
+    depth = PARTS * pairs_for(d)
     queries, at = cut(floats, at, GROUP * depth, CHUNK)
     keys, at = cut(floats, at, CHUNK, depth)
-    return ExactPlanes(queries.reshape(GROUP, depth, CHUNK), keys)
+    return ExactParts(queries.reshape(GROUP, depth, CHUNK), keys)
 
 
 @jit()
-def carve_exact(floats, ints, unit, cut_unit, d, vcols):
+def carve_exact(floats, ints, config, split_config, d, vcols):
     """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -109,8 +109,8 @@ def carve_exact(floats, ints, unit, cut_unit, d, vcols):
     longest, at = cut(floats, at, 1, CHUNK * doubles)  # in whole cache lines, as all the rest
     square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
     key_square, at = cut(floats, at, 1, CHUNK * doubles)
-    words = carve_exact_words(unit, floats, at, d, vcols)
-    planes = carve_exact_planes(cut_unit, floats, at, d)
+    pairs = carve_exact_pairs(config, floats, at, d, vcols)
+    parts = carve_exact_parts(split_config, floats, at, d)
     c, mark = cut(ints, 0, 1, CHUNK)
     top, mark = cut(ints, mark, GROUP, CHUNK)
     higher, mark = cut(ints, mark, 1, CHUNK)
@@ -118,55 +118,55 @@ def carve_exact(floats, ints, unit, cut_unit, d, vcols):
         rows, keys, values, raw, phi, across.reshape(GROUP, dcols, CHUNK),
         num.reshape(GROUP, CHUNK, vcols), spare, den, part, ones,
         longest[0].view(np.float64), square.view(np.float64).reshape(GROUP, CHUNK),
-        key_square[0].view(np.float64), c, top, higher, words, planes,
+        key_square[0].view(np.float64), c, top, higher, pairs, parts,
     )  # fmt: skip
 
 
 @jit()
-def load_queries(words, planes, t, g):
-    """Turn the packed queries of tile g for `read_tile` or `read_words`; their sums start at zero."""
+def load_queries(pairs, parts, t, g):
+    """Turn the packed queries of tile g for `read_tile` or `read_pairs`; their sums start at zero."""
     t.den[g] = 0
     t.num[g] = 0
-    if words is not None:
+    if pairs is not None:
         rows = slice(g * CHUNK, (g + 1) * CHUNK)
-        words_along(t.rows, CHUNK, t.rows.shape[1], words.queries[rows])
-        words.sums[rows] = 0
+        pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.queries[rows])
+        pairs.sums[rows] = 0
     else:
         across(t.rows, t.across[g])
-    if planes is not None:
-        cut_down(t.across[g], t.rows.shape[1], CHUNK, planes.queries[g])
+    if parts is not None:
+        split_down(t.across[g], t.rows.shape[1], CHUNK, parts.queries[g])
 
 
 @jit()
-def load_keys(words, planes, t):
+def load_keys(pairs, parts, t):
     """The same of packed keys."""
-    if words is not None:
-        turn_rows(t.rows, words.rows, words.keys)
-    elif planes is not None:
-        cut_along(t.rows, CHUNK, t.rows.shape[1], planes.keys)
+    if pairs is not None:
+        turn_rows(t.rows, pairs.rows, pairs.keys)
+    elif parts is not None:
+        split_along(t.rows, CHUNK, t.rows.shape[1], parts.keys)
     else:
         across(t.rows, t.keys)
 
 
 @jit()
-def logits(planes, g, cols, d, t):
+def logits(parts, g, cols, d, t):
     """The logits (F, C) of a tile of keys and one of queries."""
-    if planes is None:
+    if parts is None:
         project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
     else:
-        depth = planes.keys.shape[1] // PLANES
-        gemm_planes(planes.keys, planes.queries[g], t.raw, CHUNK, cols, depth, False)
+        depth = parts.keys.shape[1] // PARTS
+        gemm_bf16x3(parts.keys, parts.queries[g], t.raw, CHUNK, cols, depth, False)
 
 
 @jit()
-def load_values(words, t, clean):
+def load_values(pairs, t, clean):
     """Prepare a tile of values."""
-    if words is None:
+    if pairs is None:
         return
     if clean:
-        words_down(t.values, CHUNK, t.values.shape[1], words.values)
+        pairs_down(t.values, CHUNK, t.values.shape[1], pairs.values)
     else:
-        finite_words(t.values, t.spare, words.values)
+        finite_pairs(t.values, t.spare, pairs.values)
 
 
 @jit()
@@ -190,7 +190,7 @@ def pack_queries(par, q, row, count, t):
         for i in range(here):
             for x in range(t.rows.shape[1]):
                 t.rows[i, x] *= factor
-        load_queries(t.words, t.planes, t, g)
+        load_queries(t.pairs, t.parts, t, g)
 
 
 @jit()
@@ -208,7 +208,7 @@ def pack_keys(par, k, row, count, mask, mask_row, t):
             seen, bad = False, min(bad, j)
         t.ones[0, j] = 1 if seen else 0
         t.c[0, j] = 0 if seen else -4 * int(par.far)
-    load_keys(t.words, t.planes, t)
+    load_keys(t.pairs, t.parts, t)
     return longest_of(t.key_square[:count], par.limit), bad
 
 
@@ -219,7 +219,7 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
-    logits(t.planes, g, cols, d, t)
+    logits(t.parts, g, cols, d, t)
     if diagonal:
         for j in range(CHUNK):
             t.raw[j, : min(j, cols)] = -par.masked
@@ -239,41 +239,41 @@ def read_tile(par, g, count, d, first, diagonal, clean, t):
 
 
 @jit()
-def read_words(words, par, g, count, first, diagonal, clean, t):
+def read_pairs(pairs, par, g, count, first, diagonal, clean, t):
     """The same in bfloat16, strip by strip."""
     top, num = t.top[g], t.num[g]
-    depth = words.queries.shape[1]
+    depth = pairs.queries.shape[1]
     for i in range(0, count, STRIP):
         seen = seen_by(i) if diagonal else CHUNK
         raw, rows = t.raw[:STRIP], slice(g * CHUNK + i, g * CHUNK + i + STRIP)
-        gemm_words(words.queries[rows], words.keys, raw, STRIP, seen, depth, False)
+        gemm_pairs(pairs.queries[rows], pairs.keys, raw, STRIP, seen, depth, False)
         if diagonal:
             for r in range(STRIP):
                 raw[r, i + r + 1 : seen] = -par.masked
-        sums, out = words.sums[rows], num[i : i + STRIP]
+        sums, out = pairs.sums[rows], num[i : i + STRIP]
         strip_features(par, 1, raw, seen, t.c, t.ones, first, top[i : i + STRIP], t.higher[0, :STRIP],
-                       sums, out, t.spare[:STRIP], words.phi, words.part)  # fmt: skip
-        gemm_words(words.phi, words.values, out, STRIP, out.shape[1], seen // 2, True)
+                       sums, out, t.spare[:STRIP], pairs.phi, pairs.part)  # fmt: skip
+        gemm_pairs(pairs.phi, pairs.values, out, STRIP, out.shape[1], seen // 2, True)
         if not clean:
-            add_spoiled(words.phi, i, out, diagonal, raw, t.values)
+            add_nonfinite(pairs.phi, i, out, diagonal, raw, t.values)
 
 
 @jit()
-def read(words, par, g, count, d, first, diagonal, clean, t):
-    """Whether `words` is None is known to the compiler."""
-    if words is None:
+def read(pairs, par, g, count, d, first, diagonal, clean, t):
+    """Whether `pairs` is None is known to the compiler."""
+    if pairs is None:
         read_tile(par, g, count, d, first, diagonal, clean, t)
     else:
-        read_words(words, par, g, count, first, diagonal, clean, t)
+        read_pairs(pairs, par, g, count, first, diagonal, clean, t)
 
 
 @jit()
-def add_lanes(words, count, g, t):
+def add_lanes(pairs, count, g, t):
     """The denominators of a tile of queries, where they were summed by lanes."""
-    if words is None:
+    if pairs is None:
         return
     for i in range(count):
-        t.den[g, i] = sum_lanes(load(words.sums, g * CHUNK + i, 0))
+        t.den[g, i] = sum_lanes(load(pairs.sums, g * CHUNK + i, 0))
 
 
 @jit()
@@ -294,10 +294,10 @@ def exact_block(par, q, k, v, mask, job, out, t):
         longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
         flush_beside(t.values, here, t.top, True)
-        following = min(CHUNK, keys_count - start - here)
-        soon(k, k_row + start + here, following)
-        soon(v, v_row + start + here, following)
-        load_values(t.words, t, clean)
+        next_count = min(CHUNK, keys_count - start - here)
+        prefetch_rows(k, k_row + start + here, next_count)
+        prefetch_rows(v, v_row + start + here, next_count)
+        load_values(t.pairs, t, clean)
         if first_bad < CHUNK:
             bad = min(bad, start + first_bad)
         for g in range(-(-count // CHUNK)):
@@ -305,11 +305,11 @@ def exact_block(par, q, k, v, mask, job, out, t):
             if par.causal and position < start:
                 continue
             fits = fits and t.longest[g] * longest <= par.far * par.far
-            read(t.words, par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
+            read(t.pairs, par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
                  par.causal and position == start, clean, t)  # fmt: skip
     for g in range(-(-count // CHUNK)):
         here = min(CHUNK, count - g * CHUNK)
-        add_lanes(t.words, here, g, t)
+        add_lanes(t.pairs, here, g, t)
         for i in range(here):
             if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
                 t.square[g, i] = math.inf
@@ -320,15 +320,37 @@ def exact_block(par, q, k, v, mask, job, out, t):
 
 
 @jit()
-def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, ctl, n):
-    """What the kernels do; which of `unit` and `cut_unit` are None is known to the compiler."""
+def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, ints, ctl, n):
+    """The body of the kernels; how many jobs are finished by now.  Reports where float64 is needed.
+
+    Which of `config` and `split_config` are None the compiler knows: each kernel below is this function with
+    one of them, or with none.
+
+    Parameters
+    ----------
+    par : ExactParameters
+    q, k, v : (N, d), (N_k, d) and (N_k, dv) arrays
+        The rows of all problems, one behind the other: where those of a job begin says the table.
+    mask : (N_k,) array of bool
+        Which keys take part, in jobs that have a MASK_ROW.
+    jobs : (jobs, 14) array of int64
+        Blocks of up to ``GROUP * CHUNK`` queries.  The columns are named in ``favor_np.jobs``.
+    out : Result
+        Rows (N, dv) and, unless these are empty, the denominators (N,) and their exponents.
+    config, split_config : TILE_CONFIG or None
+        With the first products are in bfloat16, with the second logits are products of three parts.
+    floats, ints : (threads, ...) arrays
+        Workspaces.
+    ctl, n : array of int64, int
+        The counters by which threads share the jobs, and how many jobs there are.
+    """
     me, mode = enter(ctl)
     lanes = VECTOR_BYTES // q.itemsize
     t = carve_exact(
-        floats[me], ints[me], unit, cut_unit, q.shape[1], -(-v.shape[1] // lanes) * lanes
+        floats[me], ints[me], config, split_config, q.shape[1], -(-v.shape[1] // lanes) * lanes
     )
-    begin_unit(unit)
-    begin_unit(cut_unit)
+    load_tile_config(config)
+    load_tile_config(split_config)
     finished = 0
     while True:
         job = claim(ctl)
@@ -337,27 +359,29 @@ def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, c
         if not exact_block(par, q, k, v, mask, jobs[job], out, t):
             report(ctl)
         finished += 1
-    end_unit(unit)
-    end_unit(cut_unit)
+    release_tiles(config)
+    release_tiles(split_config)
     return leave(ctl, finished, mode)
 
 
 @jit(cache=True)
 def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
-    """Take jobs until none is left; how many are finished by now.  Reports where float64 is needed."""
+    """In the precision of the arrays."""
     return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
-def attend_exact_words(par, q, k, v, mask, jobs, rows, weights, tops, unit, floats, ints, ctl, n):
-    """The same, its products in bfloat16."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), unit, None, floats,
+def attend_exact_bf16(par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n):
+    """In bfloat16."""
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), config, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
-def attend_exact_planes(par, q, k, v, mask, jobs, rows, weights, tops, unit, floats, ints, ctl, n):
-    """The same as `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, unit, floats,
+def attend_exact_bf16x3(
+    par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n
+):
+    """As `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, config, floats,
                          ints, ctl, n)  # fmt: skip

@@ -11,7 +11,7 @@ from favor_np.cpu.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mo
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.jobs import claim, enter, leave
 from favor_np.cpu.kernels.pack import CHUNK, Map, Result
-from favor_np.cpu.kernels.products import begin_unit, end_unit, load_state
+from favor_np.cpu.kernels.products import load_state, load_tile_config, release_tiles
 from favor_np.cpu.kernels.relay import attend_relay
 from favor_np.cpu.kernels.spread import carve_groups
 from favor_np.cpu.kernels.state import PAD, begin, fold_tail
@@ -58,27 +58,56 @@ def attend_one(par, p, c, s, z, slot, t):
         start, split = start + taken, taken < count
     if not par.causal and queries_count > 0:
         set_float_mode(IEEE | FLUSH if ordinary_sums(s, slot, c.shape[1] - PAD) else IEEE)
-        load_state(t.words, par, p.row[ROWS], c, s, z, slot, t.keys.shape[2])
+        load_state(t.pairs, par, p.row[ROWS], c, s, z, slot, t.keys.shape[2])
         for g in range(p.q_rows.size):
             for start in range(0, queries_count, CHUNK):
-                count, following = min(CHUNK, queries_count - start), queries_count - start - CHUNK
-                read(t.words, par, p, g, start, count, c, s, z, slot, t.keys, True, CHUNK,
-                     min(CHUNK, following), t)  # fmt: skip
+                count, next_count = min(CHUNK, queries_count - start), queries_count - start - CHUNK
+                read(t.pairs, par, p, g, start, count, c, s, z, slot, t.keys, True, CHUNK,
+                     min(CHUNK, next_count), t)  # fmt: skip
 
 
 @jit()
 def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, out, room, spread,
-                unit, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """What all kernels but one do; what of `spread`, `unit` and `fm` is None is known to the compiler.
+                config, c, s, z, floats, ints, ctl, n):  # fmt: skip
+    """The body of all kernels but `attend_tokens`; how many jobs are finished by now.
 
-    Jobs are the rows of a table or, where there is a relay, those of the one problem in it.  With a unit
-    products are in bfloat16 or, if the map's weights are cut into planes, projections are products of
-    planes.
+    Which of `spread`, `config`, `relay` and the parts of `fm` are None the compiler knows: each kernel below is
+    this function with some of them.
+
+    Parameters
+    ----------
+    par : Parameters
+    q, k, v : (N, d), (N_k, d) and (N_k, dv) arrays
+        The rows of all problems, one behind the other: where those of a job begin says the table.
+    mask : (N_k,) array of bool
+        Which keys take part, in jobs that have a MASK_ROW.
+    fm : Map
+        Weights (heads * blocks, d, width) and what else belongs to the map, block by block.
+    jobs : (jobs, 8) array of int64
+        Its columns are named in ``favor_np.jobs``.
+    q_rows, out_rows : (jobs, group) arrays of int64
+        The first row of each run of queries that reads the state of a job, and that of its results.
+    clocks : (jobs, 2) or (0, 2) array
+        By how much, in log2, the first key of a job is raised, and by how much more every further one.
+    relay : array of int64 or None
+        What threads know of the one problem that they share: then `n` are its jobs.  See ``kernels.relay``.
+    out : Result
+        Rows (N, dv) and, unless these are empty, the denominators (N,) and their exponents.
+    room, spread : (threads, floats) array and Spread, or None
+        Tiles and results of standard errors: each block of the map is a group of features.
+    config : TILE_CONFIG or None
+        Given, products are in bfloat16 or, if the map has weights in three parts, projections are of these.
+    c, s, z : (slots, F + PAD), (slots, 2 F + TAIL, X) and (slots, (2 + TAIL) F) arrays
+        States, as ``kernels.state`` describes them: those of the jobs, or one for each thread.
+    floats, ints : (threads, ...) arrays
+        Workspaces.
+    ctl, n : array of int64, int
+        The counters by which threads share the jobs, and how many jobs there are.
     """
     me, mode = enter(ctl)
     width = fm.key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
-    t = carve(floats[me], ints[me], par.signs, unit, fm.key_planes, q.shape[1], s.shape[2], width,
+    t = carve(floats[me], ints[me], par.signs, config, fm.key_parts, q.shape[1], s.shape[2], width,
               blocks)  # fmt: skip
     groups = carve_groups(spread, room, me, blocks, s.shape[2], width)
     finished = 0
@@ -92,7 +121,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
         p = Problem(
             q, k, v, mask, fm, row, q_rows[at], out_rows[at], clock, rate, out, spread, groups
         )
-        begin_unit(unit)
+        load_tile_config(config)
         if relay is not None:
             attend_relay(par, p, relay, job, c, s, z, floats, t)
         else:
@@ -102,7 +131,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
             ):  # who only reads changes nothing: others may read, too
                 fold_tail(c, s, z, slot)
             attend_one(par, p, c, s, z, slot, t)
-        end_unit(unit)
+        release_tiles(config)
         finished += 1
     return leave(ctl, finished, mode)
 
@@ -110,7 +139,7 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
 @jit(cache=True)
 def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
            relay, rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """Take jobs until none is left; how many are finished by now."""
+    """In the precision of the arrays."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), None, None, None, c, s, z, floats, ints, ctl,
@@ -120,10 +149,7 @@ def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out
 @jit(cache=True)
 def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out_rows, clocks,
                   relay, rows, weights, tops, room, spread, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same, and how far the groups of features are apart: each block of the map is one.
-
-    There is room for them for each thread.
-    """
+    """The same, with standard errors."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops), room, spread, None, c, s, z, floats, ints, ctl,
@@ -131,30 +157,30 @@ def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_ro
 
 
 @jit(cache=True)
-def attend_words(constants, q, k, v, mask, query, key, bias, affine, unit, jobs, q_rows, out_rows,
+def attend_bf16(constants, q, k, v, mask, query, key, bias, affine, config, jobs, q_rows, out_rows,
                  clocks, relay, rows, weights, tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same as `attend`, its products in bfloat16: `query` and `key` are words."""
+    """In bfloat16: `query` and `key` are pairs."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
 @jit(cache=True)
-def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_planes, key_planes, unit,
+def attend_bf16x3(constants, q, k, v, mask, query, key, bias, affine, query_parts, key_parts, config,
                   jobs, q_rows, out_rows, clocks, relay, rows, weights, tops, c, s, z, floats,
                   ints, ctl, n):  # fmt: skip
-    """The same as `attend`, with projections from the matrix unit: no less exact, and faster."""
-    fm = Map(query, key, bias, affine, query_planes, key_planes)
+    """As `attend`, its projections products of three parts on the matrix unit: no less exact, and faster."""
+    fm = Map(query, key, bias, affine, query_parts, key_parts)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, out_rows, clocks, rows, weights,
                   tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same as `attend` for causal problems of one token each, which is not masked."""
+    """As `attend`, for causal problems of one token each, which is not masked."""
     par, finished = parameters(constants), 0
     me, mode = enter(ctl)
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]

@@ -37,10 +37,10 @@ from favor_np.cpu.kernels.pack import (
     pack_values,
 )
 from favor_np.cpu.kernels.products import (
-    begin_unit,
-    carve_planes,
-    end_unit,
+    carve_parts,
+    load_tile_config,
     project_queries,
+    release_tiles,
     turn_queries,
 )
 from favor_np.cpu.kernels.simd import (
@@ -76,18 +76,18 @@ Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
 #: What it writes: rows or, if these are not empty, for each job sums over its rows, in float64.
 Gradients = namedtuple("Gradients", "q k v projection bias")
 #: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.  If the
-#: map's weights are cut into planes, those of queries as right factor, those of keys as left one, and the unit.
-Natural = namedtuple("Natural", "query key hessian linear query_planes key_planes unit")
+#: map's weights are split into parts, those of queries as right factor, those of keys as left one, and TILE_CONFIG.
+Natural = namedtuple("Natural", "query key hessian linear query_parts key_parts config")
 #: The tiles a thread works on.
 Tiles = namedtuple(
     "Tiles",
-    "rows columns raws phi slope back error values other turned num spare scores pair keys grad "
-    "height share extra factor total sums scale square stretched top excess words planes",
+    "rows columns raws phi slope back error values other turned num spare scores products keys grad "
+    "height share extra factor total sums scale square stretched top excess pairs parts",
 )
 
 
 @jit()
-def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
+def carve(floats, ints, signs, split_weight, d, vcols, width, blocks):
     """Cut the tiles from one thread's workspace."""
     lanes = VECTOR_BYTES // floats.itemsize
     dcols = -(-d // lanes) * lanes
@@ -105,7 +105,7 @@ def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
     num, at = cut(floats, at, CHUNK, vcols)
     spare, at = cut(floats, at, CHUNK, vcols)
     scores, at = cut(floats, at, CHUNK, CHUNK)
-    pair, at = cut(floats, at, CHUNK, CHUNK)
+    products, at = cut(floats, at, CHUNK, CHUNK)
     flat, at = cut(floats, at, tiles * CHUNK, width)
     grad, at = cut(floats, at, CHUNK, dcols)
     height, at = cut(floats, at, 1, CHUNK)
@@ -117,13 +117,13 @@ def carve(floats, ints, signs, cut_weight, d, vcols, width, blocks):
     scale, at = cut(floats, at, 1, tiles * width)
     square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
     stretched, at = cut(floats, at, CHUNK, dcols)
-    planes = carve_planes(cut_weight, floats, at, d)
+    parts = carve_parts(split_weight, floats, at, d)
     top, mark = cut(ints, 0, 1, CHUNK)
     excess, mark = cut(ints, mark, CHUNK, lanes)
     keys = flat.reshape(tiles, CHUNK, width)
     return Tiles(rows, columns, raws, phi, slope, back, error, values, other, turned, num, spare,
-                 scores, pair, keys, grad, height[0], share[0], extra, by, total, sums, scale,
-                 square[0].view(np.float64), stretched, top, excess, None, planes)  # fmt: skip
+                 scores, products, keys, grad, height[0], share[0], extra, by, total, sums, scale,
+                 square[0].view(np.float64), stretched, top, excess, None, parts)  # fmt: skip
 
 
 @jit()
@@ -136,7 +136,7 @@ def dot(a, i, b, j, width):
 
 
 @jit()
-def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
+def map_keys_side(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
     """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
     k_row, v_row, mask_row = job[K_ROW], job[V_ROW], job[MASK_ROW]
     m_row = mask_row + at if mask_row >= 0 else -1
@@ -148,13 +148,13 @@ def keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
         if t.square[i] == math.inf and (m_row < 0 or x.mask[m_row + i]):
             # With a feature of zero NaN reaches nobody who must not see it.
             t.values[i], t.share[i], clean = math.nan, math.nan, False
-    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.key_planes, fm.bias, job[BLOCK], c, s, z,
+    taken = map_keys(par, count, x.k.shape[1], lift, fm.key, fm.key_parts, fm.bias, job[BLOCK], c, s, z,
                      slot, t.keys, t)  # fmt: skip
     return taken, clean
 
 
 @jit()
-def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t):
+def map_queries_side(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
     q_row, out_row, width = job[Q_ROW] + at, job[OUT_ROW] + at, x.grad.shape[1]
     pack_queries(par, x.q, q_row, step, count, fm, job[BLOCK], t)
@@ -180,7 +180,7 @@ def queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z, slot, t
         else:
             t.values[i], t.share[i] = math.nan, math.nan
         clean = clean and math.isfinite(t.share[i])
-    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_planes, none, job[BLOCK], c,
+    taken = map_keys(par, count, x.q.shape[1], -lift, fm.query, natural.query_parts, none, job[BLOCK], c,
                      s, z, slot, t.keys, t)  # fmt: skip
     return taken, clean
 
@@ -225,7 +225,7 @@ def activate_rows(par, sign, cols, raws, first, features, bias, b, c, slot, r0, 
 
 
 @jit(fastmath=EXACT)
-def errors(par, side, cols, features, z, slot, r0, bias, row, first, t):
+def feature_cotangents(par, side, cols, features, z, slot, r0, bias, row, first, t):
     """``error (-)= slope * (back + z extra) * factor``; its sums over features and, in bias, rows."""
     lanes = VECTOR_BYTES // t.back.itemsize
     slope = t.phi if par.kind == POSITIVE else t.slope
@@ -248,8 +248,8 @@ def errors(par, side, cols, features, z, slot, r0, bias, row, first, t):
 
 
 @jit()
-def side_b(par, x, job, of_keys, at, step, count, fm, t):
-    """Pack the rows of side B, their vectors, and what has to be known of them."""
+def pack_readers(par, x, job, of_keys, at, step, count, fm, t):
+    """Pack the reading side B: its rows, their values or cotangents, and what goes with z."""
     if of_keys:
         mask_row = job[MASK_ROW] + at if job[MASK_ROW] >= 0 else -1
         pack(x.k, job[K_ROW] + at, step, count, t.rows, par.limit, t.square)
@@ -265,14 +265,14 @@ def side_b(par, x, job, of_keys, at, step, count, fm, t):
             if x.weights[row] == 0:  # it sees no key, whatever its cotangent is
                 t.other[i] = 0
             t.extra[0, i] = -dot(t.other, i, x.out, row, x.grad.shape[1])
-    turn_queries(t.planes, t)
+    turn_queries(t.parts, t)
     across(t.other, t.turned)
     t.total[:] = 0
 
 
 @jit()
-def factors(par, x, job, of_keys, at, step, count, clock, rate, t):
-    """What the rows of side B are multiplied with: their height, undone top included."""
+def reader_scales(par, x, job, of_keys, at, step, count, clock, rate, t):
+    """``2**(top - height)`` of each row of side B, by which its results are multiplied."""
     t.factor[:] = 0
     for i in range(count):
         by = 0.0
@@ -291,17 +291,17 @@ def factors(par, x, job, of_keys, at, step, count, clock, rate, t):
 
 
 @jit()
-def pairs(count, cols, rows, d, t):
-    """``pair[j, i] = vector of A j . vector of B i`` for j <= i, else zero."""
-    lanes = VECTOR_BYTES // t.pair.itemsize
+def pair_products(count, cols, rows, d, t):
+    """``products[j, i] = vector of A j . vector of B i`` for j <= i, else zero."""
+    lanes = VECTOR_BYTES // t.products.itemsize
     for i in range(0, cols, 2 * lanes):
         end = min(i + 2 * lanes, cols)
-        gemm(t.values, t.turned, t.pair, 0, min(-(-end // 8) * 8, rows), i, end, 0, d, False)
+        gemm(t.values, t.turned, t.products, 0, min(-(-end // 8) * 8, rows), i, end, 0, d, False)
     for j in range(rows):
         for i in range(min(j, cols)):
-            t.pair[j, i] = 0
+            t.products[j, i] = 0
         for i in range(j, cols):
-            t.pair[j, i] += t.share[j] * t.extra[0, i]
+            t.products[j, i] += t.share[j] * t.extra[0, i]
 
 
 @jit()
@@ -317,18 +317,18 @@ def pull_chunk(
     blocks, width = t.keys.shape[0] // par.signs, t.keys.shape[2]
     half = blocks * width
     set_float_mode(IEEE)
-    side_b(par, x, job, of_keys, at, step, count, fm, t)
+    pack_readers(par, x, job, of_keys, at, step, count, fm, t)
     flush_beside(t.other, count, c, ordinary_sums(s, slot, c.shape[1] - PAD))
     weight = fm.key if of_keys else fm.query
-    cut_weight = natural.key_planes if of_keys else fm.query_planes
+    split_weight = natural.key_parts if of_keys else fm.query_parts
     rows_of_weight = natural.key if of_keys else natural.query
     for b in range(blocks):
-        project_queries(t.planes, t, weight, cut_weight, w + b,
+        project_queries(t.parts, t, weight, split_weight, w + b,
                         t.raws[b * width : (b + 1) * width], cols, d)  # fmt: skip
     measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
-    factors(par, x, job, of_keys, at, step, count, clock, rate, t)
+    reader_scales(par, x, job, of_keys, at, step, count, clock, rate, t)
     if par.causal:
-        pairs(count, cols, rows, dv, t)
+        pair_products(count, cols, rows, dv, t)
     for b in range(blocks):
         features = min(width, features_count - b * width)
         for side in range(par.signs):
@@ -341,12 +341,14 @@ def pull_chunk(
             for i in range(0, cols if par.causal else 0, 2 * lanes):
                 end = min(i + 2 * lanes, cols)
                 last = min(-(-end // 8) * 8, rows)
-                gemm_t(tile, t.pair, t.back, 0, width, i, end, 0, last, True)
+                gemm_t(tile, t.products, t.back, 0, width, i, end, 0, last, True)
                 if of_keys:
                     gemm(tile, t.phi, t.scores, 0, last, i, end, 0, width, not first)
             if of_keys:
                 gemm_t(t.phi, sums, t.num, 0, rows, 0, vcols, 0, width, not first)
-            errors(par, side, cols, features, z, slot, r0, to.bias, job[NUMBER], b * width, t)
+            feature_cotangents(
+                par, side, cols, features, z, slot, r0, to.bias, job[NUMBER], b * width, t
+            )
         if to.projection.size > 0:
             gemm(t.error, t.rows, t.stretched, 0, width, 0, dcols, 0, count, False)
             for r in range(width):
@@ -397,16 +399,16 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
         count = piece(done, a_count, split)
         at = first + step * done
         if of_keys:
-            taken, clean = queries_in(par, x, job, at, step, count, fm, none, natural, c, s, z,
+            taken, clean = map_queries_side(par, x, job, at, step, count, fm, none, natural, c, s, z,
                                       slot, t)  # fmt: skip
         else:
-            taken, clean = keys_in(par, x, job, at, count, clock, rate, fm, c, s, z, slot,
+            taken, clean = map_keys_side(par, x, job, at, count, clock, rate, fm, c, s, z, slot,
                                    t)  # fmt: skip
         if par.causal:
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
                        natural, c, s, z, slot, to, t)  # fmt: skip
         flush_beside(t.values, taken, c, True)
-        fold_chunk(par, t.words, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
+        fold_chunk(par, t.pairs, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
         done, split = done + taken, taken < count
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,
@@ -418,9 +420,9 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
     """Take jobs until none is left; how many are finished by now."""
     par = parameters(constants)
     me, mode = enter(ctl)
-    t = carve(floats[me], ints[me], par.signs, fm.key_planes, x.q.shape[1], s.shape[2],
+    t = carve(floats[me], ints[me], par.signs, fm.key_parts, x.q.shape[1], s.shape[2],
               fm.key.shape[2], (c.shape[1] - PAD) // (fm.key.shape[2] * par.signs))  # fmt: skip
-    begin_unit(natural.unit)
+    load_tile_config(natural.config)
     finished = 0
     while True:
         job = claim(ctl)
@@ -431,5 +433,5 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
         clock, rate = clock_of(clocks, job)
         pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
         finished += 1
-    end_unit(natural.unit)
+    release_tiles(natural.config)
     return leave(ctl, finished, mode)

@@ -19,16 +19,16 @@ _two, _two_one = gemm_tile(2, 4, transposed=False), gemm_tile(2, 1, transposed=F
 #: float32 costs most of the accuracy (3.1e-6 at std 2, d = 64), two of 32 leave 1.9e-6.
 SLICE = 32
 
-#: Rows that are needed next, as many of one array of the caller's as of another.
-Coming = namedtuple("Coming", "a a_row b b_row count")
-#: Bytes of each of them that are fetched with a tile of a product.  All at once, they would be waited for:
+#: Rows that are prefetched, as many of one array of the caller's as of another.
+Prefetch = namedtuple("Prefetch", "a a_row b b_row count")
+#: Bytes of each of them that are prefetched with a tile of a product.  All at once, they would be waited for:
 #: a processor keeps some sixteen lines on their way.
 FETCHED = 1024
 
 
 @jit()
-def soon(source, row, count):
-    """Fetch rows of an array of the caller's."""
+def prefetch_rows(source, row, count):
+    """Ask for rows of an array of the caller's."""
     line = 64 // source.itemsize
     for i in range(row, row + count):
         for x in range(0, source.shape[1], line):
@@ -36,14 +36,15 @@ def soon(source, row, count):
 
 
 @jit()
-def fetch(coming, done):
-    """Fetch some of the rows that have not been; how many have been by now."""
-    if coming is None:
-        return done
-    count = min(max(FETCHED // (coming.a.shape[1] * coming.a.itemsize), 1), coming.count - done)
-    soon(coming.a, coming.a_row + done, count)
-    soon(coming.b, coming.b_row + done, count)
-    return done + count
+def prefetch_some(next_rows, fetched):
+    """Prefetch some more of the next rows; how many have been by now."""
+    if next_rows is None:
+        return fetched
+    row = next_rows.a.shape[1] * next_rows.a.itemsize
+    count = min(max(FETCHED // row, 1), next_rows.count - fetched)
+    prefetch_rows(next_rows.a, next_rows.a_row + fetched, count)
+    prefetch_rows(next_rows.b, next_rows.b_row + fetched, count)
+    return fetched + count
 
 
 @jit()
@@ -55,10 +56,10 @@ def _tall_end(first, last):
     return end
 
 
-def covering(*, transposed: bool, **product: Any) -> Callable[..., Any]:
+def tiled_gemm(*, transposed: bool, **product: Any) -> Callable[..., Any]:
     """Make a product that covers the ranges of its result with tiles of `gemm_tile`.
 
-    While it goes on rows are fetched that are `coming` and not yet `done`; it returns how many are then.
+    Meanwhile it prefetches `next_rows`, from number `fetched` on; it returns how many have been then.
     """
     tall, short, narrow = (
         gemm_tile(rows, vectors, transposed=transposed, **product)
@@ -66,30 +67,30 @@ def covering(*, transposed: bool, **product: Any) -> Callable[..., Any]:
     )
 
     @jit()
-    def cover(a, b, c, row0, row1, col0, col1, first, last, add, coming, done):
+    def cover(a, b, c, row0, row1, col0, col1, first, last, add, next_rows, fetched):
         lanes = VECTOR_BYTES // c.itemsize
         turn = _tall_end(row0, row1)
         j = col0
         while j + 2 * lanes <= col1:
             for i in range(row0, turn, TALL):
-                done = fetch(coming, done)
+                fetched = prefetch_some(next_rows, fetched)
                 tall(a, i, b, j, c, first, last, add)
             for i in range(turn, row1, SHORT):
-                done = fetch(coming, done)
+                fetched = prefetch_some(next_rows, fetched)
                 short(a, i, b, j, c, first, last, add)
             j += 2 * lanes
         if j < col1:
             for i in range(row0, row1, 8):
-                done = fetch(coming, done)
+                fetched = prefetch_some(next_rows, fetched)
                 narrow(a, i, b, j, c, first, last, add)
-        return done
+        return fetched
 
     return cover  # type: ignore[no-any-return]  # jit has no types
 
 
 #: ``c[row0:row1, col0:col1] (+)= a[K, row0:row1].T @ b[K, col0:col1]``, K = first:last.
-gemm_t_fetching = covering(transposed=True)
-_gemm = covering(transposed=False)
+gemm_t_fetching = tiled_gemm(transposed=True)
+_gemm = tiled_gemm(transposed=False)
 
 
 @jit()

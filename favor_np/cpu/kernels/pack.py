@@ -16,8 +16,8 @@ CHUNK = 64
 #: A feature map, block by block of its weights.  For calibrated ones (par.affine) the rows of `affine`
 #: are the centres of queries and of keys, what is linear in the height of a key and, if par.factored,
 #: the columns of its quadratic part.  (One array: each costs a call a tenth of a microsecond.)
-#: The weights may be there once more, cut into planes for the matrix unit.
-Map = namedtuple("Map", "query key bias affine query_planes key_planes", defaults=(None, None))
+#: The weights may be there once more, split into parts for the matrix unit.
+Map = namedtuple("Map", "query key bias affine query_parts key_parts", defaults=(None, None))
 QUERY_CENTER, KEY_CENTER, LINEAR, FACTOR = range(4)
 #: What attention writes: rows (N, dv) and, unless these are empty, the denominators weights * 2**tops.
 Result = namedtuple("Result", "rows weights tops")
@@ -123,7 +123,7 @@ def heights(par, fm, w, count, d, t):
     """
     if par.affine:
         center(t.rows, count, fm.affine[w, KEY_CENTER], t.square)
-    round_rows(t.words, t.rows, count, t.square)
+    round_rows(t.pairs, t.rows, count, t.square)
     if par.factored:
         across(t.rows, t.columns)
         rows, cols = -(-count // 8) * 8, t.stretched.shape[1]
