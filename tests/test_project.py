@@ -22,7 +22,8 @@ import favor_np
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "favor_np"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-TESTS = sorted({*(ROOT / "tests").rglob("*.py")} - {Path(__file__)})
+TESTS = [path for part in ("tests", "tools") for path in sorted((ROOT / part).rglob("*.py"))]
+TESTS.remove(Path(__file__))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -20,14 +20,14 @@ from favor_np.compare._methods import METHODS
 from favor_np.forecast import forecast, read_prices
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from support.families import DIM, DRAWS, FAMILIES, FEATURES, draw
+from support.families import DIM, DRAWS, FAMILIES, FEATURES, draw_family
 
 
 def family_errors(method, family, draws=DRAWS):
     """Root-mean-square errors on the calibration data and on fresh data of the same kind."""
     squares = []
     for seed in range(draws):
-        sets = [draw(*family, seed, fresh=fresh) for fresh in (False, True)]
+        sets = [draw_family(*family, seed, fresh=fresh) for fresh in (False, True)]
         known = [x[None] for x in sets[0][:2]]
         fm = method.feature_map(Tokens(*known, *known, DIM**-0.5), FEATURES, seed)
         squares.append([np.mean(difference(fm, *qkv) ** 2) for qkv in sets])

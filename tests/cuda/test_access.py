@@ -8,7 +8,7 @@ import pytest
 from cases import Case
 from planting import planted, source_of
 from ptxdevice import PtxDevice
-from support import oracle as naive
+from support.tolerance import relative_error
 
 import favor_np
 from favor_np.cuda.kernels import tiles
@@ -36,7 +36,7 @@ def traced():
         out = favor_np.favor_attention(
             *case.arrays(), case.feature_map(), causal=True, device="cuda"
         )
-    assert naive.relative_error(out, case.expected()) < case.tolerance()
+    assert relative_error(out, case.expected()) < case.tolerance()
     return device.reports
 
 

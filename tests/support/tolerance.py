@@ -32,7 +32,7 @@ def tolerance(q, k, feature_map, dtype, decay=None):
     With a decay, also the rounding of the up to 64 steps by which a chunk raises a key.
     """
     longest = max(np.max(np.sum(x.astype(float) ** 2, -1), initial=0) for x in (q, k)) ** 0.5
-    widest = np.max(np.linalg.norm(feature_map.weight, axis=-1))
+    widest = np.max(np.linalg.norm(feature_map.key_weight, axis=-1))
     largest = 4 * widest * longest + 2 * feature_map.key_norm * longest**2
     rate = 0 if decay is None else -np.log2(np.min(decay))
     return np.finfo(dtype).eps * (8 + largest + 64 * rate)
