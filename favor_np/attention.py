@@ -18,26 +18,46 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @overload
 def favor_attention(
-    q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
-    causal: bool = ..., key_mask: npt.ArrayLike | None = ...,
-    cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
-    decay: npt.ArrayLike | None = ..., window: int | None = ...,
-    state: AttentionState | None = ..., return_state: Literal[False] = ...,
-    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
-    num_threads: int | None = ..., check_finite: bool = ...,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    causal: bool = ...,
+    key_mask: npt.ArrayLike | None = ...,
+    cu_seqlens: npt.ArrayLike | None = ...,
+    enable_gqa: bool = ...,
+    decay: npt.ArrayLike | None = ...,
+    window: int | None = ...,
+    state: AttentionState | None = ...,
+    return_state: Literal[False] = ...,
+    out: Array | None = ...,
+    precision: Literal["full", "bfloat16"] = ...,
+    num_threads: int | None = ...,
+    check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
-) -> Array: ...  # fmt: skip
+) -> Array: ...
 @overload
 def favor_attention(
-    q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
-    causal: bool = ..., key_mask: npt.ArrayLike | None = ...,
-    cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
-    decay: npt.ArrayLike | None = ..., window: int | None = ...,
-    state: AttentionState | None = ..., return_state: Literal[True],
-    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
-    num_threads: int | None = ..., check_finite: bool = ...,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    causal: bool = ...,
+    key_mask: npt.ArrayLike | None = ...,
+    cu_seqlens: npt.ArrayLike | None = ...,
+    enable_gqa: bool = ...,
+    decay: npt.ArrayLike | None = ...,
+    window: int | None = ...,
+    state: AttentionState | None = ...,
+    return_state: Literal[True],
+    out: Array | None = ...,
+    precision: Literal["full", "bfloat16"] = ...,
+    num_threads: int | None = ...,
+    check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
-) -> tuple[Array, AttentionState]: ...  # fmt: skip
+) -> tuple[Array, AttentionState]: ...
 def favor_attention(
     q: npt.ArrayLike,
     k: npt.ArrayLike,
@@ -160,10 +180,23 @@ def favor_attention(
     array([1.        , 0.5       , 0.33333333])
     """
     call = check(
-        q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        enable_gqa=enable_gqa, decay=decay, window=window, state=state, return_state=return_state,
-        precision=precision, num_threads=num_threads, check_finite=check_finite, device=device,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        feature_map,
+        causal=causal,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        enable_gqa=enable_gqa,
+        decay=decay,
+        window=window,
+        state=state,
+        return_state=return_state,
+        precision=precision,
+        num_threads=num_threads,
+        check_finite=check_finite,
+        device=device,
+    )
     result, target = call.engine.outputs(call, out)
     after = state_after(call, state) if return_state or state is not None else None
     attend(call, target, after)
@@ -175,11 +208,20 @@ def favor_attention(
 
 
 def check(
-    q: Any, k: Any, v: Any, feature_map: object, *,
-    cu_seqlens: object = None, decay: object = None, window: object = None, state: object = None,
-    return_state: object = False, precision: object = "full", device: object = None,
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: object,
+    *,
+    cu_seqlens: object = None,
+    decay: object = None,
+    window: object = None,
+    state: object = None,
+    return_state: object = False,
+    precision: object = "full",
+    device: object = None,
     **options: Unpack[Options],
-) -> Call:  # fmt: skip
+) -> Call:
     """Check the arguments of `favor_attention`."""
     engine = engine_for(device, q, k, v, options.get("key_mask"))
     if engine.refused:

@@ -234,9 +234,20 @@ def check_call(
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)
     return Call(
-        engine, q, k, v, mask, feature_map, is_causal, is_grouped,
-        None if num_threads is None else validation.integer("num_threads", num_threads), state_shape, out_shape, result, compute,
-    )  # fmt: skip
+        engine,
+        q,
+        k,
+        v,
+        mask,
+        feature_map,
+        is_causal,
+        is_grouped,
+        None if num_threads is None else validation.integer("num_threads", num_threads),
+        state_shape,
+        out_shape,
+        result,
+        compute,
+    )
 
 
 def decay_offsets(rates: Array | None, sequences: int = 1) -> DecayOffsets | None:

@@ -167,9 +167,12 @@ def diagnose(
     scale = _mean_square(output)
     relative = math.sqrt(_mean_square(error) / scale) if scale else 0.0
     return Diagnosis(
-        output.astype(call.result, copy=False), error, sizes, relative,
+        output.astype(call.result, copy=False),
+        error,
+        sizes,
+        relative,
         _warnings(sizes, relative, feature_map),
-    )  # fmt: skip
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -200,9 +203,14 @@ def _error_bars(call: Call, errors: Array, sizes: Array, group: int, dof: int) -
     values = call.v.reshape(-1, call.keys, width)[:, sample].astype(np.float64)
     t_factor = stdtrit(dof * max(1, width), 0.975) / stdtrit(np.inf, 0.975)
     return ErrorBars(
-        errors.reshape(-1, width), sizes.reshape(-1), values.var(1).astype(call.compute),
-        float(dof), COMMON, float(t_factor), group,
-    )  # fmt: skip
+        errors.reshape(-1, width),
+        sizes.reshape(-1),
+        values.var(1).astype(call.compute),
+        float(dof),
+        COMMON,
+        float(t_factor),
+        group,
+    )
 
 
 def _mean_square(array: Array) -> float:

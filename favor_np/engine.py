@@ -57,9 +57,14 @@ class Engine(Protocol):
         """Return an array in main memory."""
 
     def check(
-        self, q: Any, k: Any, v: Any, feature_map: FeatureMap | None = None,
-        state: StateShape | None = None, **options: Unpack[Options],
-    ) -> Call:  # fmt: skip
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        feature_map: FeatureMap | None = None,
+        state: StateShape | None = None,
+        **options: Unpack[Options],
+    ) -> Call:
         """Check the arguments of a call: see `check_call`."""
 
     def token(

@@ -176,10 +176,15 @@ def recommend(
         )
     seconds = _seconds(maps[0], q, k, causal)
     return Recommendation(
-        False, maps[0], features, measured, seconds, exact_seconds,
+        False,
+        maps[0],
+        features,
+        measured,
+        seconds,
+        exact_seconds,
         f"an error of {measured:.2g} is expected, in {seconds:.2g} s instead of "
         f"{exact_seconds:.2g} s",
-    )  # fmt: skip
+    )
 
 
 def _halves(x: Array, causal: bool) -> tuple[Array, Array]:

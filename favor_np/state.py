@@ -175,9 +175,14 @@ class AttentionState:
             As the constructor.
         """
         return cls(
-            feature_map, value_dim, batch_shape,
-            sequences=sequences, decay=decay, dtype=dtype, device=device,
-        )  # fmt: skip
+            feature_map,
+            value_dim,
+            batch_shape,
+            sequences=sequences,
+            decay=decay,
+            dtype=dtype,
+            device=device,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -307,9 +312,14 @@ class AttentionState:
         """
         validation.given(k=k, v=v)
         self._run(
-            None, k, v, cu_seqlens, key_mask=key_mask,
-            num_threads=num_threads, check_finite=check_finite,
-        )  # fmt: skip
+            None,
+            k,
+            v,
+            cu_seqlens,
+            key_mask=key_mask,
+            num_threads=num_threads,
+            check_finite=check_finite,
+        )
         return self
 
     def attend(

@@ -130,9 +130,12 @@ def worth_bf16x3(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
 @tuning.depends_on_tuning
 @functools.lru_cache(maxsize=64)
 def layout(
-    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None,
+    feature_map: FeatureMap,
+    dtype: np.dtype[Any],
+    value_dim: int,
+    group: int | None = None,
     pairs: bool = False,
-) -> Layout:  # fmt: skip
+) -> Layout:
     """Return the layout, with the map's weights packed for the kernels.
 
     With `group` every block has so many rows of W; with `pairs` the weights are for bfloat16.
@@ -146,9 +149,16 @@ def layout(
     fresh = np.full(signs * half, par.idle, integer_of(dtype))
     fresh[real] = par.nothing
     sizes = sizes_of(
-        chunk.carve, dtype, signs, _if(bf16x3 or pairs), _if(bf16x3), blocks.dim, value_columns,
-        blocks.width, blocks.count,
-    )  # fmt: skip
+        chunk.carve,
+        dtype,
+        signs,
+        _if(bf16x3 or pairs),
+        _if(bf16x3),
+        blocks.dim,
+        value_columns,
+        blocks.width,
+        blocks.count,
+    )
     return Layout(
         dtype=dtype,
         map=weights,

@@ -272,9 +272,13 @@ class TilePool:
         return control
 
     def _share(
-        self, kernel: Callable[..., int], args: tuple[Any, ...], control: Any, count: int,
+        self,
+        kernel: Callable[..., int],
+        args: tuple[Any, ...],
+        control: Any,
+        count: int,
         helpers: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         types = (kernel, *[a.dtype.char for a in args if isinstance(a, np.ndarray)])
         if types not in self._compiled:  # compile alone: who interrupts that shall not wait for it
             kernel(*args, control, 0)

@@ -33,9 +33,15 @@ class CUDA:
     home = "on a CUDA device"
     dtype: np.dtype[Any] | None = np.dtype(np.float32)
     refused = frozenset(
-        ("decay", "window", "precision", "check_finite", "state in a gradient",
-         "return_state in a gradient")
-    )  # fmt: skip
+        (
+            "decay",
+            "window",
+            "precision",
+            "check_finite",
+            "state in a gradient",
+            "return_state in a gradient",
+        )
+    )
 
     def __init__(self, where: Place) -> None:
         self.place = where
@@ -71,9 +77,14 @@ class CUDA:
         return q, k, v, key_mask
 
     def check(
-        self, q: Any, k: Any, v: Any, feature_map: FeatureMap | None = None,
-        state: StateShape | None = None, **options: Unpack[Options],
-    ) -> Call:  # fmt: skip
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        feature_map: FeatureMap | None = None,
+        state: StateShape | None = None,
+        **options: Unpack[Options],
+    ) -> Call:
         mask: Any = options.get("key_mask")
         options["key_mask"] = stand_in(mask)
         options["dtype"] = None  # states are float32, as all that is computed
@@ -98,9 +109,15 @@ class CUDA:
         return dataclasses.replace(call, q=q, k=k, v=v, mask=mask, result=result)
 
     def token(
-        self, q: Any, k: Any, v: Any, batch: tuple[int, ...], _dim: int,
-        sequences: int | None = None, /,
-    ) -> tuple[tuple[Any, Any, Any], bool]:  # fmt: skip
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        batch: tuple[int, ...],
+        _dim: int,
+        sequences: int | None = None,
+        /,
+    ) -> tuple[tuple[Any, Any, Any], bool]:
         if sequences is not None or len(q.shape) != len(batch) + 1:
             return (q, k, v), False
         q, k, v = (x.reshape(*x.shape[:-1], 1, x.shape[-1]) for x in (q, k, v))

@@ -198,9 +198,11 @@ def pack_table(rows: int, owners: Owners | None) -> tuple[Array, int]:
     first = np.arange(0, owners.length, TILE)
     count = len(owners.rows)
     table = _table(
-        owners.rows[:, None] + first, np.minimum(TILE, owners.length - first),
-        np.arange(count)[:, None] * owners.length + first, owners.heads[:, None],
-    )  # fmt: skip
+        owners.rows[:, None] + first,
+        np.minimum(TILE, owners.length - first),
+        np.arange(count)[:, None] * owners.length + first,
+        owners.heads[:, None],
+    )
     return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, 4)), count * owners.length
 
 
@@ -294,10 +296,18 @@ def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = F
     way, step = _ways(sides, parts, backwards)
     at = way[:, None]
     table = _table(
-        jobs.q_rows[owner] + at, step, parts.lengths[:, None], sides.masks[owner] + at,
-        jobs.out_rows[owner] + at, k_row + at, v_row + at, mask_row + at, head, slots[:, None],
+        jobs.q_rows[owner] + at,
+        step,
+        parts.lengths[:, None],
+        sides.masks[owner] + at,
+        jobs.out_rows[owner] + at,
+        k_row + at,
+        v_row + at,
+        mask_row + at,
+        head,
+        slots[:, None],
         sides.vectors[owner] + at,
-    )  # fmt: skip
+    )
     return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, table.shape[1]))
 
 
@@ -322,9 +332,15 @@ class Span(NamedTuple):
 
 
 def spans(
-    device: Device, of: Layout, sides: Sides, value_dim: int, *, causal: bool,
-    fresh: bool, backwards: bool = False,
-) -> tuple[Span, ...]:  # fmt: skip
+    device: Device,
+    of: Layout,
+    sides: Sides,
+    value_dim: int,
+    *,
+    causal: bool,
+    fresh: bool,
+    backwards: bool = False,
+) -> tuple[Span, ...]:
     """Cut problems: causal ones read their stretches' states, others the whole of all, at the end."""
     table = sides.jobs.table
     keys, queries = (int(table[:, column].max(initial=0)) for column in (KEYS, QUERIES))

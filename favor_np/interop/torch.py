@@ -91,10 +91,14 @@ def favor_attention(
     if isinstance(decay, torch.Tensor) and decay.requires_grad:
         raise ValueError("decay has no gradient: pass decay.detach()")
     arrays = {
-        "q": _checked("q", q), "k": _checked("k", k), "v": _checked("v", v),
+        "q": _checked("q", q),
+        "k": _checked("k", k),
+        "v": _checked("v", v),
         "projection": None if projection is None else _checked("projection", projection),
-        "key_mask": key_mask, "cu_seqlens": cu_seqlens, "decay": decay,
-    }  # fmt: skip
+        "key_mask": key_mask,
+        "cu_seqlens": cu_seqlens,
+        "decay": decay,
+    }
     tensors = {n: _checked(n, x) for n, x in arrays.items() if isinstance(x, torch.Tensor)}
     constants = {n: x for n, x in arrays.items() if x is not None and n not in tensors}
     attend = bridge.Attend(
