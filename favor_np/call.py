@@ -1,4 +1,4 @@
-"""One call of attention: what a user asked for, checked once, and carried as one object to an engine."""
+"""One call of attention: what a user asked for, checked once, as one object for an engine."""
 
 from __future__ import annotations
 
@@ -265,9 +265,10 @@ def call_shapes(
     causal: bool,
     grouped: bool,
 ) -> tuple[Shape, Shape]:
-    """Check the shapes of q, k, v and key_mask; those of keys and values together, and of the result.
+    """Check the shapes of q, k, v and key_mask; return those of a state and of the result.
 
-    `wanted` are dimension and heads of a feature map, and the shape and length of values of a state.
+    `wanted` are dimension and heads of a feature map, and the shape and length of values of a
+    state.
     """
     (q, k, v, mask), (dim, heads, state, value_dim) = arrays, wanted
     if dim is None and q[-1] == 0:

@@ -136,11 +136,11 @@ def diagnose(
     rows of one length ("spherical", "sqrt") bring such a bias, some rows are compared with exact
     attention, and all standard errors enlarged by the same factor.
 
-    All rows share one draw of the features, so far more or fewer than 95% of the errors of one call may
-    be within 1.96 standard errors; the share is right in the mean over draws.
+    All rows share one draw of the features, so far more or fewer than 95% of the errors of one call
+    may be within 1.96 standard errors; the share is right in the mean over draws.
 
-    Errors are distances from softmax attention.  A model that was trained with FAVOR+ itself does not
-    approximate that: it is tied to its own projection, see `recommend`.
+    Errors are distances from softmax attention.  A model that was trained with FAVOR+ itself does
+    not approximate that: it is tied to its own projection, see `recommend`.
 
     Examples
     --------
@@ -177,10 +177,10 @@ def diagnose(
 
 @functools.lru_cache(maxsize=64)
 def _groups(fm: FeatureMap) -> tuple[int, int, bool]:
-    """Return how many rows make a group, independent of all others, how many do, and if all err alike.
+    """Return how many rows make an independent group, how many groups, and if all err alike.
 
-    Whole blocks if the rows are orthogonal in blocks; at least eight groups if there are enough rows,
-    and then as large ones as a tile of the kernel takes.
+    Whole blocks if the rows are orthogonal in blocks; at least eight groups if there are enough
+    rows, and then as large ones as a tile of the kernel takes.
     """
     rows, dim = fm.projection.shape[-2:]
     cosine, length = structure(fm.projection.reshape(-1, rows, dim)[0])

@@ -48,7 +48,7 @@ class Engine(Protocol):
     # Arrays of the caller
 
     def receive(self, q: Any, k: Any, v: Any, key_mask: Any = None) -> tuple[Engine, Arrays]:
-        """Return the engine for arrays that come to a state of this one, and the arrays as it reads them."""
+        """Return the engine for arrays given to a state of this one, and the arrays for `check`."""
 
     def views(self, q: Any, k: Any, v: Any, key_mask: Any) -> Arrays:
         """Return arrays as `check` takes them."""
@@ -77,7 +77,7 @@ class Engine(Protocol):
         sequences: int | None = None,
         /,
     ) -> tuple[tuple[Any, Any, Any], bool]:
-        """Return one token, or one of each sequence, as rows; and whether it came without their axis."""
+        """Return one token, or one a sequence, as rows; and whether the axis of rows was added."""
 
     def cotangent(self, call: Call, grad_out: Any) -> Any:
         """Check the cotangent of a result."""
@@ -126,12 +126,12 @@ class Engine(Protocol):
     # Attention
 
     def normalizers(self, out: Any) -> tuple[Any, Any]:
-        """Return arrays for the denominators of rows, (w, top) for w * 2**top; zeros if there is no key."""
+        """Return arrays for the denominators of rows: (w, top) for w * 2**top."""
 
     def attend(
         self, call: Call, out: Any, state: Any = None, normalizers: tuple[Any, Any] | None = None
     ) -> None:
-        """Fold keys and values, read with queries into the C-ordered `out`; on from a state and into it."""
+        """Fold keys and values, into `state` if there is one, and read with queries into `out`."""
 
     def attend_vjp(
         self, call: Call, forward: Forward, grad: Any, final_state: Any = None
@@ -174,7 +174,7 @@ def engine_on(device: object) -> Engine:
 
 
 def engine_for(device: object, q: Any, k: Any, v: Any, key_mask: Any = None) -> Engine:
-    """Return the engine that computes with these arrays: where they lie, or on the `device` named."""
+    """Return the engine for these arrays: where they lie, or on the `device` named."""
     if device is None and type(q) is type(k) is type(v) is np.ndarray:
         return processor()
     from favor_np.cuda.arrays import place

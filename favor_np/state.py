@@ -27,13 +27,13 @@ class AttentionState:
 
     ``S * 2**c = sum_j phi_k(k_j) v_j^T`` and ``z * 2**c = sum_j phi_k(k_j)``, phi_k without its
     factor ``1 / sqrt(M)``, which cancels; with decay key j of n, from 0, counts ``decay**(n - j)``
-    times.  Its size does not depend on how much was folded.  A new one has seen no keys, and a read of
-    it gives zeros; ``favor_attention(..., return_state=True)`` returns one as well.
+    times.  Its size does not depend on how much was folded.  A new one has seen no keys, and a read
+    of it gives zeros; ``favor_attention(..., return_state=True)`` returns one as well.
 
-    Threads may share a state: calls that change it (`update`, `step`, `merge`) are made one after the
-    other, and what reads or copies it finds it as it is between two of them.  Whoever interrupts a
-    call that changes it finds it as it was or, from then on, a RuntimeError that says that it is
-    spoiled; so does a signal handler that uses a state in the midst of such a call.
+    Threads may share a state: calls that change it (`update`, `step`, `merge`) are made one after
+    the other, and what reads or copies it finds it as it is between two of them.  Whoever
+    interrupts a call that changes it finds it as it was or, from then on, a RuntimeError that says
+    that it is spoiled; so does a signal handler that uses a state in the midst of such a call.
 
     Parameters
     ----------
@@ -90,7 +90,8 @@ class AttentionState:
 
     #: -log2 of the decay, a row each; None where nothing decays.
     _rates: Array | None
-    #: Tokens folded: by every row, or an array where rows may differ, which is never changed in place.
+    #: Tokens folded: by every row, or an array where rows may differ, which is never changed in
+    #: place.
     _tokens: int | Array
 
     def __init__(
@@ -218,8 +219,8 @@ class AttentionState:
     def _age(self, tokens: int | Array) -> None:
         """Count tokens that were folded; with decay, keep the exponents near zero.
 
-        Key j is raised by ``j * rate``; the integer part of what the last one had is taken off again
-        here, and the fraction is left to `_decay`.
+        Key j is raised by ``j * rate``; the integer part of what the last one had is taken off
+        again here, and the fraction is left to `_decay`.
         """
         if self._rates is None:
             self._tokens = self._tokens + tokens
@@ -229,7 +230,7 @@ class AttentionState:
         self._engine.lower_states(self._form, self._arrays, self._raised()[0] - before)
 
     def _real(self) -> tuple[Array, Array, Array]:
-        """Return copies of c, S and z in C order, without the kernels' padding, with the batch axes."""
+        """Return copies of c, S and z in C order, with the batch axes and without padding."""
         sums, lead = self._engine.state_sums(self._form, self._arrays), self._slots
         c, s, z = (np.ascontiguousarray(x).reshape(*lead, *x.shape[1:]) for x in sums)
         return c, s, z
@@ -430,7 +431,7 @@ class AttentionState:
     def _attend(
         self, engine: Engine, q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Unpack[Options]
     ) -> Array:
-        """Fold keys and read with queries, arrays as `engine` reads them, None being none of them."""
+        """Fold keys and read with queries, as `engine` reads them; None: there are none."""
         if engine.refused:
             refuse(engine, check_finite=options.get("check_finite"))
         options["dtype"] = self.dtype

@@ -143,8 +143,8 @@ class TilePool:
         self._queue: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.RLock()  # a signal handler may call while its thread holds it
-        #: The calls that share their jobs now.  No lock, and one step each to come and go: no interrupt
-        #: leaves a call behind that has ended.
+        #: The calls that share their jobs now.  No lock, and one step each to come and go: no
+        #: interrupt leaves a call behind that has ended.
         self._callers: dict[int, bool] = {}
         self._cpu = -1
         self._compiler_lock: Any = None

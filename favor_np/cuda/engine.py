@@ -60,8 +60,8 @@ class CUDA:
         assert where is not None
         if where.device != self.place.device:
             raise ValueError(
-                f"the state lies on CUDA device {self.place.device.number}, but the current device is "
-                f"{where.device.number}"
+                f"the state lies on CUDA device {self.place.device.number}, "
+                f"but the current device is {where.device.number}"
             )
         if where.kind == "numpy":
             q, k, v = (

@@ -57,7 +57,7 @@ class States(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Rows, their heights, vectors and shares (of size 0 if these are 1), and mask, on the device."""
+    """Rows, heights, vectors, shares (of size 0 if all are 1) and mask, on the device."""
 
     rows: Any
     heights: Any
@@ -210,7 +210,7 @@ class Launch:
     def _scan(
         self, grid: tuple[int, ...], table: Any, own: States, sums: Any, into: States
     ) -> None:
-        """Add states `own` to those in `into`; own and `sums`, its exponents, become what was there."""
+        """Add states `own` to those in `into`; own, and `sums` for exponents, get what was there."""
         flat = map(runtime.flat, (own.c, sums, own.s, own.z))
         self._launch(kernels.scan, grid, table, *flat, *into)
 

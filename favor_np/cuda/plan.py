@@ -31,7 +31,8 @@ from favor_np.numerics import KINDS, LOG2E, POSITIVE, projection_limit
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: Bytes that the states of causal chunks may take at a time: few enough to be kept for the next call.
+#: Bytes that the states of causal chunks may take at a time: few enough to be kept for the next
+#: call.
 ROOM = 2**27
 #: A fold of fewer tiles than this costs more to write and scan than it brings.
 SHORTEST = 4
@@ -78,7 +79,8 @@ class Layout:
     query_bias: Array
     centers: tuple[Array, Array]
     linear: Array
-    #: What centred queries and keys are multiplied with, transposed never; of size 0 if with nothing.
+    #: What centred queries and keys are multiplied with, transposed never; of size 0 if with
+    #: nothing.
     factors: tuple[Array, Array]
     #: The gradient of what is linear in the height of a key, by the multiplied key.
     slope: Array
@@ -211,7 +213,7 @@ def _table(*columns: Any) -> Array:
 
 
 class Sides(NamedTuple):
-    """Who is folded, the keys of the jobs, and who reads; readers have rows of vectors, and of a mask."""
+    """The folding side, the keys of the jobs, and the reading side."""
 
     jobs: Jobs
     vectors: Array
@@ -230,7 +232,7 @@ def keys_and_queries(jobs: Jobs) -> Sides:
 
 
 def queries_and_keys(jobs: Jobs, q_length: int, k_length: int) -> Sides:
-    """Let keys read what queries, packed as the rows of the result, are folded to: each head for itself."""
+    """Let the keys of each head read what its queries are folded to."""
     group = jobs.out_rows.shape[1]
     table = np.repeat(jobs.table, group, axis=0)
     k_row, v_row, mask_row = (table[:, [x]] for x in (K_ROW, V_ROW, MASK_ROW))
@@ -252,7 +254,7 @@ def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
 
 
 def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array] | None:
-    """Return which results belong to each of `count` heads, as offsets and numbers; None: each its own."""
+    """Return which results belong to each of `count` heads; None if each has its own."""
     order = np.lexsort((results, of))
     first = np.searchsorted(of[order], np.arange(count + 1))
     parts = results[order]
@@ -262,7 +264,7 @@ def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array
 
 
 def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
-    """Where stretches begin, counted from the first row of their problem; the step of their rows."""
+    """First rows of stretches, from that of their problem on, and the step of rows."""
     if not backwards:
         return parts.start, 1
     return sides.jobs.table[parts.owner, KEYS] - 1 - parts.start, -1
@@ -341,7 +343,7 @@ def spans(
     fresh: bool,
     backwards: bool = False,
 ) -> tuple[Span, ...]:
-    """Cut problems: causal ones read their stretches' states, others the whole of all, at the end."""
+    """Cut problems: causal ones read the states of their stretches, others the final one."""
     table = sides.jobs.table
     keys, queries = (int(table[:, column].max(initial=0)) for column in (KEYS, QUERIES))
     columns = -(-value_dim // TILE)
@@ -363,7 +365,7 @@ def spans(
 
 
 class Attention(NamedTuple):
-    """How attention is computed: who packs queries and keys, into how many rows; and what then follows."""
+    """How attention is computed: the packing of queries and keys, and the spans that follow."""
 
     queries: tuple[Array, int]
     keys: tuple[Array, int]
@@ -399,8 +401,8 @@ def attention(
 class Gradient(NamedTuple):
     """How gradients are computed: of queries, then of keys and values; and which results are added.
 
-    Every head of the result, `results` of them, has gradients for itself; where heads share an array,
-    `sums` has for it what `sums_over_heads` says.
+    Every head of the result, `results` of them, has gradients for itself; where heads share an
+    array, `sums` has for it what `sums_over_heads` says.
     """
 
     queries: tuple[Array, int]

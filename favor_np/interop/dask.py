@@ -108,12 +108,11 @@ def favor_attention(
     --------
     favor_np.favor_attention : The same on NumPy arrays.
 
-    Notes
-    -----
-    Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks that they are
-    stored in, those of xarray the ones that dask has given them; NumPy arrays become one chunk.
-    What is not chunked alike is rechunked, which moves data: d and dv to one chunk, leading axes as the result, `v`
-    and `key_mask` as `k` along the sequence, and if `causal` all three as `q`.
+    Notes ----- Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks
+    that they are stored in, those of xarray the ones that dask has given them; NumPy arrays become
+    one chunk. What is not chunked alike is rechunked, which moves data: d and dv to one chunk,
+    leading axes as the result, `v` and `key_mask` as `k` along the sequence, and if `causal` all
+    three as `q`.
 
     Examples
     --------
@@ -364,7 +363,8 @@ def _fit(chunks: Chunks, shape: tuple[int, ...]) -> Chunks:
     return tuple((1,) if n == 1 else c for n, c in zip(shape, last, strict=True))
 
 
-# -- Checks of what only dask arrays have; `validation` does the rest ---------------------------------
+# -- Checks of what only dask arrays have; `validation` does the rest
+# ---------------------------------
 
 
 def _wrap(name: str, value: Any) -> da.Array:

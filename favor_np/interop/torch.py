@@ -68,11 +68,9 @@ def favor_attention(
     --------
     favor_np.favor_attention_vjp : The same gradients without a framework.
 
-    Notes
-    -----
-    Nothing is copied but bfloat16 and tensors that are not contiguous: arrays share their memory
-    with tensors on the way in and out.  For the backward pass PyTorch keeps the arguments, the result
-    and two numbers a row, and frees them afterwards.
+    Notes ----- Nothing is copied but bfloat16 and tensors that are not contiguous: arrays share
+    their memory with tensors on the way in and out.  For the backward pass PyTorch keeps the
+    arguments, the result and two numbers a row, and frees them afterwards.
 
     ``torch.func.grad``, ``vjp``, ``jacrev`` and ``vmap`` work (``vmap`` is one call after another).
     ``torch.compile`` breaks its graph here, so ``fullgraph=True`` is refused.
