@@ -63,7 +63,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def _bars(tqdm: Callable[..., Any], *, stay: bool) -> Iterator[Progress]:
-    """Yield what shows one bar for each stage, after the other."""
+    """Yield what shows a bar for each stage, one after the other."""
     now: str | None = None
     bar: Any = None
     begin = time.monotonic()
@@ -78,7 +78,7 @@ def _bars(tqdm: Callable[..., Any], *, stay: bool) -> Iterator[Progress]:
             now = stage
             bar = tqdm(
                 desc=stage, initial=done, total=total, delay=max(wait, 0.0), leave=stay,
-                unit="", unit_scale=True,
+                unit_scale=total >= 10_000,
             )  # fmt: skip
         bar.update(max(done - bar.n, 0))
 
