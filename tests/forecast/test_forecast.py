@@ -467,6 +467,8 @@ def test_a_picture_shows_what_it_is_given():
         old = plot(result, record, exact, bars, replay(result))
     assert [axes.get_title("left") for axes in old.axes[:6]] == titles
     assert len(old.axes) == 7
+    with pytest.raises(ImportError, match="cannot import name 'draw'"):
+        from favor_np.forecast import draw  # noqa: F401
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
