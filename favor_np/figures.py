@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 INK, BLUE, ORANGE, GREEN, RED, GREY = (
     *("#22303c", "#2166ac", "#e08214", "#1b7837", "#b2182b", "#8c98a4"),
 )
@@ -22,6 +25,16 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the looks of the package, if matplotlib is there: see `require_matplotlib`."""
+    require_matplotlib()
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        yield
 
 
 def require_matplotlib() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import mmap
 import os
-import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +17,7 @@ from favor_np.attention import favor_attention
 from favor_np.call import Call
 from favor_np.engine import processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
+from favor_np.progress import Progress, reporting
 from favor_np.state import AttentionState, _restore
 
 #: Seconds between two checkpoints; a chunk that takes longer is followed by one.
@@ -36,7 +34,7 @@ def stream_attention(
     causal: bool = False,
     chunk_size: int = 65_536,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: bool | None = None,
+    progress: bool | Progress | None = None,
     num_threads: int | None = None,
 ) -> Any:
     """Compute `favor_attention` of arrays that need not fit into memory.
@@ -68,9 +66,10 @@ def stream_attention(
         after every chunk that takes longer, and at an interrupt, each time after `out` was
         flushed; removed at the end.  If it exists, the call continues from it.
         `AttentionState.load` can read it.
-    progress : bool, optional
-        Whether to show a bar on standard error (needs tqdm).  Default: if that is a terminal,
-        tqdm is there, and the work lasts over two seconds.
+    progress : bool or callable, optional
+        Whether to show a bar on standard error (needs tqdm), or what to call after each chunk as
+        ``progress(stage, done, total)``.  Default: a bar, if that is a terminal, tqdm is there, and
+        the work lasts over two seconds.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
 
@@ -127,7 +126,7 @@ def stream_attention(
         causal=causal, num_threads=num_threads,
     )  # fmt: skip
     _check_out(out, call, {"q": q, "k": k, "v": v})
-    bar = _bar(progress)
+    reported = reporting(progress)
     if 0 in call.out_shape:
         return out
     state = AttentionState.zeros(
@@ -185,9 +184,9 @@ def stream_attention(
             kept.save(state, done, _digests(*part(done - 1)))
             written, saved = time.monotonic(), done
 
-    before = sum(_length(part(step)[0]) for step in range(done))
+    positions = sum(_length(part(step)[0]) for step in range(done))
     try:
-        with bar(initial=before, total=keys + queries) as shown:
+        with reported as report:
             for step in range(done, steps):
                 rows, arrays = part(step)
                 chunk = read(step)
@@ -207,8 +206,8 @@ def stream_attention(
                     save()
                 for array in arrays.values():
                     _release(array)
-                if shown is not None:
-                    shown.update(_length(rows))
+                positions += _length(rows)
+                report("attention", positions, keys + queries)
     except (KeyboardInterrupt, SystemExit):
         save()
         raise
@@ -306,30 +305,6 @@ def _read(name: str, array: Any, rows: slice) -> Any:
 
 def _length(rows: slice) -> int:
     return int(rows.stop - rows.start)
-
-
-def _bar(progress: bool | None) -> Callable[..., Any]:
-    """Return what makes the progress bar, or what makes None in its place."""
-    wanted = sys.stderr is not None and sys.stderr.isatty()
-    if progress is not None:
-        wanted = validation.flag("progress", progress)
-    if not wanted:
-        return _no_bar
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress is None:
-            return _no_bar
-        raise ImportError(
-            "progress=True needs tqdm: pip install 'favor_np[progress]'", name="tqdm"
-        ) from None
-    return functools.partial(
-        tqdm, desc="attention", unit=" positions", unit_scale=True, delay=0 if progress else 2
-    )
-
-
-def _no_bar(**_: int) -> Any:
-    return nullcontext()
 
 
 def _mapped(array: Any) -> Any:

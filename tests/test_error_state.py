@@ -20,7 +20,7 @@ def forecast(target, **options):
     result = prices.forecast(walk, target=target, num_features=16, **options)
     record, exact = prices.evaluate(result), prices.compare_with_exact(result)
     bars, replayed = prices.error_bars(result), prices.replay(result)
-    prices.plot(result, record, exact, bars, replayed)
+    result.plot(record=record, exact=exact, bars=bars, replayed=replayed)
     return [result.predicted, result.next.standard_error, bars.standard_error, replayed.predicted]
 
 

@@ -1,4 +1,4 @@
-"""What the sub-commands share: types of options, output files, the progress bar."""
+"""What the sub-commands share: types of options, output files, what is told meanwhile."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
 
 from favor_np.figures import require_matplotlib
 
@@ -142,48 +140,3 @@ def compilation_told() -> Iterator[None]:
 
     with event.install_listener("numba:compile", Told()):
         yield
-
-
-class ProgressBar:
-    """Bars on standard error, for stages that last over two seconds; silent without tqdm."""
-
-    def __init__(self, file: IO[str] | None = None) -> None:
-        self._file = file
-        self._stage = ""
-        self._bar: Any = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` is done; a stage that begins with 0 is shown at once."""
-        if stage != self._stage:
-            self._close()
-            self._stage = stage
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self._bar = tqdm(
-                    desc=stage,
-                    total=total,
-                    delay=2.0 if done else 0.0,
-                    file=self._file or sys.stderr,
-                    disable=None,  # where standard error is no terminal
-                    leave=False,
-                    unit_scale=True,
-                )
-        if self._bar is not None and done > self._bar.n:
-            self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ._options import (
-    CommandError,
-    ProgressBar,
-    compilation_told,
-    integer,
-    output_file,
-    picture_format,
-    real,
-)
+from . import _options as options
+from ._options import integer, real
+from ._text import WIDTH, figures, memory, printed, seconds
 
 if TYPE_CHECKING:
     from favor_np.compare import Comparison, ErrorRow
@@ -92,20 +85,19 @@ def run(args: argparse.Namespace) -> int:
     from favor_np.compare import Setting, compare
     from favor_np.compare._compare import ERROR_LENGTH
 
-    picture = picture_format(args.plot)
+    picture = options.picture_format(args.plot)
     setting = Setting(args.data, args.dim, args.std, args.causal, args.seed, args.threads)
-    with output_file(args.plot) as figure, compilation_told(), ProgressBar() as progress:
+    with options.output_file(args.plot) as figure, options.compilation_told():
         try:
             setting.tokens(ERROR_LENGTH)
         except ValueError as error:
-            raise CommandError(str(error)) from None
+            raise options.CommandError(str(error)) from None
         result = compare(
             setting,
             features=args.features,
             seeds=args.seeds,
             lengths=args.lengths,
             time_features=args.time_features,
-            progress=progress,
         )
         if figure is not None:
             result.plot().savefig(figure, format=picture)
@@ -114,18 +106,18 @@ def run(args: argparse.Namespace) -> int:
         return 0
     lines = _report(result)
     lines += ["", f"Wrote {args.plot}"] if args.plot else []
-    print("\n".join(lines))
+    print(printed(lines))
     return 0
 
 
 def _report(result: Comparison) -> list[str]:
-    """Tables of at most 80 columns."""
+    """Tables, as wide as a report may be."""
     setting, machine = result.setting, result.machine
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     kind = "causal" if setting.causal else "bidirectional"
     lines = [
         f"Random features against exact softmax attention, {kind}",
-        f"{machine['processor']}, {machine['cpus']} CPUs, {machine['system']}"[:80],
+        f"{machine['processor']}, {machine['cpus']} CPUs, {machine['system']}"[:WIDTH],
         f"Python {machine['python']}, numpy {machine['numpy']}, numba {machine['numba']}; "
         f"float32, {threads}",
     ]
@@ -133,7 +125,7 @@ def _report(result: Comparison) -> list[str]:
         lines += _error_table(result)
     for m in result.crossings:
         lines += _cost_table(result, m)
-    advice = [line for text in result.advice() for line in textwrap.wrap(text, 80)]
+    advice = [line for text in result.advice() for line in textwrap.wrap(text, WIDTH)]
     return [*lines, "", *advice] if advice else lines
 
 
@@ -145,7 +137,7 @@ def _error_table(result: Comparison) -> list[str]:
         f"Error in % of the exact output (root mean square; mean ± sd of {result.seeds} draws) on "
         f"held-out tokens: {result.setting.data}, {of_heads}L = {length:,}, d = {dim}"
     )
-    lines = ["", *textwrap.wrap(title, 80, break_on_hyphens=False)]
+    lines = ["", *textwrap.wrap(title, WIDTH, break_on_hyphens=False)]
     methods = list(dict.fromkeys(row.method for row in result.errors))
     features = list(dict.fromkeys(row.features for row in result.errors))
     for start in range(0, len(features), COLUMNS):
@@ -186,10 +178,10 @@ def _cost_table(result: Comparison, m: int) -> list[str]:
     for row in rows:
         lines.append(
             f"{row.length:>8}"
-            f"{_seconds(row.favor_seconds):>12}{_seconds(row.exact_seconds):>12}"
-            f"{_figures(row.speedup):>8} x"
-            f"{_bytes(row.favor_bytes):>12}{_bytes(row.exact_bytes):>12}"
-            f"{_bytes(row.matrix_bytes):>12}"
+            f"{seconds(row.favor_seconds):>12}{seconds(row.exact_seconds):>12}"
+            f"{figures(row.speedup):>8} x"
+            f"{memory(row.favor_bytes):>12}{memory(row.exact_bytes):>12}"
+            f"{memory(row.matrix_bytes):>12}"
         )
     if not rows:
         return []
@@ -202,27 +194,9 @@ def _cost_table(result: Comparison, m: int) -> list[str]:
         lines.append(f"{name} is faster from L = {length:,.0f} (interpolated).")
     sentence = (
         f"At L = {last.length:,}, L²d is {last.length / m:,.4g} times Lmd in operations; "
-        f"measured: {_figures(last.speedup)} times faster."
+        f"measured: {figures(last.speedup)} times faster."
     )
-    return lines + textwrap.wrap(sentence, 80)
-
-
-def _figures(value: float) -> str:
-    """Three significant figures, never an exponent."""
-    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{value:.{max(digits, 0)}f}"
-
-
-def _seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{_figures(value * 1e6)} µs"
-    return f"{_figures(value * 1e3)} ms" if value < 1 else f"{_figures(value)} s"
-
-
-def _bytes(value: int) -> str:
-    if value < 2**16:
-        return "< 64 KiB"
-    return f"{_figures(value / 2**20)} MiB" if value < 2**30 else f"{_figures(value / 2**30)} GiB"
+    return lines + textwrap.wrap(sentence, WIDTH)
 
 
 def _list(convert: Callable[[str], int]) -> Callable[[str], list[int]]:

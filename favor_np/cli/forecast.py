@@ -10,40 +10,41 @@ import json
 import math
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from favor_np import __version__
-from favor_np.calibration import METHODS
-
-from ._options import (
-    CommandError,
-    ProgressBar,
-    compilation_told,
-    integer,
-    output_file,
-    picture_format,
-    real,
-    share,
+from favor_np.forecast import (
+    ErrorBars,
+    ExactComparison,
+    Forecast,
+    PriceError,
+    Prices,
+    Replay,
+    ReturnEvaluation,
+    VolatilityEvaluation,
+    compare_with_exact,
+    error_bars,
+    evaluate,
+    forecast,
+    read_prices,
+    replay,
 )
+from favor_np.forecast._calendar import gaps
+from favor_np.forecast._forecast import GOOD_REGIME
+from favor_np.forecast._maps import CALIBRATIONS
+from favor_np.forecast._setting import TARGETS, Setting
 
-if TYPE_CHECKING:
-    from favor_np.forecast import (
-        ErrorBars,
-        ExactComparison,
-        Forecast,
-        Prices,
-        Replay,
-        ReturnEvaluation,
-        VolatilityEvaluation,
-    )
+from . import _options as options
+from ._options import integer, real
+from ._text import GLUE, WIDTH, memory, printed, seconds
 
-    Evaluation = ReturnEvaluation | VolatilityEvaluation
-    Section = tuple[str, list[tuple[str, str]]]
+Evaluation = ReturnEvaluation | VolatilityEvaluation
+Section = tuple[str, list[tuple[str, str]]]
 
-WIDTH = 80
 LABEL = 18  # width of the first column
 BAR = 48  # longest bar of a histogram
-GLUE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line; printed as a space
 HELD = 0.9  # share of differences within error bars from which on these are said to hold
 SIGNALS = {1: "BUY", 0: "HOLD", -1: "SELL"}
 
@@ -92,33 +93,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--allow-missing",
-        type=share,
+        type=options.share,
         default=0.05,
         metavar="SHARE",
         help="share of rows that may be unusable, from 0 to 1 (0.05)",
     )
     add(
         "--target",
-        choices=["return", "volatility"],
-        default="return",
-        help="predict the next return, or its absolute value (default return)",
+        choices=TARGETS,
+        default=Setting.target,
+        help="predict the next return, or its absolute value (default %(default)s)",
     )
-    add("--window", type=integer(), default=32, metavar="N", help="returns in a window (32)")
-    add("--horizon", type=integer(), default=1, metavar="N", help="steps ahead (1)")
+    add(
+        "--window",
+        type=integer(),
+        default=Setting.window,
+        metavar="N",
+        help="returns in a window (%(default)s)",
+    )
+    add(
+        "--horizon",
+        type=integer(),
+        default=Setting.horizon,
+        metavar="N",
+        help="steps ahead (%(default)s)",
+    )
     add(
         "--features",
+        dest="num_features",
         type=integer(2, even=True),
-        default=1024,
+        default=Setting.num_features,
         metavar="M",
-        help="random features, even: more are more exact and take longer (1024)",
+        help="random features, even: more are more exact and take longer (%(default)s)",
     )
     add(
         "--calibration",
         metavar="METHOD",
-        default="auto",
-        choices=["auto", "none", *METHODS],
+        default=Setting.calibration,
+        choices=CALIBRATIONS,
         help="how the features are fitted to the first 256 windows, for those after them: auto, "
-        "none, or oprf, sderf, saderf, aderf, saderf+sderf, aderf+sderf, spherical (auto)",
+        "none, or oprf, sderf, saderf, aderf, saderf+sderf, aderf+sderf, spherical (%(default)s)",
     )
     add(
         "--scale",
@@ -146,7 +160,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="feed the prices one by one as well, as if they came live: is it the same, and how "
         "long does a forecast take",
     )
-    add("--seed", type=integer(0), default=0, metavar="N", help="seed of the features (0)")
+    add(
+        "--seed",
+        type=integer(0),
+        default=Setting.seed,
+        metavar="N",
+        help="seed of the features (%(default)s)",
+    )
     add("--threads", type=integer(), metavar="N", help="threads (default: all there are)")
     add("--json", action="store_true", help="print JSON instead of text")
     add("--csv", metavar="OUT.csv", help="write every forecast")
@@ -155,18 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Forecast, print, write; return the exit status."""
-    from favor_np.forecast import (
-        PriceError,
-        compare_with_exact,
-        error_bars,
-        evaluate,
-        forecast,
-        plot,
-        read_prices,
-        replay,
-    )
-
-    picture = picture_format(args.plot)
+    picture = options.picture_format(args.plot)
     with contextlib.ExitStack() as stack:
         try:
             prices = read_prices(
@@ -178,35 +187,26 @@ def run(args: argparse.Namespace) -> int:
                 decimal=args.decimal,
                 allow_missing=args.allow_missing,
             )
-            table = stack.enter_context(output_file(args.csv, args.prices))
-            figure = stack.enter_context(output_file(args.plot, args.prices, args.csv))
-            stack.enter_context(compilation_told())
-            progress = stack.enter_context(ProgressBar())
+            table = stack.enter_context(options.output_file(args.csv, args.prices))
+            figure = stack.enter_context(options.output_file(args.plot, args.prices, args.csv))
+            stack.enter_context(options.compilation_told())
             result = forecast(
                 prices,
-                target=args.target,
-                window=args.window,
-                horizon=args.horizon,
-                num_features=args.features,
-                calibration=args.calibration,
-                scale=args.scale,
-                seed=args.seed,
+                **{name: getattr(args, name) for name in vars(Setting())},
                 num_threads=args.threads,
-                progress=progress,
             )
         except PriceError as error:
-            raise CommandError(str(error)) from None
+            raise options.CommandError(str(error)) from None
         threshold = (args.cost if args.threshold is None else args.threshold) / 100
         record = evaluate(result, threshold=threshold, cost=args.cost / 100)
-        exact = compare_with_exact(result, num_threads=args.threads, progress=progress)
-        bars = error_bars(result, progress=progress)
-        replayed = None
-        if args.replay:
-            replayed = replay(result, threshold=threshold, progress=progress)
+        exact = compare_with_exact(result, num_threads=args.threads)
+        bars = error_bars(result)
+        replayed = replay(result, threshold=threshold) if args.replay else None
         if table is not None:
             _write_csv(table, result, record, exact, bars)
         if figure is not None:
-            plot(result, record, exact, bars, replayed).savefig(figure, format=picture)
+            drawn = result.plot(record=record, exact=exact, bars=bars, replayed=replayed)
+            drawn.savefig(figure, format=picture)
     if args.json:
         data = _as_dict(result, record, exact, bars)
         if replayed is not None:
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     lines = _report(result, record, exact, bars, replayed)
     lines += [f"Wrote {path}" for path in (args.csv, args.plot) if path is not None]
-    print("\n".join(lines))
+    print(printed(lines))
     return 0
 
 
@@ -244,7 +244,7 @@ def _report(
     lines = []
     for title, rows in sections:
         lines += [*textwrap.wrap(title, WIDTH), *(x for row in rows for x in _row(*row)), ""]
-    return [line.replace(GLUE, " ") for line in lines[:-1]]
+    return lines[:-1]
 
 
 def _row(label: str, text: str) -> list[str]:
@@ -258,8 +258,6 @@ def _row(label: str, text: str) -> list[str]:
 
 
 def _read_section(prices: Prices) -> Section:
-    from favor_np.forecast._calendar import gaps
-
     column = f", column {prices.column}" if prices.column else ""
     order = f", {prices.order} in the file" if prices.order in ("descending", "unsorted") else ""
     rows = [
@@ -282,8 +280,6 @@ def _read_section(prices: Prices) -> Section:
 
 
 def _method_section(result: Forecast) -> Section:
-    from favor_np.forecast._forecast import GOOD_REGIME
-
     windows = "returns" if result.target == "return" else "log absolute returns"
     rows = [
         ("attention", f"causal FAVOR+ over {len(result):,} windows of {result.window:,} {windows}"),
@@ -315,8 +311,6 @@ def _method_section(result: Forecast) -> Section:
 def _next_section(
     result: Forecast, record: Evaluation, bars: ErrorBars, found: dict[str, Any]
 ) -> Section:
-    from favor_np.forecast import ReturnEvaluation
-
     step, percent = result.next, _Percent(result)
     ahead = "STEP" if result.horizon == 1 else f"{result.horizon} STEPS"
     show = percent.signed if result.target == "return" else percent
@@ -364,8 +358,6 @@ def _next_section(
 
 
 def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) -> Section:
-    from favor_np.forecast import ReturnEvaluation
-
     percent, index = _Percent(result), result.index
     label = result.prices.time_label
     title = (
@@ -419,19 +411,19 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
     percent, found = _Percent(result), _bars_dict(result, bars, exact)
     star = " *" if exact.extrapolated else ""
     rows = [
-        ("FAVOR+", f"{_seconds(exact.favor_seconds)}, peak extra memory "
-                   f"{_bytes(exact.favor_peak_bytes)}"),
-        ("exact", f"{_seconds(exact.seconds)}{star}, peak extra memory {_bytes(exact.peak_bytes)}"
-                  f"{star} (all weights, if stored: {_bytes(exact.matrix_bytes)})"),
+        ("FAVOR+", f"{seconds(exact.favor_seconds)}, peak extra memory "
+                   f"{memory(exact.favor_peak_bytes)}"),
+        ("exact", f"{seconds(exact.seconds)}{star}, peak extra memory {memory(exact.peak_bytes)}"
+                  f"{star} (all weights, if stored: {memory(exact.matrix_bytes)})"),
     ]  # fmt: skip
     if exact.extrapolated:
         rows.append(
             ("", f"* would take over 10{GLUE}s: measured on the first {exact.rows:,} windows "
-                 f"({_seconds(exact.measured_seconds)}), the time extrapolated by the square of "
+                 f"({seconds(exact.measured_seconds)}), the time extrapolated by the square of "
                  "the length")
         )  # fmt: skip
     if len(result.sections) > 1:
-        once = _seconds(exact.calibration_seconds)
+        once = seconds(exact.calibration_seconds)
         rows.insert(1, ("", f"and {once} once for the calibration, however long the series"))
     ratio = exact.seconds / exact.favor_seconds
     rows.append(
@@ -468,8 +460,6 @@ def _held(found: dict[str, Any]) -> str:
 
 def _bars_dict(result: Forecast, bars: ErrorBars, exact: ExactComparison) -> dict[str, Any]:
     """Error bars beside what exact attention found, after the warm-up."""
-    import numpy as np
-
     judged = slice(result.warm_up, exact.rows)
     error = np.abs(result.predicted[judged] - exact.predicted[judged])
     error /= np.maximum(bars.standard_error[judged], 1e-300)
@@ -490,14 +480,14 @@ def _replay_section(result: Forecast, record: Evaluation, replayed: Replay) -> S
     same = ""
     if data["same_signals"] is not None:
         same = f", {data['same_signals']:,} of {len(result):,} signals the same"
-    latency = ", ".join(f"{name} {_seconds(value)}" for name, value in data["seconds"].items())
+    latency = ", ".join(f"{name} {seconds(value)}" for name, value in data["seconds"].items())
     rows = [
         ("agreement", f"with the forecasts above to {replayed.difference:.1g} of the largest{same}"),
         ("memory", f"a state of {replayed.state_bytes / 2**10:,.0f}{GLUE}KiB, whatever came before"),
         ("latency", latency),
     ]  # fmt: skip
     if replayed.calibration_seconds:
-        once = _seconds(replayed.calibration_seconds)
+        once = seconds(replayed.calibration_seconds)
         rows.append(("", f"and {once} once for the calibration, between two prices"))
     edges, counts = replayed.histogram()
     edges = 1e6 * edges
@@ -509,8 +499,6 @@ def _replay_section(result: Forecast, record: Evaluation, replayed: Replay) -> S
 
 
 def _replay_dict(result: Forecast, record: Evaluation, replayed: Replay) -> dict[str, Any]:
-    import numpy as np
-
     signals = getattr(record, "signals", None)
     points = np.percentile(replayed.seconds, (50, 90, 99, 100)).tolist()
     return {
@@ -607,24 +595,12 @@ def _round_down(value: float) -> str:
     return f"{math.floor(value * 10**digits) / 10**digits:g}"
 
 
-def _seconds(value: float) -> str:
-    if value < 1e-3:
-        return f"{value * 1e6:.3g}{GLUE}µs"
-    return f"{value * 1e3:.3g}{GLUE}ms" if value < 1 else f"{value:.3g}{GLUE}s"
-
-
-def _duration(seconds: float) -> str:
+def _duration(value: float) -> str:
     """Return seconds in the largest unit that they fill."""
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
-    unit, size = next((u for u in units if seconds >= u[1]), ("second", 1))
-    count = f"{seconds / size:,.3g}"
+    unit, size = next((u for u in units if value >= u[1]), ("second", 1))
+    count = f"{value / size:,.3g}"
     return f"{count}{GLUE}{unit}{'' if count == '1' else 's'}"
-
-
-def _bytes(value: int) -> str:
-    if value < 2**16:
-        return f"<{GLUE}64{GLUE}KiB"
-    return f"{value / 2**20:.3g}{GLUE}MiB" if value < 2**30 else f"{value / 2**30:.3g}{GLUE}GiB"
 
 
 # ----------------------------------------------------------------------------------------
@@ -636,8 +612,6 @@ def _as_dict(
     result: Forecast, record: Evaluation, exact: ExactComparison, bars: ErrorBars
 ) -> dict[str, Any]:
     """Everything that the report says; moves, errors and costs as log returns, not in %."""
-    from favor_np.forecast import ReturnEvaluation
-
     prices, step = result.prices, result.next
     past = {
         name: value
@@ -720,10 +694,6 @@ def _write_csv(
     path: Path, result: Forecast, record: Evaluation, exact: ExactComparison, bars: ErrorBars
 ) -> None:
     """One row a forecast; moves are log returns over the horizon, unknown ones are empty."""
-    import numpy as np
-
-    from favor_np.forecast import ReturnEvaluation
-
     prices = result.prices
     columns: dict[str, Any] = {"price": [repr(x) for x in prices.values[result.index].tolist()]}
     if prices.times is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from favor_np.progress import reporting
+
+from ._options import compilation_told
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,17 +31,15 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     types = [np.float32, np.float64] if args.float64 else [np.float32]
     calls = [call for dtype in types for call in _calls(np.dtype(dtype))]
-    for done, (name, call) in enumerate(calls, 1):
-        if sys.stderr.isatty():
-            print(f"\r{done}/{len(calls)} {name:<40}", end="", file=sys.stderr, flush=True)
-        call()
-    if sys.stderr.isatty():
-        print(f"\r{'':60}\r", end="", file=sys.stderr, flush=True)
+    with compilation_told(), reporting(None) as report:
+        for done, call in enumerate(calls, 1):
+            call()
+            report("kernels", done, len(calls))
     print(f"{len(calls)} kernel calls ready in {time.perf_counter() - start:.1f} s")
     return 0
 
 
-def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
+def _calls(dtype: np.dtype[Any]) -> list[Callable[[], object]]:
     """One small call for each way into the kernels."""
     import numpy as np
 
@@ -66,34 +67,31 @@ def _calls(dtype: np.dtype[Any]) -> list[tuple[str, Callable[[], object]]]:
         with thread_limit(2):
             return call(*args, causal=True, **options)
 
-    calls: list[tuple[str, Callable[[], object]]] = [
-        ("bidirectional", lambda: favor_attention(x, x, x, fm)),
-        ("causal", lambda: favor_attention(x, x, x, fm, causal=True)),
-        ("streaming", lambda: state.step(x[0], x[0], x[0])),
-        ("gradient", lambda: favor_attention_vjp(x, x, x, fm)[1](x)),
-        ("one long head", lambda: shared(favor_attention, series, series, series, middle)),
-        ("error bars", lambda: diagnose(x, x, x, fm)),
-        ("error bars, one long head", lambda: shared(diagnose, series, series, series, middle)),
-        ("merge", lambda: state.merge(state.copy())),
-        ("exact", lambda: exact_attention(x, x, x)),
-        ("exact causal", lambda: exact_attention(x, x, x, causal=True)),
-        ("exact gradient", lambda: exact_attention_vjp(x, x, x)[1](x)),
+    calls: list[Callable[[], object]] = [
+        lambda: favor_attention(x, x, x, fm),
+        lambda: favor_attention(x, x, x, fm, causal=True),
+        lambda: state.step(x[0], x[0], x[0]),
+        lambda: favor_attention_vjp(x, x, x, fm)[1](x),
+        lambda: shared(favor_attention, series, series, series, middle),
+        lambda: diagnose(x, x, x, fm),
+        lambda: shared(diagnose, series, series, series, middle),
+        lambda: state.merge(state.copy()),
+        lambda: exact_attention(x, x, x),
+        lambda: exact_attention(x, x, x, causal=True),
+        lambda: exact_attention_vjp(x, x, x)[1](x),
     ]
     bf16x3 = not bfloat16.amx_unavailable()
     if dtype == np.float32 and bf16x3:  # longer rows have kernels of their own
         calls += [
-            ("long rows", lambda: favor_attention(long, long, long, large)),
-            ("long rows, one long head", lambda: shared(favor_attention, wide, wide, wide, large)),
-            ("gradient, long rows", lambda: favor_attention_vjp(long, long, long, large)[1](long)),
-            ("exact, long rows", lambda: exact_attention(long, long, long)),
+            lambda: favor_attention(long, long, long, large),
+            lambda: shared(favor_attention, wide, wide, wide, large),
+            lambda: favor_attention_vjp(long, long, long, large)[1](long),
+            lambda: exact_attention(long, long, long),
         ]
     if dtype == np.float32 and (bf16x3 or bfloat16.DOTS):
         calls += [
-            ("bfloat16", lambda: favor_attention(x, x, x, fm, precision="bfloat16")),
-            (
-                "bfloat16, one long head",
-                lambda: shared(favor_attention, wide, wide, wide, large, precision="bfloat16"),
-            ),
-            ("exact, bfloat16", lambda: exact_attention(x, x, x, precision="bfloat16")),
+            lambda: favor_attention(x, x, x, fm, precision="bfloat16"),
+            lambda: shared(favor_attention, wide, wide, wide, large, precision="bfloat16"),
+            lambda: exact_attention(x, x, x, precision="bfloat16"),
         ]
-    return [(f"{name}, {dtype}", call) for name, call in calls]
+    return calls

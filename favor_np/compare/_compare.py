@@ -19,8 +19,9 @@ from favor_np.attention import favor_attention
 from favor_np.cpu.threads import resolve_threads
 from favor_np.exact import exact_attention
 from favor_np.features import FeatureMap, feature_map
-from favor_np.figures import STYLE, require_matplotlib
+from favor_np.figures import style
 from favor_np.measure import best_time, peak_memory
+from favor_np.progress import Progress, reporting
 
 from ._data import Array, Tokens, tokens
 from ._methods import DEFAULT, METHODS
@@ -183,12 +184,9 @@ class Comparison:
         ImportError
             If matplotlib is not installed.
         """
-        require_matplotlib()
-        from matplotlib import rc_context
+        with style():
+            from ._plot import draw
 
-        from ._plot import draw
-
-        with rc_context(STYLE):
             return draw(self)
 
 
@@ -201,7 +199,7 @@ def compare(
     seeds: int = 8,
     lengths: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     time_features: Sequence[int] = (64, 256),
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: bool | Progress | None = None,
 ) -> Comparison:
     """Measure FAVOR+ against exact attention: error by features, time and memory by length.
 
@@ -220,8 +218,8 @@ def compare(
     time_features : sequence of int
         Numbers of features of the timed maps, which are those that `feature_map` makes by default:
         "antithetic" among the methods.
-    progress : callable, optional
-        Called as ``progress(stage, done, total)`` after each step.
+    progress : bool or callable, optional
+        As `stream_attention`.
 
     Returns
     -------
@@ -243,7 +241,7 @@ def compare(
     >>> result.error("auto", 256).mean < 0.7 * result.error("FAVOR+", 256).mean
     True
     """
-    setting = setting or Setting()
+    setting, reported = setting or Setting(), reporting(progress)
     for name, counts in {"features": features, "time_features": time_features}.items():
         odd = [m for m in counts if validation.integer(name, m) % 2]
         if odd:
@@ -257,11 +255,11 @@ def compare(
     work = chain(_errors(setting, data, features, seeds), _costs(setting, lengths, time_features))
     errors: list[ErrorRow] = []
     costs: list[CostRow] = []
-    for done, rows in enumerate(work, start=1):
-        errors += [row for row in rows if isinstance(row, ErrorRow)]
-        costs += [row for row in rows if isinstance(row, CostRow)]
-        if progress is not None:
-            progress("comparing", done, total)
+    with reported as report:
+        for done, rows in enumerate(work, start=1):
+            errors += [row for row in rows if isinstance(row, ErrorRow)]
+            costs += [row for row in rows if isinstance(row, CostRow)]
+            report("comparing", done, total)
     crossings = {}
     for m in time_features:
         rows_of_m = [row for row in costs if row.features == m]

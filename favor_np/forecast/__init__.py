@@ -5,6 +5,8 @@ it, the values are what followed each of them; the forecast is their softmax-wei
 by FAVOR+ in linear time.  Nothing here ever looks ahead.
 """
 
+from typing import Any as _Any
+
 from ._compare import ExactComparison as ExactComparison
 from ._compare import compare_with_exact as compare_with_exact
 from ._error_bars import ErrorBars as ErrorBars
@@ -20,7 +22,15 @@ from ._live import Tick as Tick
 from ._live import replay as replay
 from ._next import NextStep as NextStep
 from ._next import Precedent as Precedent
-from ._plot import plot as plot
 from ._prices import PriceError as PriceError
 from ._prices import Prices as Prices
 from ._prices import read_prices as read_prices
+
+
+def __getattr__(name: str) -> _Any:
+    """Find what is no longer documented, but works for one release."""
+    if name == "plot":
+        from ._plot import plot
+
+        return plot
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

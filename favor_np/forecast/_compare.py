@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from favor_np import measure, validation
+from favor_np.progress import PATIENCE, Progress, reporting
 
-from ._forecast import Forecast, Progress, attend
+from ._forecast import Forecast, attend
 from ._maps import PREFIX, sections
 from ._windows import F32, F64
 
 PART = 0.4  # share of the time limit that a part takes, where the whole would exceed it
-WORTH_TELLING = 2.0  # seconds
 TRIAL_ROWS = 4096
 
 
@@ -76,7 +76,7 @@ def compare_with_exact(
     *,
     max_seconds: float = 10.0,
     num_threads: int | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> ExactComparison:
     """Compute the forecasts by exact attention, as far as the time allows, and measure both.
 
@@ -92,8 +92,8 @@ def compare_with_exact(
         in less than half of this time, and the time of the whole is extrapolated.
     num_threads : int, optional
         Threads of both.
-    progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+    progress : bool or callable, optional
+        As `stream_attention`.
 
     Returns
     -------
@@ -109,6 +109,7 @@ def compare_with_exact(
     """
     from favor_np.exact import exact_attention
 
+    reported = reporting(progress)
     windows = result.windows
 
     def exact(rows: int) -> F32:
@@ -126,17 +127,18 @@ def compare_with_exact(
     _, favor_seconds, favor_peak = timed(
         lambda count: attend(windows, result.sections, count, num_threads), total
     )
+    guess = 0.0
     if total > TRIAL_ROWS:
         trial = timed(exact, TRIAL_ROWS)[1]
         guess = trial * (total / TRIAL_ROWS) ** 2
         if guess > max_seconds:
             rows = max(TRIAL_ROWS, int(total * math.sqrt(PART * max_seconds / guess)))
             guess = PART * max_seconds
-        if progress is not None and guess > WORTH_TELLING:  # one call: a bar cannot move
-            progress(f"exact attention, about {guess:.0f} s", 0, rows)
-    out, seconds, peak = timed(exact, rows)
-    if progress is not None:
-        progress("exact attention", rows, rows)
+    with reported as report:
+        if guess > PATIENCE:  # one call: a bar cannot move
+            report(f"exact attention, about {guess:.0f} s", 0, rows)
+        out, seconds, peak = timed(exact, rows)
+        report("exact attention", rows, rows)
 
     predicted = out[:, 0].astype(np.float64) * windows.unit[:rows]
     judged = slice(result.warm_up, rows)

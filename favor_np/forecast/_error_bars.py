@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from favor_np import validation
+from favor_np.progress import Progress, reporting
 
-from ._forecast import Forecast, Progress
+from ._forecast import Forecast
 from ._windows import F64
 
 
@@ -34,15 +35,15 @@ class ErrorBars:
 
 
 @validation.own_error_state
-def error_bars(result: Forecast, *, progress: Progress | None = None) -> ErrorBars:
+def error_bars(result: Forecast, *, progress: bool | Progress | None = None) -> ErrorBars:
     """Estimate the errors of all forecasts from the spread between features: see `diagnose`.
 
     Parameters
     ----------
     result : Forecast
         From `forecast`.
-    progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+    progress : bool or callable, optional
+        As `stream_attention`.
 
     Returns
     -------
@@ -61,13 +62,12 @@ def error_bars(result: Forecast, *, progress: Progress | None = None) -> ErrorBa
 
     windows = result.windows
     errors, sizes = np.empty(len(result)), np.empty(len(result))
-    for start, stop, fm in result.sections:
-        if progress is not None:
-            progress("error bars", start, len(result))
-        q, k, v = (x[:stop] for x in (windows.queries, windows.keys, windows.values))
-        found = diagnose(q, k, v, fm, causal=True)
-        errors[start:stop] = found.standard_error[start:, 0] * windows.unit[start:stop]
-        sizes[start:stop] = found.effective_sample_size[start:]
-    if progress is not None:
-        progress("error bars", len(result), len(result))
+    with reporting(progress) as report:
+        for start, stop, fm in result.sections:
+            report("error bars", start, len(result))
+            q, k, v = (x[:stop] for x in (windows.queries, windows.keys, windows.values))
+            found = diagnose(q, k, v, fm, causal=True)
+            errors[start:stop] = found.standard_error[start:, 0] * windows.unit[start:stop]
+            sizes[start:stop] = found.effective_sample_size[start:]
+        report("error bars", len(result), len(result))
     return ErrorBars(errors, sizes, found.warnings)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
+from favor_np.progress import Progress, reporting, silent
 
-from ._maps import CALIBRATIONS, Section, plain_map, sections
+from ._maps import Section, plain_map, sections
 from ._next import NextStep, last_row
 from ._prices import PriceError, Prices
+from ._setting import Setting
 from ._windows import F32, F64, Windows, return_windows, volatility_windows
 
-TARGETS = ("return", "volatility")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ._compare import ExactComparison
+    from ._error_bars import ErrorBars
+    from ._evaluate import ReturnEvaluation, VolatilityEvaluation
+    from ._live import Replay
+
 GOOD_REGIME = 4.0  # mean of s = |x + y|² up to which the estimator is good
 SLICE = 16_384  # rows a call: fixed, so that a progress bar cannot change a result
 FEWEST_FORECASTS = 16
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +99,11 @@ class Forecast:
         return len(self.index)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of `forecast` that make it again; `LiveForecast` takes them too."""
+        return {name: getattr(self, name) for name in vars(Setting())}
+
+    @property
     def warm_up(self) -> int:
         """Number of first forecasts that are not judged: 500, or a quarter of a short series."""
         return min(500, (len(self) - self.horizon) // 4)
@@ -106,20 +117,62 @@ class Forecast:
         """
         return math.sqrt(2 * (math.cosh(min(self.mean_s, 700)) - 1) / self.num_features)
 
+    def plot(
+        self,
+        *,
+        record: ReturnEvaluation | VolatilityEvaluation | None = None,
+        exact: ExactComparison | None = None,
+        bars: ErrorBars | None = None,
+        replayed: Replay | None = None,
+    ) -> Figure:
+        """Draw the forecasts, their record, and FAVOR+ against exact attention.
+
+        Parameters
+        ----------
+        record : ReturnEvaluation or VolatilityEvaluation, optional
+            Default: `evaluate` finds it.
+        exact : ExactComparison, optional
+            Default: `compare_with_exact` finds it, which may take some ten seconds.
+        bars : ErrorBars, optional
+            Default: `error_bars` finds them.
+        replayed : Replay, optional
+            From `replay`: one more panel, with the time of a live forecast.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Ready for ``savefig``.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is not installed (``pip install 'favor_np[plot]'``).
+
+        Examples
+        --------
+        >>> from favor_np.forecast import forecast, read_prices
+        >>> figure = forecast(read_prices(), num_features=64).plot()
+        >>> [axes.get_title("left") for axes in figure.axes[:2]]
+        ['Price and signals', 'The last 90 prices and what had been forecast for them']
+        """
+        from ._plot import draw
+
+        return draw(self, record, exact, bars, replayed)
+
 
 @validation.own_error_state
 def forecast(
     prices: Prices | npt.ArrayLike,
     *,
-    target: str = "return",
-    window: int = 32,
-    horizon: int = 1,
-    num_features: int = 1024,
-    calibration: str = "auto",
-    scale: float | None = None,
-    seed: int = 0,
+    target: str = Setting.target,
+    window: int = Setting.window,
+    horizon: int = Setting.horizon,
+    num_features: int = Setting.num_features,
+    calibration: str = Setting.calibration,
+    scale: float | None = Setting.scale,
+    seed: int = Setting.seed,
     num_threads: int | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> Forecast:
     """Predict every step of a price series from the steps before it, and the next one.
 
@@ -152,8 +205,8 @@ def forecast(
         Seed of the random features.
     num_threads : int, optional
         Threads of the attention calls.
-    progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+    progress : bool or callable, optional
+        As `stream_attention`.
 
     Returns
     -------
@@ -179,11 +232,11 @@ def forecast(
     >>> bool(np.mean(np.sign(predicted) == np.sign(known)) > 0.8)
     True
     """
+    reported = reporting(progress)
     if not isinstance(prices, Prices):
         prices = Prices.from_array(prices)
-    window, horizon, num_features, scale, seed = checked(
-        target, window, horizon, num_features, calibration, scale, seed
-    )
+    setting = Setting(target, window, horizon, num_features, calibration, scale, seed)
+    window, horizon, scale = setting.window, setting.horizon, setting.scale
     needed = window + 2 * horizon + FEWEST_FORECASTS
     if len(prices) < needed:
         raise PriceError(
@@ -196,25 +249,20 @@ def forecast(
     if len(windows) < horizon + FEWEST_FORECASTS:
         raise PriceError(f"{prices.name}: the price hardly ever moves: too little to forecast from")
     scale = windows.scale if scale is None else scale
-    fm = plain_map(windows.queries.shape[1], num_features, scale, seed)
+    fm = plain_map(windows.queries.shape[1], setting.num_features, scale, setting.seed)
     parts = sections(windows, fm, calibration)
-    out = attend(windows, parts, len(windows), num_threads, progress)
+    with reported as report:
+        out = attend(windows, parts, len(windows), num_threads, report)
     predicted, spread, chance, chance_down = predictions(out, windows.unit)
     return Forecast(
         prices=prices,
-        target=target,
-        window=window,
-        horizon=horizon,
-        num_features=num_features,
-        seed=seed,
-        scale=scale,
+        **asdict(replace(setting, scale=scale)),
         index=windows.index,
         predicted=predicted,
         spread=spread,
         chance=chance,
         chance_down=chance_down,
         outcome=windows.outcome,
-        calibration=calibration,
         sections=parts,
         mean_s=_mean_s(windows, scale),
         next=NextStep(
@@ -227,27 +275,6 @@ def forecast(
             **last_row(prices, windows, target, scale, window, horizon),
         ),
         windows=windows,
-    )
-
-
-def checked(
-    target: str,
-    window: int,
-    horizon: int,
-    num_features: int,
-    calibration: str,
-    scale: float | None,
-    seed: int,
-) -> tuple[int, int, int, float | None, int]:
-    """Return the numbers among the settings, or refuse what is of a wrong type or out of range."""
-    validation.choice("target", target, TARGETS)
-    validation.choice("calibration", calibration, CALIBRATIONS)
-    return (
-        validation.integer("window", window),
-        validation.integer("horizon", horizon),
-        validation.integer("num_features", num_features, minimum=2),
-        None if scale is None else validation.positive_float("scale", scale),
-        validation.integer("seed", seed, minimum=0),
     )
 
 
@@ -265,7 +292,7 @@ def attend(
     parts: tuple[Section, ...],
     rows: int,
     num_threads: int | None = None,
-    progress: Progress | None = None,
+    report: Progress = silent,
 ) -> F32:
     """Outputs of FAVOR+ for the first rows of the sequence."""
     from favor_np.attention import favor_attention
@@ -287,8 +314,7 @@ def attend(
                 return_state=True,
                 num_threads=num_threads,
             )
-            if progress is not None:
-                progress("FAVOR+ attention", part.stop, rows)
+            report("FAVOR+ attention", part.stop, rows)
     return out
 
 

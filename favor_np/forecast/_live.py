@@ -14,10 +14,12 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.guard import Guard
+from favor_np.progress import Progress, reporting
 
 from ._evaluate import DEFAULT_COST, Signals, non_negative
-from ._forecast import Forecast, Progress, checked, predictions
+from ._forecast import Forecast, predictions
 from ._maps import PREFIX, calibrated, plain_map
+from ._setting import Setting
 from ._windows import F32, F64, ReturnStream, VolatilityStream
 
 
@@ -90,25 +92,23 @@ class LiveForecast:
     def __init__(
         self,
         *,
-        target: str = "return",
-        window: int = 32,
-        horizon: int = 1,
-        num_features: int = 1024,
-        calibration: str = "auto",
-        scale: float | None = None,
-        seed: int = 0,
+        target: str = Setting.target,
+        window: int = Setting.window,
+        horizon: int = Setting.horizon,
+        num_features: int = Setting.num_features,
+        calibration: str = Setting.calibration,
+        scale: float | None = Setting.scale,
+        seed: int = Setting.seed,
         threshold: float = DEFAULT_COST,
     ) -> None:
         from favor_np.state import AttentionState
 
-        window, horizon, num_features, scale, seed = checked(
-            target, window, horizon, num_features, calibration, scale, seed
-        )
+        setting = Setting(target, window, horizon, num_features, calibration, scale, seed)
         self._threshold = non_negative("threshold", threshold)
-        self._stream = (ReturnStream if target == "return" else VolatilityStream)(window)
+        self._stream = (ReturnStream if target == "return" else VolatilityStream)(setting.window)
         dim, columns = self._stream.dim, self._stream.columns
-        scale = self._stream.scale if scale is None else scale
-        fm = plain_map(dim, num_features, scale, seed)
+        scale = self._stream.scale if setting.scale is None else setting.scale
+        fm = plain_map(dim, setting.num_features, scale, setting.seed)
         self.state = AttentionState.zeros(fm, columns)
         self.state.copy().step(np.zeros(dim), np.zeros(dim), np.zeros(columns))  # compiles
         self._calibration = calibration
@@ -116,10 +116,10 @@ class LiveForecast:
         self._prefix: list[tuple[F32, F32, tuple[float, ...]]] | None = []
         if calibration == "none":
             self._prefix = None
-        self._horizon = horizon
+        self._horizon = setting.horizon
         self._log_price: float | None = None
         # Vector, unit and log price of the newest windows: the oldest is the next key.
-        self._windows: deque[tuple[F32, float, float]] = deque(maxlen=horizon + 1)
+        self._windows: deque[tuple[F32, float, float]] = deque(maxlen=setting.horizon + 1)
         self._guard = Guard("LiveForecast")
 
     @validation.own_error_state
@@ -264,7 +264,7 @@ class Replay:
 
 @validation.own_error_state
 def replay(
-    result: Forecast, *, threshold: float = DEFAULT_COST, progress: Progress | None = None
+    result: Forecast, *, threshold: float = DEFAULT_COST, progress: bool | Progress | None = None
 ) -> Replay:
     """Feed the prices of a forecast to a `LiveForecast`, one by one, and time each.
 
@@ -274,8 +274,8 @@ def replay(
         From `forecast`: the series, the settings, and what to compare with.
     threshold : float, default 2e-4
         As `LiveForecast`.
-    progress : callable, optional
-        Called as ``progress(stage, done, total)``.
+    progress : bool or callable, optional
+        As `stream_attention`.
 
     Returns
     -------
@@ -293,30 +293,23 @@ def replay(
     >>> record.difference < 1e-5
     True
     """
-    live = LiveForecast(
-        target=result.target,
-        window=result.window,
-        horizon=result.horizon,
-        num_features=result.num_features,
-        calibration=result.calibration,
-        scale=result.scale,
-        seed=result.seed,
-        threshold=threshold,
-    )
+    reported = reporting(progress)
+    live = LiveForecast(**result.settings, threshold=threshold)
     ticks, seconds, calibration = [], [], 0.0
     prices = result.prices.values.tolist()
-    for done, price in enumerate(prices, start=1):
-        start = time.perf_counter()
-        tick = live.push(price)
-        stop = time.perf_counter()
-        if tick is not None:
-            ticks.append(tick)
-            seconds.append(stop - start)
-        start = time.perf_counter()
-        if live.calibrate():
-            calibration = time.perf_counter() - start
-        if progress is not None and (done % 1024 == 0 or done == len(prices)):
-            progress("replay", done, len(prices))
+    with reported as report:
+        for done, price in enumerate(prices, start=1):
+            start = time.perf_counter()
+            tick = live.push(price)
+            stop = time.perf_counter()
+            if tick is not None:
+                ticks.append(tick)
+                seconds.append(stop - start)
+            start = time.perf_counter()
+            if live.calibrate():
+                calibration = time.perf_counter() - start
+            if done % 1024 == 0 or done == len(prices):
+                report("replay", done, len(prices))
     predicted = np.array([tick.move for tick in ticks])
     largest = float(abs(result.predicted).max()) or 1.0
     return Replay(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.figures import BLUE, GREEN, GREY, INK, ORANGE, RED, STYLE, require_matplotlib
+from favor_np.figures import BLUE, GREEN, GREY, INK, ORANGE, RED, style
 
-from ._compare import ExactComparison
-from ._error_bars import ErrorBars
-from ._evaluate import ReturnEvaluation, VolatilityEvaluation
+from ._compare import ExactComparison, compare_with_exact
+from ._error_bars import ErrorBars, error_bars
+from ._evaluate import ReturnEvaluation, VolatilityEvaluation, evaluate
 from ._forecast import Forecast
 from ._live import Replay
 from ._windows import F64
@@ -24,43 +25,20 @@ RECENT = 90  # prices in the close-up
 
 
 @validation.own_error_state
-def plot(
+def draw(
     result: Forecast,
-    record: ReturnEvaluation | VolatilityEvaluation,
-    exact: ExactComparison,
-    bars: ErrorBars,
-    replayed: Replay | None = None,
+    record: ReturnEvaluation | VolatilityEvaluation | None,
+    exact: ExactComparison | None,
+    bars: ErrorBars | None,
+    replayed: Replay | None,
 ) -> Figure:
-    """Draw the forecast, its record, and FAVOR+ against exact attention.
+    """Draw what `Forecast.plot` says; what is None, but for the replay, is computed first."""
+    with style():
+        from matplotlib.figure import Figure
 
-    Parameters
-    ----------
-    result : Forecast
-        From `forecast`.
-    record : ReturnEvaluation or VolatilityEvaluation
-        From `evaluate`.
-    exact : ExactComparison
-        From `compare_with_exact`.
-    bars : ErrorBars
-        From `error_bars`.
-    replayed : Replay, optional
-        From `replay`: one more panel, with the time of a live forecast.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Ready for ``savefig``.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is not installed (``pip install 'favor_np[plot]'``).
-    """
-    require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(STYLE):
+        record = evaluate(result) if record is None else record
+        exact = compare_with_exact(result) if exact is None else exact
+        bars = error_bars(result) if bars is None else bars
         rows = [["price", "price"], ["recent", "record"], ["bars", "bars"], ["exact", "error"]]
         rows += [["latency", "latency"]] if replayed is not None else []
         heights = [1, 1.1, 0.8, 1.1, 0.7][: len(rows)]
@@ -87,6 +65,23 @@ def plot(
         if replayed is not None:
             _latency(panels["latency"], replayed)
     return figure
+
+
+def plot(
+    result: Forecast,
+    record: ReturnEvaluation | VolatilityEvaluation,
+    exact: ExactComparison,
+    bars: ErrorBars,
+    replayed: Replay | None = None,
+) -> Figure:
+    """Draw a forecast: the old spelling of `Forecast.plot`."""
+    warnings.warn(
+        "forecast.plot(result, record, exact, bars, replayed) is now result.plot(record=..., "
+        "exact=..., bars=..., replayed=...), all of them optional",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return result.plot(record=record, exact=exact, bars=bars, replayed=replayed)
 
 
 def _time(result: Forecast, index: npt.NDArray[np.intp]) -> npt.NDArray[Any]:

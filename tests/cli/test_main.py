@@ -9,7 +9,7 @@ import pytest
 from support.child import HANG
 
 import favor_np
-from favor_np.cli import COMMANDS, main
+from favor_np.cli import COMMANDS, _text, main
 from favor_np.cli import _options as options
 from favor_np.cli.info import describe
 from favor_np.cpu.kernels import bfloat16
@@ -250,8 +250,26 @@ def test_a_terminal_without_the_signs():
     assert "|x|?" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (_text.seconds(3.14159e-5), "31.4 µs"),
+        (_text.seconds(0.002), "2.00 ms"),
+        (_text.seconds(0.9996), "1000 ms"),
+        (_text.seconds(12345.0), "12345 s"),
+        (_text.seconds(0.0), "0 µs"),
+        (_text.memory(2**16 - 1), "< 64 KiB"),
+        (_text.memory(3 * 2**19), "1.50 MiB"),
+        (_text.memory(2**40), "1024 GiB"),
+    ],
+)
+def test_quantities_have_three_figures_and_no_exponent(found, text):
+    assert " " not in found  # a line is never broken before a unit
+    assert _text.printed([found, found]) == f"{text}\n{text}"
+
+
 # ----------------------------------------------------------------------------------------
-# Output files, progress
+# Output files, what is told meanwhile
 # ----------------------------------------------------------------------------------------
 
 
@@ -302,34 +320,6 @@ def test_output_to_a_device():
     assert os.path.exists(os.devnull)
 
 
-def test_progress_bar_shows_only_long_stages(monkeypatch):
-    pytest.importorskip("tqdm")
-
-    class Terminal:
-        def __init__(self):
-            self.text = ""
-
-        def write(self, text):
-            self.text += text
-
-        def flush(self):
-            pass
-
-        def isatty(self):
-            return True
-
-    quick = Terminal()
-    with options.ProgressBar(quick) as bar:
-        for done in range(1, 11):
-            bar("quick", done, 10)
-    assert quick.text.strip() == ""
-    slow = Terminal()
-    with options.ProgressBar(slow) as bar:
-        bar("long one", 0, 10)
-        bar("long one", 10, 10)
-    assert "long one" in slow.text
-
-
 def test_compilation_is_told_once(capsys):
     import numba
 
@@ -357,10 +347,3 @@ def test_a_cold_start_says_what_it_does(command):
         process.kill()
     assert line.startswith("favor-np: compiling the kernels of attention for this processor")
     assert line.endswith("they are not kept, as there is no cache\n")
-
-
-def test_progress_bar_without_tqdm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    with options.ProgressBar() as bar:
-        bar("stage", 0, 10)
-        bar("stage", 10, 10)

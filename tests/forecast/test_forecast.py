@@ -1,5 +1,6 @@
 """The forecast: what it predicts, what it cannot have seen, how it is judged."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -445,17 +446,33 @@ def test_importing_it_loads_neither_numba_nor_matplotlib():
 @pytest.mark.parametrize("count", [50, 700])
 def test_plot(tmp_path, target, count):
     result = forecast(walk(count), target=target, num_features=64)
-    parts = result, evaluate(result), compare_with_exact(result), error_bars(result)
-    figure = plot(*parts)
+    figure = result.plot()
     figure.savefig(tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 20_000
     assert len(figure.axes) == 6
-    latency = plot(*parts, replay(result)).axes[-1]
+    latency = result.plot(replayed=replay(result)).axes[-1]
     assert sum(bar.get_height() for bar in latency.patches) == len(result)
+
+
+def test_a_picture_shows_what_it_is_given():
+    result = forecast(walk(100), num_features=16)
+    exact = dataclasses.replace(compare_with_exact(result), correlation=0.123)
+    record = evaluate(result, threshold=1.0, cost=0.5)
+    bars = error_bars(result)
+    figure = result.plot(record=record, exact=exact, bars=bars)
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles[2] == "Worth of 1, costs of 50% a position included"
+    assert titles[4].endswith("correlation 0.1230")
+    with pytest.warns(DeprecationWarning, match="is now result.plot"):
+        old = plot(result, record, exact, bars, replay(result))
+    assert [axes.get_title("left") for axes in old.axes[:6]] == titles
+    assert len(old.axes) == 7
+    with pytest.raises(ImportError, match="cannot import name 'draw'"):
+        from favor_np.forecast import draw  # noqa: F401
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
     result = forecast(walk(100), num_features=16)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'favor_np\[plot\]'"):
-        plot(result, evaluate(result), compare_with_exact(result), error_bars(result))
+        result.plot()

@@ -19,6 +19,7 @@ from favor_np.forecast import (
     replay,
 )
 from favor_np.forecast._maps import PREFIX
+from favor_np.forecast._setting import Setting
 from favor_np.forecast._windows import (
     ReturnStream,
     VolatilityStream,
@@ -211,6 +212,18 @@ def test_replay(target):
     assert longer.state_bytes == record.state_bytes
     assert longer.calibration_seconds > 0  # and in no tick
     assert record.calibration_seconds > 0
+
+
+def test_a_forecast_is_made_again_and_goes_on_live_by_its_settings():
+    prices = walk(400)
+    batch = forecast(prices, target="volatility", window=8, horizon=2, num_features=64,
+                     calibration="none", seed=3)  # fmt: skip
+    again = forecast(prices, **batch.settings)
+    np.testing.assert_array_equal(again.predicted, batch.predicted)
+    live = LiveForecast(**batch.settings)
+    ticks = [live.push(price) for price in prices]
+    assert ticks[-1].move == pytest.approx(batch.next.move, rel=1e-4)
+    assert forecast(prices).settings == vars(Setting()) | {"scale": 1 / 32}
 
 
 def test_replay_sees_a_difference():
