@@ -419,7 +419,7 @@ def cotangent(value: object, shape: tuple[int, ...]) -> Array:
     """Return ``grad_out`` as an array; its shape must be that of the result."""
     array = tensor("grad_out", value)
     if array.shape != shape:
-        raise ValueError(f"grad_out must have shape {shape} as the result, got {array.shape}")
+        raise ValueError(f"grad_out must have shape {shape}, got {array.shape}")
     return array
 
 
