@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -172,28 +173,56 @@ def exact_attention_vjp(
         keys = (*call.state_shape, call.keys)
         leads = call.out_shape[:-1], keys, keys
         shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
+
+        def differentiate(v: Array, saved: Array, g: Array) -> list[Array]:
+            from favor_np import launch
+
+            assert weights is not None
+            grads = [np.empty(shape, saved.dtype) for shape in shapes]
+            queries, w = call.q, weights[0]
+            if len(rows):  # the kernel sees no key of theirs
+                queries = np.broadcast_to(call.q, shapes[0]).copy()
+                queries[tuple(rows.T)] = 0
+                w = w.copy()
+                w[tuple(rows.T)] = 0
+            launch.differentiate_exact(
+                queries, call.k, v, call.mask, saved, (w, weights[1]), g, grads,
+                dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
+                threads=call.threads,
+            )  # fmt: skip
+            _add_rows(dataclasses.replace(call, v=v), factor, rows, g, grads)
+            return grads
+
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             if weights is None:
                 grads = [np.zeros(shape) for shape in shapes]
             else:
-                from favor_np import launch
-
-                grads = [np.empty(shape, saved.dtype) for shape in shapes]
-                queries, w = call.q, weights[0]
-                if len(rows):  # the kernel sees no key of theirs
-                    queries = np.broadcast_to(call.q, shapes[0]).copy()
-                    queries[tuple(rows.T)] = 0
-                    w = w.copy()
-                    w[tuple(rows.T)] = 0
-                launch.differentiate_exact(
-                    queries, *inputs[1:], call.mask, saved, (w, weights[1]), g, grads,
-                    dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
-                    threads=call.threads,
-                )  # fmt: skip
-                _add_rows(call, factor, rows, g, grads)
+                grads = differentiate(call.v, saved, g)
+                if not all(np.isfinite(grad).all() for grad in grads):
+                    _fill_large(
+                        grads, differentiate, *(x.astype(saved.dtype) for x in (call.v, saved, g))
+                    )
             return AttentionGradients(*map(sum_to, grads, inputs))
 
     return out, pullback
+
+
+def _fill_large(
+    grads: list[Array], differentiate: Callable[..., list[Array]], v: Array, out: Array, g: Array
+) -> None:
+    """Put numbers where products of values and cotangents, or sums of them, have overflowed."""
+    from favor_np import scaling
+
+    powers = scaling.powers_of((v, out), (g,))
+    if powers is None:
+        return
+    values, cotangents = powers
+    small = differentiate(
+        scaling.scaled(v, -values), scaling.scaled(out, -values), scaling.scaled(g, -cotangents)
+    )
+    both = values + cotangents
+    for grad, other, power in zip(grads, small, (both, both, cotangents), strict=True):
+        scaling.fill(grad, scaling.scaled(other, power))
 
 
 def _checked(
@@ -242,8 +271,10 @@ def _attend(
                 np.copyto(target, saved, where=large, casting="same_kind")
         if not fits:
             rows = np.argwhere(_too_large(call, scale, 8))
+            from favor_np import scaling
+
             for row in _each_row(call, scale, rows):
-                target[row.at] = row.weights @ row.v
+                target[row.at] = scaling.means(row.weights @ (row.v / 2), 1)
     if target is not result:
         result[...] = target
     return result, saved, weights, rows

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import plan
+from favor_np import plan, scaling
 from favor_np.features import FeatureMap
 from favor_np.kernels import bfloat16, exact_vjp
 from favor_np.kernels import exact as exact_kernels
 from favor_np.kernels import favor as kernels
 from favor_np.kernels import favor_vjp as vjp
-from favor_np.kernels.jobs import TROUBLE
+from favor_np.kernels.jobs import OVERFLOW, TROUBLE
 from favor_np.kernels.pack import CHUNK
 from favor_np.kernels.spread import Spread
 from favor_np.kernels.state import PAD
@@ -121,6 +121,7 @@ def with_padding(
         keys, values = plan.tail(layout, s, z)
         keys[:, : rest.tail_features.shape[1], real] = rest.tail_features
         values[:, : rest.tail_values.shape[1], :value_dim] = rest.tail_values
+    scaling.keep_in_range(arrays)
     return arrays
 
 
@@ -135,6 +136,7 @@ def merge(into: Any, other: Any) -> None:
         _add_pairs(z[..., None], other_z[..., None], keep[..., None], add[..., None])
         _add_pairs(s, other_s, keep[..., None], add[..., None])
     mine[...] = top
+    scaling.keep_in_range(into)
 
 
 def _add_pairs(sums: Array, other: Array, keep: Array, add: Array) -> None:
@@ -211,35 +213,31 @@ def attend(
     call = _Call(layout, arrays, _result(out, weights), _threads(work * len(jobs.table), threads),
                  spread, fast)  # fmt: skip
     tokens = causal and (longest == 1 or offsets is not None)
-    if tokens and mask is None and spread is None and not fast and jobs.q_rows.shape[1] == 1:
-        if longest == 1:
-            call.run(constants, jobs, state, tokens=True)
-            return
-        longer = np.count_nonzero(jobs.table[:, 3] > 1)  # these come first
-        call.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
-        jobs = jobs.take(slice(longer))
-    if causal and call.threads > 1:
-        jobs = call.share(constants, jobs, state)
-    if causal or longest <= plan.SEGMENT:
-        call.run(constants, jobs, state)
+    tokens = tokens and mask is None and spread is None and not fast and jobs.q_rows.shape[1] == 1
+    # What a state has taken in cannot be taken back.  The kernel of single tokens looks at them itself.
+    large = state is not None and not (tokens and longest == 1) and scaling.holds_large(arrays[2])
+    if not large:
+        call.attend(constants, jobs, longest, state, causal, tokens)
+        large = call.overflow and scaling.holds_large(arrays[2])
+    if not large:
         return
-    long = jobs.table[:, [3, 6]].max(1) > plan.SEGMENT
-    call.run(constants, jobs.take(~long), state)
-    jobs = jobs.take(long)
-    for first in range(0, len(jobs.table), plan.WAVE):
-        wave = jobs.take(slice(first, first + plan.WAVE))
-        slots = wave.table[:, 5]
-        if state is None:
-            totals = _empty(layout, len(slots))
-        else:
-            totals = tuple(array[slots] for array in state)
-            call.fold_tails(totals)
-        folds, reads = plan.segments(wave)
-        call.fold(constants, folds, totals)
-        call.run(constants, reads, totals)
-        if state is not None and k.shape[-2]:
-            for array, total in zip(state, totals, strict=True):
-                array[slots] = total
+    power = scaling.POWER[dtype.itemsize]
+    after: Any = None
+    if state is not None:
+        out[...] = np.nan
+        call.attend(constants, jobs, longest, copied(state), causal, tokens)
+        after = without_tail(feature_map, dtype, v.shape[-1], copied(state))
+        after[1][...] = scaling.scaled(after[1], -power)
+    values, rows = scaling.scaled(arrays[2], -power).reshape(v.shape), np.empty_like(out)
+    attend(
+        feature_map, q, k, values, mask, rows, dtype=dtype, causal=causal, grouped=grouped, state=after,
+        state_shape=state_shape, threads=threads, offsets=offsets, clock=clock, group=group, fast=fast,
+    )  # fmt: skip
+    scaling.fill(out, scaling.means(rows, power))
+    if state is not None:
+        scaling.keep_in_range(without_tail(feature_map, dtype, v.shape[-1], after), power)
+        for array, new in zip(state, after, strict=True):
+            array[...] = new
 
 
 def _adapted(jobs: plan.Jobs, offsets: Array | None, clock: Clock | None) -> plan.Jobs:
@@ -317,12 +315,33 @@ def attend_vjp(
         layout.natural, jobs.table, jobs.clocks, to,
         *(states or ()),
     )  # fmt: skip
+    overflow = False
     if count and (out.size or suffix is not None):
         workers = min(_threads(work * count, threads), count)
         space = plan.vjp_workspace(layout, stateful=states is None)
-        _run(vjp.pull, args, count, workers, space)
+        overflow = bool(_run(vjp.pull, args, count, workers, space)[OVERFLOW])
+    powers = None
+    if overflow or not all(np.isfinite(x).all() for x in (weight, bias, *(states or ())[1:])):
+        powers = scaling.powers_of((inputs.v, inputs.out), (inputs.grad,))
+    if powers is not None:  # both factors of the products that overflow, values and cotangents
+        values, cotangents = powers
+        again = attend_vjp(
+            feature_map, q, k, scaling.scaled(inputs.v, -values).reshape(v.shape), mask,
+            scaling.scaled(inputs.out, -values).reshape(out.shape), weights,
+            scaling.scaled(inputs.grad, -cotangents).reshape(grad.shape), dtype=dtype, causal=causal,
+            grouped=grouped, state=_scaled(state, -values, 0),
+            suffix=_scaled(suffix, -cotangents, -values - cotangents), state_shape=state_shape,
+            threads=threads, offsets=offsets, clock=clock, projection=projection,
+        )  # fmt: skip
+        both = values + cotangents
     if projection:
+        if powers is not None:
+            scaling.fill(weight, scaling.scaled(again[0], both))
+            scaling.fill(bias, scaling.scaled(again[1], both))
         return weight, bias, jobs.table[:, 4] // layout.blocks
+    if powers is not None:
+        for mine, small, power in zip(rows, again, (both, both, cotangents), strict=False):
+            scaling.fill(mine, scaling.scaled(small.reshape(mine.shape), power))
     first = None
     if states is not None:  # query heads that share a state have each seen a part of its cotangent
         parts = [array[: count // 2] for array in states]
@@ -333,8 +352,19 @@ def attend_vjp(
                 array[idle] = theirs[idle]
         for i in range(count // 2):
             merge([a[slots[i]] for a in first], [a[i] for a in parts])
+        if powers is not None:
+            first = again[3]
+            scaling.keep_in_range(first, cotangents, both)
     pairs = zip(rows, (q, k, v), strict=True)
     return *(grad.reshape(*batch, *x.shape[-2:]) for grad, x in pairs), first
+
+
+def _scaled(arrays: Any, s_power: int, z_power: int) -> Any:
+    """Return states, or none, whose S and z are multiplied with powers of two."""
+    if arrays is None:
+        return None
+    c, s, z = arrays
+    return c.copy(), scaling.scaled(s, s_power), scaling.scaled(z, z_power)
 
 
 @dataclass(slots=True, eq=False)
@@ -347,6 +377,48 @@ class _Call:
     threads: int
     spread: Spread | None
     words: bool
+    #: Whether something that was written is not finite, or large tokens were refused.
+    overflow: bool = False
+
+    def attend(
+        self,
+        constants: Array,
+        jobs: plan.Jobs,
+        longest: int,
+        state: Any,
+        causal: bool,
+        tokens: bool,
+    ) -> None:
+        """Run all jobs of a call; those of one token apart."""
+        if tokens:
+            if longest == 1:
+                self.run(constants, jobs, state, tokens=True)
+                return
+            longer = np.count_nonzero(jobs.table[:, 3] > 1)  # these come first
+            self.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
+            jobs = jobs.take(slice(longer))
+        if causal and self.threads > 1:
+            jobs = self.share(constants, jobs, state)
+        if causal or longest <= plan.SEGMENT:
+            self.run(constants, jobs, state)
+            return
+        long = jobs.table[:, [3, 6]].max(1) > plan.SEGMENT
+        self.run(constants, jobs.take(~long), state)
+        jobs = jobs.take(long)
+        for first in range(0, len(jobs.table), plan.WAVE):
+            wave = jobs.take(slice(first, first + plan.WAVE))
+            slots = wave.table[:, 5]
+            if state is None:
+                totals = _empty(self.layout, len(slots))
+            else:
+                totals = tuple(array[slots] for array in state)
+                self.fold_tails(totals)
+            folds, reads = plan.segments(wave)
+            self.fold(constants, folds, totals)
+            self.run(constants, reads, totals)
+            if state is not None and wave.table[:, 3].any():
+                for array, total in zip(state, totals, strict=True):
+                    array[slots] = total
 
     def run(self, constants: Array, jobs: plan.Jobs, state: Any, *, tokens: bool = False) -> None:
         """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
@@ -358,7 +430,8 @@ class _Call:
             self._step(constants, jobs) if tokens else self._kernel(constants, jobs, None, workers)
         )
         space = self.layout.stateful if state is None else self.layout.stateless
-        _run(kernel, (*args, *(state or ())), count, workers, space)
+        if _run(kernel, (*args, *(state or ())), count, workers, space)[OVERFLOW]:
+            self.overflow = True
 
     def share(self, constants: Array, jobs: plan.Jobs, state: Any) -> plan.Jobs:
         """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
@@ -377,7 +450,8 @@ class _Call:
                 for array, mine in zip(arrays, new, strict=False):
                     array[total] = mine[0]
                 kernel, args = self._kernel(constants, job, relay.words, self.threads)
-                POOL.call(kernel, (*args, *arrays), relay.count, self.threads)
+                if POOL.call(kernel, (*args, *arrays), relay.count, self.threads)[OVERFLOW]:
+                    self.overflow = True
                 if state is not None:
                     after = c[relay.last], s[total], z[total]
                     for array, mine in zip(state, after, strict=True):
@@ -487,6 +561,14 @@ def attend_exact(
     space = plan.exact_workspace(dtype, q.shape[-1], v.shape[-1], words=words, planes=planes)
     workers = min(_threads(work, threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
+    if control[OVERFLOW] and scaling.holds_large(args[3]):
+        power, rows = scaling.POWER[dtype.itemsize], np.empty_like(out)
+        values = scaling.scaled(args[3], -power).reshape(v.shape)
+        attend_exact(
+            q, k, values, mask, rows, dtype=dtype, causal=causal, scale=scale, grouped=grouped,
+            threads=threads, words=words,
+        )  # fmt: skip
+        scaling.fill(out, scaling.means(rows, power))
     return not control[TROUBLE]
 
 

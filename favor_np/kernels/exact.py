@@ -37,7 +37,7 @@ from favor_np.kernels.chunk import own_values
 from favor_np.kernels.floats import flush_beside
 from favor_np.kernels.gemm import gemm_t, project_t, soon
 from favor_np.kernels.jit import jit
-from favor_np.kernels.jobs import claim, enter, leave, report
+from favor_np.kernels.jobs import TROUBLE, claim, enter, leave, report
 from favor_np.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
 from favor_np.kernels.products import begin_unit, end_unit, seen_by
 from favor_np.kernels.simd import VECTOR_BYTES, load, sum_lanes
@@ -334,7 +334,7 @@ def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, c
         if job >= n:
             break
         if not exact_block(par, q, k, v, mask, jobs[job], out, t):
-            report(ctl)
+            report(ctl, TROUBLE)
         finished += 1
     end_unit(unit)
     end_unit(cut_unit)
@@ -344,19 +344,19 @@ def attend_blocks(par, q, k, v, mask, jobs, out, unit, cut_unit, floats, ints, c
 @jit(cache=True)
 def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
     """Take jobs until none is left; how many are finished by now.  Reports where float64 is needed."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, None, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), None, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_exact_words(par, q, k, v, mask, jobs, rows, weights, tops, unit, floats, ints, ctl, n):
     """The same, its products in bfloat16."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), unit, None, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), unit, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_exact_planes(par, q, k, v, mask, jobs, rows, weights, tops, unit, floats, ints, ctl, n):
     """The same as `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, unit, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), None, unit, floats,
                          ints, ctl, n)  # fmt: skip

@@ -9,8 +9,8 @@ import numpy as np
 from favor_np.kernels.chunk import WHOLE, Problem, attend_chunk, carve, piece, read
 from favor_np.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mode
 from favor_np.kernels.jit import jit
-from favor_np.kernels.jobs import claim, enter, leave
-from favor_np.kernels.pack import CHUNK, Map, Result
+from favor_np.kernels.jobs import OVERFLOW, claim, enter, leave, report
+from favor_np.kernels.pack import CHUNK, Map, Result, holds_large
 from favor_np.kernels.products import begin_unit, end_unit, load_state
 from favor_np.kernels.relay import attend_relay
 from favor_np.kernels.spread import carve_groups
@@ -109,7 +109,7 @@ def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out
     """Take jobs until none is left; how many are finished by now."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, None, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), None, None, None, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_ro
     """
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), room, spread, None, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), room, spread, None, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def attend_words(constants, q, k, v, mask, query, key, bias, affine, unit, jobs,
     """The same as `attend`, its products in bfloat16: `query` and `key` are words."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), None, None, unit, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
@@ -143,15 +143,18 @@ def attend_planes(constants, q, k, v, mask, query, key, bias, affine, query_plan
     """The same as `attend`, with projections from the matrix unit: no less exact, and faster."""
     fm = Map(query, key, bias, affine, query_planes, key_planes)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, unit, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), None, None, unit, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, out_rows, clocks, rows, weights,
                   tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """The same as `attend` for causal problems of one token each, which is not masked."""
-    par, finished = parameters(constants), 0
+    """The same as `attend` for causal problems of one token each, which is not masked.
+
+    States take no large values: where there are any, and states, nothing is done.
+    """
+    par, finished, refused = parameters(constants), 0, jobs[0, 5] >= 0 and holds_large(v)
     me, mode = enter(ctl)
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
@@ -160,9 +163,12 @@ def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, ou
         job = claim(ctl)
         if job >= n:
             break
+        finished += 1
+        if refused:
+            report(ctl, OVERFLOW)
+            continue
         row, clock = jobs[job], clock_of(clocks, job)[0]
         slot = begin(par, row, me, c, s, z, width)
         step_token(par, q, q_rows[job, 0], k, row[0], v, row[1], fm, row[4], row[7], clock, c, s, z, slot,
-                   Result(rows, weights, tops), out_rows[job, 0], t)  # fmt: skip
-        finished += 1
+                   Result(rows, weights, tops, ctl), out_rows[job, 0], t)  # fmt: skip
     return leave(ctl, finished, mode)
