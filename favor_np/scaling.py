@@ -31,7 +31,10 @@ def holds_large(array: Array) -> bool:
 
 def _within(limit: float, array: Array) -> bool:
     """Whether all numbers are, none being NaN."""
-    return bool(-limit < array.min(initial=0) and array.max(initial=0) < limit)
+    if not array.size:
+        return True
+    # Half the time of `min` and `max`, where there are few.
+    return bool(-limit < array.item(array.argmin()) and array.item(array.argmax()) < limit)
 
 
 def powers_of(*groups: tuple[Array, ...]) -> tuple[int, ...] | None:

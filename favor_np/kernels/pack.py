@@ -181,7 +181,7 @@ def across(rows, columns):
 def write_rows(num, den, top, square, count, out, row):
     """Rows num / den of a Result: zeros where there is no key, NaN where the query is not finite."""
     rows, one = out.rows, out.rows.dtype.type(1)
-    spoiled = 0
+    total = rows.dtype.type(0)
     for i in range(count if out.tops.size > 0 else 0):
         out.weights[row + i], out.tops[row + i] = den[i], top[i]
     for i in range(count):
@@ -193,8 +193,8 @@ def write_rows(num, den, top, square, count, out, row):
         for x in range(rows.shape[1]):
             value = rows.dtype.type(num[i, x] * inverse)
             rows[row + i, x] = value
-            spoiled += not abs(value) < math.inf
-    if spoiled > 0:
+            total += abs(value)
+    if not total < math.inf:
         mend_rows(num, count, out, row)
 
 
