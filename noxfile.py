@@ -35,9 +35,9 @@ def interop(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def cuda(session: nox.Session) -> None:
-    """Test the kernels for GPUs where there is none: compiled, and executed from their PTX."""
+    """Test the kernels for GPUs where there is none, and the tools that compile and execute them."""
     install(session, "cuda")
-    files = session.posargs or ["tests/cuda"]
+    files = session.posargs or ["tests/cuda", "tools/cuda_on_cpu"]
     session.run("pytest", *files, env={"FAVOR_NP_TEST_CUDA": "require"})
 
 

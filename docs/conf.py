@@ -7,7 +7,7 @@ from pathlib import Path
 import favor_np
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent / "tools"))
 
 project = "favor_np"
 author = "favor_np developers"

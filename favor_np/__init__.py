@@ -14,7 +14,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # nothing is imported here: an interrupt would find no program yet
 
-__version__ = "0.1.0"
+from favor_np._version import __version__
 
 _HOMES = {
     "AttentionState": "state",
@@ -31,7 +31,7 @@ _HOMES = {
     "recommend": "recommendation",
     "sample_projection": "projection",
     "stream_attention": "streaming",
-    "thread_limit": "threads",
+    "thread_limit": "cpu.threads",
 }
 
 __all__ = [
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from favor_np.attention import favor_attention as favor_attention
+    from favor_np.cpu.threads import thread_limit as thread_limit
     from favor_np.diagnostics import diagnose as diagnose
     from favor_np.exact import exact_attention as exact_attention
     from favor_np.exact import exact_attention_vjp as exact_attention_vjp
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from favor_np.recommendation import recommend as recommend
     from favor_np.state import AttentionState as AttentionState
     from favor_np.streaming import stream_attention as stream_attention
-    from favor_np.threads import thread_limit as thread_limit
     from favor_np.variance import kernel_variance as kernel_variance
     from favor_np.weights import attention_weights as attention_weights
     from favor_np.window import WindowState as WindowState

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.features import FeatureMap
-from favor_np.state import AttentionState, launcher
-
-if TYPE_CHECKING:
-    from favor_np.cuda.arrays import Place
+from favor_np.call import Call, Options, StateForm, decay_offsets
+from favor_np.engine import Engine, engine_for, refuse
+from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
+from favor_np.state import AttentionState
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -25,7 +23,7 @@ def favor_attention(
     cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[False] = ...,
-    out: Array | None = ..., precision: Literal["full", "bfloat16", "tf32x3"] = ...,
+    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
 ) -> Array: ...  # fmt: skip
@@ -36,7 +34,7 @@ def favor_attention(
     cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ..., window: int | None = ...,
     state: AttentionState | None = ..., return_state: Literal[True],
-    out: Array | None = ..., precision: Literal["full", "bfloat16", "tf32x3"] = ...,
+    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
     num_threads: int | None = ..., check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
 ) -> tuple[Array, AttentionState]: ...  # fmt: skip
@@ -55,7 +53,7 @@ def favor_attention(
     state: AttentionState | None = None,
     return_state: bool = False,
     out: Array | None = None,
-    precision: Literal["full", "bfloat16", "tf32x3"] = "full",
+    precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
@@ -102,14 +100,12 @@ def favor_attention(
     out : ndarray, optional
         Where to write the result; it may overlap an input.  On a CUDA device: an array of CuPy,
         Numba or PyTorch, as the others are, in C order, which overlaps none.
-    precision : {"full", "bfloat16", "tf32x3"}, default "full"
+    precision : {"full", "bfloat16"}, default "full"
         "bfloat16", on the CPU only: matrix products of numbers rounded to 8 bits, summed in
         float32; not for float64.  About twice as fast on processors with a matrix unit (AMX), 1.4
         times on others with AVX512_BF16, slower elsewhere (`favor-np info` tells); it adds an error
-        of about 0.003 of the result.  Values count as they are: take off a mean that is much larger
-        than their spread, and add it to the result.
-        "tf32x3", on a CUDA device of compute capability 8.0 or newer only: matrix products on
-        tensor cores, every factor in two parts, with an error as that of float32.
+        of about 0.003 of the result.  Rounding is relative to each value: subtract a mean of `v` that
+        is much larger than its spread, and add it to the result.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
@@ -137,7 +133,7 @@ def favor_attention(
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
         without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `decay` is
         not in (0, 1] or not that of `state`, `precision` is "bfloat16" with float64 (integers
-        included) or `window`, `precision` is not for the device, the map is "trig" or of another
+        included) or `window`, an option is not for the device, the map is "trig" or of another
         dimension, `state` belongs to another map or packing, `out` is read-only, or `check_finite`
         is set and an array is not finite.
 
@@ -163,209 +159,107 @@ def favor_attention(
     >>> favor_np.favor_attention(q, k, v, fm, causal=True).ravel()
     array([1.        , 0.5       , 0.33333333])
     """
-    call = prepare(
+    call = check(
         q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa, decay=decay, window=window, state=state, return_state=return_state,
         precision=precision, num_threads=num_threads, check_finite=check_finite, device=device,
     )  # fmt: skip
-    room, target = call.targets(out)
-    following = call.run(target)
-    result: Array = call.finished(room, target, out)
+    result, target = call.engine.outputs(call, out)
+    after = state_after(call, state) if return_state or state is not None else None
+    attend(call, target, after)
+    finished: Array = call.engine.finish(call, result, target, out)
     if return_state:
-        assert following is not None
-        return result, following
-    return result
+        assert after is not None
+        return finished, after
+    return finished
 
 
-@dataclass(slots=True, eq=False)
-class Prepared:
-    """The checked arguments of `favor_attention`."""
-
-    feature_map: FeatureMap
-    arrays: validation.AttentionCall
-    offsets: Array | None
-    rates: Array | None
-    window: int | None
-    state: AttentionState | None
-    keeps: bool
-    #: Whether products are not in full precision but in the other one that there is.
-    fast: bool
-    place: Place | None
-
-    def targets(self, out: object = None, *, whole: bool = False) -> tuple[Any, Any]:
-        """Return the array of the result, and the one that kernels write to: `whole`, in 32 bits."""
-        if self.place is None:
-            return self.arrays.targets(out)
-        result = self.place.room(self.arrays, out)
-        if whole and result.dtype != np.float32:
-            return result, self.place.launch.empty(self.arrays.out_shape)
-        return result, result
-
-    def finished(self, result: Any, target: Any, out: Any = None) -> Any:
-        """Return the result as the caller gets it: `out` if it was given."""
-        if target is not result:
-            if self.place is None:
-                result[...] = target
-            else:
-                self.launch.convert(target, result)
-        if out is not None:
-            return out
-        return result if self.place is None else self.place.give(result, self.arrays.result)
-
-    def run(
-        self, target: Array, weights: tuple[Array, Array] | None = None
-    ) -> AttentionState | None:
-        """Write the result to the C-ordered `target`; the state after it, if one is kept.
-
-        `weights`, zeros, receive the denominators of the rows.
-        """
-        call = self.arrays
-        following = self._following() if self.keeps else None
-        clock = self.clock if following is None or self.state is None else following._clock
-        if target.size == 0 and (following is None or call.keys == 0):
-            pass
-        elif call.keys == 0 and self.state is None and self.place is None:
-            target[...] = 0
-        elif self.window is not None and self.window < call.keys:
-            from favor_np import window as windows
-
-            windows.attend(self.feature_map, call, target, self.window, self.offsets, self.rates)
-        else:
-            self.launch.attend(
-                self.feature_map, call.q, call.k, call.v, call.mask, target,
-                dtype=call.compute, causal=call.causal, grouped=call.grouped,
-                state=None if following is None else following.arrays,
-                state_shape=None if following is None else following.batch_shape,
-                threads=call.threads, offsets=self.offsets, clock=clock, weights=weights,
-                fast=self.fast,
-            )  # fmt: skip
-        if following is not None:
-            following._count(call.keys, self.offsets)
-        return following
-
-    @property
-    def launch(self) -> Any:
-        """The module that launches kernels where the arrays are."""
-        return launcher(self.place)
-
-    @property
-    def clock(self) -> Any:
-        """How keys are raised, so that earlier ones decay."""
-        if self.state is not None:
-            return self.state._clock
-        if self.rates is None:
-            return None
-        return self.launch.clock(self.rates, self.offsets)
-
-    def _following(self) -> AttentionState:
-        """Return the state that the keys are folded into."""
-        if self.state is not None:
-            following = self.state.copy()
-            return following if self.arrays.keys else following._without_tail()
-        call = self.arrays
-        sequences = None if self.offsets is None else len(self.offsets) - 1
-        following = AttentionState._zeros(
-            self.feature_map,
-            call.v.shape[-1],
-            call.state_shape,
-            sequences,
-            None,
-            call.compute,
-            self.place,
-        )
-        if self.rates is not None:
-            following.rates = np.repeat(self.rates, following.sequences or 1)
-        return following
-
-
-def prepare(
-    q: object,
-    k: object,
-    v: object,
-    feature_map: object,
-    *,
-    causal: object = False,
-    key_mask: object = None,
-    cu_seqlens: object = None,
-    enable_gqa: object = False,
-    decay: object = None,
-    window: object = None,
-    state: object = None,
-    return_state: object = False,
-    precision: object = "full",
-    num_threads: object = None,
-    check_finite: object = False,
-    device: object = None,
-) -> Prepared:
+def check(
+    q: Any, k: Any, v: Any, feature_map: object, *,
+    cu_seqlens: object = None, decay: object = None, window: object = None, state: object = None,
+    return_state: object = False, precision: object = "full", device: object = None,
+    **options: Unpack[Options],
+) -> Call:  # fmt: skip
     """Check the arguments of `favor_attention`."""
-    where = None
-    if device is not None or not (type(q) is type(k) is type(v) is np.ndarray):
-        where = _place(device, q=q, k=k, v=v, key_mask=key_mask)
-    if where is not None:
-        where.refuse(decay=decay, window=window, check_finite=check_finite)
-        q, k, v, key_mask = where.views(q=q, k=k, v=v, key_mask=key_mask)
-        cu_seqlens = where.host(cu_seqlens)
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind == "trig":
-        raise ValueError(
-            "feature_map must not be of kind 'trig': its estimates can be negative, so a "
-            "denominator can vanish; it serves studies of the kernel only"
-        )
-    before = None if state is None else _state(state, feature_map, where)
-    check = validation.attention_call if where is None else where.attention_call
-    call = check(
-        q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
-        num_threads=num_threads, dim=feature_map.dim, heads=feature_map.num_heads,
-        state_shape=None if before is None else before.batch_shape,
-        value_dim=None if before is None else before.value_dim,
-    )  # fmt: skip
+    engine = engine_for(device, q, k, v, options.get("key_mask"))
+    if engine.refused:
+        refuse(engine, decay=decay, window=window, check_finite=options.get("check_finite"))
+        q, k, v, options["key_mask"] = engine.views(q=q, k=k, v=v, key_mask=options.get("key_mask"))
+    fm = checked(feature_map, ATTENTION_KINDS)
+    before = None if state is None else _checked_state(state, fm, engine)
+    call = engine.check(q, k, v, fm, before, **options)
     keeps = validation.flag("return_state", return_state) or before is not None
-    offsets = None
     if cu_seqlens is not None:
-        offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
+        cu_seqlens = engine.to_host(cu_seqlens)
+        call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
     rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
     if before is not None:
         if before.dtype != call.compute:
             raise TypeError(
                 f"state has dtype {before.dtype}, but these arrays are computed in {call.compute}"
             )
-        before._fits(offsets, decay, causal=call.causal)
-    decays = rates if before is None else before.rates
-    if decays is not None:
-        validation.decay_span(decays, call.keys)
+        before._fits(call.offsets, decay, causal=call.causal)
+        rates, call.decay = before._rates, before._decay
+    elif rates is not None:
+        sequences = 1 if call.offsets is None else len(call.offsets) - 1
+        call.decay_rates, call.decay = rates, decay_offsets(rates, sequences)
+    if rates is not None:
+        validation.decay_span(rates, call.keys)
     if window is not None:
-        window = validation.integer("window", window)
+        call.window = validation.integer("window", window)
         if not call.causal:
             raise ValueError("window needs causal=True")
         if keeps:
             raise ValueError("window cannot be used with state or return_state: see WindowState")
-    if where is not None:
-        fast = where.on_tensor_cores(precision)
-    elif precision == "tf32x3":
-        raise ValueError(
-            "precision='tf32x3' needs a CUDA device: arrays that lie there, or device='cuda'"
-        )
-    else:
-        fast = validation.in_words(precision, call.compute)
-        if fast and window is not None:
+    if precision != "full":
+        call.bfloat16 = validation.is_bfloat16(precision, call.compute)
+        refuse(engine, precision=call.bfloat16)
+        if call.bfloat16 and window is not None:
             raise ValueError("precision='bfloat16' cannot be used with window")
-    return Prepared(feature_map, call, offsets, rates, window, before, keeps, fast, where)
+    return call
 
 
-def _place(where: object, **arrays: Any) -> Place | None:
-    """Return the device where a call is computed, or None: see `favor_np.cuda.arrays`."""
-    from favor_np.cuda.arrays import place
-
-    return place(where, **arrays)
-
-
-def _state(state: object, feature_map: FeatureMap, where: Place | None) -> AttentionState:
+def _checked_state(state: object, feature_map: FeatureMap, engine: Engine) -> AttentionState:
     if not isinstance(state, AttentionState):
         raise TypeError(f"state must be an AttentionState, got {validation.got(state)}")
-    state.same_map(feature_map)
-    if (state.place is None) != (where is None):
-        raise TypeError(
-            f"state lies {'in main memory' if state.place is None else 'on a CUDA device'}, the arrays do not"
-        )
+    state._check_map(feature_map)
+    if state._engine.home != engine.home:
+        raise TypeError(f"state lies {state._engine.home}, the arrays do not")
     return state
+
+
+def state_after(call: Call, before: AttentionState | None) -> AttentionState:
+    """Return the state that the keys are folded into: a copy of the one before, or an empty one."""
+    if before is not None:
+        after = before.copy()
+        return after if call.keys else after._without_tail()
+    sequences = None if call.offsets is None else len(call.offsets) - 1
+    form = StateForm(call.map, call.compute, call.v.shape[-1])
+    after = AttentionState._empty(call.engine, form, call.state_shape, sequences)
+    if call.decay_rates is not None:
+        after._rates = np.repeat(call.decay_rates, sequences or 1)
+    return after
+
+
+def attend(
+    call: Call,
+    target: Any,
+    after: AttentionState | None = None,
+    normalizers: tuple[Any, Any] | None = None,
+) -> None:
+    """Write the result to the C-ordered `target`; fold the keys into the state `after`.
+
+    `normalizers`, zeros, receive the denominators of the rows.
+    """
+    if after is not None and call.decay is not None:
+        call.decay = after._decay
+    if target.size == 0 and (after is None or call.keys == 0):
+        pass
+    elif call.window is not None and call.window < call.keys:
+        from favor_np import window
+
+        window.attend(call, target)
+    else:
+        call.engine.attend(call, target, None if after is None else after._arrays, normalizers)
+    if after is not None:
+        after._count(call.keys, call.offsets)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.features import FeatureMap
+from favor_np.call import Call, ErrorBars
+from favor_np.engine import processor
+from favor_np.features import FeatureMap, checked
 from favor_np.variance import structure
-
-if TYPE_CHECKING:
-    from favor_np.kernels.spread import Spread
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -153,25 +152,14 @@ def diagnose(
     Standard error 0.01... of the output (root mean square); effective sample size ...
     The error bars can be trusted: about 95% of errors are within 1.96 of them.
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind != "positive":
-        raise ValueError(f"feature_map must be of kind 'positive', got {feature_map.kind!r}")
-    call = validation.attention_call(
-        q, k, v, key_mask=key_mask, causal=causal, grouped=False, check_finite=False,
-        num_threads=None, dim=feature_map.dim, heads=feature_map.num_heads,
-    )  # fmt: skip
+    checked(feature_map, ("positive",))
+    call = processor().check(q, k, v, feature_map, causal=causal, key_mask=key_mask)
     group, groups, biased = _groups(feature_map)
     output, error = (np.zeros(call.out_shape, call.compute) for _ in range(2))
     sizes = np.zeros(output.shape[:-1], call.compute)
     if output.size and call.keys:
-        from favor_np import launch
-
-        launch.attend(
-            feature_map, call.q, call.k, call.v, call.mask, output, dtype=call.compute,
-            causal=call.causal, grouped=False, state=None, state_shape=None, threads=None,
-            spread=_spread(call, error, sizes, groups - 1), group=group,
-        )  # fmt: skip
+        call.error_bars = _error_bars(call, error, sizes, group, groups - 1)
+        call.engine.attend(call, output)
     if groups == 1:
         error[...] = np.inf
     if biased and output.size:
@@ -200,22 +188,20 @@ def _groups(fm: FeatureMap) -> tuple[int, int, bool]:
     return group, -(-rows // group), length is not None
 
 
-def _spread(call: validation.AttentionCall, error: Array, sizes: Array, freedom: int) -> Spread:
-    """Return where the kernel writes errors and sizes, and what it makes them of.
+def _error_bars(call: Call, errors: Array, sizes: Array, group: int, dof: int) -> ErrorBars:
+    """Return where errors and sizes go, and what they are made of.
 
     Few groups know the variance badly; Student's t says by how much errors have to be larger.
     """
     from scipy.special import stdtrit
 
-    from favor_np.kernels.spread import Spread
-
     width = call.v.shape[-1]
     sample = np.unique(np.linspace(0, call.keys - 1, min(call.keys, SAMPLE)).astype(np.int64))
     values = call.v.reshape(-1, call.keys, width)[:, sample].astype(np.float64)
-    wider = stdtrit(freedom * max(1, width), 0.975) / stdtrit(np.inf, 0.975)
-    return Spread(
-        error.reshape(-1, width), sizes.reshape(-1), values.var(1).astype(call.compute),
-        float(freedom), COMMON, float(wider),
+    t_factor = stdtrit(dof * max(1, width), 0.975) / stdtrit(np.inf, 0.975)
+    return ErrorBars(
+        errors.reshape(-1, width), sizes.reshape(-1), values.var(1).astype(call.compute),
+        float(dof), COMMON, float(t_factor), group,
     )  # fmt: skip
 
 
@@ -224,7 +210,7 @@ def _mean_square(array: Array) -> float:
     return float(flat @ flat) / max(1, flat.size)
 
 
-def _bias(fm: FeatureMap, call: validation.AttentionCall, output: Array, error: Array) -> float:
+def _bias(fm: FeatureMap, call: Call, output: Array, error: Array) -> float:
     """Return by how much errors are larger than what differs between features, at least 1."""
     count, problems = output.shape[-2], math.prod(output.shape[:-2])
     probes = min(count, max(4, PROBES // problems))

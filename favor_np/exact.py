@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import validation
+from favor_np import numerics, validation
+from favor_np.call import Call, Forward, Options, sum_to
+from favor_np.engine import processor
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -89,8 +91,12 @@ def exact_attention(
     >>> favor_np.exact_attention(q, k, np.eye(2), scale=1.0).round(4)
     array([[0.2689, 0.7311]])
     """
-    call, factor = _checked(q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite)
-    return _attend(call, factor, words=validation.in_words(precision, call.compute))[0]
+    call = _check(
+        q, k, v, scale, causal=causal, key_mask=key_mask, enable_gqa=enable_gqa,
+        num_threads=num_threads, check_finite=check_finite,
+    )  # fmt: skip
+    call.bfloat16 = validation.is_bfloat16(precision, call.compute)
+    return _attend(call)[0]
 
 
 class AttentionGradients(NamedTuple):
@@ -164,120 +170,79 @@ def exact_attention_vjp(
     array([[0.    , 0.2689],
            [0.    , 0.7311]])
     """
-    call, factor = _checked(q, k, v, key_mask, causal, scale, enable_gqa, num_threads, check_finite)
-    out, saved, weights, rows = _attend(call, factor, keep=True)
+    call = _check(
+        q, k, v, scale, causal=causal, key_mask=key_mask, enable_gqa=enable_gqa,
+        num_threads=num_threads, check_finite=check_finite,
+    )  # fmt: skip
+    out, forward, rows = _attend(call, keep=True)
 
     def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
-        g = validation.cotangent(grad_out, call.out_shape, check_finite=check_finite)
+        g = validation.cotangent(grad_out, call.out_shape)
+        if check_finite:
+            validation.finite(grad_out=g)
         inputs = call.q, call.k, call.v
         keys = (*call.state_shape, call.keys)
         leads = call.out_shape[:-1], keys, keys
         shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
-
-        def differentiate(v: Array, saved: Array, g: Array) -> list[Array]:
-            from favor_np import launch
-
-            assert weights is not None
-            grads = [np.empty(shape, saved.dtype) for shape in shapes]
-            queries, w = call.q, weights[0]
-            if len(rows):  # the kernel sees no key of theirs
-                queries = np.broadcast_to(call.q, shapes[0]).copy()
-                queries[tuple(rows.T)] = 0
-                w = w.copy()
-                w[tuple(rows.T)] = 0
-            launch.differentiate_exact(
-                queries, call.k, v, call.mask, saved, (w, weights[1]), g, grads,
-                dtype=saved.dtype, causal=call.causal, scale=factor, grouped=call.grouped,
-                threads=call.threads,
-            )  # fmt: skip
-            _add_rows(dataclasses.replace(call, v=v), factor, rows, g, grads)
-            return grads
-
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            if weights is None:
+            if forward is None:
                 grads = [np.zeros(shape) for shape in shapes]
             else:
-                grads = differentiate(call.v, saved, g)
-                if not all(np.isfinite(grad).all() for grad in grads):
-                    _fill_large(
-                        grads, differentiate, *(x.astype(saved.dtype) for x in (call.v, saved, g))
-                    )
+                grads = [np.empty(shape, forward.out.dtype) for shape in shapes]
+                seen, (w, tops) = call, forward.normalizers
+                if len(rows):  # the kernel sees no key of theirs
+                    queries, w = np.broadcast_to(call.q, shapes[0]).copy(), w.copy()
+                    queries[tuple(rows.T)], w[tuple(rows.T)] = 0, 0
+                    seen = replace(call, q=queries)
+                processor().exact_vjp(seen, Forward(forward.out, (w, tops)), g, grads)
+                _add_rows(call, rows, g, grads)
             return AttentionGradients(*map(sum_to, grads, inputs))
 
     return out, pullback
 
 
-def _fill_large(
-    grads: list[Array], differentiate: Callable[..., list[Array]], v: Array, out: Array, g: Array
-) -> None:
-    """Put numbers where products of values and cotangents, or sums of them, have overflowed."""
-    from favor_np import scaling
-
-    powers = scaling.powers_of((v, out), (g,))
-    if powers is None:
-        return
-    values, cotangents = powers
-    small = differentiate(
-        scaling.scaled(v, -values), scaling.scaled(out, -values), scaling.scaled(g, -cotangents)
-    )
-    both = values + cotangents
-    for grad, other, power in zip(grads, small, (both, both, cotangents), strict=True):
-        scaling.fill(grad, scaling.scaled(other, power))
+def _check(q: object, k: object, v: object, scale: object, **options: Unpack[Options]) -> Call:
+    """Check the arguments of exact attention."""
+    call = processor().check(q, k, v, **options)
+    call.scale = float(call.q.shape[-1]) ** -0.5
+    if scale is not None:
+        call.scale = validation.positive_float("scale", scale)
+    return call
 
 
-def _checked(
-    q: object, k: object, v: object, key_mask: object, causal: object, scale: object,
-    enable_gqa: object, num_threads: object, check_finite: object,
-) -> tuple[validation.AttentionCall, float]:  # fmt: skip
-    """Return the checked arguments and the scale."""
-    call = validation.attention_call(
-        q, k, v, key_mask=key_mask, causal=causal, grouped=enable_gqa, check_finite=check_finite,
-        num_threads=num_threads,
-    )  # fmt: skip
-    if scale is None:
-        return call, float(call.q.shape[-1]) ** -0.5
-    return call, validation.positive_float("scale", scale)
+def _attend(call: Call, *, keep: bool = False) -> tuple[Array, Forward | None, Array]:
+    """Return the result and, to `keep` for a gradient, what it left; None if nothing was computed.
 
-
-def _attend(
-    call: validation.AttentionCall, scale: float, *, keep: bool = False, words: bool = False
-) -> tuple[Array, Array, tuple[Array, Array] | None, Array]:
-    """Return the result and, for a gradient, the same as computed and the rows' denominators.
-
-    There are none where nothing was computed.  Last come the rows whose logits are beyond the kernels.
+    Last come the rows whose logits are beyond the kernels.
     """
-    result, target = call.targets(None)
-    saved, weights, rows = target, None, np.empty((0, len(call.out_shape) - 1), np.intp)
+    engine = processor()
+    result, target = engine.outputs(call)
+    saved, rows = target, np.empty((0, len(call.out_shape) - 1), np.intp)
+    normalizers: Any = None
     if target.size and not call.keys:
         target[...] = 0
     elif target.size:
-        from favor_np import launch
 
-        def compute(to: Array) -> tuple[bool, tuple[Array, Array] | None]:
-            weights = launch.new_weights(to) if keep else None
-            fits = launch.attend_exact(
-                call.q, call.k, call.v, call.mask, to,
-                dtype=to.dtype, causal=call.causal, scale=scale, grouped=call.grouped,
-                threads=call.threads, weights=weights, words=words and to.dtype == np.float32,
-            )  # fmt: skip
-            return fits, weights
+        def compute(to: Array) -> bool:
+            nonlocal normalizers
+            normalizers = engine.normalizers(to) if keep else None
+            return engine.attend_exact(call, to, normalizers)
 
-        fits, weights = compute(target)
+        fits = compute(target)
         if not fits and target.dtype == np.float32:
             saved = np.empty(target.shape)
-            fits, weights = compute(saved)
+            fits = compute(saved)
             with np.errstate(all="ignore"):  # what is beyond the kernels is computed below
-                large = _too_large(call, scale, 4)[..., None]
+                large = _too_large(call, 4)[..., None]
                 np.copyto(target, saved, where=large, casting="same_kind")
         if not fits:
-            rows = np.argwhere(_too_large(call, scale, 8))
-            from favor_np import scaling
+            from favor_np.cpu.scaling import means
 
-            for row in _each_row(call, scale, rows):
-                target[row.at] = scaling.means(row.weights @ (row.v / 2), 1)
-    if target is not result:
-        result[...] = target
-    return result, saved, weights, rows
+            rows = np.argwhere(_too_large(call, 8))
+            for row in _each_row(call, rows):
+                target[row.at] = means(row.weights @ (row.v / 2), 1)
+    forward = None if normalizers is None else Forward(saved, normalizers)
+    return engine.finish(call, result, target), forward, rows
 
 
 class _Row(NamedTuple):
@@ -292,7 +257,7 @@ class _Row(NamedTuple):
     weights: Array
 
 
-def _each_row(call: validation.AttentionCall, scale: float, rows: Array) -> Iterator[_Row]:
+def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
     """Go through some rows of the result, computed as the formula says."""
     lead, own = call.out_shape[:-2], call.state_shape
     queries = np.broadcast_to(call.q, (*lead, *call.q.shape[-2:]))
@@ -311,41 +276,34 @@ def _each_row(call: validation.AttentionCall, scale: float, rows: Array) -> Iter
             seen = seen[mask[of][seen]]
         q, k, v = (x.astype(np.float64) for x in (queries[at], keys[of][seen], values[of][seen]))
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            logits = k @ (q * scale)
+            logits = k @ (q * call.scale)
             weights = np.exp(logits - logits.max())
         yield _Row(at, of, seen, q, k, v, weights / weights.sum())
 
 
-def _add_rows(
-    call: validation.AttentionCall, scale: float, rows: Array, g: Array, grads: list[Array]
-) -> None:
+def _add_rows(call: Call, rows: Array, g: Array, grads: list[Array]) -> None:
     """Add what some rows have in the gradients: of all query heads, and of the keys' problems."""
     dq, dk, dv = grads
-    for row in _each_row(call, scale, rows):
-        cotangent = g[row.at].astype(np.float64)
-        of_values = row.v @ cotangent
-        of_logits = row.weights * (of_values - row.weights @ of_values) * scale
-        dq[row.at] = of_logits @ row.k
-        dk[row.of][row.seen] += np.outer(of_logits, row.q)
-        dv[row.of][row.seen] += np.outer(row.weights, cotangent)
+    for row in _each_row(call, rows):
+        (v, by), (cotangent, more) = _small(row.v), _small(g[row.at].astype(np.float64))
+        of_values = v @ cotangent
+        of_logits = row.weights * (of_values - row.weights @ of_values) * call.scale
+        dq[row.at] = np.ldexp(of_logits @ row.k, by + more)
+        dk[row.of][row.seen] += np.ldexp(np.outer(of_logits, row.q), by + more)
+        dv[row.of][row.seen] += np.ldexp(np.outer(row.weights, cotangent), more)
 
 
-def sum_to(grad: Array, like: Array) -> Array:
-    """Return the gradient of an array that was broadcast: summed to its shape, in its dtype."""
-    shape = (1,) * (grad.ndim - like.ndim) + like.shape
-    axes = tuple(i for i, n in enumerate(shape) if n != grad.shape[i])
-    if axes:
-        grad = grad.sum(axes, dtype=np.float64, keepdims=True)
-    return grad.reshape(like.shape).astype(like.dtype.newbyteorder("="), copy=False)
+def _small(x: Array) -> tuple[Array, int]:
+    """Return numbers of at most one, and the power of two by which they are smaller than these."""
+    power = max(0, int(np.frexp(np.abs(x[np.isfinite(x)]).max(initial=0))[1]))
+    return np.ldexp(x, -power), power
 
 
-def _too_large(call: validation.AttentionCall, scale: float, size: int) -> npt.NDArray[np.bool_]:
+def _too_large(call: Call, size: int) -> npt.NDArray[np.bool_]:
     """Return which rows see a logit that floats of so many bytes cannot resolve.
 
     Row by row: no later key decides how an earlier row is computed.
     """
-    from favor_np import plan
-
     q, k = map(_norms, (call.q, call.k))
     k = np.where(np.isfinite(k), k, 0.0)
     if call.mask is not None:
@@ -354,8 +312,8 @@ def _too_large(call: validation.AttentionCall, scale: float, size: int) -> npt.N
         k = np.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)
     longest = np.maximum.accumulate(k, axis=-1) if call.causal else k.max(-1, keepdims=True)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        limit = plan.longest_row(size, scale)
-        rows = (q * longest > LARGEST_LOGIT[size] / scale) | (q >= limit) | (longest >= limit)
+        limit = numerics.longest_row(size, call.scale)
+        rows = (q * longest > LARGEST_LOGIT[size] / call.scale) | (q >= limit) | (longest >= limit)
         rows &= np.isfinite(q)
     return np.broadcast_to(rows, call.out_shape[:-1])
 

@@ -26,6 +26,8 @@ from favor_np.projection import KINDS as PROJECTIONS
 from favor_np.projection import RNG, sample_projection
 
 KINDS = ("positive", "relu", "elu", "trig")
+#: Those whose features are positive, so that no denominator can vanish: what attention takes.
+ATTENTION_KINDS = KINDS[:3]
 
 F64: TypeAlias = npt.NDArray[np.float64]
 
@@ -87,8 +89,6 @@ class FeatureMap:
     query_weight, key_weight : ndarray, shape (heads or 1, m, d), float64
         What multiplies centred queries and keys: ``sqrt(scale) * projection`` for both, unless
         the map is calibrated.
-    weight : ndarray
-        The same as `key_weight`.
     query_center, key_center : ndarray, shape (heads or 1, d), float64
         What is subtracted from queries and keys first; zero unless calibrated.
     bias : ndarray, shape (heads or 1, m), float64
@@ -151,10 +151,38 @@ class FeatureMap:
             object.__setattr__(self, name, value)
 
     @classmethod
+    def random(cls, kind: str, dim: int, num_features: int, **options: Any) -> FeatureMap:
+        """Make a feature map with a random projection: the same as `feature_map`.
+
+        Parameters
+        ----------
+        kind, dim, num_features, **options
+            As for `feature_map`.
+
+        Returns
+        -------
+        FeatureMap
+            What `feature_map` returns.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `feature_map`.
+
+        Examples
+        --------
+        >>> from favor_np import FeatureMap, feature_map
+        >>> FeatureMap.random("positive", 4, 8, rng=1) == feature_map("positive", 4, 8, rng=1)
+        True
+        """
+        return feature_map(kind, dim, num_features, **options)
+
+    @classmethod
     def from_projection(
         cls,
         projection: npt.ArrayLike,
         kind: str = "positive",
+        *,
         scale: float | None = None,
         antithetic: bool = False,
         kernel_epsilon: float = 1e-3,
@@ -206,7 +234,7 @@ class FeatureMap:
 
     @validation.own_error_state
     def calibrate(
-        self, q: npt.ArrayLike, k: npt.ArrayLike, method: str = "auto", center: bool = True
+        self, q: npt.ArrayLike, k: npt.ArrayLike, method: str = "auto", *, center: bool = True
     ) -> FeatureMap:
         """Return a map with smaller errors on queries and keys that are like these.
 
@@ -316,11 +344,6 @@ class FeatureMap:
         """Number of heads with a projection or calibration of their own, or None."""
         own = self.calibration is not None and self.calibration.quadratic.ndim == 2
         return len(self.key_weight) if own or self.projection.ndim == 3 else None
-
-    @property
-    def weight(self) -> F64:
-        """The same as `key_weight`; also `query_weight` unless the map is calibrated."""
-        return self.key_weight
 
     @property
     def key_norm(self) -> float:
@@ -494,6 +517,16 @@ class FeatureMap:
         )
 
 
+def checked(value: object, kinds: tuple[str, ...] = KINDS) -> FeatureMap:
+    """Return a feature map of one of these kinds."""
+    if not isinstance(value, FeatureMap):
+        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(value)}")
+    if value.kind not in kinds:
+        wanted = ", ".join(map(repr, kinds[:-1])) + " or " * (len(kinds) > 1) + repr(kinds[-1])
+        raise ValueError(f"feature_map must be of kind {wanted}, got {value.kind!r}")
+    return value
+
+
 def _affine(projection: F64, scale: float, calibration: Calibration | None) -> dict[str, Any]:
     """Return the affine form of a map with the rows `projection` (heads or 1, m, d)."""
     dim = projection.shape[-1]
@@ -530,6 +563,7 @@ def feature_map(
     kind: str,
     dim: int,
     num_features: int,
+    *,
     projection: str = "orthogonal",
     norms: str = "chi",
     antithetic: bool = True,
@@ -554,7 +588,7 @@ def feature_map(
         Length d of queries and keys.
     num_features : int
         Number M of all features.  Even for "trig" (cos and sin) and with `antithetic`.
-    projection : {"orthogonal", "iid", "simplex", "hadamard"}, default "orthogonal"
+    projection : {"orthogonal", "iid", "simplex"}, default "orthogonal"
         How the rows w_r are drawn: see `sample_projection`.
     norms : {"chi", "sqrt"}, default "chi"
         Lengths of the rows: see `sample_projection`.
@@ -614,4 +648,6 @@ def feature_map(
     validation.positive_float("kernel_epsilon", kernel_epsilon)
     validation.choice("projection", projection, PROJECTIONS)
     w = sample_projection(rows, dim, projection, norms, rng=rng, dtype=dtype)
-    return FeatureMap.from_projection(w, kind, scale, antithetic, kernel_epsilon)
+    return FeatureMap.from_projection(
+        w, kind, scale=scale, antithetic=antithetic, kernel_epsilon=kernel_epsilon
+    )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import validation
-from favor_np.attention import Prepared, prepare
-from favor_np.exact import sum_to
+from favor_np import numerics, validation
+from favor_np.attention import attend, check, state_after
+from favor_np.call import Call, Forward, StateParts
+from favor_np.engine import refuse
 from favor_np.features import FeatureMap
-
-if TYPE_CHECKING:
-    from favor_np.state import AttentionState
+from favor_np.state import AttentionState
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -46,6 +46,12 @@ class Gradients:
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.state = q, k, v, state
         self._pull_projection = projection
+
+    def __repr__(self) -> str:
+        """Say of what shapes the gradients are."""
+        shapes = ", ".join(f"{name} {getattr(self, name).shape}" for name in "qkv")
+        more = "" if self.state is None else ", state"
+        return f"<Gradients of {shapes}, projection{more}>"
 
     @cached_property
     def projection(self) -> Array:
@@ -111,105 +117,63 @@ num_threads, check_finite, device
     >>> grads.q.shape, grads.v.sum().round(6)  # the weights of every row sum to one
     ((10, 4), np.float64(40.0))
     """
-    call = prepare(
+    call = check(
         q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa, decay=decay, state=state, return_state=return_state,
         num_threads=num_threads, check_finite=check_finite, device=device,
     )  # fmt: skip
-    if call.place is not None:
-        call.place.refuse(state=state, return_state=return_state)
-    result, target = call.targets(whole=True)  # what is rounded would round the gradient, too
-    weights, following = attend(call, target)
-    result = call.finished(result, target)
-    if call.place is not None:
-        return result, _pullback_on_device(call, target, weights)
-    if not return_state:
-        return result, pullback_of(call, target, weights)
-    return (result, following), pullback_of(call, target, weights, following)
+    engine = call.engine
+    refuse(engine, **{"state in a gradient": state, "return_state in a gradient": return_state})
+    after = state_after(call, state) if return_state else None
+    forward = attend_forward(call, state, after)
+    result, _ = engine.outputs(call)
+    if result.dtype == forward.out.dtype:
+        result = forward.out
+    result = engine.finish(call, result, forward.out)
+    if after is None:
+        return result, pullback_of(call, forward, state)
+    return (result, after), pullback_of(call, forward, state, after)
 
 
-def attend(call: Prepared, target: Any) -> tuple[tuple[Any, Any], AttentionState | None]:
-    """Write the result to `target`; the denominators of its rows, and the state if one is kept."""
-    weights = call.launch.new_weights(target)
-    return weights, call.run(target, weights)
+def attend_forward(
+    call: Call, state: AttentionState | None = None, after: AttentionState | None = None
+) -> Forward:
+    """Attend, and keep what the pullback needs beside the arguments."""
+    engine = call.engine
+    _, out = engine.outputs(
+        replace(call, result=call.compute)
+    )  # what is rounded would round gradients
+    normalizers = engine.normalizers(out)
+    if state is not None and after is None:
+        after = state_after(call, state)
+    attend(call, out, after, normalizers)
+    return Forward(out, normalizers, None if state is None else state._arrays)
 
 
 def pullback_of(
-    call: Prepared, result: Array, weights: tuple[Array, Array],
-    following: AttentionState | None = None,
+    call: Call, forward: Forward, state: AttentionState | None = None,
+    after: AttentionState | None = None,
 ) -> Callable[..., Gradients]:  # fmt: skip
-    """Return the pullback from what `attend` left behind: all it needs beside the arguments."""
-    feature_map, state, launch = call.feature_map, call.state, call.launch
+    """Return the pullback from what the forward pass left behind."""
+    engine = call.engine
 
-    def pullback(grad_out: npt.ArrayLike, grad_state: Any = None) -> Gradients:
-        grad = validation.tensor("grad_out", grad_out)
-        if grad.shape != result.shape:
-            raise ValueError(f"grad_out must have shape {result.shape}, got {grad.shape}")
-        suffix = None
+    def pullback(grad_out: Any, grad_state: Any = None) -> Gradients:
+        grad = engine.cotangent(call, grad_out)
+        final = None
         if grad_state is not None:
-            if following is None:
+            if after is None:
                 raise ValueError("grad_state needs return_state=True")
-            suffix = _suffix(call, following, grad_state)
+            final = _final_state(state, after, grad_state)
+        found = engine.attend_vjp(call, forward, grad, final)
 
-        def pull(projection: bool) -> Any:
-            arrays = call.arrays
-            return launch.attend_vjp(
-                feature_map, arrays.q, arrays.k, arrays.v, arrays.mask, result, weights, grad,
-                dtype=arrays.compute, causal=arrays.causal, grouped=arrays.grouped,
-                state=None if state is None else state.arrays, suffix=suffix,
-                state_shape=arrays.state_shape, threads=arrays.threads, offsets=call.offsets,
-                clock=call.clock, projection=projection,
-            )  # fmt: skip
+        def projection() -> Array:
+            parts = engine.projection_vjp(call, forward, grad, final)
+            return _projection(call.map, *parts).astype(call.compute, copy=False)
 
-        like = call.arrays
-        kept = like.state_shape if like.grouped else None
-        q, k, v, first = pull(False)
-        return Gradients(
-            _onto(q, like.q, None),
-            _onto(k, like.k, kept),
-            _onto(v, like.v, kept),
-            None if state is None else _state_gradient(state, first),
-            lambda: _projection(feature_map, *pull(True)).astype(like.compute, copy=False),
-        )
+        first = None if state is None else _state_gradient(state, found.state)
+        return Gradients(found.q, found.k, found.v, first, projection)
 
     return pullback
-
-
-def _pullback_on_device(
-    call: Prepared, target: Any, weights: tuple[Any, Any]
-) -> Callable[..., Gradients]:
-    """Return the pullback where the arrays lie on a CUDA device."""
-    arrays, place, launch = call.arrays, call.place, call.launch
-    assert place is not None
-
-    def projection() -> Array:
-        raise ValueError("the gradient of the projection is not computed on a CUDA device")
-
-    def pullback(grad_out: Any) -> Gradients:
-        grad = place.taken("grad_out", grad_out)
-        if grad.shape != target.shape:
-            raise ValueError(f"grad_out must have shape {target.shape}, got {grad.shape}")
-        found = launch.attend_vjp(
-            call.feature_map, arrays.q, arrays.k, arrays.v, arrays.mask, target, weights, grad,
-            dtype=arrays.compute, causal=arrays.causal, grouped=arrays.grouped,
-            threads=arrays.threads, offsets=call.offsets,
-        )  # fmt: skip
-        q, k, v = (
-            place.give(x, like.dtype)
-            for x, like in zip(found, (arrays.q, arrays.k, arrays.v), strict=True)
-        )
-        return Gradients(q, k, v, None, projection)
-
-    return pullback
-
-
-def _onto(grad: Array, like: Array, kept: tuple[int, ...] | None) -> Array:
-    """Sum over the axes along which `like` was broadcast, or shared by groups of query heads."""
-    if kept is not None:
-        batch = grad.shape[:-2]
-        group = batch[-1] // kept[-1]
-        grad = grad.reshape(*batch[:-1], kept[-1], group, *grad.shape[-2:]).sum(-3)
-    return sum_to(grad, like)
 
 
 def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Array) -> Array:
@@ -240,13 +204,12 @@ def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Arr
     return total
 
 
-def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
+def _final_state(
+    before: AttentionState | None, after: AttentionState, grad_state: Any
+) -> tuple[Any, ...]:
     """Return the cotangent of the last state as the kernels fold it: relative to 2**-c."""
-    from favor_np import launch
-
-    fm, value_dim = following.feature_map, following.value_dim
-    lead = (*following._slots, fm.num_features)
-    shapes = {"S": (*lead, value_dim), "z": lead}
+    lead = (*after._slots, after.feature_map.num_features)
+    shapes = {"S": (*lead, after.value_dim), "z": lead}
     try:
         given = dict(zip(shapes, grad_state, strict=True))
     except (TypeError, ValueError):
@@ -257,32 +220,31 @@ def _suffix(call: Prepared, following: AttentionState, grad_state: Any) -> Any:
         given[name] = validation.tensor(f"grad_state.{name}", given[name], 1)
         if given[name].shape != shape:
             raise ValueError(f"grad_state.{name} must have shape {shape}, got {given[name].shape}")
-    rows = len(following.arrays[0]), fm.num_features
-    c, weight = following.c.reshape(rows), np.ones(rows)
+    rows = len(after._arrays[0]), after.feature_map.num_features
+    c, weight = after.c.reshape(rows), np.ones(rows)
     seen, exponents = _folded(c), -c
-    if following.rates is not None:
-        whole, fraction = following._raised()
-        before = 0 if call.state is None else call.state._raised()[0]
-        exponents = exponents - (whole - before)[:, None].astype(c.dtype)
+    if after._rates is not None:
+        whole, fraction = after._raised()
+        earlier = 0 if before is None else before._raised()[0]
+        exponents = exponents - (whole - earlier)[:, None].astype(c.dtype)
         weight *= np.exp2(-fraction)[:, None]
     weight[~seen] = 0
-    raw = (
+    parts = StateParts(
         np.where(seen, exponents, _nothing(c)),
-        given["S"].reshape(*rows, value_dim) * weight[..., None],
+        given["S"].reshape(*rows, after.value_dim) * weight[..., None],
         given["z"].reshape(rows) * weight,
     )
-    return launch.with_padding(fm, following.dtype, value_dim, raw)
+    states: tuple[Any, ...] = after._engine.states_of(after._form, parts)
+    return states
 
 
 def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
     """Return the cotangent of the first state's S and z from the fold that went back to it."""
-    from favor_np import launch
-
-    c, s, z = launch.without_padding(state.feature_map, state.dtype, state.value_dim, found)
+    c, s, z = state._engine.state_sums(state._form, found)
     before = state.c.reshape(c.shape)
     seen = _folded(before) & _folded(c)
     weight = np.ldexp(np.where(seen, 1.0, 0.0), np.where(seen, c + before, 0))
-    if state.rates is not None:
+    if state._rates is not None:
         weight = weight * np.exp2(state._raised()[1])[:, None]
     lead = (*state._slots, state.feature_map.num_features)
     with np.errstate(over="ignore"):  # what is beyond the dtype is infinite
@@ -291,9 +253,7 @@ def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
 
 
 def _nothing(c: Array) -> int:
-    from favor_np import plan
-
-    return plan.NOTHING[c.dtype.itemsize]
+    return numerics.NOTHING[c.dtype.itemsize]
 
 
 def _folded(c: Array) -> Any:

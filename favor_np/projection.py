@@ -21,16 +21,18 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
+from favor_np.deprecation import renamed
 
-KINDS = ("orthogonal", "iid", "simplex", "hadamard")
+KINDS = ("orthogonal", "iid", "simplex")
 NORMS = ("chi", "sqrt")
 
 F64: TypeAlias = npt.NDArray[np.float64]
 RNG: TypeAlias = int | np.random.SeedSequence | np.random.BitGenerator | np.random.Generator | None
 
 
+@renamed(num_features="num_rows")
 def sample_projection(
-    num_features: int,
+    num_rows: int,
     dim: int,
     kind: str = "orthogonal",
     norms: str = "chi",
@@ -42,20 +44,17 @@ def sample_projection(
 
     Parameters
     ----------
-    num_features : int
+    num_rows : int
         Number of rows m.
     dim : int
         Length d of queries and keys.
-    kind : {"orthogonal", "iid", "simplex", "hadamard"}, default "orthogonal"
+    kind : {"orthogonal", "iid", "simplex"}, default "orthogonal"
         "iid": independent rows.  "orthogonal": the rows of each block of d consecutive rows
         are orthogonal, their directions the rows of a Haar-distributed orthogonal matrix;
         blocks are independent, and the last one has fewer rows when d does not divide m.
         Each row alone has the same law as an iid row, so estimators stay unbiased, with a
         smaller variance.  "simplex": the same with directions that point to the corners of a
         regular simplex: inner products -1/(d-1) instead of 0 (needs d of at least 2).
-        "hadamard": the rows of products H D1 H D2 H D3 of the Walsh-Hadamard matrix and random
-        signs, for d a power of two: orthogonal, but only nearly of the right law, so that
-        estimators have a small bias.
     norms : {"chi", "sqrt"}, default "chi"
         Length of the rows.  "chi": as of a Gaussian vector (chi distribution, d degrees of
         freedom), which makes the row exactly N(0, I).  "sqrt": always sqrt(d), for either
@@ -70,7 +69,7 @@ def sample_projection(
 
     Returns
     -------
-    ndarray, shape (num_features, dim)
+    ndarray, shape (num_rows, dim)
         The projection.  A given seed gives the same bits on every machine and NumPy version
         (see the head of this module for how).
 
@@ -86,8 +85,7 @@ def sample_projection(
     -----
     Orthogonal rows: Choromanski et al. 2021, "Rethinking Attention with Performers"
     (arXiv:2009.14794), section 2.4 and theorem 2; "sqrt" norms give its kernel SMREG.
-    Simplex rows: Reid et al. 2023 (arXiv:2301.13856).  Hadamard rows: Yu et al. 2016, "Orthogonal
-    Random Features" (arXiv:1610.09072), there called SORF.
+    Simplex rows: Reid et al. 2023 (arXiv:2301.13856).
 
     QR without fixing the signs of R's diagonal, found in most implementations, is *not* Haar:
     its first coordinates prefer one sign and positive features become biased.  Gram-Schmidt,
@@ -105,7 +103,7 @@ def sample_projection(
     >>> bool(np.allclose(gram, np.diag(np.diag(gram)), atol=1e-5))
     True
     """
-    num_features = validation.integer("num_features", num_features)
+    num_rows = validation.integer("num_rows", num_rows)
     dim = validation.integer("dim", dim)
     validation.choice("kind", kind, KINDS)
     validation.choice("norms", norms, NORMS)
@@ -113,14 +111,10 @@ def sample_projection(
 
     if kind == "simplex" and dim < 2:
         raise ValueError(f"dim must be at least 2 for simplex rows, got {dim}")
-    if kind == "hadamard" and dim & (dim - 1):
-        raise ValueError(f"dim must be a power of two for hadamard rows, got {dim}")
     bits = _bit_generator(rng)
-    rows = _standard_normal(bits, num_features * dim).reshape(num_features, dim)
+    rows = _standard_normal(bits, num_rows * dim).reshape(num_rows, dim)
     own_lengths = np.sqrt(_sum(rows.T * rows.T))[:, None]
-    if kind == "hadamard":
-        directions = _hadamard_blocks(bits, num_features, dim)
-    elif kind == "iid":
+    if kind == "iid":
         directions = rows / own_lengths
     else:
         directions = _orthogonal_blocks(rows, simplex=kind == "simplex")
@@ -218,27 +212,6 @@ def _simplex(blocks: F64) -> F64:
     b = (np.sqrt((dim - count) / (dim - 1.0)) - a) / count
     total = _sum(np.moveaxis(blocks, -2, 0).copy())
     return np.asarray(a * blocks + b * total[:, None, :])
-
-
-def _hadamard_blocks(bits: np.random.BitGenerator, num: int, dim: int) -> F64:
-    """Return the unit rows of blocks H D1 H D2 H D3."""
-    blocks = -(-num // dim)
-    signs = np.sign(_standard_normal(bits, 3 * blocks * dim)).reshape(3, blocks, dim, 1)
-    matrix = np.broadcast_to(np.eye(dim), (blocks, dim, dim))
-    for diagonal in signs:
-        matrix = _walsh(diagonal * matrix)
-    return np.asarray(matrix.reshape(-1, dim)[:num] / np.sqrt(float(dim) ** 3))
-
-
-def _walsh(x: F64) -> F64:
-    """Multiply (..., n, k) by the Walsh-Hadamard matrix, n a power of two."""
-    count, half = x.shape[-2], 1
-    while half < count:
-        pairs = x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
-        top, bottom = pairs[..., 0, :, :], pairs[..., 1, :, :]
-        x = np.stack([top + bottom, top - bottom], axis=-3).reshape(x.shape)
-        half *= 2
-    return x
 
 
 def _gram_schmidt(blocks: F64) -> F64:

@@ -71,7 +71,7 @@ class Recommendation:
 
 @validation.own_error_state
 def recommend(
-    q: npt.ArrayLike, k: npt.ArrayLike, target_error: float = 0.1, causal: bool = False
+    q: npt.ArrayLike, k: npt.ArrayLike, *, target_error: float = 0.1, causal: bool = False
 ) -> Recommendation:
     """Choose between feature maps and exact attention for data like this.
 
@@ -218,7 +218,7 @@ def _closed_form(q: Array, k: Array, q_old: Array, k_old: Array, features: int) 
     q_old, k_old = (x.reshape(-1, x.shape[-2], x.shape[-1])[0] for x in (q_old, k_old))
     fm = fm.calibrate(q_old, k_old, "aderf")
     with np.errstate(over="ignore", invalid="ignore"):
-        variance = kernel_variance(fm, q, k, relative=True)
+        variance = kernel_variance(q, k, fm, relative=True)
     return math.sqrt(float(np.median(np.nan_to_num(variance, nan=np.inf))))
 
 

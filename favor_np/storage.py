@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-import favor_np
 from favor_np import validation
+from favor_np._version import __version__
 from favor_np.features import Calibration, FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -72,7 +72,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "favor_np": favor_np.__version__,
+        "favor_np": __version__,
         "dtype": np.dtype(parts.dtype).name,
         "batch_shape": parts.batch_shape,
         "value_dim": parts.value_dim,
@@ -213,7 +213,7 @@ def _rest(
     file: zipfile.ZipFile, size: int, slots: int, features: int, value_dim: int
 ) -> tuple[Array, ...]:
     """Return what a state holds beside (c, S, z): see ``kernels.state``."""
-    from favor_np.kernels.state import TAIL
+    from favor_np.cpu.kernels.state import TAIL
 
     kind, count = f"<f{size}", _array(file, "tail", f"<i{size}", shape=(slots,))
     if not ((count >= 0) & (count <= TAIL)).all():

@@ -17,7 +17,9 @@ import numpy as np
 
 from favor_np import storage, validation
 from favor_np.attention import favor_attention
-from favor_np.features import FeatureMap
+from favor_np.call import Call
+from favor_np.engine import processor
+from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.state import AttentionState, _restore
 
 #: Seconds between two checkpoints; a chunk that takes longer is followed by one.
@@ -118,13 +120,11 @@ def stream_attention(
     ...     del out, done  # closes the file
     True
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
+    checked(feature_map, ATTENTION_KINDS)
     size = validation.integer("chunk_size", chunk_size)
-    call = validation.attention_call(
-        _outline("q", q), _outline("k", k), _outline("v", v), key_mask=None, causal=causal,
-        grouped=False, check_finite=False, num_threads=num_threads, dim=feature_map.dim,
-        heads=feature_map.num_heads,
+    call = processor().check(
+        _outline("q", q), _outline("k", k), _outline("v", v), feature_map,
+        causal=causal, num_threads=num_threads,
     )  # fmt: skip
     _check_out(out, call, {"q": q, "k": k, "v": v})
     bar = _bar(progress)
@@ -240,7 +240,7 @@ def _form(name: str, array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
         ) from None
 
 
-def _check_out(out: Any, call: validation.AttentionCall, inputs: dict[str, Any]) -> None:
+def _check_out(out: Any, call: Call, inputs: dict[str, Any]) -> None:
     shape, dtype = _form("out", out)
     in_memory = isinstance(out, np.ndarray)
     if dtype != call.result and (in_memory or dtype.newbyteorder("=") != call.result):
@@ -382,7 +382,7 @@ def _release(array: Any) -> None:
         mapped._mmap.madvise(mmap.MADV_DONTNEED)  # mode "c" would lose what was written
 
 
-def _identity(call: validation.AttentionCall, feature_map: FeatureMap, size: int) -> dict[str, Any]:
+def _identity(call: Call, feature_map: FeatureMap, size: int) -> dict[str, Any]:
     """Return all that two calls must share if one is to continue the other."""
     arrays = {name: getattr(call, name) for name in ("q", "k", "v")}
     return {
@@ -438,7 +438,7 @@ class _Checkpoint:
         if found.feature_map != new.feature_map:
             self.refuse("its state has another feature map")
         mine, its = (
-            (s.batch_shape, s.value_dim, s.dtype.name, s.sequences, s.rates is None)
+            (s.batch_shape, s.value_dim, s.dtype.name, s.sequences, s._rates is None)
             for s in (new, found)
         )
         if its != mine:

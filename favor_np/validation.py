@@ -6,12 +6,10 @@ what was got, and is raised before anything is compiled.
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -309,10 +307,19 @@ def sequence_offsets(value: object, length: int, queries: int | None = None) -> 
 
 
 def token(
-    q: object, k: object, v: object, batch: tuple[int, ...], dim: int
-) -> tuple[tuple[object, object, object], bool]:
-    """Return one token (..., d) or (..., 1, d) as rows, and whether it was given without their axis."""
+    q: object, k: object, v: object, batch: tuple[int, ...], dim: int, sequences: int | None = None
+) -> tuple[tuple[Any, Any, Any], bool]:
+    """Return one token (..., d) or (..., 1, d) as rows, and whether it was given without their axis.
+
+    With packed sequences one of each: (..., sequences, d).
+    """
     q = tensor("q", q, 1)
+    if sequences is not None:
+        if q.ndim < 2 or q.shape[-2] != sequences:
+            raise ValueError(
+                f"q must be one token of each of the {sequences} sequences, got shape {q.shape}"
+            )
+        return (q, k, v), False
     if q.ndim == len(batch) + 1:
         if type(k) is not np.ndarray or k.ndim == 0:  # what is an array is checked as rows
             k = tensor("k", k, 1)
@@ -325,11 +332,9 @@ def token(
 
 
 def state_arguments(
-    value_dim: object, batch_shape: object, dtype: npt.DTypeLike, *, kind: str, heads: int | None
+    value_dim: object, batch_shape: object, dtype: npt.DTypeLike, heads: int | None
 ) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
-    """Check what a state is made of; `kind` and `heads` are those of its feature map."""
-    if kind == "trig":
-        raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
+    """Check what a state is made of; `heads` are those of its feature map."""
     length = integer("value_dim", value_dim)
     axes = batch_shape if isinstance(batch_shape, (tuple, list)) else (batch_shape,)
     shape = tuple(integer("batch_shape", n, minimum=0) for n in axes)
@@ -359,7 +364,7 @@ def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -
     return None if (decay == 1).all() else -np.log2(decay).ravel()
 
 
-#: What weights may decay by in one call, as a power of two: see ``plan.NOTHING``.
+#: What weights may decay by in one call, as a power of two: see ``numerics.NOTHING``.
 LONGEST_DECAY = 2**28
 
 
@@ -388,11 +393,12 @@ def finite(**arrays: Array) -> None:
             raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def finite_as(dtype: np.dtype[Any], check: object, **arrays: Array) -> None:
-    """If `check`, refuse arrays that are not finite or, as this dtype, would not be."""
-    if flag("check_finite", check):
+def finite_as(dtype: np.dtype[Any] | None, **arrays: Array) -> None:
+    """Refuse arrays that are not finite or, as this dtype, would not be."""
+    if dtype is not None:
         with np.errstate(over="ignore"):
-            finite(**{name: array.astype(dtype, copy=False) for name, array in arrays.items()})
+            arrays = {name: array.astype(dtype, copy=False) for name, array in arrays.items()}
+    finite(**arrays)
 
 
 def output(value: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -408,17 +414,15 @@ def output(value: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array
     return value
 
 
-def cotangent(value: object, shape: tuple[int, ...], *, check_finite: bool) -> Array:
+def cotangent(value: object, shape: tuple[int, ...]) -> Array:
     """Return ``grad_out`` as an array; its shape must be that of the result."""
     array = tensor("grad_out", value)
     if array.shape != shape:
         raise ValueError(f"grad_out must have shape {shape} as the result, got {array.shape}")
-    if check_finite:
-        finite(grad_out=array)
     return array
 
 
-def in_words(precision: object, compute: np.dtype[Any]) -> bool:
+def is_bfloat16(precision: object, compute: np.dtype[Any]) -> bool:
     """Whether ``precision`` is "bfloat16"; what is computed in `compute` must not need more."""
     if choice("precision", precision, ("full", "bfloat16")) == "full":
         return False
@@ -433,126 +437,6 @@ def in_words(precision: object, compute: np.dtype[Any]) -> bool:
 def thread_count(value: object) -> int | None:
     """Return ``num_threads`` as a positive int, or None."""
     return None if value is None else integer("num_threads", value)
-
-
-@dataclass(slots=True, eq=False)
-class AttentionCall:
-    """The checked arguments of an attention function."""
-
-    q: Array
-    k: Array
-    v: Array
-    mask: Array | None
-    causal: bool
-    grouped: bool
-    threads: int | None
-    state_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    result: np.dtype[Any]
-    compute: np.dtype[Any]
-
-    @property
-    def keys(self) -> int:
-        """Number of keys."""
-        keys: int = self.k.shape[-2]
-        return keys
-
-    def targets(self, out: object) -> tuple[Array, Array]:
-        """Return the array of the result, and the C-ordered one that a kernel may write to."""
-        direct = self.result == self.compute
-        if out is None:
-            result: Array = np.empty(self.out_shape, self.result)
-        else:
-            result = output(out, self.out_shape, self.result)
-            direct &= result.flags.c_contiguous and result.flags.aligned
-            inputs = (self.q, self.k, self.v, *(() if self.mask is None else (self.mask,)))
-            direct &= not any(np.may_share_memory(result, array) for array in inputs)
-        return result, result if direct else np.empty(self.out_shape, self.compute)
-
-
-def attention_call(
-    q: object,
-    k: object,
-    v: object,
-    *,
-    key_mask: object,
-    causal: object,
-    grouped: object,
-    check_finite: object,
-    num_threads: object,
-    dim: int | None = None,
-    heads: int | None = None,
-    state_shape: tuple[int, ...] | None = None,
-    value_dim: int | None = None,
-) -> AttentionCall:
-    """Check what all attention functions take.
-
-    `dim` and `heads` are those of a feature map, `state_shape` and `value_dim` those of a state.
-    """
-    # A step is short: what is True or False need not be checked by a call.
-    is_causal = causal is True or (causal is not False and flag("causal", causal))
-    is_grouped = grouped is not False and flag("enable_gqa", grouped)
-    q, k, v = tensor("q", q), tensor("k", k), tensor("v", v)
-    mask = None if key_mask is None else mask_of(key_mask, k.shape[-2])
-    state, out_shape = call_shapes(
-        q.shape, k.shape, v.shape, None if mask is None else mask.shape, dim, heads, state_shape,
-        value_dim, is_causal, is_grouped,
-    )  # fmt: skip
-    if check_finite is not False and flag("check_finite", check_finite):
-        finite(q=q, k=k, v=v)
-    result, compute = dtypes(q, k, v)
-    return AttentionCall(
-        q, k, v, mask, is_causal, is_grouped, thread_count(num_threads), state, out_shape, result,
-        compute,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def call_shapes(
-    q: Shape, k: Shape, v: Shape, mask: Shape | None, dim: int | None, heads: int | None,
-    state: Shape | None, value_dim: int | None, causal: bool, grouped: bool,
-) -> tuple[Shape, Shape]:  # fmt: skip
-    """Check the shapes of a call; the leading axes of keys and values together, and the result's shape."""
-    if dim is None and q[-1] == 0:
-        raise ValueError(f"q must have at least one dimension, got shape {q}")
-    of, dim = ("q", q[-1]) if dim is None else ("feature_map", dim)
-    last_axis("q", q, dim, of)
-    last_axis("k", k, dim, of)
-    if value_dim is not None:
-        last_axis("v", v, value_dim, "the state")
-    if k[-2] != v[-2]:
-        raise ValueError(
-            f"v must have one row for each row of k, got {v[-2]} rows (shape {v}) "
-            f"for {k[-2]} (shape {k})"
-        )
-    if causal and q[-2] != k[-2]:
-        raise ValueError(
-            f"causal=True needs as many queries as keys, got {q[-2]} rows of q and {k[-2]} of k"
-        )
-    shapes = {"k": k[:-2], "v": v[:-2]}
-    if mask is not None:
-        shapes["key_mask"] = mask[:-1]
-    if heads is not None:
-        shapes["feature_map"] = (heads,)
-    if state is not None:
-        shapes["state"] = state
-    common = broadcast(**shapes)
-    if state is not None and common != state:
-        raise ValueError(f"state has batch_shape {state}, but k and v need {common}")
-    batch = grouped_shape(q[:-2], common) if grouped else broadcast(q=q[:-2], keys=common)
-    return common, (*batch, q[-2], v[-1])
-
-
-def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the leading axes of grouped-query attention."""
-    if not q or not keys:
-        raise ValueError(f"enable_gqa=True needs a head axis, got leading axes q {q}, keys {keys}")
-    if keys[-1] == 0 or q[-1] % keys[-1]:
-        raise ValueError(
-            f"with enable_gqa=True the heads of q must be a multiple of those of k and v, "
-            f"got {q[-1]} and {keys[-1]}"
-        )
-    return (*broadcast(q=q[:-1], keys=keys[:-1]), q[-1])
 
 
 # ----------------------------------------------------------------------------------------

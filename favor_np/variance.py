@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.calibration import log_relative_variance
-from favor_np.features import F64, FeatureMap
+from favor_np.features import F64, FeatureMap, checked
 
 #: Nodes of the integral over the angle between the lengths of two simplex rows.
 NODES = 64
@@ -17,7 +19,7 @@ TOLERANCE = 1e-4
 
 @validation.own_error_state
 def kernel_variance(
-    feature_map: FeatureMap, q: npt.ArrayLike, k: npt.ArrayLike, *, relative: bool = False
+    q: npt.ArrayLike, k: npt.ArrayLike, feature_map: FeatureMap, *, relative: bool = False
 ) -> F64:
     """Compute the variance of a map's estimate of the kernel, over the draws of its projection.
 
@@ -26,12 +28,12 @@ def kernel_variance(
 
     Parameters
     ----------
-    feature_map : FeatureMap
-        "positive" or "trig", calibrated or not.
     q : array_like, shape (..., L, d)
         Queries; with a map that has heads: (..., heads, L, d).
     k : array_like, shape (..., L_k, d)
         Keys.
+    feature_map : FeatureMap
+        "positive" or "trig", calibrated or not.
     relative : bool, default False
         Divide by the squared kernel, ``exp(2 scale q.k)``: this cannot overflow where the
         kernel does.
@@ -64,16 +66,17 @@ def kernel_variance(
     >>> import favor_np
     >>> fm = favor_np.feature_map("positive", dim=16, num_features=64)
     >>> q, k = np.full((2, 1, 16), 0.3)
-    >>> favor_np.kernel_variance(fm, q, k, relative=True).round(5)
+    >>> favor_np.kernel_variance(q, k, fm, relative=True).round(5)
     array([[0.01528]])
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind not in ("positive", "trig"):
-        raise ValueError(
-            f"feature_map must be 'positive' or 'trig', got {feature_map.kind!r}: no closed form "
-            "of its variance is known"
+    if isinstance(q, FeatureMap):
+        warnings.warn(  # type: ignore[unreachable]
+            "kernel_variance(feature_map, q, k) is now kernel_variance(q, k, feature_map)",
+            DeprecationWarning,
+            stacklevel=3,
         )
+        q, k, feature_map = k, feature_map, q
+    checked(feature_map, ("positive", "trig"))  # of others no closed form is known
     relative = validation.flag("relative", relative)
     fm, dim = feature_map, feature_map.dim
     q, k = (validation.feature_input(n, a, dim) for n, a in (("q", q), ("k", k)))

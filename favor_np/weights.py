@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.features import F64, FeatureMap
+from favor_np.engine import processor
+from favor_np.features import ATTENTION_KINDS, F64, FeatureMap, checked
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -20,6 +21,7 @@ def attention_weights(
     k: npt.ArrayLike,
     feature_map: FeatureMap,
     *,
+    causal: bool = False,
     positions: npt.ArrayLike | None = None,
     key_mask: npt.ArrayLike | None = None,
 ) -> Array:
@@ -38,8 +40,11 @@ def attention_weights(
     feature_map : FeatureMap
         Of dimension d; any kind but "trig".  A map with a projection a head is matched with
         axis -3.
+    causal : bool, default False
+        Query i sees keys up to i only: the same as positions 0, 1, 2, ...
     positions : array_like of int, shape (rows,), optional
-        For causal attention: where in the sequence each query stands.  Keys after it get 0.
+        For causal attention with some of the queries: where in the sequence each stands.  Keys
+        after it get 0.
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.
 
@@ -54,7 +59,7 @@ def attention_weights(
     TypeError
         If an array is not real, `positions` are not integers or `key_mask` is not boolean.
     ValueError
-        If shapes do not fit, a position is negative, or the map is "trig" or of another
+        If shapes do not fit, a position is negative, `positions` come with `causal`, or the map is "trig" or of another
         dimension.
 
     See Also
@@ -71,16 +76,14 @@ def attention_weights(
     array([[1.  , 0.  , 0.  , 0.  ],
            [0.44, 0.56, 0.  , 0.  ]])
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind == "trig":
-        raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
-    call = validation.attention_call(
-        q, k, k, key_mask=key_mask, causal=False, grouped=False, check_finite=False,
-        num_threads=None, dim=feature_map.dim, heads=feature_map.num_heads,
-    )  # fmt: skip
+    checked(feature_map, ATTENTION_KINDS)
+    call = processor().check(q, k, k, feature_map, key_mask=key_mask)
     rows, keys = call.q.shape[-2], call.keys
     seen = np.full(rows, keys)  # how many keys, from the first one on, a row sees
+    if validation.flag("causal", causal):
+        if positions is not None:
+            raise ValueError("positions cannot be used with causal=True, which says the same")
+        positions = np.arange(rows)
     if positions is not None:
         seen = np.minimum(validation.row_positions("positions", positions, rows), keys - 1) + 1
     # A block ends where the view of a row does: a row sees all of a block or nothing of it, so

@@ -10,53 +10,54 @@ keeps a state that grows, and states of the ends of the segment before.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.features import FeatureMap
-from favor_np.threads import Guard
-from favor_np.validation import AttentionCall
-
-if TYPE_CHECKING:
-    from favor_np.launch import Clock
+from favor_np.call import (
+    Call,
+    DecayOffsets,
+    Options,
+    StateForm,
+    StateParts,
+    decay_offsets,
+)
+from favor_np.engine import processor
+from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
+from favor_np.guard import Guard
 
 Array: TypeAlias = npt.NDArray[Any]
 #: Rows of a result, and their denominators w * 2**top.
 Rows: TypeAlias = tuple[Array, Array, Array]
+#: Queries, keys, values, and mask.
+Part: TypeAlias = tuple[Array, Array, Array, Array | None]
 
 #: Positions that are computed at a time, or one segment: as much extra memory.
 WAVE = 16_384
 
 
-def attend(
-    feature_map: FeatureMap,
-    call: AttentionCall,
-    out: Array,
-    window: int,
-    offsets: Array | None,
-    rates: Array | None,
-) -> None:
+def attend(call: Call, out: Array) -> None:
     """Write causal attention to the last `window` positions to the C-ordered `out`, in pieces."""
-    from favor_np import launch
+    assert call.window is not None
+    window, offsets = call.window, call.offsets
 
-    def run(q: Array, k: Array, v: Array, mask: Array | None, offsets: Array, back: bool) -> Rows:
-        """Attend causally within `offsets`, whose rows are turned round or not."""
-        out = np.empty((*call.out_shape[:-2], q.shape[-2], call.out_shape[-1]), call.compute)
-        clock = launch.clock(rates, offsets)
-        if back and clock is not None:  # by the distance to the beginning of the queries' segment
-            clock = launch.Clock(-clock.rate, -clock.rate)
-        w, top = launch.new_weights(out)
-        launch.attend(
-            feature_map, q, k, v, mask, out,
-            dtype=call.compute, causal=True, grouped=call.grouped, state=None, state_shape=None,
-            threads=call.threads, offsets=offsets, clock=clock, weights=(w, top),
-        )  # fmt: skip
+    def run(part: Part, packs: Array, back: bool) -> Rows:
+        """Attend causally within `packs`, whose rows are turned round or not."""
+        q, k, v, mask = part
+        shape = (*call.out_shape[:-2], q.shape[-2], call.out_shape[-1])
+        decay = decay_offsets(call.decay_rates, len(packs) - 1)
+        if back and decay is not None:  # by the distance to the beginning of the queries' segment
+            decay = DecayOffsets(-decay.rate, -decay.rate)
+        of = replace(call, q=q, k=k, v=v, mask=mask, out_shape=shape, offsets=packs, decay=decay)
+        out = np.empty(shape, call.compute)
+        w, top = call.engine.normalizers(out)
+        call.engine.attend(of, out, normalizers=(w, top))
         return out, w, top
 
-    def turned(queries: Array, keys: Array) -> tuple[Array, Array, Array, Array | None]:
+    def turned(queries: Array, keys: Array) -> Part:
         q, k, v = call.q.take(queries, -2), call.k.take(keys, -2), call.v.take(keys, -2)
         return q, k, v, None if call.mask is None else call.mask.take(keys, -1)
 
@@ -72,7 +73,7 @@ def attend(
         piece = slice(begin[0], end[-1])
         q, k, v = (x[..., piece, :] for x in (call.q, call.k, call.v))
         mask = None if call.mask is None else call.mask[..., piece]
-        rows, w, top = run(q, k, v, mask, np.append(begin, end[-1]) - begin[0], False)
+        rows, w, top = run((q, k, v, mask), np.append(begin, end[-1]) - begin[0], False)
         later = (segment > firsts[owner]) & (window > 1)  # those with a segment before them
         if later.any():
             begin, end = begin[later, None], end[later, None]
@@ -80,7 +81,7 @@ def attend(
             real = (queries < end).ravel()
             packs = np.arange(len(begin) + 1) * (window - 1)
             other, other_w, other_top = run(
-                *turned(np.minimum(queries, end - 1).ravel(), keys.ravel()), packs, True
+                turned(np.minimum(queries, end - 1).ravel(), keys.ravel()), packs, True
             )
             at = queries.ravel()[real] - piece.start
             rows[..., at, :] = _joined(
@@ -110,9 +111,9 @@ def _joined(a: Rows, b: Rows) -> Array:
             others *= (weights[1] / total)[..., None]
             joined: Array = rows + others
     except FloatingPointError:
-        from favor_np import scaling
+        from favor_np.cpu.scaling import means
 
-        joined = scaling.means(rows / 2 + others / 2, 1)  # only rounding makes them infinite
+        joined = means(rows / 2 + others / 2, 1)  # only rounding makes them infinite
     return joined
 
 
@@ -185,13 +186,13 @@ class WindowState:
         decay: npt.ArrayLike | None = None,
         dtype: npt.DTypeLike | None = None,
     ) -> None:
-        if not isinstance(feature_map, FeatureMap):
-            raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-        self.feature_map = feature_map
+        self.feature_map = checked(feature_map, ATTENTION_KINDS)
         self.value_dim, self.batch_shape, self.dtype = validation.state_arguments(
-            value_dim, batch_shape, feature_map.projection.dtype if dtype is None else dtype,
-            kind=feature_map.kind, heads=feature_map.num_heads,
-        )  # fmt: skip
+            value_dim,
+            batch_shape,
+            feature_map.projection.dtype if dtype is None else dtype,
+            feature_map.num_heads,
+        )
         self.window = validation.integer("window", window)
         self.rates = validation.decay_rates(decay, self.batch_shape)
         self.length = 0
@@ -204,11 +205,13 @@ class WindowState:
         self._forget()
         self._guard = Guard("WindowState")
 
-    def _empty(self) -> Any:
-        from favor_np import launch
+    @property
+    def _form(self) -> StateForm:
+        """What decides how states are laid out."""
+        return StateForm(self.feature_map, self.dtype, self.value_dim)
 
-        count = math.prod(self.batch_shape)
-        return launch.new_state(self.feature_map, self.dtype, count, self.value_dim)
+    def _empty(self) -> Any:
+        return processor().new_states(self._form, math.prod(self.batch_shape))
 
     def _forget(self) -> None:
         #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window,
@@ -221,37 +224,30 @@ class WindowState:
         """Where the segment of the latest position begins."""
         return max(self.length - 1, 0) // self.window * self.window
 
-    def _fold(self, state: Any, start: int, stop: int, threads: int | None) -> None:
+    def _fold(self, call: Call, state: Any, start: int, stop: int) -> None:
         """Fold the tokens start:stop into `state`.
 
         They are raised by their distance to the beginning of the latest segment.
         """
-        from favor_np import launch
-
         rows = np.arange(start, stop) % self.window
-        clock: Clock | None = None
+        decay = None
         if self.rates is not None:
-            clock = launch.Clock((start - self._begin) * self.rates, self.rates)
-        launch.attend(
-            self.feature_map, self._k[..., :0, :], self._k.take(rows, -2), self._v.take(rows, -2),
-            self._mask.take(rows, -1), self._v[..., :0, :].copy(),
-            dtype=self.dtype, causal=False, grouped=False, state=state,
-            state_shape=self.batch_shape, threads=threads, clock=clock,
+            decay = DecayOffsets((start - self._begin) * self.rates, self.rates)
+        out = np.empty((*self.batch_shape, 0, self.value_dim), self.dtype)
+        of = replace(
+            call, q=self._k[..., :0, :], k=self._k.take(rows, -2), v=self._v.take(rows, -2),
+            mask=self._mask.take(rows, -1), causal=False, out_shape=out.shape, decay=decay,
         )  # fmt: skip
+        call.engine.attend(of, out, state)
 
-    def _read(self, state: Any, call: AttentionCall) -> Rows:
-        from favor_np import launch
-
+    def _read(self, call: Call, state: Any) -> Rows:
+        of = replace(call, k=self._k[..., :0, :], v=self._v[..., :0, :], mask=None, causal=False)
         out = np.zeros(call.out_shape, self.dtype)
-        w, top = launch.new_weights(out)
-        launch.attend(
-            self.feature_map, call.q, self._k[..., :0, :], self._v[..., :0, :], None, out,
-            dtype=self.dtype, causal=False, grouped=False, state=state,
-            state_shape=self.batch_shape, threads=call.threads, weights=(w, top),
-        )  # fmt: skip
+        w, top = call.engine.normalizers(out)
+        call.engine.attend(of, out, state, (w, top))
         return out, w, top
 
-    def _append(self, call: AttentionCall) -> None:
+    def _append(self, call: Call) -> None:
         new, before = min(call.keys, self.window), self._begin
         start, self.length = self.length, self.length + call.keys
         rows, last = np.arange(self.length - new, self.length) % self.window, call.keys - new
@@ -261,17 +257,16 @@ class WindowState:
         if self._begin > before:
             self._own = self._empty()
             self._forget()
-        self._fold(self._own, max(start, self._begin), self.length, call.threads)
+        self._fold(call, self._own, max(start, self._begin), self.length)
 
-    def _before(self, threads: int | None) -> Any:
+    def _before(self, call: Call) -> Any:
         """Return the state of the keys before the latest segment that its position sees."""
-        from favor_np import launch
 
         def backwards(state: Any, stop: int, step: int, count: int) -> list[Any]:
             states = [state]
             for end in range(stop, stop - step * count, -step):
-                state = launch.copied(state)
-                self._fold(state, end - step, end, threads)
+                state = call.engine.copy_states(state)
+                self._fold(call, state, end - step, end)
                 states.append(state)
             return states
 
@@ -285,25 +280,18 @@ class WindowState:
             self._parts = whole, backwards(self._wholes[whole], start, 1, rest)
         return self._parts[1][rest]
 
-    def _run(
-        self, q: Any, k: Any, v: Any, mask: Any, *, causal: bool, threads: int | None,
-        check_finite: object = False,
-    ) -> Array:  # fmt: skip
-        call = validation.attention_call(
-            q, k, v, key_mask=mask, causal=causal, grouped=False, check_finite=False,
-            num_threads=threads, dim=self.feature_map.dim, heads=self.feature_map.num_heads,
-            state_shape=self.batch_shape, value_dim=self.value_dim,
-        )  # fmt: skip
-        validation.finite_as(self.dtype, check_finite, q=call.q, k=call.k, v=call.v)
+    def _run(self, q: Any, k: Any, v: Any, **options: Unpack[Options]) -> Array:
+        options["dtype"] = self.dtype
+        call = processor().check(q, k, v, self.feature_map, self, **options)
         return self._guard.change(self._advance, call, spoils=call.keys > 0)
 
-    def _advance(self, call: AttentionCall) -> Array:
+    def _advance(self, call: Call) -> Array:
         """Append tokens, if there are any, and read; what is made for reading is kept."""
         if call.keys and math.prod(self.batch_shape):
             self._append(call)
         if not math.prod(call.out_shape):
             return np.zeros(call.out_shape, self.dtype)
-        return _joined(self._read(self._own, call), self._read(self._before(call.threads), call))
+        return _joined(self._read(call, self._own), self._read(call, self._before(call)))
 
     def update(
         self,
@@ -341,10 +329,8 @@ class WindowState:
         RuntimeError
             If an `update` or a `step` was interrupted, and spoiled the state.
         """
-        none = self._k[..., :0, :]
-        self._run(
-            none, k, v, key_mask, causal=False, threads=num_threads, check_finite=check_finite
-        )
+        validation.given(k=k, v=v)
+        self._run(None, k, v, key_mask=key_mask, num_threads=num_threads, check_finite=check_finite)
         return self
 
     def attend(self, q: npt.ArrayLike, *, num_threads: int | None = None) -> Array:
@@ -369,8 +355,8 @@ class WindowState:
         RuntimeError
             If an `update` or a `step` was interrupted, and spoiled the state.
         """
-        k, v = self._k[..., :0, :], self._v[..., :0, :]
-        return self._run(q, k, v, None, causal=False, threads=num_threads)
+        validation.given(q=q)
+        return self._run(q, None, None, num_threads=num_threads)
 
     def step(
         self,
@@ -409,7 +395,7 @@ class WindowState:
             If an `update` or a `step` was interrupted, and spoiled the state.
         """
         rows, flat = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
-        out = self._run(*rows, None, causal=True, threads=num_threads, check_finite=check_finite)
+        out = self._run(*rows, causal=True, num_threads=num_threads, check_finite=check_finite)
         return out[..., 0, :] if flat else out
 
     def copy(self) -> WindowState:
@@ -435,20 +421,16 @@ class WindowState:
         return self._guard.read(self._kept)
 
     def _kept(self) -> dict[str, Any]:
-        from favor_np import launch
-
-        raw = launch.all_parts(self.feature_map, self.dtype, self.value_dim, self._own)
+        c, s, z, *rest = processor().state_parts(self._form, self._own)
         kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
         rows = {name: kept[name].copy() for name in ("_k", "_v", "_mask")}
-        return kept | rows | {"_own": raw}
+        return kept | rows | {"_own": ((c, s, z), tuple(rest))}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Take what `__getstate__` gave, of this version or of one whose states were (c, S, z) alone."""
-        from favor_np import launch
-
         vars(self).update(kept)
-        parts = self._own if len(self._own) == 2 else (self._own,)
-        self._own = launch.with_padding(self.feature_map, self.dtype, self.value_dim, *parts)
+        sums, rest = self._own if len(self._own) == 2 else (self._own, ())
+        self._own = processor().states_of(self._form, StateParts(*sums, *rest))
         self._forget()
         self._guard = Guard("WindowState")
 

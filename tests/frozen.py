@@ -14,7 +14,7 @@ def main():
     fm = favor_np.feature_map("positive", 4, 8)
     assert np.allclose(favor_np.favor_attention(x, x, x, fm), 1)
     assert len(read_prices()) > 9000
-    from favor_np.kernels import favor
+    from favor_np.cpu.kernels import favor
 
     found = "loaded" if favor.attend.stats.cache_hits else "compiled"
     assert found == sys.argv[1], f"expected {sys.argv[1]}, but the code was {found}"

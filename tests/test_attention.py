@@ -1,42 +1,15 @@
 """favor_attention against the dense oracle, and what must hold whatever the numbers are."""
 
-import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle
+from support.inputs import CHANGES, MAPS, draw, lay_out, masks, random_inputs
+from support.parameters import EDGES, each_causal, each_dtype, each_map, layouts, sizes
+from support.tolerance import relative_error, tolerance
 
 from favor_np import FeatureMap, exact_attention, favor_attention, feature_map
-
-MAPS = {
-    "positive": {"kind": "positive"},
-    "antithetic": {"kind": "positive", "antithetic": True},
-    "relu": {"kind": "relu"},
-    "elu": {"kind": "elu"},
-}
-each_map = pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
-each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64])
-EDGES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129]
-
-
-def draw(*shape, seed=0, dtype=np.float64):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
-
-def inputs(L, d=6, dv=5, lead=(), std=1.0, seed=0, dtype=np.float64, Lk=None):
-    """q, k, v of one length, or k and v of length Lk."""
-    rng = np.random.default_rng(seed)
-    shapes = (*lead, L, d), (*lead, Lk or L, d), (*lead, Lk or L, dv)
-    q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
-    return dtype(std) * q, dtype(std) * k, v
-
-
-def tolerance(q, k, fm, dtype):
-    """What rounding the projections costs: eps times the largest log-feature, and a little more."""
-    longest = max(np.max(np.sum(x.astype(float) ** 2, -1), initial=0) for x in (q, k)) ** 0.5
-    widest = np.max(np.linalg.norm(fm.weight, axis=-1))
-    return np.finfo(dtype).eps * (8 + 4 * widest * longest + 2 * fm.key_norm * longest**2)
-
 
 # -- The kernel, the readable features and the oracle agree -------------------------------------
 
@@ -51,37 +24,14 @@ def numpy_reference(q, k, v, fm, causal):
 
 @each_map
 @each_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_three_ways(options, dtype, causal):
     fm = FeatureMap.from_projection(draw(20, 6), **options)
-    q, k, v = inputs(90, lead=(2,), std=0.7, dtype=dtype)
+    q, k, v = random_inputs(90, lead=(2,), std=0.7, dtype=dtype)
     out = favor_attention(q, k, v, fm, causal=causal)
-    oracle = naive.favor_attention(q, k, v, fm.projection, causal, **options)
-    assert naive.relative_error(numpy_reference(q, k, v, fm, causal), oracle) < 1e-13
-    assert naive.relative_error(out, oracle) < tolerance(q, k, fm, dtype)
-
-
-sizes = st.sampled_from(EDGES) | st.integers(1, 140)
-layouts = st.sampled_from(["C", "F", "strided", "reversed", "swapped", "read-only", "unaligned"])
-
-
-def lay_out(x, layout):
-    """The same numbers, in another place in memory."""
-    if layout == "F":
-        return np.asfortranarray(x)
-    if layout == "strided":
-        return np.repeat(x, 2, axis=-1)[..., ::2]
-    if layout == "reversed":
-        return np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1]
-    if layout == "swapped":
-        return x.astype(x.dtype.newbyteorder())
-    if layout == "unaligned":
-        raw = np.zeros(x.nbytes + 1, np.uint8)
-        raw[1:] = np.frombuffer(x.tobytes(), np.uint8)
-        return raw[1:].view(x.dtype).reshape(x.shape)
-    x = x.copy()
-    x.setflags(write=layout != "read-only")
-    return x
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal)
+    assert relative_error(numpy_reference(q, k, v, fm, causal), expected) < 1e-13
+    assert relative_error(out, expected) < tolerance(q, k, fm, dtype)
 
 
 @settings(max_examples=200)
@@ -102,13 +52,13 @@ def lay_out(x, layout):
 def test_differential(L, Lk, d, dv, rows, options, dtype, causal, masked, std, layout, seed):
     Lk = L if causal else Lk
     fm = FeatureMap.from_projection(draw(rows, d, seed=seed + 1), **options)
-    q, k, v = inputs(L, d, dv, (), std, seed, dtype, Lk=Lk)
+    q, k, v = random_inputs(L, d, dv, Lk=Lk, std=std, seed=seed, dtype=dtype)
     mask = np.random.default_rng(seed).random(Lk) < 0.7 if masked else None
     arguments = [lay_out(x, how) for x, how in zip((q, k, v), layout, strict=True)]
     out = favor_attention(*arguments, fm, causal=causal, key_mask=mask)
     assert out.dtype == dtype
-    oracle = naive.favor_attention(q, k, v, fm.projection, causal, mask, **options)
-    assert naive.relative_error(out, oracle) < tolerance(q, k, fm, dtype)
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
+    assert relative_error(out, expected) < tolerance(q, k, fm, dtype)
     plain = favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
     assert np.array_equal(out, plain)  # the layout changes no bit
     for x, y in zip(arguments, (q, k, v), strict=True):
@@ -116,14 +66,14 @@ def test_differential(L, Lk, d, dv, rows, options, dtype, causal, masked, std, l
 
 
 @each_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_every_length_around_the_tiles(dtype, causal):
     fm = FeatureMap.from_projection(draw(5, 3), antithetic=True)
-    q, k, v = inputs(130, 3, 2, dtype=dtype)
+    q, k, v = random_inputs(130, 3, 2, dtype=dtype)
     for L in EDGES:
         out = favor_attention(q[:L], k[:L], v[:L], fm, causal=causal)
-        oracle = naive.favor_attention(q[:L], k[:L], v[:L], fm.projection, causal, antithetic=True)
-        assert naive.relative_error(out, oracle) < tolerance(q, k, fm, dtype), L
+        expected = oracle.favor_attention(q[:L], k[:L], v[:L], fm, causal=causal)
+        assert relative_error(out, expected) < tolerance(q, k, fm, dtype), L
 
 
 @pytest.mark.parametrize(
@@ -137,59 +87,57 @@ def test_every_length_around_the_tiles(dtype, causal):
         ((2, 1, 2), (3, 1), (1, 1, 1, 1)),
     ],
 )
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_leading_axes_broadcast(lead_q, lead_k, lead_v, causal):
     fm = FeatureMap.from_projection(draw(7, 4))
     Lq, Lk = (11, 11) if causal else (9, 11)
     q, k, v = draw(*lead_q, Lq, 4), draw(*lead_k, Lk, 4, seed=1), draw(*lead_v, Lk, 3, seed=2)
     out = favor_attention(q, k, v, fm, causal=causal)
-    oracle = naive.favor_attention(q, k, v, fm.projection, causal)
-    assert naive.relative_error(out, oracle) < 1e-14
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal)
+    assert relative_error(out, expected) < 1e-14
     mask = np.random.default_rng(3).random((*lead_k, Lk)) < 0.6
     out = favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
-    oracle = naive.favor_attention(q, k, v, fm.projection, causal, mask)
-    assert naive.relative_error(out, oracle) < 1e-14
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
+    assert relative_error(out, expected) < 1e-14
 
 
 @each_map
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_grouped_heads(options, causal):
     q, (k, v) = draw(2, 6, 70, 4), draw(2, 2, 2, 70, 4, seed=1)
     for W in (draw(9, 4, seed=2), draw(2, 9, 4, seed=2)):  # one for all, one a head of keys
         fm = FeatureMap.from_projection(W, **options)
         out = favor_attention(q, k, v, fm, causal=causal, enable_gqa=True)
-        repeated = [np.repeat(x, 3, axis=-3) for x in (k, v)]
-        W = W if W.ndim == 2 else np.repeat(W, 3, axis=0)
-        oracle = naive.favor_attention(q, *repeated, W, causal, **options)
-        assert naive.relative_error(out, oracle) < 1e-14
+        expected = oracle.favor_attention(q, k, v, fm, causal=causal, enable_gqa=True)
+        assert relative_error(out, expected) < 1e-14
 
 
 @each_map
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_a_projection_for_each_head(options, causal):
     W = draw(3, 9, 4, seed=2)
     fm = FeatureMap.from_projection(W, **options)
-    q, k, v = inputs(70, 4, 5, (2, 3))
+    q, k, v = random_inputs(70, 4, 5, (2, 3))
     out = favor_attention(q, k, v, fm, causal=causal)
-    oracle = naive.favor_attention(q, k, v, W, causal, **options)
-    assert naive.relative_error(out, oracle) < 1e-14
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal)
+    assert relative_error(out, expected) < 1e-14
     shared = favor_attention(q, k[:, :1], v[:, :1], fm, causal=causal)  # broadcast over heads
-    oracle = naive.favor_attention(q, k[:, :1], v[:, :1], W, causal, **options)
-    assert naive.relative_error(shared, oracle) < 1e-14
+    expected = oracle.favor_attention(q, k[:, :1], v[:, :1], fm, causal=causal)
+    assert relative_error(shared, expected) < 1e-14
 
 
 # -- Precision --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize(("std", "limit"), [(0.5, 2e-6), (1, 2e-6), (2, 2e-6), (4, 1e-5)])
 def test_float32_against_float64(std, limit, antithetic, causal):
     fm = feature_map("positive", dim=64, num_features=256, antithetic=antithetic)
-    q, k, v = inputs(512, 64, 64, std=std, dtype=np.float32)
+    q, k, v = random_inputs(512, 64, 64, std=std, dtype=np.float32)
     out = favor_attention(q, k, v, fm, causal=causal)
     wide = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, causal=causal)
-    assert naive.relative_error(out, wide) < limit
+    assert relative_error(out, wide) < limit
 
 
 @each_dtype
@@ -208,13 +156,13 @@ def test_drift_inside_a_chunk(nats, path, antithetic, dtype):
     }[path]
     W = np.array([[4.0, 0, 0], [3.5, 2, 0], [-4, 0, 1], [1, -1, 3]])
     fm = FeatureMap.from_projection(W, scale=1.0, antithetic=antithetic)
-    q, k, v = inputs(L, 3, 4, std=0.5, dtype=dtype)
+    q, k, v = random_inputs(L, 3, 4, std=0.5, dtype=dtype)
     # w.k - |k|**2 / 2 falls by up to `nats` along the way.
     k[:, 0] -= (np.sqrt(2 * nats + 16) - 4) * steps
     for causal in (True, False):
         out = favor_attention(q, k, v, fm, causal=causal)
-        oracle = naive.favor_attention(q, k, v, W, causal, scale=1.0, antithetic=antithetic)
-        assert naive.relative_error(out, oracle) < tolerance(q, k, fm, dtype)
+        expected = oracle.favor_attention(q, k, v, fm, causal=causal)
+        assert relative_error(out, expected) < tolerance(q, k, fm, dtype)
 
 
 @each_dtype
@@ -222,8 +170,8 @@ def test_drift_inside_a_chunk(nats, path, antithetic, dtype):
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e8, 1e15, 1e30])
 def test_huge_inputs_are_finite(options, dtype, size):
     fm = FeatureMap.from_projection(draw(9, 6), **options)
-    q, k, v = inputs(80, std=size, dtype=dtype)
-    small_q, small_k, _ = inputs(80, dtype=dtype, seed=1)
+    q, k, v = random_inputs(80, std=size, dtype=dtype)
+    small_q, small_k, _ = random_inputs(80, dtype=dtype, seed=1)
     for causal in (False, True):
         for a, b in ((q, k), (q, small_k), (small_q, k)):
             out = favor_attention(a, b, v, fm, causal=causal)
@@ -236,32 +184,32 @@ def test_huge_inputs_are_finite(options, dtype, size):
 @pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e9])
 def test_large_inputs_of_maps_that_do_not_grow_exponentially(kind, size, dtype):
     fm = FeatureMap.from_projection(draw(30, 6), kind)
-    q, k, v = inputs(80, std=size, dtype=dtype)
+    q, k, v = random_inputs(80, std=size, dtype=dtype)
     for causal in (False, True):
         out = favor_attention(q, k, v, fm, causal=causal)
-        oracle = naive.favor_attention(q, k, v, fm.projection, causal, kind=kind)
-        assert naive.relative_error(out, oracle) < 100 * np.finfo(dtype).eps
+        expected = oracle.favor_attention(q, k, v, fm, causal=causal)
+        assert relative_error(out, expected) < 100 * np.finfo(dtype).eps
 
 
 @each_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_logits_of_ten_thousand(dtype, causal):
     fm = FeatureMap.from_projection(np.eye(4) * 10, scale=1.0)
-    q, k, v = inputs(70, 4, 3, std=30.0, dtype=dtype)
+    q, k, v = random_inputs(70, 4, 3, std=30.0, dtype=dtype)
     assert np.abs(10 * q).max() > 700
     out = favor_attention(q, k, v, fm, causal=causal)
-    oracle = naive.favor_attention(q, k, v, 10 * np.eye(4), causal, scale=1.0)
-    assert naive.relative_error(out, oracle) < (0.01 if dtype == np.float32 else 1e-9)
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal)
+    assert relative_error(out, expected) < (0.01 if dtype == np.float32 else 1e-9)
 
 
 @each_dtype
 def test_tiny_and_zero_inputs(dtype):
     fm = FeatureMap.from_projection(draw(9, 6), antithetic=True)
-    q, k, v = inputs(70, dtype=dtype)
+    q, k, v = random_inputs(70, dtype=dtype)
     mean = np.cumsum(v, 0) / np.arange(1, 71)[:, None]
     for size in (0.0, 1e-30, 5e-324):
         out = favor_attention(dtype(size) * q, dtype(size) * k, v, fm, causal=True)
-        assert naive.relative_error(out, mean) < 10 * np.finfo(dtype).eps
+        assert relative_error(out, mean) < 10 * np.finfo(dtype).eps
     out = favor_attention(q, k, 0 * v, fm)
     assert np.array_equal(out, 0 * out)
 
@@ -279,10 +227,10 @@ def test_equal_keys_average_the_past(options):
 
 @each_map
 @each_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_identity_values_give_weights(options, dtype, causal):
     fm = FeatureMap.from_projection(draw(16, 6), **options)
-    q, k, _ = inputs(80, dtype=dtype)
+    q, k, _ = random_inputs(80, dtype=dtype)
     weights = favor_attention(q, k, np.eye(80, dtype=dtype), fm, causal=causal)
     assert np.abs(weights.sum(-1) - 1).max() < 20 * np.finfo(dtype).eps
     assert (weights >= 0).all()
@@ -295,15 +243,15 @@ def test_identity_values_give_weights(options, dtype, causal):
 @each_dtype
 def test_order_of_keys_does_not_matter(options, dtype):
     fm = FeatureMap.from_projection(draw(16, 6), **options)
-    q, k, v = inputs(150, dtype=dtype)
+    q, k, v = random_inputs(150, dtype=dtype)
     order = np.random.default_rng(0).permutation(150)
     out = favor_attention(q, k[order], v[order], fm)
-    assert naive.relative_error(out, favor_attention(q, k, v, fm)) < 30 * np.finfo(dtype).eps
+    assert relative_error(out, favor_attention(q, k, v, fm)) < 30 * np.finfo(dtype).eps
 
 
 def test_it_converges_to_exact_attention():
     """Error against exact attention falls like one over the root of the number of features."""
-    q, k, v = inputs(100, 8, 8, std=0.5)
+    q, k, v = random_inputs(100, 8, 8, std=0.5)
     exact = exact_attention(q, k, v)
 
     def rms(num_features):
@@ -319,22 +267,13 @@ def test_it_converges_to_exact_attention():
 
 # -- Causality -------------------------------------------------------------------------------------
 
-CHANGES = {
-    "times 3": lambda x: 3 * x,
-    "1e4": lambda x: 0 * x + 1e4,
-    "-1e4": lambda x: 0 * x - 1e4,
-    "zero": lambda x: 0 * x,
-    "NaN": lambda x: np.nan * x,
-    "inf": lambda x: 0 * x + np.inf,
-}
-
 
 @each_map
 @each_dtype
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_future_changes_no_bit_of_the_past(options, dtype, change):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(150, std=2.0, dtype=dtype)
+    q, k, v = random_inputs(150, std=2.0, dtype=dtype)
     before = favor_attention(q, k, v, fm, causal=True)
     for t in (0, 1, 5, 15, 16, 17, 40, 63, 64, 65, 100, 128, 149):
         for which in range(3):
@@ -345,10 +284,10 @@ def test_the_future_changes_no_bit_of_the_past(options, dtype, change):
 
 
 @each_map
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_outputs_depend_on_every_input_they_may_see(options, causal):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(130)
+    q, k, v = random_inputs(130)
     before = favor_attention(q, k, v, fm, causal=causal)
     for t in (0, 3, 63, 64, 100):
         for which in range(3):
@@ -366,10 +305,10 @@ def test_outputs_depend_on_every_input_they_may_see(options, causal):
 
 @each_map
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_not_finite_input_reaches_only_the_rows_that_see_it(options, bad, causal):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(130)
+    q, k, v = random_inputs(130)
     before = favor_attention(q, k, v, fm, causal=causal)
     for t in (0, 3, 63, 64, 100):
         for which in range(3):
@@ -390,34 +329,21 @@ def test_not_finite_input_reaches_only_the_rows_that_see_it(options, bad, causal
 # -- Masks -----------------------------------------------------------------------------------------
 
 
-def masks(L):
-    rng = np.random.default_rng(5)
-    return {
-        "left": np.arange(L) >= 20,
-        "right": np.arange(L) < 50,
-        "both": (np.arange(L) >= 20) & (np.arange(L) < 70),
-        "random": rng.random(L) < 0.5,
-        "all": np.full(L, True),
-        "none": np.full(L, False),
-        "one": np.arange(L) == 66,
-    }
-
-
 @each_map
 @pytest.mark.parametrize("name", masks(90))
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_masked_keys_vanish(options, name, causal):
     mask = masks(90)[name]
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(90)
+    q, k, v = random_inputs(90)
     out = favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
-    oracle = naive.favor_attention(q, k, v, fm.projection, causal, mask, **options)
-    assert naive.relative_error(out, oracle) < 1e-14
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
+    assert relative_error(out, expected) < 1e-14
     if not mask.any():
         assert np.array_equal(out, np.zeros_like(v))
     if not causal and mask.any():
         gone = favor_attention(q, k[mask], v[mask], fm)
-        assert naive.relative_error(out, gone) < 1e-14
+        assert relative_error(out, gone) < 1e-14
     for poison in (np.nan, np.inf, 1e300):
         k[~mask] = v[~mask] = poison
         again = favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
@@ -426,24 +352,22 @@ def test_masked_keys_vanish(options, name, causal):
 
 def test_a_mask_for_each_head():
     fm = FeatureMap.from_projection(draw(9, 6))
-    q, k, v = inputs(40, lead=(2, 3))
+    q, k, v = random_inputs(40, lead=(2, 3))
     mask = np.random.default_rng(0).random((2, 1, 40)) < 0.5
     mask[1] = False
     out = favor_attention(q, k, v, fm, key_mask=mask)
-    assert (
-        naive.relative_error(out, naive.favor_attention(q, k, v, fm.projection, False, mask))
-        < 1e-14
-    )
+    expected = oracle.favor_attention(q, k, v, fm, key_mask=mask)
+    assert relative_error(out, expected) < 1e-14
     assert np.array_equal(out[1], 0 * out[1])
     q4 = draw(2, 6, 40, 6, seed=9)
     out = favor_attention(q4, k, v, fm, key_mask=mask, enable_gqa=True, causal=True)
-    oracle = naive.favor_attention(q4, k, v, fm.projection, True, mask, enable_gqa=True)
-    assert naive.relative_error(out, oracle) < 1e-14
+    expected = oracle.favor_attention(q4, k, v, fm, causal=True, key_mask=mask, enable_gqa=True)
+    assert relative_error(out, expected) < 1e-14
 
 
 def test_no_keys_give_zeros():
     fm = FeatureMap.from_projection(draw(9, 6))
-    q, k, v = inputs(7, lead=(2,))
+    q, k, v = random_inputs(7, lead=(2,))
     out = favor_attention(q, k[:, :0], v[:, :0], fm)
     assert np.array_equal(out, np.zeros((2, 7, 5)))
 
@@ -456,7 +380,7 @@ def test_no_keys_give_zeros():
 @pytest.mark.parametrize("splits", [[64], [1, 2, 3], [63, 65], [50, 50, 128], [0, 150], [37, 110]])
 def test_resumed_is_whole(options, dtype, splits):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(150, lead=(2,), dtype=dtype)
+    q, k, v = random_inputs(150, lead=(2,), dtype=dtype)
     mask = np.random.default_rng(0).random((2, 150)) < 0.8
     whole, last = favor_attention(q, k, v, fm, causal=True, key_mask=mask, return_state=True)
     state, parts = None, []
@@ -468,33 +392,33 @@ def test_resumed_is_whole(options, dtype, splits):
         )  # fmt: skip
         parts.append(out)
     error = 20 * np.finfo(dtype).eps
-    assert naive.relative_error(np.concatenate(parts, axis=1), whole) < error
+    assert relative_error(np.concatenate(parts, axis=1), whole) < error
     for name in ("S", "z"):
         a = np.ldexp(getattr(state, name), state.c[..., None] if name == "S" else state.c)
         b = np.ldexp(getattr(last, name), last.c[..., None] if name == "S" else last.c)
-        assert naive.relative_error(a, b) < error
+        assert relative_error(a, b) < error
 
 
 @each_map
 def test_bidirectional_with_a_state_sees_both(options):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(90, Lk=150)
+    q, k, v = random_inputs(90, Lk=150)
     _, state = favor_attention(q, k[:70], v[:70], fm, return_state=True)
     out, both = favor_attention(q, k[70:], v[70:], fm, state=state, return_state=True)
     whole = favor_attention(q, k, v, fm)
-    assert naive.relative_error(out, whole) < 1e-14
-    assert naive.relative_error(both.attend(q), whole) < 1e-14
+    assert relative_error(out, whole) < 1e-14
+    assert relative_error(both.attend(q), whole) < 1e-14
 
 
 # -- Threads ---------------------------------------------------------------------------------------
 
 
 @each_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 @pytest.mark.parametrize(("lead", "L"), [((7,), 200), ((1,), 5000), ((3,), 1500)])
 def test_threads_change_no_bit(lead, L, causal, dtype):
     fm = feature_map("positive", dim=16, num_features=64)
-    q, k, v = inputs(L, 16, 16, lead, dtype=dtype)
+    q, k, v = random_inputs(L, 16, 16, lead, dtype=dtype)
     one = favor_attention(q, k, v, fm, causal=causal, num_threads=1)
     for n in (2, 3, 8, None):
         assert np.array_equal(favor_attention(q, k, v, fm, causal=causal, num_threads=n), one)
@@ -502,8 +426,8 @@ def test_threads_change_no_bit(lead, L, causal, dtype):
 
 def test_repeated_calls_give_the_same_bits():
     fm = feature_map("positive", dim=16, num_features=64)
-    q, k, v = inputs(300, 16, 16, (2,))
+    q, k, v = random_inputs(300, 16, 16, (2,))
     first = favor_attention(q, k, v, fm, causal=True)
     for seed in range(1, 4):  # other work in between, in the same workspaces
-        favor_attention(*inputs(200, 16, 16, (2,), std=np.nan, seed=seed), fm)
+        favor_attention(*random_inputs(200, 16, 16, (2,), std=np.nan, seed=seed), fm)
         assert np.array_equal(favor_attention(q, k, v, fm, causal=True), first)

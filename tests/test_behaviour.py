@@ -1,13 +1,10 @@
 """What the user gets for every kind of input: one test or more for each row of the table."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from child import HANG
+from support import child
 
 import favor_np
 from favor_np import (
@@ -275,7 +272,6 @@ def test_refused_and_empty_calls_compile_nothing():
     code = """
 import sys, warnings
 warnings.simplefilter("ignore")
-from test_behaviour import EMPTY, REFUSED, namespace
 for call, error, _ in REFUSED:
     if "_state(" in call:
         continue  # making a state loads the kernels' module
@@ -289,16 +285,7 @@ for call, _ in EMPTY:
     assert "numba" not in sys.modules, call
 print("done")
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "done\n"
+    assert child.python(child.names_of(__file__) + code) == "done\n"
 
 
 # -- Empty ------------------------------------------------------------------------------------------

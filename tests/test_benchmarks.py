@@ -6,7 +6,8 @@ import json
 import re
 from pathlib import Path
 
-SUITE = Path(__file__).parents[1] / "asv_benchmarks"
+ROOT = Path(__file__).parents[1]
+SUITE, PUBLISH = ROOT / "asv_benchmarks", ROOT / "tools" / "publish.py"
 
 
 def recorded():
@@ -24,7 +25,7 @@ def recorded():
 
 
 def published():
-    spec = importlib.util.spec_from_file_location("publish", SUITE / "publish.py")
+    spec = importlib.util.spec_from_file_location("publish", PUBLISH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -82,7 +83,7 @@ def test_the_page_is_made_of_what_is_recorded(tmp_path):
 
 
 def test_the_page_asks_for_nothing_that_is_not_recorded():
-    text = (SUITE / "publish.py").read_text(encoding="utf-8")
+    text = PUBLISH.read_text(encoding="utf-8")
     text = text.replace("{figures}", "bench_figures.").replace("{start}", "bench_startup.")
     names = set(re.findall(r"bench_\w+\.\w+\.\w+", text))
     assert len(names) > 15

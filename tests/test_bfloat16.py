@@ -1,12 +1,14 @@
 """precision="bfloat16": the error it adds is small beside the estimate's own, all else is as ever."""
 
-import os
-import subprocess
-import sys
+import functools
 
 import llvmlite.binding
 import numpy as np
 import pytest
+from support import child
+from support.inputs import OPTIONS, random_inputs
+from support.tolerance import relative_rms
+from support.workspaces import poison_workspaces
 
 from favor_np import (
     AttentionState,
@@ -14,36 +16,19 @@ from favor_np import (
     exact_attention,
     favor_attention,
     feature_map,
-    plan,
 )
 
 #: Of the root mean square: 2**-9 a number, over some hundred of them.
 TOLERANCE = 6e-3
 
 
-def arrays(shape, dim, width, seed=0, std=0.5):
-    rng = np.random.default_rng(seed)
-    q, k = (std * rng.standard_normal((*shape, dim)).astype(np.float32) for _ in range(2))
-    return q, k, rng.standard_normal((*shape, width)).astype(np.float32)
-
-
-def apart(got, expected):
-    """The error's root mean square over that of what is expected."""
-    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+inputs = functools.partial(random_inputs, std=0.5, dtype=np.float32)
 
 
 def both(q, k, v, fm, **options):
     """The result in full precision and the one in bfloat16, from the same float32 inputs."""
     full = favor_attention(q, k, v, fm, **options)
     return full, favor_attention(q, k, v, fm, precision="bfloat16", **options)
-
-
-def poison_workspaces():
-    """Fill what this thread keeps for its next calls with NaN."""
-    for kept in plan._spare.kept.values():
-        for array in kept:
-            if array.dtype.kind == "f":
-                array.fill(np.nan)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -58,17 +43,17 @@ def test_any_size(causal, antithetic, length, dim, width, rows):
     for before in (1e30, np.nan):
         q = np.full((80, dim), before, np.float32)
         favor_attention(q, q, q[:, :1].repeat(width, 1), fm, precision="bfloat16", causal=causal)
-    q, k, v = arrays((2, length), dim, width)
+    q, k, v = inputs(length, dim, width, (2,))
     full = favor_attention(q, k, v, fm, causal=causal)
     poison_workspaces()
     half = favor_attention(q, k, v, fm, causal=causal, precision="bfloat16")
     assert half.dtype == np.float32
-    assert apart(half, full) < TOLERANCE
+    assert relative_rms(half, full) < TOLERANCE
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_added_error_is_below_a_tenth_of_the_estimates_own(causal):
-    q, k, v = arrays((4, 1024), 64, 64, std=1.0)
+    q, k, v = inputs(1024, 64, 64, (4,), std=1.0)
     exact = exact_attention(q, k, v, causal=causal)
     for features in (64, 256, 1024):
         fm = feature_map("positive", 64, features, rng=0)
@@ -76,21 +61,10 @@ def test_the_added_error_is_below_a_tenth_of_the_estimates_own(causal):
         assert np.std(half - full) < 0.1 * np.std(full - exact)
 
 
-#: What attention over 300 positions goes together with.
-EVERYTHING = {
-    "decay": {"causal": True, "decay": 0.9},
-    "packed": {"causal": True, "cu_seqlens": [0, 5, 5, 6, 130, 300]},
-    "packed full": {"cu_seqlens": [0, 5, 5, 6, 130, 300]},
-    "mask": {"key_mask": np.arange(300) % 3 > 0},
-    "mask causal": {"key_mask": np.arange(300) % 3 > 0, "causal": True},
-    "threads": {"causal": True, "num_threads": 2},
-}
-
-
-@pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", ["positive", "relu", "elu", "calibrated", "heads"])
 def test_with_everything_else(options, kind):
-    q, k, v = arrays((3, 300), 24, 20, seed=1)
+    q, k, v = inputs(300, 24, 20, (3,), seed=1)
     if kind == "calibrated":
         fm = feature_map("positive", 24, 128, rng=0).calibrate(q, k, "aderf+sderf")
     elif kind == "heads":
@@ -99,7 +73,7 @@ def test_with_everything_else(options, kind):
     else:
         fm = feature_map(kind, 24, 96, rng=0)
     full, half = both(q, k, v, fm, **options)
-    assert apart(half, full) < TOLERANCE
+    assert relative_rms(half, full) < TOLERANCE
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -109,31 +83,31 @@ def test_a_later_block_of_the_map_may_hold_far_larger_features(causal, antitheti
     W = np.random.default_rng(0).standard_normal((128, 16))
     W[:64] *= 0.01
     fm = FeatureMap.from_projection(W, antithetic=antithetic)
-    q, k, v = arrays((2, 200), 16, 24)
+    q, k, v = inputs(200, 16, 24, (2,))
     q[:, ::2] *= 20  # log2-features of 50 and more in the second block, of 1 in the first
     full, half = both(q, k, v, fm, causal=causal)
     for rows in (slice(0, None, 2), slice(1, None, 2)):
-        assert apart(half[:, rows], full[:, rows]) < 0.03
+        assert relative_rms(half[:, rows], full[:, rows]) < 0.03
 
 
 def test_heads_that_share_keys():
-    q, k, v = arrays((8, 150), 32, 32)
+    q, k, v = inputs(150, 32, 32, (8,))
     fm = feature_map("positive", 32, 128, rng=0)
     for causal in (False, True):
         full, half = both(q, k[:2], v[:2], fm, causal=causal, enable_gqa=True)
-        assert apart(half, full) < TOLERANCE
+        assert relative_rms(half, full) < TOLERANCE
 
 
 def test_16_bits_in_16_bits_out():
-    q, k, v = (x.astype(np.float16) for x in arrays((100,), 16, 16))
+    q, k, v = (x.astype(np.float16) for x in inputs(100, 16, 16))
     fm = feature_map("positive", 16, 64, rng=0)
     full, half = both(q, k, v, fm)
     assert half.dtype == np.float16
-    assert apart(half, full) < TOLERANCE
+    assert relative_rms(half, full) < TOLERANCE
 
 
 def test_a_state_goes_on_in_either_precision():
-    q, k, v = arrays((2, 500), 24, 16)
+    q, k, v = inputs(500, 24, 16, (2,))
     fm = feature_map("positive", 24, 96, rng=0)
     whole = favor_attention(q, k, v, fm, causal=True)
     for first, second in (("bfloat16", "full"), ("full", "bfloat16")):
@@ -143,14 +117,14 @@ def test_a_state_goes_on_in_either_precision():
                 q[:, rows], k[:, rows], v[:, rows], fm, causal=True, state=state,
                 return_state=True, precision=precision,
             )  # fmt: skip
-        assert apart(out, whole[:, 230:]) < TOLERANCE
+        assert relative_rms(out, whole[:, 230:]) < TOLERANCE
         assert isinstance(state, AttentionState)
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_it_is_attention_of_the_rounded_queries_and_keys(antithetic):
     """The height of a key too: to the bit, however long the key is."""
-    q, k, v = arrays((200,), 32, 16, std=3.0)
+    q, k, v = inputs(200, 32, 16, std=3.0)
     fm = feature_map("positive", 32, 128, antithetic=antithetic, rng=0)
     short = [
         ((x.view(np.uint32) + 0x8000) & np.uint32(0xFFFF0000)).view(np.float32) for x in (q, k)
@@ -164,7 +138,7 @@ def test_it_is_attention_of_the_rounded_queries_and_keys(antithetic):
 
 @pytest.mark.parametrize("length", [300, 5000])
 def test_no_bit_depends_on_later_tokens_or_on_threads(length):
-    q, k, v = arrays((length,), 32, 32, std=1.0)
+    q, k, v = inputs(length, 32, 32, std=1.0)
     fm = feature_map("positive", 32, 256, rng=0)
     options = {"causal": True, "precision": "bfloat16"}
     out = favor_attention(q, k, v, fm, num_threads=1, **options)
@@ -181,7 +155,7 @@ def test_no_bit_depends_on_later_tokens_or_on_threads(length):
 
 
 def test_nan_of_any_bits_stays_nan():
-    q, k, v = arrays((200,), 16, 16)
+    q, k, v = inputs(200, 16, 16)
     v[100] = np.array([0x7FFFFFFF], np.uint32).view(np.float32)
     fm = feature_map("positive", 16, 64, rng=0)
     out = favor_attention(q, k, v, fm, causal=True, precision="bfloat16")
@@ -191,7 +165,7 @@ def test_nan_of_any_bits_stays_nan():
 
 def test_large_norms_and_drift():
     """Exponents are those of float32: log-features hundreds of nats apart are no matter."""
-    q, k, v = arrays((2, 600), 16, 16)
+    q, k, v = inputs(600, 16, 16, (2,))
     k += np.linspace(-30, 30, 600, dtype=np.float32)[:, None]
     fm = feature_map("positive", 16, 64, rng=0)
     for causal in (False, True):
@@ -205,17 +179,17 @@ def test_large_norms_and_drift():
 @pytest.mark.parametrize(("dim", "width"), [(64, 64), (7, 3), (40, 17), (1, 1)])
 def test_exact_attention(causal, length, dim, width):
     exact_attention(*(1e30 * np.ones((3, 80, dim), np.float32)), precision="bfloat16")
-    q, k, v = arrays((2, length), dim, width, std=1.0)
+    q, k, v = inputs(length, dim, width, (2,), std=1.0)
     full = exact_attention(q, k, v, causal=causal)
     poison_workspaces()
     half = exact_attention(q, k, v, causal=causal, precision="bfloat16")
     assert half.dtype == np.float32
     # One dimension: all logits of a row err alike.
-    assert apart(half, full) < (TOLERANCE if dim > 1 else 0.02)
+    assert relative_rms(half, full) < (TOLERANCE if dim > 1 else 0.02)
 
 
 def test_exact_attention_with_everything_else():
-    q, k, v = arrays((8, 300), 24, 20, seed=1)
+    q, k, v = inputs(300, 24, 20, (8,), seed=1)
     mask = np.arange(300) % 3 > 0
     for options in ({}, {"causal": True}):
         pair = [
@@ -225,11 +199,11 @@ def test_exact_attention_with_everything_else():
             )
             for precision in ("full", "bfloat16")
         ]  # fmt: skip
-        assert apart(pair[1], pair[0]) < TOLERANCE
+        assert relative_rms(pair[1], pair[0]) < TOLERANCE
 
 
 def test_no_bit_of_exact_attention_depends_on_later_tokens_or_on_threads():
-    q, k, v = arrays((700,), 32, 32, std=1.0)
+    q, k, v = inputs(700, 32, 32, std=1.0)
     options = {"causal": True, "precision": "bfloat16"}
     out = exact_attention(q, k, v, num_threads=1, **options)
     assert np.array_equal(out, exact_attention(q, k, v, num_threads=2, **options))
@@ -247,7 +221,7 @@ def test_no_bit_of_exact_attention_depends_on_later_tokens_or_on_threads():
 
 
 def test_large_logits_are_computed_in_full():
-    q, k, v = arrays((100,), 16, 16, std=2000.0)
+    q, k, v = inputs(100, 16, 16, std=2000.0)
     full = exact_attention(q, k, v)
     assert np.array_equal(exact_attention(q, k, v, precision="bfloat16"), full)
 
@@ -264,15 +238,12 @@ def results():
 
 #: What a process of another processor does; there is no assembly of what a cache gave.
 PROCESS = """
-import sys
-import numpy as np
 from numba.core.caching import NullCache
-from favor_np.kernels import bfloat16, exact
-from test_bfloat16 import results
+from favor_np.cpu.kernels import bfloat16, exact
 
-exact.attend_exact_words._cache = NullCache()
-np.save(sys.argv[1], results())
-(assembly,) = exact.attend_exact_words.inspect_asm().values()
+exact.attend_exact_bf16._cache = NullCache()
+np.save({path!r}, results())
+(assembly,) = exact.attend_exact_bf16.inspect_asm().values()
 print(bfloat16.AMX, bfloat16.DOTS, assembly.count("vdpbf16ps") >= 28)
 """
 
@@ -286,13 +257,10 @@ def test_other_instructions_give_the_same(processor, needs, printed, tmp_path):
     if not llvmlite.binding.get_host_cpu_features().get(needs):
         pytest.skip("this machine cannot run its code")
     path = tmp_path / "found.npy"
-    environ = os.environ | {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
-    process = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(path)],
-        env=environ, capture_output=True, text=True, check=True, cwd=os.path.dirname(__file__),
-    )  # fmt: skip
-    assert process.stdout.strip() == printed
-    assert apart(np.load(path), np.array(results())) < 1e-3
+    code = child.names_of(__file__) + PROCESS.format(path=str(path))
+    environ = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    assert child.python(code, **environ) == printed + "\n"
+    assert relative_rms(np.load(path), np.array(results())) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -305,7 +273,7 @@ def test_other_instructions_give_the_same(processor, needs, printed, tmp_path):
     ],
 )
 def test_errors(change, error, message):
-    q, k, v = arrays((5,), 8, 8)
+    q, k, v = inputs(5, 8, 8)
     good = {"q": q, "k": k, "v": v, "precision": "bfloat16"}
     with pytest.raises(error, match=message):
         favor_attention(feature_map=feature_map("positive", 8, 16), **(good | change))
@@ -316,7 +284,7 @@ def test_errors(change, error, message):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_values_that_are_not_finite_spoil_the_rows_that_see_them(causal):
-    q, k, v = arrays((300,), 16, 20)
+    q, k, v = inputs(300, 16, 20)
     v[5, 3], v[150, 7], v[299, 0] = np.nan, np.inf, -np.inf
     for attention in (exact_attention, favor_attention):
         fm = [feature_map("positive", 16, 64, rng=0)] if attention is favor_attention else []

@@ -1,7 +1,9 @@
 """The cache of compiled kernels: used when it can be, never in the way, never wrong."""
 
+import ast
 import compileall
 import hashlib
+import importlib
 import os
 import shutil
 import stat
@@ -11,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from child import HANG, python
+from support.child import HANG, python
 
 import favor_np
 from favor_np import exact_attention
-from favor_np.kernels import exact, favor, jit
+from favor_np.cpu.kernels import exact, favor, jit
 
 PACKAGE = Path(favor_np.__file__).parent
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
@@ -25,7 +27,7 @@ CALL = """
 import sys
 import numpy as np
 import favor_np
-from favor_np.kernels import exact
+from favor_np.cpu.kernels import exact
 
 q, k, v = np.random.default_rng(0).standard_normal((3, 20, 4)).astype((sys.argv[1:] or ["f4"])[0])
 result = favor_np.exact_attention(q, k, v)
@@ -104,7 +106,7 @@ def test_users_can_still_compile_matrix_products():
     out = python(
         """
 import numpy as np, numba
-import favor_np.kernels.jit
+import favor_np.cpu.kernels.jit
 @numba.njit
 def product(a, b):
     return np.dot(a, b)
@@ -144,7 +146,7 @@ def test_nothing_is_read_or_written_without_the_cache(warm):
 )
 def test_entries_tell_the_ways_to_compile_apart(environ):
     code = """
-from favor_np.kernels import exact
+from favor_np.cpu.kernels import exact
 print(exact.attend_exact._cache.entry((), exact.attend_exact.targetctx.codegen()))
 """
     assert python(code) != python(code, **environ)
@@ -180,11 +182,11 @@ def test_edited_callee_is_compiled_anew(copied):
 import sys
 import numpy as np
 import favor_np
-from favor_np.kernels import exact
+from favor_np.cpu.kernels import exact
 x = np.ones((2, 3), np.float32)
 print(favor_np.exact_attention(x, x, x)[0, 0], len(exact.attend_exact.stats.cache_hits))
 """
-    inside = copied / "favor_np" / "kernels" / "__pycache__"
+    inside = copied / "favor_np" / "cpu" / "kernels" / "__pycache__"
 
     def run():
         return python(code, cwd=copied, unset=["NUMBA_CACHE_DIR"], PYTHONPATH=str(copied))
@@ -195,7 +197,7 @@ print(favor_np.exact_attention(x, x, x)[0, 0], len(exact.attend_exact.stats.cach
     assert run() == "1.0 0\n"
     (first,) = entries()  # by default it lies beside the sources
     assert run() == "1.0 1\n"
-    path = copied / "favor_np" / "kernels" / "pack.py"
+    path = copied / "favor_np" / "cpu" / "kernels" / "pack.py"
     text = path.read_text()
     assert text.count("one / inverse") == 1
     path.write_text(text.replace("one / inverse", "(one + one) / inverse"))
@@ -205,6 +207,48 @@ print(favor_np.exact_attention(x, x, x)[0, 0], len(exact.attend_exact.stats.cach
     path.write_text(text)
     assert run() == "1.0 1\n"  # code of both versions is kept, for programs that share the folder
     assert entries() == sorted([first, second])
+
+
+@pytest.mark.parametrize("shared", [name.__name__.rpartition(".")[2] for name in jit._SHARED])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_constants_that_engines_share_are_part_of_the_sources(shared, zipped, copied, tmp_path):
+    """As they were when they were loaded: that is what kernels freeze.  No comment of theirs matters."""
+    path = copied / "favor_np" / f"{shared}.py"
+    text = path.read_text()
+    name = min(filter(str.isupper, vars(importlib.import_module(f"favor_np.{shared}"))))
+    versions = text, f"{text}\n{name} = 99\n", f"# A comment.\n{text}"
+    found = []
+    for version in versions:
+        path.write_text(version)
+        place = shutil.make_archive(str(tmp_path / "new"), "zip", copied) if zipped else copied
+        code = f"""
+import sys
+sys.path.insert(0, {str(place)!r})
+import favor_np.{shared}
+open({str(path)!r}, "a").write("EDITED_SINCE = 1")
+from favor_np.cpu.kernels.jit import SOURCES
+print(SOURCES, favor_np.{shared}.__file__)
+"""
+        found.append(python(code, "-B", cwd=tmp_path).split())
+    sources, files = zip(*found, strict=True)
+    assert all(file.startswith(str(place)) for file in files)
+    assert sources[0] == sources[2] != sources[1]
+
+
+def test_kernels_take_nothing_else_from_outside():
+    """Of the package: constants of modules that the digest of the sources includes."""
+    for path in sorted((PACKAGE / "cpu" / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module.startswith("favor_np"):
+                assert not isinstance(node, ast.Import) or "favor_np" not in node.names[0].name
+            elif not node.module.startswith("favor_np.cpu.kernels"):
+                names = {name.name for name in node.names}
+                if node.module == "favor_np":
+                    assert names <= {module.__name__.rpartition(".")[2] for module in jit._SHARED}
+                    assert path.name == "jit.py"
+                else:
+                    assert node.module in {module.__name__ for module in jit._SHARED}
+                    assert all(map(str.isupper, names))
 
 
 def test_old_versions_are_forgotten(warm):
@@ -217,7 +261,7 @@ def test_old_versions_are_forgotten(warm):
     draft = others[6].with_suffix(".0123")
     draft.write_bytes(b"half")
     os.utime(draft, (0, 0))
-    kin = path.with_name(path.name.replace("attend_exact-", "attend_exact_words-"))
+    kin = path.with_name(path.name.replace("attend_exact-", "attend_exact_bf16-"))
     kin.write_bytes(b"another kernel")
     path.unlink()
     assert call(warm) == "compiled\n"
@@ -240,11 +284,13 @@ def test_a_zip_file_keeps_its_code_between_processes(copied, tmp_path, kept):
 
     def sources(archive):
         code = f"import sys; sys.path.insert(0, {archive!r})\n"
-        return python(code + "from favor_np.kernels.jit import SOURCES as s; print(s); assert s")
+        return python(
+            code + "from favor_np.cpu.kernels.jit import SOURCES as s; print(s); assert s"
+        )
 
     def run(archive):
         code = f"import sys; sys.path.insert(0, {archive!r})\n" + CALL
-        code += "from favor_np.kernels import jit; assert '.zip' in jit.__file__\n"
+        code += "from favor_np.cpu.kernels import jit; assert '.zip' in jit.__file__\n"
         code += "from favor_np.forecast import read_prices; assert len(read_prices()) > 9000\n"
         return call(tmp_path / "cache", code, PYTHONHASHSEED="random")
 
@@ -252,7 +298,7 @@ def test_a_zip_file_keeps_its_code_between_processes(copied, tmp_path, kept):
     assert run(archive) == "compiled\n"
     assert run(archive) == "loaded\n"
     before = sources(archive)
-    pack = copied / "favor_np" / "kernels" / "pack.py"
+    pack = copied / "favor_np" / "cpu" / "kernels" / "pack.py"
     pack.write_text(pack.read_text().replace("one / inverse", "(one * one) / inverse"))
     assert zipped("package") == archive
     assert sources(archive) != before
@@ -268,7 +314,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         if name.startswith("favor_np"):
             return importlib.util.spec_from_loader(name, self, is_package=self.is_package(name))
     def is_package(self, name):
-        return name in ("favor_np", "favor_np.kernels")
+        return name in ("favor_np", "favor_np.cpu", "favor_np.cpu.kernels")
     def get_source(self, name):
         tail = "/__init__.py" if self.is_package(name) else ".py"
         return open({str(copied)!r} + "/" + name.replace(".", "/") + tail).read()
@@ -277,7 +323,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         super().exec_module(module)
 
 sys.meta_path.insert(0, Finder())
-from favor_np.kernels import exact, jit
+from favor_np.cpu.kernels import exact, jit
 print(repr(jit.SOURCES), type(exact.attend_exact._cache).__name__)
 """
     assert python(code, cwd=tmp_path) == "'' NullCache\n"
@@ -331,8 +377,10 @@ def test_no_folder_to_write_to(place, tmp_path):
         place
     ]
     # The call itself is the same for all of them: it finds no entry.
-    code = CALL if place == "a file" else "from favor_np.kernels import exact; print('compiled')\n"
-    code += "from favor_np.kernels import exact; print(exact.attend_exact.stats.cache_path)"
+    code = (
+        CALL if place == "a file" else "from favor_np.cpu.kernels import exact; print('compiled')\n"
+    )
+    code += "from favor_np.cpu.kernels import exact; print(exact.attend_exact.stats.cache_path)"
     assert call(folder, code) == "compiled\nNone\n"
     assert files(tmp_path) == [file]
 
@@ -354,11 +402,11 @@ def test_read_only_cache_is_used(warm):
 @posix
 @pytest.mark.skipif(sys.platform != "linux", reason="root gives up its privileges as on Linux")
 def test_read_only_package_uses_the_home_folder(copied, tmp_path):
-    inside = copied / "favor_np" / "kernels"
+    inside = copied / "favor_np" / "cpu" / "kernels"
     inside.chmod(0o555)
     code = (
         UNPRIVILEGED
-        + "from favor_np.kernels import exact\nprint(exact.attend_exact._cache.cache_path)"
+        + "from favor_np.cpu.kernels import exact\nprint(exact.attend_exact._cache.cache_path)"
     )
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
     try:
@@ -482,10 +530,10 @@ def test_nothing_is_open_to_others_whatever_the_umask(umask, tmp_path):
 def test_the_package_s_own_folder_is_as_safe_as_the_package(copied):
     """Whoever may write to the package need not write to its cache; but nobody else may."""
     code = """
-from favor_np.kernels import exact
+from favor_np.cpu.kernels import exact
 print(exact.attend_exact._cache.cache_path)
 """
-    kernels = copied / "favor_np" / "kernels"
+    kernels = copied / "favor_np" / "cpu" / "kernels"
     inside = kernels / "__pycache__"
     inside.mkdir()
     for package, cache, used in [(0o755, 0o755, True), (0o775, 0o775, True), (0o755, 0o775, False)]:
@@ -501,7 +549,7 @@ def test_default_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere/home")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     inside, home = jit._folders()
-    assert inside == PACKAGE / "kernels" / "__pycache__"
+    assert inside == PACKAGE / "cpu" / "kernels" / "__pycache__"
     if sys.platform.startswith("linux"):
         assert home.parent == Path("/somewhere/home/.cache/favor_np")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")

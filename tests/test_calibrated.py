@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from test_attention import draw
+from support.inputs import draw
+from support.parameters import each_causal
+from support.tolerance import relative_error
 
 from favor_np import (
     AttentionState,
@@ -40,24 +42,20 @@ def dense(q, k, v, fm, causal):
     return weights @ v / weights.sum(-1, keepdims=True)
 
 
-def relative(got, expected):
-    return np.abs(got - expected).max() / np.abs(expected).max()
-
-
 @each_method
 @each_kind
 @each_head
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_attention_is_the_definition(method, antithetic, own, causal):
     q, k, v, _ = data()
     fm = calibrated(q, k, method, antithetic, own)
     expected = dense(q, k, v, fm, causal)
-    assert relative(favor_attention(q, k, v, fm, causal=causal), expected) < 1e-13
+    assert relative_error(favor_attention(q, k, v, fm, causal=causal), expected) < 1e-13
     single = favor_attention(*(x.astype(np.float32) for x in (q, k, v)), fm, causal=causal)
     assert single.dtype == np.float32
-    assert relative(single, expected) < 5e-6
+    assert relative_error(single, expected) < 5e-6
     if not causal:
-        assert relative(attention_weights(q, k, fm) @ v, expected) < 1e-13
+        assert relative_error(attention_weights(q, k, fm) @ v, expected) < 1e-13
 
 
 @each_method
@@ -70,7 +68,7 @@ def test_states(method, antithetic, own):
     state = AttentionState.zeros(fm, v.shape[-1], (len(q),), dtype=float)
     state.update(k[:, :70], v[:, :70])
     rows = [state.step(q[:, t], k[:, t], v[:, t]) for t in range(70, 90)]
-    assert relative(np.stack(rows, axis=1), expected[:, 70:]) < 1e-13
+    assert relative_error(np.stack(rows, axis=1), expected[:, 70:]) < 1e-13
 
 
 @each_kind
@@ -80,7 +78,7 @@ def test_far_means_cost_no_accuracy(antithetic):
     q, k, v = (x.astype(np.float32).astype(float) for x in (q, k, v))
     fm = calibrated(q, k, "aderf+sderf", antithetic, own=True)
     single = favor_attention(*(x.astype(np.float32) for x in (q, k, v)), fm, causal=True)
-    assert relative(single, favor_attention(q, k, v, fm, causal=True)) < 2e-5
+    assert relative_error(single, favor_attention(q, k, v, fm, causal=True)) < 2e-5
 
 
 def test_one_long_head_on_two_threads():
@@ -88,13 +86,13 @@ def test_one_long_head_on_two_threads():
     fm = calibrated(q, k, "aderf+sderf", False, own=True, features=128)
     one, two = (favor_attention(q, k, v, fm, causal=True, num_threads=n) for n in (1, 2))
     assert np.array_equal(one, two)
-    assert relative(one, dense(q, k, v, fm, True)) < 1e-12
+    assert relative_error(one, dense(q, k, v, fm, True)) < 1e-12
 
 
 @each_method
 @each_kind
 @each_head
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_gradients_are_slopes(method, antithetic, own, causal):
     """Along a random direction in each argument, the projection included."""
     q, k, v, g = data(L=70)

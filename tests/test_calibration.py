@@ -7,12 +7,13 @@ rejected for every method with |z| of 28 or more.
 import pickle
 from dataclasses import replace
 
-import naive
 import numpy as np
 import pytest
-from families import DRAWS, FAMILIES, FEATURES, draw
 from scipy.optimize import minimize
-from test_statistics import LIMIT, projections, z_mean
+from support.estimates import LIMIT, projections, z_mean
+from support.families import DRAWS, FAMILIES, FEATURES, draw_family
+from support.inputs import anisotropic_inputs
+from support.tolerance import relative_error
 
 from favor_np import FeatureMap, attention_weights, calibration, feature_map
 from favor_np.features import Calibration
@@ -21,15 +22,6 @@ UNBIASED = [method for method in calibration.METHODS if method != "spherical"]
 METHODS = [*calibration.METHODS, "auto"]
 each_method = pytest.mark.parametrize("method", METHODS)
 each_sign = pytest.mark.parametrize("antithetic", [False, True])
-
-
-def data(*lead, length=60, dim=8, seed=0):
-    """Queries and keys with means, of different sizes in different directions."""
-    rng = np.random.default_rng(seed)
-    mix = rng.standard_normal((2, dim, dim)) / dim**0.5
-    mean = 0.5 * rng.standard_normal((2, dim))
-    x = rng.standard_normal((2, *lead, length, dim))
-    return x[0] @ mix[0] + mean[0], x[1] @ mix[1] + mean[1]
 
 
 def some_calibration(dim=8, seed=1):
@@ -79,7 +71,7 @@ def test_the_affine_form_is_what_the_features_are(antithetic):
     """What kernels read gives the features of keys, and of queries but for a factor a row."""
     W = np.random.default_rng(0).standard_normal((5, 8))
     fm = FeatureMap(W, "positive", 0.7, antithetic, 1e-3, some_calibration())
-    q, k = data()
+    q, k = anisotropic_inputs()
     t, u = k - fm.key_center, q - fm.query_center
     y, x = t @ fm.key_weight[0].T, u @ fm.query_weight[0].T
     if antithetic:
@@ -87,7 +79,7 @@ def test_the_affine_form_is_what_the_features_are(antithetic):
     bias = np.tile(fm.bias[0], 2 if antithetic else 1)
     h = np.sum((t @ fm.key_factor[0].T) ** 2, axis=-1) / 2 - t @ fm.key_linear[0]
     expected = np.exp(y + bias - h[:, None]) / np.sqrt(fm.num_features)
-    assert naive.relative_error(fm.key_features(k), expected) < 1e-13
+    assert relative_error(fm.key_features(k), expected) < 1e-13
     ratio = fm.query_features(q) / np.exp(x)
     assert np.ptp(ratio / ratio[:, :1]) < 1e-12
 
@@ -97,9 +89,9 @@ def test_a_calibration_of_nothing_changes_nothing():
     plain = FeatureMap.from_projection(W, antithetic=True)
     nothing = Calibration(np.zeros(8), np.zeros(8), np.eye(8), np.zeros(8))
     fm = replace(plain, calibration=nothing)
-    q, k = data()
-    assert naive.relative_error(fm.key_features(k), plain.key_features(k)) < 1e-14
-    assert naive.relative_error(fm.query_features(q), plain.query_features(q)) < 1e-14
+    q, k = anisotropic_inputs()
+    assert relative_error(fm.key_features(k), plain.key_features(k)) < 1e-14
+    assert relative_error(fm.query_features(q), plain.query_features(q)) < 1e-14
     assert fm != plain  # kernels compute them in another way
     assert plain.key_factor is None
     assert not plain.bias.any()
@@ -107,19 +99,19 @@ def test_a_calibration_of_nothing_changes_nothing():
 
 def test_far_centres_lose_no_accuracy():
     """Queries and keys around a mean of 100 have the weights of those around zero."""
-    q, k = data(dim=4)
+    q, k = anisotropic_inputs(dim=4)
     fm = feature_map("positive", 4, 32)
     near = attention_weights(q, k, fm.calibrate(q, k, "oprf"))
     q100, k100 = q + 100, k + 100
     far = attention_weights(q100, k100, fm.calibrate(q100, k100, "oprf"))
     common = exact_weights(q100, k100, fm.scale) / exact_weights(q, k, fm.scale)
     far /= common
-    assert naive.relative_error(far / far.sum(-1, keepdims=True), near) < 1e-4
+    assert relative_error(far / far.sum(-1, keepdims=True), near) < 1e-4
 
 
 @pytest.mark.parametrize("heads", [None, 3])
 def test_calibrated_maps_are_values(heads):
-    q, k = data() if heads is None else data(2, heads)
+    q, k = anisotropic_inputs() if heads is None else anisotropic_inputs(2, heads)
     plain = feature_map("positive", 8, 32)
     fm = plain.calibrate(q, k, "aderf+sderf")
     twin = pickle.loads(pickle.dumps(fm))
@@ -141,7 +133,7 @@ def test_calibrated_maps_are_values(heads):
 @each_sign
 @pytest.mark.parametrize("method", UNBIASED)
 def test_calibrated_maps_are_unbiased(method, antithetic):
-    q, k = data(seed=3)
+    q, k = anisotropic_inputs(seed=3)
     q, k = 0.5 * q, 0.5 * k
     W = projections(8, "orthogonal")
     parts = feature_map("positive", 8, 32, antithetic=antithetic).calibrate(q, k, method)
@@ -182,7 +174,7 @@ def with_fault(fm, values):
 @pytest.mark.parametrize("method", UNBIASED)
 def test_a_fault_in_a_calibrated_map_is_rejected(method, antithetic):
     """The test above can fail: for every method, whatever is forgotten, at one of four pairs."""
-    q, k = data(seed=3)
+    q, k = anisotropic_inputs(seed=3)
     parts = feature_map("positive", 8, 32, antithetic=antithetic).calibrate(q, k, method)
     W = projections(8, "orthogonal")
     fm = FeatureMap(W, "positive", parts.scale, antithetic, 1e-3, parts.calibration)
@@ -201,9 +193,9 @@ def test_a_fault_in_a_calibrated_map_is_rejected(method, antithetic):
 @pytest.mark.parametrize("method", [*UNBIASED, "auto"])
 @pytest.mark.parametrize("center", [True, False])
 def test_every_method_converges_to_exact_attention(method, center):
-    q, k = data(dim=4)
+    q, k = anisotropic_inputs(dim=4)
     few, many = (
-        error(feature_map("positive", 4, m, rng=1).calibrate(q, k, method, center), q, k)
+        error(feature_map("positive", 4, m, rng=1).calibrate(q, k, method, center=center), q, k)
         for m in (64, 65536)
     )
     assert many < min(few / 8, 0.01)
@@ -211,7 +203,7 @@ def test_every_method_converges_to_exact_attention(method, center):
 
 def test_spherical_is_for_few_features():
     """It has a bias of order 1/d, so that "auto" leaves it where there are many."""
-    q, k = data(dim=4)
+    q, k = anisotropic_inputs(dim=4)
     few, many = (feature_map("positive", 4, m, rng=1) for m in (64, 65536))
     assert error(many.calibrate(q, k, "spherical"), q, k) > 0.02
     assert many.calibrate(q, k) != many.calibrate(q, k, "spherical")
@@ -283,19 +275,19 @@ def test_balance():
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "auto"])
 def test_calibrated_weights_do_not_see_where_zero_is(method):
     """Constants added to all queries, or to all keys, are what centring takes away again."""
-    q, k = data()
+    q, k = anisotropic_inputs()
     fm = feature_map("positive", 8, 32, dtype=np.float64)
     one, other = fm.calibrate(q, k, method), fm.calibrate(q + 3, k - 2, method)
     shifted = attention_weights(q + 3, k - 2, other)
     ratio = exact_weights(q + 3, k - 2, fm.scale) / exact_weights(q, k, fm.scale)
     expected = attention_weights(q, k, one) * ratio
     expected /= expected.sum(-1, keepdims=True)
-    assert naive.relative_error(shifted, expected) < 1e-4  # centres are rounded to float32
+    assert relative_error(shifted, expected) < 1e-4  # centres are rounded to float32
 
 
 @each_method
 def test_heads_are_calibrated_one_by_one(method):
-    q, k = data(2, 3)
+    q, k = anisotropic_inputs(2, 3)
     q[:, 1] *= 3
     fm = feature_map("positive", 8, 32)
     if method == "auto":
@@ -307,11 +299,11 @@ def test_heads_are_calibrated_one_by_one(method):
         alone = fm.calibrate(q[:, head].reshape(-1, 8), k[:, head].reshape(-1, 8), method)
         got = attention_weights(q, k, together)[:, head]
         expected = attention_weights(q[:, head], k[:, head], alone)
-        assert naive.relative_error(got, expected) < 1e-9
+        assert relative_error(got, expected) < 1e-9
 
 
 def test_grouped_heads_share_a_calibration():
-    q, k = data(4)
+    q, k = anisotropic_inputs(4)
     fm = feature_map("positive", 8, 32)
     grouped = fm.calibrate(q, k[:2])
     assert grouped.num_heads == 2
@@ -329,7 +321,7 @@ def test_grouped_heads_share_a_calibration():
 )
 def test_singular_moments(method, singular):
     """Nothing is not finite, and the estimate of a weight stays one."""
-    q, k = data(length=3 if singular == "few rows" else 60)
+    q, k = anisotropic_inputs(length=3 if singular == "few rows" else 60)
     if singular == "one row":
         q, k = q[:1], k[:1]
     if singular == "constant columns":
@@ -357,8 +349,8 @@ def test_errors_on_synthetic_families(name):
     family, bound = FAMILIES[name]
     squares = {"plain": [], "aderf+sderf": [], "auto": [], "fresh": []}
     for seed in range(DRAWS):
-        q, k, v = draw(*family, seed)
-        q2, k2, v2 = draw(*family, seed, fresh=True)
+        q, k, v = draw_family(*family, seed)
+        q2, k2, v2 = draw_family(*family, seed, fresh=True)
         plain = feature_map("positive", q.shape[-1], FEATURES, antithetic=False, rng=seed)
         pairs = feature_map("positive", q.shape[-1], FEATURES, rng=seed)
         auto = pairs.calibrate(q, k)
@@ -379,7 +371,7 @@ def test_errors_on_synthetic_families(name):
 
 
 def test_a_prefix_calibrates_the_rest():
-    q, k, _ = draw("means", 0.5, 0)
+    q, k, _ = draw_family("means", 0.5, 0)
     fm = feature_map("positive", 32, 256)
     prefix = fm.calibrate(q[:64], k[:64])
     assert error(prefix, q[64:], k[64:]) < 0.3 * error(fm, q[64:], k[64:])
@@ -422,13 +414,13 @@ def test_auto_prefers_the_cheaper_of_equals():
     ],
 )
 def test_bad_arguments(change, kind, message):
-    q, k = data()
+    q, k = anisotropic_inputs()
     with pytest.raises(kind, match=message):
         feature_map("positive", 8, 32).calibrate(**({"q": q, "k": k} | change))
 
 
 def test_other_kinds_and_heads_are_refused():
-    q, k = data(3)
+    q, k = anisotropic_inputs(3)
     for kind in ("relu", "elu", "trig"):
         with pytest.raises(
             ValueError, match=f"calibrate needs a map of kind 'positive', got '{kind}'"

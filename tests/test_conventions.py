@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from child import BEGIN, python
+from support.child import BEGIN, python
 
 import favor_np
 
@@ -53,7 +53,7 @@ numba.set_num_threads(1)
 with threadpoolctl.threadpool_limits(1):
     check(3)
     assert helpers() == 2
-    assert favor_np.threads.resolve_threads(None) == 3
+    assert favor_np.cpu.threads.resolve_threads(None) == 3
 assert numba.get_num_threads() == 1
 print("fine")
 """,
@@ -84,7 +84,7 @@ USES = {
     "calibrate": lambda q, k, v, fm: fm.calibrate(q, k),
     "calibrate spherical": lambda q, k, v, fm: fm.calibrate(q, k, method="spherical"),
     "diagnose": favor_np.diagnose,
-    "kernel_variance": lambda q, k, v, fm: favor_np.kernel_variance(fm, q[0], k[0]),
+    "kernel_variance": lambda q, k, v, fm: favor_np.kernel_variance(q[0], k[0], fm),
     "weights": lambda q, k, v, fm: favor_np.attention_weights(q, k, fm),
     "attention": lambda q, k, v, fm: favor_np.favor_attention(q, k, v, fm, causal=True),
     "gradient": lambda q, k, v, fm: favor_np.favor_attention_vjp(q, k, v, fm)[1](v).projection,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support.inputs import random_inputs
 
 from favor_np import AttentionState, WindowState, favor_attention, favor_attention_vjp, feature_map
 
@@ -10,8 +11,9 @@ FM = feature_map("positive", dim=4, num_features=8)
 CASES = [(0.5, 2_000_000), (1e-3, 1_000_000), (1e-300, 200_000)]
 
 
-def arrays(length, masked):
-    q, k, v = np.random.default_rng(0).standard_normal((3, length, 4), np.float32)
+def inputs(length, masked):
+    """q, k, v, and a mask that hides all but the ends."""
+    q, k, v = random_inputs(length, 4, 4, dtype=np.float32)
     mask = None
     if masked:
         mask = np.ones(length, bool)
@@ -26,7 +28,7 @@ def wide(*arrays):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("decay", "length"), CASES)
 def test_calls(decay, length, masked):
-    q, k, v, mask = arrays(length, masked)
+    q, k, v, mask = inputs(length, masked)
     options = {"causal": True, "decay": decay, "key_mask": mask}
     want = favor_attention(*wide(q, k, v), FM, **options)
     for threads in (1, 2):
@@ -41,7 +43,7 @@ def test_calls(decay, length, masked):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients(masked):
-    q, k, v, mask = arrays(300_000, masked)
+    q, k, v, mask = inputs(300_000, masked)
     g = np.random.default_rng(1).standard_normal(v.shape, np.float32)
     found, want = (
         favor_attention_vjp(*x, FM, causal=True, decay=2.0**-100, key_mask=mask)[1](y)
@@ -62,7 +64,7 @@ def test_gradients(masked):
 @pytest.mark.parametrize(("decay", "length"), CASES)
 def test_states(decay, length, masked):
     """The keys that are left are averaged, however long ago they were; then new ones take over."""
-    q, k, v, mask = arrays(length, masked)
+    q, k, v, mask = inputs(length, masked)
     results = []
     for kind in (np.float32, np.float64):
         state = AttentionState.zeros(FM, value_dim=4, decay=decay, dtype=kind)
@@ -77,7 +79,7 @@ def test_states(decay, length, masked):
 
 
 def test_windows_of_a_state():
-    q, k, v, _ = arrays(3000, masked=False)
+    q, k, v, _ = inputs(3000, masked=False)
     results = []
     for kind in (np.float32, np.float64):
         state = WindowState(FM, value_dim=4, window=1000, decay=2.0**-900, dtype=kind)
@@ -86,7 +88,7 @@ def test_windows_of_a_state():
 
 
 def test_longer_ones_are_refused():
-    _, k, v, _ = arrays(300_000, masked=False)
+    _, k, v, _ = inputs(300_000, masked=False)
     with pytest.raises(ValueError, match="decay must be larger for 300000 positions in one call"):
         favor_attention(k, k, v, FM, causal=True, decay=1e-300)
     state = AttentionState.zeros(FM, value_dim=4, decay=1e-300)

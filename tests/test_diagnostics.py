@@ -1,10 +1,10 @@
 """diagnose: are 95% of the errors where it says, and does it say when it does not know?"""
 
-import naive
 import numpy as np
 import pytest
-from families import draw
 from scipy.special import stdtrit
+from support.families import draw_family
+from support.tolerance import relative_error
 
 import favor_np
 from favor_np import FeatureMap, diagnose, favor_attention, feature_map
@@ -14,7 +14,7 @@ def coverage(family, num_features, *, method=None, causal=False, columns=32, dra
     """The part of errors within 1.96 standard errors where ESS >= 80, and predicted over true."""
     inside, true, predicted = [], [], []
     for seed in range(draws):
-        q, k, v = draw(*family, seed)
+        q, k, v = draw_family(*family, seed)
         v = v[:, :columns]
         fm = feature_map("positive", q.shape[-1], num_features, rng=seed, **options)
         fm = fm.calibrate(q, k, method) if method else fm
@@ -73,7 +73,7 @@ def test_output_and_sample_size_are_those_of_the_definition(causal, antithetic):
     fm = feature_map("positive", 6, 36, antithetic=antithetic).calibrate(q, k, "aderf")
     found = diagnose(q, k, v, fm, causal=causal, key_mask=mask)
     expected = favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
-    assert naive.relative_error(found.output, expected) < 1e-12
+    assert relative_error(found.output, expected) < 1e-12
     for h, i in ((0, 0), (0, 250), (1, 3), (1, 299)):
         sees = mask[h] & ((np.arange(300) <= i) | (not causal))
         if not sees.any():
@@ -119,12 +119,12 @@ def test_blocks_of_any_size_are_the_groups(dim, rows, causal):
     common = variances * np.mean(error**2 / variances, axis=-1, keepdims=True)
     mixed = (freedom * error**2 + 8 * common) / (freedom + 8)
     wider = stdtrit(3 * freedom, 0.975) / stdtrit(np.inf, 0.975)
-    assert naive.relative_error(found.output, out) < 1e-12
-    assert naive.relative_error(found.effective_sample_size, sizes) < 1e-9
+    assert relative_error(found.output, out) < 1e-12
+    assert relative_error(found.effective_sample_size, sizes) < 1e-9
     assert np.allclose(found.standard_error, wider * np.sqrt(mixed), rtol=1e-9, atol=1e-14)
     single = diagnose(*(x.astype(np.float32) for x in (q, k, v)), fm, causal=causal)
-    assert naive.relative_error(single.standard_error, found.standard_error) < 1e-4
-    assert naive.relative_error(single.effective_sample_size, found.effective_sample_size) < 1e-4
+    assert relative_error(single.standard_error, found.standard_error) < 1e-4
+    assert relative_error(single.effective_sample_size, found.effective_sample_size) < 1e-4
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -142,10 +142,10 @@ def test_long_sequences_on_any_number_of_threads(causal):
     assert np.array_equal(found[0].output, found[1].output)
     assert np.array_equal(found[0].standard_error, found[1].standard_error)
     expected = favor_attention(q, k, v, fm, causal=causal)
-    assert naive.relative_error(found[0].output, expected) < 1e-6
+    assert relative_error(found[0].output, expected) < 1e-6
     last = diagnose(*(x.astype(np.float64)[..., -50:, :] for x in (q,)), k, v, fm)
     if not causal:
-        assert naive.relative_error(found[0].standard_error[:, -50:], last.standard_error) < 1e-4
+        assert relative_error(found[0].standard_error[:, -50:], last.standard_error) < 1e-4
 
 
 def test_a_single_row_tells_nothing_of_its_error():
@@ -184,7 +184,7 @@ def test_a_long_drift_and_values_of_any_size():
 
 
 def test_words():
-    q, k, v = draw("isotropic", 0.5, 0)
+    q, k, v = draw_family("isotropic", 0.5, 0)
     trusted = diagnose(0.3 * q, 0.3 * k, v, feature_map("positive", 32, 1024))
     assert trusted.warnings == ()
     assert "can be trusted" in str(trusted)
@@ -208,7 +208,7 @@ def test_words():
     ],
 )
 def test_errors(change, error, message):
-    q, k, v = draw("isotropic", 0.5, 0)
+    q, k, v = draw_family("isotropic", 0.5, 0)
     good = {"q": q, "k": k, "v": v, "feature_map": feature_map("positive", 32, 64)}
     with pytest.raises(error, match=message):
         diagnose(**(good | change))

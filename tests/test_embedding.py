@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from child import BEGIN, HANG, python
+from support.child import BEGIN, HANG, python
 
 import favor_np
 from favor_np import exact_attention, favor_attention
@@ -147,7 +147,7 @@ assert not failures, failures
 @forks
 def test_fork_while_another_thread_compiles():
     wait = """
-while 'favor_np.threads' not in sys.modules: time.sleep(0.001)
+while 'favor_np.cpu.threads' not in sys.modules: time.sleep(0.001)
 import numba.core.event as event
 class Begun(event.Listener):
     def on_start(self, event): begun.set()
@@ -353,7 +353,7 @@ def test_keyboard_interrupt_while_compiling():
 import os, threading, time
 import numpy as np
 import favor_np
-from favor_np import launch
+from favor_np.cpu import launch
 import numba.core.event as event
 
 class Begun(event.Listener):
@@ -390,7 +390,7 @@ def handler(number, frame):
     if handled % 3:
         check(handled % 4 + 1)
     else:
-        favor_np.threads.POOL._grow(helpers() + 1 if helpers() < 20 else 1)
+        favor_np.cpu.threads.POOL._grow(helpers() + 1 if helpers() < 20 else 1)
     if handled < 200:
         signal.setitimer(signal.ITIMER_REAL, 0.003)
 
@@ -399,7 +399,7 @@ signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.003)
 while handled < 200:
     check()
-assert favor_np.threads.POOL._active == 0
+assert favor_np.cpu.threads.POOL._active == 0
 """
     )
 

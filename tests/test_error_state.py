@@ -32,9 +32,9 @@ def stream():
 
 CALLS = {
     "recommend": lambda: [favor_np.recommend(30 * Q, 30 * K).exact],
-    "recommend causal": lambda: [bool(favor_np.recommend(Q, K, 0.5, causal=True).reason)],
+    "recommend causal": lambda: [bool(favor_np.recommend(Q, K, target_error=0.5, causal=True).reason)],
     "diagnose": lambda: favor_np.diagnose(30 * Q, 30 * K, V, FM, causal=True).standard_error,
-    "kernel_variance": lambda: favor_np.kernel_variance(FM, 9 * Q[0], 9 * K[0], relative=True),
+    "kernel_variance": lambda: favor_np.kernel_variance(9 * Q[0], 9 * K[0], FM, relative=True),
     "attention_weights": lambda: favor_np.attention_weights(30 * Q, 30 * K, FM),
     "features": lambda: (FM.query_features(9 * Q), FM.key_features(9 * K)),
     "attention": lambda: favor_np.favor_attention(30 * Q, 30 * K, V, FM, causal=True),

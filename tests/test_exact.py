@@ -1,16 +1,18 @@
 """exact_attention against the dense oracle, and what must hold whatever the numbers are."""
 
-import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import CHANGES, EDGES, draw, each_dtype, inputs, lay_out, layouts, masks, sizes
+from support import oracle
+from support.inputs import CHANGES, draw, lay_out, masks, random_inputs
+from support.parameters import EDGES, each_causal, each_dtype, layouts, sizes
+from support.tolerance import relative_error
 
 from favor_np import exact_attention
 
 
-def tolerance(q, k, scale, dtype):
+def logit_tolerance(q, k, scale, dtype):
     """Rounding of the logits: eps times the largest of them, and a little more."""
     longest = [np.sqrt(np.max(np.sum(x.astype(float) ** 2, -1), initial=0)) for x in (q, k)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -33,56 +35,57 @@ def tolerance(q, k, scale, dtype):
 )
 def test_differential(L, Lk, d, dv, dtype, causal, masked, scale, std, layout, seed):
     Lk = L if causal else Lk
-    q, k, v = inputs(L, d, dv, (), std, seed, dtype, Lk=Lk)
+    q, k, v = random_inputs(L, d, dv, Lk=Lk, std=std, seed=seed, dtype=dtype)
     mask = np.random.default_rng(seed).random(Lk) < 0.7 if masked else None
     arguments = [lay_out(x, how) for x, how in zip((q, k, v), layout, strict=True)]
     out = exact_attention(*arguments, causal=causal, scale=scale, key_mask=mask)
     assert out.dtype == dtype
-    oracle = naive.exact_attention(q, k, v, causal, scale, mask)
-    assert naive.relative_error(out, oracle) < tolerance(q, k, scale, dtype)
+    expected = oracle.exact_attention(q, k, v, causal=causal, scale=scale, key_mask=mask)
+    assert relative_error(out, expected) < logit_tolerance(q, k, scale, dtype)
     assert np.array_equal(out, exact_attention(q, k, v, causal=causal, scale=scale, key_mask=mask))
     for x, y in zip(arguments, (q, k, v), strict=True):
         assert np.array_equal(x, y)
 
 
 @each_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_every_length_around_the_tiles(dtype, causal):
-    q, k, v = inputs(1100, 3, 2, dtype=dtype)
+    q, k, v = random_inputs(1100, 3, 2, dtype=dtype)
     for L in [*EDGES, 511, 512, 513, 1030]:
         out = exact_attention(q[:L], k[:L], v[:L], causal=causal)
-        oracle = naive.exact_attention(q[:L], k[:L], v[:L], causal)
-        assert naive.relative_error(out, oracle) < tolerance(q, k, None, dtype), L
+        expected = oracle.exact_attention(q[:L], k[:L], v[:L], causal=causal)
+        assert relative_error(out, expected) < logit_tolerance(q, k, None, dtype), L
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_leading_axes_and_grouped_heads(causal):
     L = 20
     q, k, v = draw(2, 1, L, 4), draw(3, L, 4, seed=1), draw(1, 1, L, 5, seed=2)
     mask = np.random.default_rng(3).random((3, L)) < 0.6
     out = exact_attention(q, k, v, causal=causal, key_mask=mask)
-    assert naive.relative_error(out, naive.exact_attention(q, k, v, causal, None, mask)) < 1e-14
+    expected = oracle.exact_attention(q, k, v, causal=causal, key_mask=mask)
+    assert relative_error(out, expected) < 1e-14
     q, (k, v) = draw(2, 6, 70, 4), draw(2, 2, 2, 70, 4, seed=1)
     out = exact_attention(q, k, v, causal=causal, enable_gqa=True)
-    oracle = naive.exact_attention(q, k, v, causal, enable_gqa=True)
-    assert naive.relative_error(out, oracle) < 1e-14
+    expected = oracle.exact_attention(q, k, v, causal=causal, enable_gqa=True)
+    assert relative_error(out, expected) < 1e-14
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 @pytest.mark.parametrize(("std", "limit"), [(0.5, 2e-6), (1, 2e-6), (2, 2e-6), (4, 1e-5)])
 def test_float32_against_float64(std, limit, causal):
-    q, k, v = inputs(512, 64, 64, std=std, dtype=np.float32)
+    q, k, v = random_inputs(512, 64, 64, std=std, dtype=np.float32)
     out = exact_attention(q, k, v, causal=causal)
     wide = exact_attention(*(x.astype(np.float64) for x in (q, k, v)), causal=causal)
-    assert naive.relative_error(out, wide) < limit
+    assert relative_error(out, wide) < limit
 
 
 @each_dtype
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e8, 1e15, 1e30])
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_huge_inputs_are_finite(dtype, size, causal):
-    q, k, v = inputs(80, std=size, dtype=dtype)
-    small_q, small_k, _ = inputs(80, dtype=dtype, seed=1)
+    q, k, v = random_inputs(80, std=size, dtype=dtype)
+    small_q, small_k, _ = random_inputs(80, dtype=dtype, seed=1)
     for a, b in ((q, k), (q, small_k), (small_q, k)):
         out = exact_attention(a, b, v, causal=causal)
         assert np.isfinite(out).all()
@@ -91,7 +94,7 @@ def test_huge_inputs_are_finite(dtype, size, causal):
 
 @each_dtype
 @pytest.mark.parametrize("path", ["rise", "fall", "zigzag"])
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_logits_of_ten_thousand(dtype, path, causal):
     """Logits that span 1e4 along the keys, but are rounded exactly: only exp is tested."""
     L = 300
@@ -101,16 +104,16 @@ def test_logits_of_ten_thousand(dtype, path, causal):
     v = draw(L, 4, dtype=dtype)
     assert path == "zigzag" or np.abs(q @ k.T).max() > 1e4
     out = exact_attention(q, k, v, causal=causal, scale=1.0)
-    oracle = naive.exact_attention(q, k, v, causal, 1.0)
+    expected = oracle.exact_attention(q, k, v, causal=causal, scale=1.0)
     # In units of log 2 a logit of 2e4 has an error of eps * 2e4 in the dtype it is kept in.
-    assert naive.relative_error(out, oracle) < (1e-2 if dtype == np.float32 else 1e-11)
+    assert relative_error(out, expected) < (1e-2 if dtype == np.float32 else 1e-11)
 
 
 def test_what_attention_is():
     ones = np.ones((3, 1))
     out = exact_attention(ones, ones, np.array([[1.0], [0], [0]]), causal=True)
     assert np.allclose(out[:, 0], [1, 1 / 2, 1 / 3], rtol=1e-15)
-    q, k, _ = inputs(80)
+    q, k, _ = random_inputs(80)
     weights = exact_attention(q, k, np.eye(80), causal=True)
     assert np.allclose(weights.sum(-1), 1, rtol=1e-14)
     assert np.array_equal(weights > 0, np.tri(80, dtype=bool))
@@ -119,7 +122,7 @@ def test_what_attention_is():
 @each_dtype
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_future_changes_no_bit_of_the_past(dtype, change):
-    q, k, v = inputs(150, std=2.0, dtype=dtype)
+    q, k, v = random_inputs(150, std=2.0, dtype=dtype)
     before = exact_attention(q, k, v, causal=True)
     for t in (0, 1, 5, 15, 16, 17, 40, 63, 64, 65, 100, 128, 149):
         for which in range(3):
@@ -130,9 +133,9 @@ def test_the_future_changes_no_bit_of_the_past(dtype, change):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_not_finite_input_reaches_only_the_rows_that_see_it(bad, causal):
-    q, k, v = inputs(130)
+    q, k, v = random_inputs(130)
     before = exact_attention(q, k, v, causal=causal)
     for t in (0, 3, 63, 64, 100):
         for which in range(3):
@@ -151,12 +154,13 @@ def test_not_finite_input_reaches_only_the_rows_that_see_it(bad, causal):
 
 
 @pytest.mark.parametrize("name", masks(90))
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_masked_keys_vanish(name, causal):
     mask = masks(90)[name]
-    q, k, v = inputs(90)
+    q, k, v = random_inputs(90)
     out = exact_attention(q, k, v, causal=causal, key_mask=mask)
-    assert naive.relative_error(out, naive.exact_attention(q, k, v, causal, None, mask)) < 1e-14
+    expected = oracle.exact_attention(q, k, v, causal=causal, key_mask=mask)
+    assert relative_error(out, expected) < 1e-14
     if not mask.any():
         assert np.array_equal(out, np.zeros_like(v))
     for poison in (np.nan, np.inf, 1e300):
@@ -166,15 +170,15 @@ def test_masked_keys_vanish(name, causal):
 
 
 def test_no_keys_give_zeros():
-    q, k, v = inputs(7, lead=(2,))
+    q, k, v = random_inputs(7, lead=(2,))
     assert np.array_equal(exact_attention(q, k[:, :0], v[:, :0]), np.zeros((2, 7, 5)))
 
 
 @each_dtype
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 @pytest.mark.parametrize(("lead", "L"), [((7,), 200), ((1,), 1500)])
 def test_threads_change_no_bit(lead, L, causal, dtype):
-    q, k, v = inputs(L, 16, 16, lead, dtype=dtype)
+    q, k, v = random_inputs(L, 16, 16, lead, dtype=dtype)
     one = exact_attention(q, k, v, causal=causal, num_threads=1)
     for n in (2, 3, 8, None):
         assert np.array_equal(exact_attention(q, k, v, causal=causal, num_threads=n), one)

@@ -1,25 +1,25 @@
 """exact_attention_vjp against the dense oracle, finite differences, and what must always hold."""
 
-import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import CHANGES, draw, each_dtype, inputs, lay_out, layouts, masks, sizes
+from support import oracle
+from support.inputs import CHANGES, draw, lay_out, masks, random_inputs
+from support.parameters import each_causal, each_dtype, layouts, sizes
+from support.tolerance import relative_error
 
 from favor_np import exact_attention, exact_attention_vjp
-
-each_causal = pytest.mark.parametrize("causal", [False, True])
 
 
 def gradients(q, k, v, g, **options):
     return exact_attention_vjp(q, k, v, **options)[1](g)
 
 
-def error(grads, oracle):
+def error(grads, expected):
     """The largest deviation, relative to each gradient unless that vanishes."""
-    floor = [np.maximum(np.abs(x).max(initial=0), 0.1) for x in oracle]
-    pairs = zip(grads, oracle, floor, strict=True)
+    floor = [np.maximum(np.abs(x).max(initial=0), 0.1) for x in expected]
+    pairs = zip(grads, expected, floor, strict=True)
     return max(float(np.abs(x - y).max(initial=0) / size) for x, y, size in pairs)
 
 
@@ -42,7 +42,10 @@ def same(grads, others):
 )
 def test_differential(L, Lk, d, dv, dtype, causal, masked, scale, layout, seed):
     Lk = L if causal else Lk
-    arrays = *inputs(L, d, dv, (), 1.0, seed, dtype, Lk=Lk), draw(L, dv, seed=seed + 1, dtype=dtype)
+    arrays = (
+        *random_inputs(L, d, dv, Lk=Lk, seed=seed, dtype=dtype),
+        draw(L, dv, seed=seed + 1, dtype=dtype),
+    )
     mask = np.random.default_rng(seed).random(Lk) < 0.7 if masked else None
     options = {"causal": causal, "scale": scale, "key_mask": mask}
     q, k, v, g = (lay_out(x, how) for x, how in zip(arrays, layout, strict=True))
@@ -50,8 +53,8 @@ def test_differential(L, Lk, d, dv, dtype, causal, masked, scale, layout, seed):
     grads = pullback(g)
     assert np.array_equal(out, exact_attention(q, k, v, **options))
     assert [x.dtype for x in grads] == [dtype] * 3
-    oracle = naive.exact_attention_vjp(*arrays, **options)
-    assert error(grads, oracle) < (2e-5 if dtype == np.float32 else 1e-13)
+    expected = oracle.exact_attention_vjp(*arrays, **options)
+    assert error(grads, expected) < (2e-5 if dtype == np.float32 else 1e-13)
     assert same(grads, gradients(*arrays, **options))  # the layout changes no bit
     assert same((q, k, v, g), arrays)  # inputs are untouched
 
@@ -59,27 +62,27 @@ def test_differential(L, Lk, d, dv, dtype, causal, masked, scale, layout, seed):
 @each_dtype
 @each_causal
 def test_every_length_around_the_tiles_and_blocks(dtype, causal):
-    q, k, v = inputs(1030, 3, 2, dtype=dtype)
+    q, k, v = random_inputs(1030, 3, 2, dtype=dtype)
     g = draw(1030, 2, seed=1, dtype=dtype)
     for L in (1, 2, 7, 8, 9, 63, 64, 65, 127, 129, 511, 512, 513, 1030):
         arrays = [x[:L] for x in (q, k, v, g)]
-        oracle = naive.exact_attention_vjp(*arrays, causal)
+        expected = oracle.exact_attention_vjp(*arrays, causal=causal)
         limit = 2e-5 if dtype == np.float32 else 1e-13
-        assert error(gradients(*arrays, causal=causal), oracle) < limit, L
+        assert error(gradients(*arrays, causal=causal), expected) < limit, L
 
 
 @pytest.mark.parametrize(("L", "Lk"), [(700, 65), (64, 1100), (1, 600), (600, 1)])
 def test_cross_attention_over_blocks(L, Lk):
-    q, k, v = inputs(L, 80, 64, Lk=Lk)
+    q, k, v = random_inputs(L, 80, 64, Lk=Lk)
     g = draw(L, 64, seed=1)
     for mask in (None, np.random.default_rng(2).random(Lk) < 0.5):
-        oracle = naive.exact_attention_vjp(q, k, v, g, key_mask=mask)
-        assert error(gradients(q, k, v, g, key_mask=mask), oracle) < 1e-12
+        expected = oracle.exact_attention_vjp(q, k, v, g, key_mask=mask)
+        assert error(gradients(q, k, v, g, key_mask=mask), expected) < 1e-12
 
 
 @each_causal
 def test_finite_differences(causal):
-    arrays = [*inputs(5, 3, 2)]
+    arrays = [*random_inputs(5, 3, 2)]
     g = draw(5, 2, seed=1)
     mask = np.array([True, True, False, True, True])
     options = {"causal": causal, "key_mask": mask, "scale": 0.8}
@@ -107,7 +110,8 @@ def test_what_was_broadcast_is_summed(lead_q, lead_k, lead_v, lead_mask, causal)
     g = draw(*out.shape, seed=4)
     grads = pullback(g)
     assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
-    assert error(grads, naive.exact_attention_vjp(q, k, v, g, causal, None, mask)) < 1e-13
+    expected = oracle.exact_attention_vjp(q, k, v, g, causal=causal, key_mask=mask)
+    assert error(grads, expected) < 1e-13
 
 
 @each_causal
@@ -115,25 +119,25 @@ def test_groups_of_heads_are_summed(causal):
     q, (k, v), g = draw(2, 6, 70, 4), draw(2, 1, 2, 70, 4, seed=1), draw(2, 6, 70, 4, seed=2)
     grads = gradients(q, k, v, g, causal=causal, enable_gqa=True)
     assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
-    oracle = naive.exact_attention_vjp(q, k, v, g, causal, enable_gqa=True)
-    assert error(grads, oracle) < 1e-13
+    expected = oracle.exact_attention_vjp(q, k, v, g, causal=causal, enable_gqa=True)
+    assert error(grads, expected) < 1e-13
 
 
 @each_causal
 @pytest.mark.parametrize("d", [1, 64])
 def test_float32_against_float64(d, causal):
-    q, k, v = inputs(1024, d, 64, dtype=np.float32)
+    q, k, v = random_inputs(1024, d, 64, dtype=np.float32)
     g = draw(1024, 64, seed=1, dtype=np.float32)
     grads = gradients(q, k, v, g, causal=causal)
     wide = gradients(*(x.astype(np.float64) for x in (q, k, v, g)), causal=causal)
     for x, y in zip(grads, wide, strict=True):
-        assert naive.relative_error(x, y) < 5e-6
+        assert relative_error(x, y) < 5e-6
 
 
 def test_what_the_gradient_is():
     """With q = 0 every visible key has the same weight."""
     L = 80
-    _, k, v = inputs(L)
+    _, k, v = random_inputs(L)
     g = draw(L, 5, seed=1)
     grads = gradients(np.zeros((L, 6)), k, v, g, causal=True, scale=1.0)
     each = g / np.arange(1, L + 1)[:, None]
@@ -149,7 +153,7 @@ def test_what_the_gradient_is():
 @each_dtype
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_earlier_cotangents_change_no_bit_of_later_gradients(dtype, change):
-    q, k, v = inputs(150, std=2.0, dtype=dtype)
+    q, k, v = random_inputs(150, std=2.0, dtype=dtype)
     g = draw(150, 5, seed=1, dtype=dtype)
     _, pullback = exact_attention_vjp(q, k, v, causal=True)
     before = pullback(g)
@@ -163,7 +167,7 @@ def test_earlier_cotangents_change_no_bit_of_later_gradients(dtype, change):
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_later_inputs_change_no_bit_of_earlier_query_gradients(change):
-    q, k, v = inputs(150)
+    q, k, v = random_inputs(150)
     g = draw(150, 5, seed=1)
     before = gradients(q, k, v, g, causal=True).q
     for t in (1, 16, 63, 64, 65, 149):
@@ -178,7 +182,7 @@ def test_later_inputs_change_no_bit_of_earlier_query_gradients(change):
 @each_causal
 def test_not_finite_input_reaches_only_what_sees_it(bad, causal):
     L = 130
-    q, k, v = inputs(L)
+    q, k, v = random_inputs(L)
     g = draw(L, 5, seed=1)
     before = gradients(q, k, v, g, causal=causal)
     rows = np.arange(L)
@@ -205,10 +209,11 @@ def test_not_finite_input_reaches_only_what_sees_it(bad, causal):
 @each_causal
 def test_masked_keys_have_zero_gradient(name, causal):
     mask = masks(90)[name]
-    q, k, v = inputs(90)
+    q, k, v = random_inputs(90)
     g = draw(90, 5, seed=1)
     grads = gradients(q, k, v, g, causal=causal, key_mask=mask)
-    assert error(grads, naive.exact_attention_vjp(q, k, v, g, causal, None, mask)) < 1e-13
+    expected = oracle.exact_attention_vjp(q, k, v, g, causal=causal, key_mask=mask)
+    assert error(grads, expected) < 1e-13
     assert not grads.k[~mask].any()
     assert not grads.v[~mask].any()
     for poison in (np.nan, np.inf, 1e300):
@@ -222,7 +227,7 @@ def test_masked_keys_have_zero_gradient(name, causal):
 
 @each_causal
 def test_rows_without_a_key_have_zero_gradient(causal):
-    q, k, v = inputs(90)
+    q, k, v = random_inputs(90)
     g = draw(90, 5, seed=1)
     mask = np.arange(90) >= 70 if causal else np.zeros(90, bool)
     grads = gradients(q, k, v, g, causal=causal, key_mask=mask)
@@ -251,7 +256,7 @@ def test_empty_arrays_have_zero_gradients(q, k, v):
 @each_causal
 @pytest.mark.parametrize(("lead", "L"), [((7,), 200), ((1,), 1500)])
 def test_threads_change_no_bit(lead, L, causal, dtype):
-    q, k, v = inputs(L, 16, 16, lead, dtype=dtype)
+    q, k, v = random_inputs(L, 16, 16, lead, dtype=dtype)
     g = draw(*v.shape, seed=1, dtype=dtype)
     one = gradients(q, k, v, g, causal=causal, num_threads=1)
     for n in (2, 3, 8, None):
@@ -261,7 +266,7 @@ def test_threads_change_no_bit(lead, L, causal, dtype):
 @each_causal
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e15])
 def test_logits_too_large_for_float32_are_computed_in_float64(size, causal):
-    q, k, v = inputs(80, std=size, dtype=np.float32)
+    q, k, v = random_inputs(80, std=size, dtype=np.float32)
     g = draw(80, 5, seed=1, dtype=np.float32)
     grads = gradients(q, k, v, g, causal=causal)
     wide = gradients(*(x.astype(np.float64) for x in (q, k, v, g)), causal=causal)
@@ -279,12 +284,12 @@ def test_logits_of_ten_thousand(dtype, causal):
     v, g = draw(L, 4, dtype=dtype), draw(L, 4, seed=1, dtype=dtype)
     assert np.abs(q @ k.T).max() > 1e4
     grads = gradients(q, k, v, g, causal=causal, scale=1.0)
-    oracle = naive.exact_attention_vjp(q, k, v, g, causal, 1.0)
-    assert error(grads, oracle) < (1e-2 if dtype == np.float32 else 1e-11)
+    expected = oracle.exact_attention_vjp(q, k, v, g, causal=causal, scale=1.0)
+    assert error(grads, expected) < (1e-2 if dtype == np.float32 else 1e-11)
 
 
 def test_gradients_have_the_dtypes_of_the_inputs():
-    q, k, v = (x.round() for x in inputs(9, 4, 4))
+    q, k, v = (x.round() for x in random_inputs(9, 4, 4))
     g = draw(9, 4, seed=1).round()
     expected = gradients(q, k, v, g)
     for dtypes in ("efe", "edf", "dff", (">f4", "<f8", ">f8"), "fff"):
@@ -309,7 +314,7 @@ def test_overflow_is_silent():
 
 
 def test_a_pullback_may_be_called_again():
-    q, k, v = inputs(70)
+    q, k, v = random_inputs(70)
     g, other = draw(2, 70, 5, seed=1)
     _, pullback = exact_attention_vjp(q, k, v)
     first = pullback(g)

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from favor_np.kernels.simd import ISA, VECTOR_BYTES, exp2, exp2_short, load, nearest, store
+from favor_np.cpu.kernels.simd import ISA, VECTOR_BYTES, exp2, exp2_short, load, nearest, store
 
 #: Largest error in units of the last place; the last two steps of the polynomial make it.
 WORST = 1.0 if ISA == "plain" else 0.8

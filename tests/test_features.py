@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import pickle
 
-import naive
 import numpy as np
 import pytest
+from support import oracle
+from support.inputs import draw
+from support.tolerance import relative_error
 
 from favor_np import FeatureMap, feature_map, sample_projection
 
@@ -15,24 +17,22 @@ MAPS = [*((kind, False) for kind in KINDS), ("positive", True)]
 each_map = pytest.mark.parametrize(("kind", "antithetic"), MAPS)
 
 
-def draw(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
 def mean_error(got, expected):
-    return naive.relative_error(got, np.asarray(expected, np.float64))
+    return relative_error(got, np.asarray(expected, np.float64))
 
 
 @each_map
 @pytest.mark.parametrize("scale", [None, 1.0, 0.3])
 def test_definition(kind, antithetic, scale):
     W, x = draw(7, 5), 1.5 * draw(11, 5, seed=1)
-    fm = FeatureMap.from_projection(W, kind, scale, antithetic, kernel_epsilon=0.01)
-    expected = naive.features(x, W, kind, scale, antithetic, kernel_epsilon=0.01)
+    fm = FeatureMap.from_projection(
+        W, kind, scale=scale, antithetic=antithetic, kernel_epsilon=0.01
+    )
+    expected = oracle.features(x, W, kind, scale, antithetic, kernel_epsilon=0.01)
     assert fm.num_features == expected.shape[-1]
     for phi in (fm.query_features(x), fm.key_features(x)):
         assert phi.dtype == np.float64
-        assert naive.relative_error(phi, expected) < 1e-14
+        assert relative_error(phi, expected) < 1e-14
 
 
 @each_map
@@ -43,7 +43,7 @@ def test_leading_axes_and_heads(kind, antithetic):
     assert phi.shape == (2, 3, 9, fm.num_features)
     for head in range(3):
         alone = FeatureMap.from_projection(W[head], kind, antithetic=antithetic)
-        assert naive.relative_error(phi[:, head], alone.key_features(x[:, head])) < 1e-15
+        assert relative_error(phi[:, head], alone.key_features(x[:, head])) < 1e-15
     assert alone.key_features(x).shape == (2, 3, 9, fm.num_features)
     assert alone.key_features(x[:, :, :0]).shape == (2, 3, 0, fm.num_features)
     assert fm.query_features(x[0, 0]).shape == (3, 9, fm.num_features)  # broadcast over heads
@@ -52,22 +52,22 @@ def test_leading_axes_and_heads(kind, antithetic):
 @each_map
 def test_the_attributes_that_kernels_read(kind, antithetic):
     """log phi = weight.x + bias - key_norm |x|**2, with the partner -weight.x."""
-    fm = FeatureMap.from_projection(draw(6, 4), kind, 0.7, antithetic)
+    fm = FeatureMap.from_projection(draw(6, 4), kind, scale=0.7, antithetic=antithetic)
     assert (fm.dim, fm.num_heads, fm.scale, fm.kernel_epsilon) == (4, None, 0.7, 1e-3)
-    assert fm.weight.shape == (1, 6, 4)
+    assert fm.key_weight.shape == (1, 6, 4)
     assert fm.bias.shape == (1, 6)
-    assert fm.weight.dtype == fm.bias.dtype == np.float64
-    assert np.array_equal(fm.weight[0], np.sqrt(0.7) * fm.projection)
+    assert fm.key_weight.dtype == fm.bias.dtype == np.float64
+    assert np.array_equal(fm.key_weight[0], np.sqrt(0.7) * fm.projection)
     assert fm.key_norm == {"positive": 0.35, "trig": -0.35}.get(kind, 0.0)
     if kind == "positive":
         x = draw(9, 4, seed=1)
-        y = x @ fm.weight[0].T + fm.bias
+        y = x @ fm.key_weight[0].T + fm.bias
         y = np.concatenate([y, -y], -1) if antithetic else y
         log_phi = y - fm.key_norm * np.sum(x * x, -1, keepdims=True)
         phi = np.exp(log_phi) / np.sqrt(fm.num_features)
-        assert naive.relative_error(fm.key_features(x), phi) < 1e-14
+        assert relative_error(fm.key_features(x), phi) < 1e-14
     per_head = FeatureMap.from_projection(draw(3, 6, 4))
-    assert (per_head.num_heads, per_head.weight.shape) == (3, (3, 6, 4))
+    assert (per_head.num_heads, per_head.key_weight.shape) == (3, (3, 6, 4))
 
 
 def test_num_features_counts_all_features():
@@ -82,7 +82,7 @@ def test_num_features_counts_all_features():
 
 
 def test_feature_map_samples_the_projection_it_says():
-    fm = feature_map("relu", 6, 9, "iid", "sqrt", rng=5, dtype=np.float64)
+    fm = feature_map("relu", 6, 9, projection="iid", norms="sqrt", rng=5, dtype=np.float64)
     assert fm.projection.dtype == np.float64
     assert np.array_equal(fm.projection, sample_projection(9, 6, "iid", "sqrt", rng=5))
     assert fm.scale == 6**-0.5
@@ -106,7 +106,7 @@ def test_frozen():
     for name in ("projection", "kind", "scale", "weight", "bias", "anything"):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(fm, name, None)
-    for array in (fm.projection, fm.weight, fm.bias):
+    for array in (fm.projection, fm.key_weight, fm.bias):
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
 
@@ -122,7 +122,7 @@ def test_copies_are_equal_and_frozen(duplicate):
     assert twin.fingerprint == fm.fingerprint
     assert repr(twin) == repr(fm)
     assert not twin.projection.flags.writeable
-    assert not twin.weight.flags.writeable
+    assert not twin.key_weight.flags.writeable
 
 
 def test_equality_is_by_content():

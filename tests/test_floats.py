@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support.inputs import random_inputs
 
 from favor_np import (
     AttentionState,
@@ -15,9 +16,8 @@ from favor_np import (
 FM = feature_map("positive", dim=8, num_features=32)
 
 
-def arrays(length, std=0.5, seed=0):
-    rng = np.random.default_rng(seed)
-    return [s * rng.standard_normal((2, length, 8), np.float32) for s in (std, std, 1)]
+def inputs(length, std=0.5, seed=0):
+    return random_inputs(length, 8, 8, (2,), std=std, seed=seed, dtype=np.float32)
 
 
 def attend(q, k, v, name, threads=None):
@@ -41,7 +41,7 @@ WAYS = ["favor causal", "favor full", "exact causal", "exact full", "steps", "a 
 @pytest.mark.parametrize("size", [1e-36, 1e-39, 1e-42])
 @pytest.mark.parametrize("way", WAYS)
 def test_tiny_values_are_not_flushed(way, size):
-    q, k, v = arrays(150)
+    q, k, v = inputs(150)
     v = (v * size).astype(np.float32)
     v[:, 100:130] = 0
     found, want = (attend(*(x.astype(t) for x in (q, k, v)), way) for t in (np.float32, np.float64))
@@ -51,7 +51,7 @@ def test_tiny_values_are_not_flushed(way, size):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("vjp", ["favor", "exact"])
 def test_tiny_cotangents_are_not_flushed(vjp, causal):
-    q, k, v = arrays(150)
+    q, k, v = inputs(150)
     grad = (v[:, ::-1] * 1e-36).astype(np.float32)
 
     def gradients(kind):
@@ -70,7 +70,7 @@ def test_tiny_cotangents_are_not_flushed(vjp, causal):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_mode_of_the_caller_is_as_it_was(way, std):
     smallest = np.float32(1.2e-38)
-    q, k, v = arrays(3000 if way != "steps" else 20, std)
+    q, k, v = inputs(3000 if way != "steps" else 20, std)
     attend(q, k, v, way, threads=2)
     assert 0 < smallest * np.float32(0.25) < smallest  # gradual underflow
 
@@ -79,7 +79,7 @@ def test_the_mode_of_the_caller_is_as_it_was(way, std):
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_far_apart_are_right(causal, std):
     """What is flushed is nothing beside what is left, also where keys do not fit into one chunk."""
-    q, k, v = arrays(500, std)
+    q, k, v = inputs(500, std)
     fm = FM
     found = favor_attention(q, k, v, fm, causal=causal)
     want = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, causal=causal)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from child import HANG
+from support.child import HANG
 
 
 def run(code, *options):

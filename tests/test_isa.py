@@ -1,6 +1,5 @@
 """Kernels compiled for other processors: the same results, and vector code where it counts."""
 
-import os
 import platform
 import re
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import llvmlite.binding
 import numpy as np
 import pytest
-from child import HANG
+from support.child import HANG, environment, names_of
 
 import favor_np
 
@@ -51,11 +50,9 @@ def results(dtype):
 PROCESS = """
 import sys
 from pathlib import Path
-import numpy as np
-from test_isa import results
 from numba.core.caching import NullCache
 import favor_np
-from favor_np.kernels import exact, simd
+from favor_np.cpu.kernels import exact, simd
 
 folder = Path(sys.argv[1])
 store, exact.attend_exact._cache = exact.attend_exact._cache, NullCache()
@@ -77,13 +74,12 @@ def processes(tmp_path_factory):
             # No features: those of the name, not those of this machine.
             environ = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": "", "PYTHONWARNINGS": "error"}
             folder = tmp_path_factory.mktemp(name)
-            command = [sys.executable, "-c", PROCESS, str(folder)]
+            command = [sys.executable, "-c", names_of(__file__) + PROCESS, str(folder)]
             team[name] = (
                 folder,
                 subprocess.Popen(
                     command,
-                    env=os.environ | environ,
-                    cwd=os.path.dirname(__file__),
+                    env=environment(**environ),
                     stderr=subprocess.PIPE,
                     text=True,
                 ),

@@ -7,9 +7,12 @@ import weakref
 
 import numpy as np
 import pytest
-from child import python
+from support.child import python
+from support.workspaces import is_kept, kept_workspaces
 
-from favor_np import AttentionState, favor_attention, feature_map, plan, tables
+from favor_np import AttentionState, favor_attention, feature_map, tables
+from favor_np.cpu import memory, tuning
+from favor_np.cpu.layout import layout
 from favor_np.measure import peak_memory
 
 
@@ -110,10 +113,10 @@ def spare(sizes, threads=1):
     kept = []
 
     def work():
-        spaces = [plan.Workspace(np.dtype(np.float32), size // 4, 0, None) for size in sizes]
+        spaces = [memory.Workspace(np.dtype(np.float32), size // 4, 0, None) for size in sizes]
         for space in spaces:
-            plan.give_back(space, threads, (np.zeros(1),))
-        kept.extend(i for i, space in enumerate(spaces) if (space, threads) in plan._spare.kept)
+            memory.give_back(space, threads, (np.zeros(1),))
+        kept.extend(i for i, space in enumerate(spaces) if is_kept(space, threads))
 
     thread = threading.Thread(target=work)  # each has its own
     thread.start()
@@ -122,7 +125,7 @@ def spare(sizes, threads=1):
 
 
 def test_spare_workspaces_are_few_and_small():
-    quarter = plan.SPARE // 4
+    quarter = tuning.MAX_SPARE_BYTES // tuning.MAX_SPARE
     assert spare([100] * 4) == [0, 1, 2, 3]
     assert spare([100] * 7) == [3, 4, 5, 6]
     assert spare([quarter] * 4) == [0, 1, 2, 3]
@@ -138,7 +141,7 @@ def test_spare_workspaces_are_few_and_small():
 def test_the_bytes_of_a_workspace_are_those_of_its_arrays():
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
         for state in (None, (32, 16)):
-            space = plan.workspace(dtype, 160, 20, state)
+            space = memory.workspace(dtype, 160, 20, state)
             assert space.nbytes == sum(array.nbytes for array in space.make(1))
             assert 3 * space.nbytes == sum(array.nbytes for array in space.make(3))
 
@@ -147,9 +150,9 @@ def test_a_spare_workspace_is_used_again():
     state = AttentionState.zeros(feature_map("positive", 4, 8), 4)
     x = np.ones(4, np.float32)
     state.step(x, x, x)
-    before = [array for arrays in plan._spare.kept.values() for array in arrays]
+    before = kept_workspaces()
     state.step(x, x, x)
-    after = [array for arrays in plan._spare.kept.values() for array in arrays]
+    after = kept_workspaces()
     assert {id(array) for array in before} == {id(array) for array in after}
     assert before
 
@@ -176,7 +179,7 @@ def test_a_long_map_takes_no_matrix_of_its_length(tmp_path):
     x = np.zeros((1, 4096), np.float32)
 
     def use():
-        plan.layout.cache_clear()
+        layout.cache_clear()
         state = AttentionState.zeros(fm, value_dim=1).update(x, x[:, :1])
         state.save(tmp_path / "state")
         AttentionState.load(tmp_path / "state").attend(x)

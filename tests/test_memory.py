@@ -2,18 +2,17 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from child import HANG
+from support.child import HANG, TESTS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs mmap and mprotect")
 
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "guard.py", *arguments],
-        cwd=Path(__file__).parent,
+        [sys.executable, "-m", "support.guard", *arguments],
+        cwd=TESTS,
         capture_output=True,
         text=True,
         timeout=HANG,

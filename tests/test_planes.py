@@ -1,11 +1,15 @@
-"""Projections and logits as products of planes: exactly cut numbers, no larger an error than without."""
+"""Projections and logits as products of parts: exactly cut numbers, no larger an error than without."""
 
+import functools
 import itertools
 
 import numba
 import numpy as np
 import pytest
-from test_bfloat16 import EVERYTHING, apart, arrays, poison_workspaces
+from support.inputs import OPTIONS, random_inputs
+from support.tolerance import relative_rms
+from support.tuning import tuned
+from support.workspaces import forget_layouts, poison_workspaces
 
 from favor_np import (
     FeatureMap,
@@ -13,65 +17,52 @@ from favor_np import (
     favor_attention,
     favor_attention_vjp,
     feature_map,
-    plan,
 )
-from favor_np.kernels import bfloat16
+from favor_np.cpu.kernels import bfloat16
+from favor_np.cpu.layout import layout
+from favor_np.cpu.memory import aligned_copy
 
-bfloat16.refusal()  # asks the system for the matrix unit
-
-
-def forget_layouts():
-    plan.layout.cache_clear()
-    plan.schedule.cache_clear()
+bfloat16.amx_unavailable()  # asks the system for the matrix unit
 
 
 @pytest.fixture(autouse=True)
-def leaves_no_layouts():
-    """Maps are equal if their numbers are: another test would find what this one has laid out."""
+def _find_and_leave_no_layouts():
     forget_layouts()
     yield
     forget_layouts()
 
 
-def choose(monkeypatch, planes):
-    """Let everything of float32 be computed with planes, or nothing."""
-    monkeypatch.setattr(plan, "worth_planes", lambda dtype, *_: planes and dtype == np.float32)
-    forget_layouts()
+inputs = functools.partial(random_inputs, std=0.5, dtype=np.float32)
 
 
-@pytest.fixture
-def with_and_without(monkeypatch):
-    """Return what a function returns, without planes and with them."""
-
-    def run(function):
-        found = []
-        for planes in (False, True):
-            choose(monkeypatch, planes)
+def with_and_without(function):
+    """What a function returns, without parts and with them."""
+    found = []
+    for wanted in (False, True):
+        with tuned(USE_BF16X3=wanted):
             poison_workspaces()
             found.append(function())
-        return found
-
-    return run
+    return found
 
 
-def numbers(words):
-    """The numbers of words, (..., 2 words)."""
-    bits = np.ascontiguousarray(words).view(np.uint32)
+def numbers(pairs):
+    """The numbers of pairs, (..., 2 pairs)."""
+    bits = np.ascontiguousarray(pairs).view(np.uint32)
     pair = np.stack([bits << 16, bits & np.uint32(0xFFFF0000)], axis=-1)
     return pair.reshape(*bits.shape[:-1], -1).view(np.float32)
 
 
 @numba.njit
 def cut_both(source, rows, cols, left, right):
-    bfloat16.cut_along(source, rows, cols, left)
-    bfloat16.cut_down(source, rows, cols, right)
+    bfloat16.split_along(source, rows, cols, left)
+    bfloat16.split_down(source, rows, cols, right)
 
 
 @numba.njit
-def multiply(a, b, c, rows, cols, words, add, unit):
+def multiply(a, b, c, rows, cols, pairs, add, tile_config):
     if bfloat16.AMX:
-        bfloat16.configure(unit)
-    bfloat16.gemm_planes(a, b, c, rows, cols, words, add)
+        bfloat16.configure(tile_config)
+    bfloat16.gemm_bf16x3(a, b, c, rows, cols, pairs, add)
     if bfloat16.AMX:
         bfloat16.release()
 
@@ -85,11 +76,11 @@ def wide(shape, seed=0):
 
 
 @pytest.mark.parametrize("cols", [16, 32, 48, 64])
-def test_the_planes_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
+def test_the_parts_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
     rows, depth = 34, -(-cols // 32) * 16
-    source = plan.aligned_copy(wide((rows, cols)))
-    left = plan.aligned_copy(np.full((rows, 3 * depth), np.nan, np.float32))
-    right = plan.aligned_copy(np.full((3 * 20, cols), np.nan, np.float32))
+    source = aligned_copy(wide((rows, cols)))
+    left = aligned_copy(np.full((rows, 3 * depth), np.nan, np.float32))
+    right = aligned_copy(np.full((3 * 20, cols), np.nan, np.float32))
     cut_both(source, rows, cols, left, right)
     padded = np.pad(source, ((0, 0), (0, 2 * depth - cols)))
     along = [numbers(left[:, p * depth : (p + 1) * depth]) for p in range(3)]
@@ -97,23 +88,23 @@ def test_the_planes_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
     assert np.array_equal(sum(x.astype(np.float64) for x in along), padded)
     assert np.array_equal(sum(x.astype(np.float64) for x in down)[:rows], source)
     assert not any(x[rows:].any() for x in down)
-    for plane in (*along, *down):
-        assert not (plane.view(np.uint32) & 0xFFFF).any()
-    assert np.array_equal(left.view(np.uint32), bfloat16.planes_of(padded).view(np.uint32))
+    for part in (*along, *down):
+        assert not (part.view(np.uint32) & 0xFFFF).any()
+    assert np.array_equal(left.view(np.uint32), bfloat16.parts_of(padded).view(np.uint32))
 
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("depth", [32, 96, 256])
 @pytest.mark.parametrize(("rows", "cols"), [(16, 16), (64, 64), (48, 32), (32, 80), (16, 48)])
-def test_a_product_of_planes_errs_no_more_than_one_of_float32(rows, cols, depth, add):
+def test_a_product_of_parts_errs_no_more_than_one_of_float32(rows, cols, depth, add):
     rng = np.random.default_rng(depth)
     a, b, c = (rng.standard_normal(s).astype(np.float32)
                for s in ((rows, depth), (depth, cols), (rows, cols)))  # fmt: skip
     expected = a.astype(np.float64) @ b + (c if add else 0)
-    got = plan.aligned_copy(c if add else np.full_like(c, np.nan))
-    left = plan.aligned_copy(bfloat16.planes_of(a))
-    right = plan.aligned_copy(bfloat16.planes_of(b.T).T)
-    multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.UNIT)
+    got = aligned_copy(c if add else np.full_like(c, np.nan))
+    left = aligned_copy(bfloat16.parts_of(a))
+    right = aligned_copy(bfloat16.parts_of(b.T).T)
+    multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.TILE_CONFIG)
     chain = np.zeros_like(c)
     for k in range(depth):
         chain += a[:, k : k + 1] * b[k]
@@ -136,38 +127,38 @@ MAPS = {
 @pytest.mark.parametrize("length", [2, 63, 65, 200])
 @pytest.mark.parametrize("dim", [1, 7, 33, 64, 100])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_error_is_no_larger_whatever_the_sizes(with_and_without, causal, dim, length):
-    q, k, v = arrays((3, length), dim, 17, std=1.0 / dim**0.25)
+def test_the_error_is_no_larger_whatever_the_sizes(causal, dim, length):
+    q, k, v = inputs(length, dim, 17, (3,), std=1.0 / dim**0.25)
     for name, make in MAPS.items():
         fm = make(dim)
         exactly = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, causal=causal)
-        plain, planes = with_and_without(lambda: favor_attention(q, k, v, fm, causal=causal))  # noqa: B023
-        assert planes.dtype == np.float32
-        assert apart(planes, exactly) < 1.2 * apart(plain, exactly) + 2e-7, name
+        plain, split = with_and_without(lambda: favor_attention(q, k, v, fm, causal=causal))  # noqa: B023
+        assert split.dtype == np.float32
+        assert relative_rms(split, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7, name
         if length > 2:
-            assert not np.array_equal(plain, planes), name  # the other way was taken
+            assert not np.array_equal(plain, split), name  # the other way was taken
 
 
 @pytest.mark.parametrize(
     "options",
-    [*EVERYTHING.values(), {"causal": True, "window": 70}],
-    ids=[*EVERYTHING, "window"],
+    [*OPTIONS.values(), {"causal": True, "window": 70}],
+    ids=[*OPTIONS, "window"],
 )
 @pytest.mark.parametrize("kind", ["positive", "calibrated", "heads"])
-def test_with_everything_else(with_and_without, options, kind):
-    q, k, v = arrays((3, 300), 40, 20, seed=1)
+def test_with_everything_else(options, kind):
+    q, k, v = inputs(300, 40, 20, (3,), seed=1)
     fm = MAPS.get(kind, MAPS["positive"])(40)
     if kind == "calibrated":
         fm = fm.calibrate(q, k, "aderf+sderf")
     exactly = favor_attention(*(x.astype(np.float64) for x in (q, k, v)), fm, **options)
-    plain, planes = with_and_without(lambda: favor_attention(q, k, v, fm, **options))
-    assert apart(planes, exactly) < 1.2 * apart(plain, exactly) + 2e-7
+    plain, split = with_and_without(lambda: favor_attention(q, k, v, fm, **options))
+    assert relative_rms(split, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7
 
 
 @pytest.mark.parametrize("length", [300, 5000])
-def test_no_bit_depends_on_later_tokens_or_on_threads(monkeypatch, length):
-    choose(monkeypatch, True)
-    q, k, v = arrays((length,), 32, 32, std=1.0)
+@tuned(USE_BF16X3=True)
+def test_no_bit_depends_on_later_tokens_or_on_threads(length):
+    q, k, v = inputs(length, 32, 32, std=1.0)
     fm = feature_map("positive", 32, 256, rng=0)
     out = favor_attention(q, k, v, fm, causal=True, num_threads=1)
     assert np.array_equal(out, favor_attention(q, k, v, fm, causal=True, num_threads=2))
@@ -181,9 +172,9 @@ def test_no_bit_depends_on_later_tokens_or_on_threads(monkeypatch, length):
     assert np.array_equal(favor_attention(q, k, v, fm, causal=True, num_threads=1), out)
 
 
-def test_packed_sequences_are_those_alone_to_the_bit(monkeypatch):
-    choose(monkeypatch, True)
-    q, k, v = arrays((300,), 40, 20)
+@tuned(USE_BF16X3=True)
+def test_packed_sequences_are_those_alone_to_the_bit():
+    q, k, v = inputs(300, 40, 20)
     fm = feature_map("positive", 40, 96, rng=0)
     ends = [0, 1, 5, 130, 300]
     for causal in (False, True):
@@ -194,9 +185,9 @@ def test_packed_sequences_are_those_alone_to_the_bit(monkeypatch):
             assert np.array_equal(packed[rows], alone)
 
 
-def test_tokens_of_a_state_go_on_where_planes_ended(monkeypatch):
-    choose(monkeypatch, True)
-    q, k, v = arrays((2, 90), 40, 16)
+@tuned(USE_BF16X3=True)
+def test_tokens_of_a_state_go_on_where_parts_ended():
+    q, k, v = inputs(90, 40, 16, (2,))
     fm = feature_map("positive", 40, 96, rng=0)
     whole = favor_attention(q, k, v, fm, causal=True)
     _, state = favor_attention(q[:, :70], k[:, :70], v[:, :70], fm, causal=True, return_state=True)
@@ -209,16 +200,16 @@ def test_tokens_of_a_state_go_on_where_planes_ended(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [1, 63, 65, 200, 1100])
 @pytest.mark.parametrize("dim", [1, 7, 33, 64, 100])
-def test_exact_attention(with_and_without, dim, length, causal):
-    q, k, v = arrays((2, length), dim, 17, std=3.0 / dim**0.25)
+def test_exact_attention(dim, length, causal):
+    q, k, v = inputs(length, dim, 17, (2,), std=3.0 / dim**0.25)
     mask = np.arange(length) % 5 != 3
     options = {"causal": causal, "key_mask": mask}
     exactly = exact_attention(*(x.astype(np.float64) for x in (q, k, v)), **options)
-    plain, planes = with_and_without(lambda: exact_attention(q, k, v, **options))
+    plain, split = with_and_without(lambda: exact_attention(q, k, v, **options))
     few = (
         4e-7 if dim == 1 else 0
-    )  # a single product of float32 is rounded once, one of planes is not
-    assert apart(planes, exactly) < 1.2 * apart(plain, exactly) + 2e-7 + few
+    )  # a single product of float32 is rounded once, one of parts is not
+    assert relative_rms(split, exactly) < 1.2 * relative_rms(plain, exactly) + 2e-7 + few
 
 
 @pytest.mark.parametrize(
@@ -227,8 +218,8 @@ def test_exact_attention(with_and_without, dim, length, causal):
     ids=["full", "causal", "decay", "packed"],
 )
 @pytest.mark.parametrize("kind", [*MAPS, "calibrated"])
-def test_gradients(with_and_without, kind, options):
-    q, k, v = arrays((3, 200), 40, 17)
+def test_gradients(kind, options):
+    q, k, v = inputs(200, 40, 17, (3,))
     g = np.random.default_rng(5).standard_normal(v.shape).astype(np.float32)
     fm = MAPS.get(kind, MAPS["positive"])(40)
     if kind == "calibrated":
@@ -239,27 +230,27 @@ def test_gradients(with_and_without, kind, options):
         return found.q, found.k, found.v
 
     exactly = gradients(*(x.astype(np.float64) for x in (q, k, v)))
-    plain, planes = with_and_without(lambda: gradients(q, k, v))
-    for wanted, before, now in zip(exactly, plain, planes, strict=True):
-        assert apart(now, wanted) < 1.2 * apart(before, wanted) + 3e-7
+    plain, split = with_and_without(lambda: gradients(q, k, v))
+    for wanted, before, now in zip(exactly, plain, split, strict=True):
+        assert relative_rms(now, wanted) < 1.2 * relative_rms(before, wanted) + 3e-7
         assert not np.array_equal(before, now)
 
 
-def test_rows_that_are_not_finite_spoil_what_they_did(with_and_without):
-    q, k, v = arrays((200,), 40, 20)
+def test_rows_that_are_not_finite_spoil_what_they_did():
+    q, k, v = inputs(200, 40, 20)
     q[3], k[150], v[160, 2] = np.nan, np.inf, np.nan
     fm = feature_map("positive", 40, 96, rng=0)
     for attention in (exact_attention, favor_attention):
         of = [fm] if attention is favor_attention else []
         for causal in (False, True):
-            plain, planes = with_and_without(lambda: attention(q, k, v, *of, causal=causal))  # noqa: B023
-            assert np.array_equal(np.isfinite(plain), np.isfinite(planes))
-            assert np.isnan(planes).any()
+            plain, split = with_and_without(lambda: attention(q, k, v, *of, causal=causal))  # noqa: B023
+            assert np.array_equal(np.isfinite(plain), np.isfinite(split))
+            assert np.isnan(split).any()
 
 
 def test_they_are_used_where_they_pay():
-    """And only there: rows that are short, few features, float64 and other vectors have no planes."""
-    worth = not bfloat16.refusal()
+    """And only there: rows that are short, few features, float64 and other vectors have no parts."""
+    worth = not bfloat16.amx_unavailable()
     for dim, features, dtype, expected in [
         (64, 256, np.float32, worth),
         (32, 128, np.float32, worth),
@@ -269,15 +260,15 @@ def test_they_are_used_where_they_pay():
         (32, 64, np.float32, False),
     ]:
         fm = feature_map("positive", dim, features, rng=0)
-        found = plan.layout(fm, np.dtype(dtype), 16).map.key_planes
+        found = layout(fm, np.dtype(dtype), 16).map.key_parts
         assert (found is not None) == expected
 
 
-def test_without_the_systems_leave_there_are_none(monkeypatch):
-    monkeypatch.setattr(bfloat16, "refusal", lambda: "Operation not permitted")
-    q, k, v = arrays((100,), 64, 16)
+@tuned(amx_unavailable=lambda: "Operation not permitted")
+def test_without_the_systems_leave_there_are_none():
+    q, k, v = inputs(100, 64, 16)
     fm = feature_map("positive", 64, 128, rng=0)
-    assert plan.layout(fm, np.dtype(np.float32), 16).map.key_planes is None
+    assert layout(fm, np.dtype(np.float32), 16).map.key_parts is None
     assert np.isfinite(favor_attention(q, k, v, fm)).all()
     assert np.isfinite(exact_attention(q, k, v)).all()
     if bfloat16.AMX:

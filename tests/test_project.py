@@ -15,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import tuning
 
 import favor_np
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "favor_np"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = [path for part in ("tests", "tools") for path in sorted((ROOT / part).rglob("*.py"))]
+TESTS.remove(Path(__file__))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -57,7 +60,7 @@ def test_changelog_begins_with_this_version():
 
 def test_one_module_alone_compiles():
     users = [relative(p) for p in MODULES if uses_of_numba(p) & {"njit", "jit"}]
-    assert users == ["favor_np/kernels/jit.py"]
+    assert users == ["favor_np/cpu/kernels/jit.py"]
 
 
 @pytest.mark.parametrize("word", ["prange", "vectorize", "guvectorize", "stencil"])
@@ -70,6 +73,113 @@ def test_modules_stay_readable(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 800
     assert "fastmath=True" not in "\n".join(lines)
+
+
+#: Why functions that are neither public nor kernels take more than `MOST_PARAMETERS`.
+MOST_PARAMETERS = 7
+MANY_PARAMETERS = {
+    "attention.check": "the arguments of favor_attention as they came: it makes the Call of them",
+}
+
+
+def parameters(path):
+    """The functions of a module, by dotted name, and how many parameters each takes."""
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            a = node.args
+            names = [
+                x.arg for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if x
+            ]
+            yield f"{module}.{node.name}", len([n for n in names if n not in ("self", "cls")])
+
+
+def test_functions_take_few_parameters():
+    """What belongs together travels as one object; public functions and kernels are excepted."""
+    public = {
+        *favor_np.__all__,
+        "from_projection",
+        "zeros",
+        "forecast",
+        "__init__",
+        "favor_attention",
+    }
+    many = {
+        name
+        for path in PACKAGE.rglob("*.py")
+        if "kernels" not in path.parts
+        for name, count in parameters(path)
+        if count > MOST_PARAMETERS and name.rpartition(".")[2] not in public
+    }
+    assert many == set(MANY_PARAMETERS)
+
+
+def imported(code):
+    """The modules that code imports, that of processes in its strings too."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"^\s*(?:from|import) ([\w.]+)", node.value, re.MULTILINE)
+
+
+def retuned(code):
+    """The names in modules or objects to which code gives a value of its own."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in SETTERS:
+            texts = (x.value for x in node.args if isinstance(x, ast.Constant))
+            yield from (text.rsplit(".")[-1] for text in texts if isinstance(text, str))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"^\s*\w+\.([A-Z_]+)\b.* = ", node.value, re.MULTILINE)
+
+
+SETTERS = {"setattr", "object", "patch", "__setattr__"}
+
+
+def test_no_test_imports_another():
+    names = {(relative(path), name) for path in TESTS for name in imported(path.read_text("utf-8"))}
+    assert {pair for pair in names if re.search(r"\btest_", pair[1])} == set()
+
+
+def test_no_test_changes_a_threshold_by_itself():
+    names = {(path.name, name) for path in TESTS for name in retuned(path.read_text("utf-8"))}
+    assert {pair for pair in names if pair[1].isupper() or pair[1] in tuning.HOME} == {
+        ("test_cache.py", "CACHE_DIR"),  # of Numba's configuration
+        ("test_scratch.py", "KEPT"),  # of one object
+    }
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import test_state",
+        "from test_state import folded",
+        "from tests.test_state import folded",
+        "def later():\n    import test_state",
+        'RUN = """\n    from test_state import folded\n"""',
+    ],
+)
+def test_an_import_of_a_test_is_noticed(code):
+    assert any(re.search(r"\btest_", name) for name in imported(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "tuning.MIN_SHARED_LENGTH = 2",
+        "tuning.MIN_PARALLEL_WORK, tuning.MIN_SHARED_LENGTH = 0, 2",
+        'monkeypatch.setattr(tuning, "MIN_SHARED_LENGTH", 2)',
+        'monkeypatch.setattr("favor_np.cpu.tuning.MIN_SHARED_LENGTH", 2)',
+        'mock.patch.object(tuning, "MIN_SHARED_LENGTH", 2)',
+        'RUN = """\n    tuning.MIN_SHARED_LENGTH = 2\n"""',
+    ],
+)
+def test_a_changed_threshold_is_noticed(code):
+    assert "MIN_SHARED_LENGTH" in set(retuned(code))
 
 
 def documented(module):
@@ -142,7 +252,7 @@ def test_readme_commands_are_one_line_and_do_their_own_set_up(name):
 
 
 def test_table_of_variances_agrees_with_simulation():
-    tables = runpy.run_path(str(ROOT / "docs" / "variance_tables.py"))
+    tables = runpy.run_path(str(ROOT / "tools" / "variance_tables.py"))
     d, features, draws, s = 4, 16, 4000, 0.25
     x = np.full((1, d), np.sqrt(s) / 2 / np.sqrt(d))  # |x + x|**2 = s
     for orthogonal, antithetic in tables["MAPS"].values():

@@ -18,7 +18,7 @@ def data(std, length=LENGTH, seed=0, heads=2):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("std", "target"), [(0.4, 0.1), (0.8, 0.2)])
 def test_the_error_on_new_data_is_the_predicted_one(std, target, causal):
-    advice = recommend(*data(std), target, causal)
+    advice = recommend(*data(std), target_error=target, causal=causal)
     assert not advice.exact
     assert advice.predicted_error <= target
     assert advice.feature_map.num_heads == 2
@@ -36,7 +36,7 @@ def test_the_error_on_new_data_is_the_predicted_one(std, target, causal):
     ("std", "reason"), [(2.0, "would be needed|is faster"), (6.0, "closed form")]
 )
 def test_peaked_attention_needs_the_exact_one(std, reason):
-    advice = recommend(*data(std), 0.1)
+    advice = recommend(*data(std), target_error=0.1)
     assert advice.exact
     assert advice.feature_map is None
     assert advice.predicted_error == 0
@@ -46,7 +46,7 @@ def test_peaked_attention_needs_the_exact_one(std, reason):
 
 
 def test_short_sequences_are_faster_exactly():
-    advice = recommend(*data(0.4, length=16), 0.001)
+    advice = recommend(*data(0.4, length=16), target_error=0.001)
     assert advice.exact
     assert advice.seconds == advice.exact_seconds > 0
 

@@ -4,38 +4,41 @@ import os
 
 import numpy as np
 import pytest
-from child import BEGIN, python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_bfloat16 import poison_workspaces
-from test_calibration import data as mixed
-from test_planes import choose, leaves_no_layouts  # noqa: F401
+from support.child import BEGIN, python
+from support.inputs import anisotropic_inputs, random_inputs
+from support.tuning import recorded, tuned
+from support.workspaces import poison_workspaces
 
 import favor_np
-from favor_np import favor_attention, feature_map, launch, plan
-from favor_np.kernels import relay as kernel
-from favor_np.kernels.pack import CHUNK
+from favor_np import favor_attention, feature_map
+from favor_np.cpu import schedule, tuning
+from favor_np.cpu.kernels import relay as kernel
+from favor_np.cpu.kernels.pack import CHUNK
+from favor_np.cpu.layout import layout
+from favor_np.jobs import Shapes, broadcast_jobs
+
+#: The shortest head that is shared out where no test says otherwise.
+LONG = tuning.MIN_SHARED_LENGTH
 
 
 @pytest.fixture(autouse=True)
-def relays(monkeypatch):
-    """Share out whatever is longer than a chunk; the relays that were run."""
-    seen, make = [], plan.relay
-    monkeypatch.setattr(launch, "SERIAL", 0)
-    monkeypatch.setattr(plan, "LONG", CHUNK + 1)
-    monkeypatch.setattr(plan, "relay", lambda *args: seen.append(make(*args)) or seen[-1])
-    return seen
+def relays():
+    """Share out whatever is longer than a chunk; the relays that are run."""
+    with tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=CHUNK + 1), recorded("relay") as run:
+        yield run
 
 
-def notes(relay, word):
-    """That word of every state that the relay has left, without that of the beginning."""
-    return relay.words[-3 * (relay.states + 1) :].reshape(-1, 3)[:-1, word]
+def notes(relay):
+    """Of each state that is left: the chunk at which c moved last, and whether its keys fit together."""
+    rows = relay.words[-3 * (relay.states + 1) : -3]  # the last three are those of the beginning
+    rows = rows.reshape(relay.states, 3)
+    return rows[:, kernel.MOVED], rows[:, kernel.FITS].astype(bool)
 
 
-def arrays(length, dim=7, width=5, dtype=np.float32, std=0.7, lead=(1,), seed=0):
-    rng = np.random.default_rng(seed)
-    q, k = (std * rng.standard_normal((*lead, length, dim)).astype(dtype) for _ in range(2))
-    return q, k, rng.standard_normal((*lead, length, width)).astype(dtype)
+def inputs(L, d=7, dv=5, lead=(1,), *, std=0.7, dtype=np.float32, **options):
+    return random_inputs(L, d, dv, lead, std=std, dtype=dtype, **options)
 
 
 def results(q, k, v, fm, threads, **options):
@@ -79,7 +82,7 @@ def a_map(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_any_size(relays, size, length, dtype):
     dim, width, fm = a_map(size)
-    same_bits(*arrays(length, dim, width, dtype), fm)
+    same_bits(*inputs(length, dim, width, dtype=dtype), fm)
     assert len(relays) == 6
 
 
@@ -87,37 +90,40 @@ def test_any_size(relays, size, length, dtype):
 @pytest.mark.parametrize("decay", [0.3, 0.9, 0.99, 0.9995])
 def test_decay_moves_c_ever_again(relays, decay, size):
     dim, width, fm = a_map(size)
-    same_bits(*arrays(2500, dim, width), fm, decay=decay)
+    same_bits(*inputs(2500, dim, width), fm, decay=decay)
     if decay < 0.9:
-        assert (notes(relays[0], kernel.MOVED) > 0).all()
+        moved, _ = notes(relays[0])
+        assert (moved > 0).all()
 
 
 @pytest.mark.parametrize("where", [3, 64, 70, 1500, 2499])
 @pytest.mark.parametrize("times", [0.1, 30, 1000])
 def test_keys_of_another_size(relays, where, times):
     """c moves, and keys of a chunk may not fit together: then it is gone through in pieces."""
-    q, k, v = arrays(2500, 16, 8)
+    q, k, v = inputs(2500, 16, 8)
     fm = feature_map("positive", 16, 64, antithetic=False, rng=0)
     k[:, :where] *= times  # the features of large keys are small
     same_bits(q, k, v, fm)
     if times > 1 and where == 2499:
-        assert not notes(relays[0], kernel.FITS)[relays[0].last]
+        _, fit = notes(relays[0])
+        assert not fit[relays[0].last]
     for step in range(40):
         k[:, where + step * 50 :] *= 0.8
     same_bits(q, k, v, fm)
 
 
 def test_every_chunk_has_keys_that_do_not_fit(relays):
-    q, k, v = arrays(1500, 16, 8)
+    q, k, v = inputs(1500, 16, 8)
     k[:] = (
         2 * np.sqrt(3.0 * np.arange(1500, 0, -1))[:, None] * (k[:, :1] / np.linalg.norm(k[:, :1]))
     )
     same_bits(q, k, v, feature_map("positive", 16, 64, rng=0))
-    assert not notes(relays[0], kernel.FITS)[: 1500 // CHUNK].any()
+    _, fit = notes(relays[0])
+    assert not fit[: 1500 // CHUNK].any()
 
 
 def test_keys_that_are_not_there():
-    q, k, v = arrays(2000)
+    q, k, v = inputs(2000)
     fm = a_map("small")[2]
     rng = np.random.default_rng(1)
     for mask in (
@@ -135,7 +141,7 @@ def test_keys_that_are_not_there():
 def test_what_is_not_finite_reaches_no_row_before_it(bad, where):
     fm = a_map("small")[2]
     for spoil in range(3):
-        arguments = arrays(2000)
+        arguments = inputs(2000)
         clean = results(*arguments, fm, threads=2)[0]
         arguments[spoil][:, where, 0] = bad
         out = same_bits(*arguments, fm)[0]
@@ -144,7 +150,7 @@ def test_what_is_not_finite_reaches_no_row_before_it(bad, where):
 
 
 def test_on_from_a_state_and_into_it(relays):
-    q, k, v = arrays(2000)
+    q, k, v = inputs(2000)
     fm = a_map("small")[2]
     state = favor_attention(q, 2 * k, v, fm, return_state=True)[1]
     same_bits(q, k, v, fm, state=state)
@@ -165,7 +171,7 @@ def test_on_from_a_state_and_into_it(relays):
 
 def test_heads_that_share_keys_and_heads_that_are_left_over(relays):
     fm = a_map("small")[2]
-    q, k, v = arrays(1000, lead=(6,))
+    q, k, v = inputs(1000, lead=(6,))
     same_bits(q, k[:1], v[:1], fm, enable_gqa=True, numbers=(2, 5))
     assert len(relays) == 4
     relays.clear()
@@ -180,34 +186,34 @@ def test_heads_that_share_keys_and_heads_that_are_left_over(relays):
 
 def test_a_long_sequence_among_short_ones(relays):
     fm = a_map("small")[2]
-    q, k, v = arrays(2000)
+    q, k, v = inputs(2000)
     offsets = [0, 100, 1800, 1810, 2000]
     same_bits(q, k, v, fm, cu_seqlens=offsets, numbers=(2, 3))
     assert len(relays) == 4
     same_bits(q, k, v, fm, cu_seqlens=offsets, decay=0.95, numbers=(2,))
 
 
-def test_bfloat16_and_planes(monkeypatch, relays):
-    q, k, v = arrays(1500, 64, 48)
+def test_bfloat16_and_planes(relays):
+    q, k, v = inputs(1500, 64, 48)
     fm = feature_map("positive", 64, 256, rng=0)
     same_bits(q, k, v, fm, precision="bfloat16")
     v[:, 700, 3] = np.nan
     same_bits(q, k, v, fm, precision="bfloat16")
     before = len(relays)
-    choose(monkeypatch, True)
-    same_bits(q, k, v, fm)
+    with tuned(USE_BF16X3=True):
+        same_bits(q, k, v, fm)
     assert len(relays) == before + 6
 
 
 def test_calibrated_maps():
-    q, k = mixed(1, length=1200)
-    v = arrays(1200)[2]
+    q, k = anisotropic_inputs(1, length=1200)
+    v = inputs(1200)[2]
     for method in ("oprf", "aderf", "auto"):
         same_bits(q, k, v, feature_map("positive", 8, 64, rng=0).calibrate(q, k, method))
 
 
 def test_error_bars(relays):
-    q, k, v = arrays(1500, 8, 5)
+    q, k, v = inputs(1500, 8, 5)
     fm = feature_map("positive", 8, 64, rng=0)
     found = []
     for number in (1, 2, 5):
@@ -226,7 +232,7 @@ def test_whatever_the_keys_are(data):
     length = data.draw(st.integers(66, 1200))
     cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=6)))
     sizes = data.draw(st.lists(st.floats(-3, 4), min_size=len(cuts), max_size=len(cuts)))
-    q, k, v = arrays(length, seed=data.draw(st.integers(0, 9)))
+    q, k, v = inputs(length, seed=data.draw(st.integers(0, 9)))
     for cut, size in zip(cuts, sizes, strict=True):
         k[:, cut:] *= np.float32(np.exp(size))
     options = {}
@@ -244,30 +250,28 @@ def test_whatever_the_keys_are(data):
     [(1, 2, 1), (1, 4, 1), (2, 4, 2), (3, 4, 3), (4, 5, 0), (3, 2, 1), (5, 4, 1), (4, 2, 0), (0, 2, 0)],
 )  # fmt: skip
 def test_threads_share_the_heads_that_would_leave_some_of_them_idle(heads, threads, few):
-    jobs = plan.jobs((heads,), (heads,), (heads,), None, None, None, False, 9999, 9999, 1, 0)
-    assert plan.few(jobs, threads) == few
+    jobs = broadcast_jobs(Shapes(*3 * [(heads, 9999, 4)]))
+    assert schedule.shared_count(jobs, threads) == few
 
 
-def test_short_heads_are_left_whole(monkeypatch):
-    monkeypatch.undo()
-    jobs = plan.jobs((1,), (1,), (1,), None, None, None, False, 900, 900, 1, 0)
-    assert plan.few(jobs, 2) == 0
+@tuned(MIN_SHARED_LENGTH=LONG)
+def test_short_heads_are_left_whole():
+    for length, few in ((900, 0), (LONG - 1, 0), (LONG, 1)):
+        jobs = broadcast_jobs(Shapes(*3 * [(1, length, 4)]))
+        assert schedule.shared_count(jobs, 2) == few
 
 
 @pytest.mark.parametrize(
     ("features", "width", "threads"), [(256, 64, 2), (256, 64, 64), (4096, 256, 8), (2, 1, 3)]
 )
 def test_memory_is_enough_and_no_more(features, width, threads):
-    layout = plan.layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
-    relay = plan.relay(layout, 10**6, threads)
-    keys = layout.features * CHUNK
-    own = 4 * (layout.features * layout.value_columns + keys)
-    assert relay.states * own <= max(plan.ROOM, kernel.RING * own)
+    of = layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
+    relay = schedule.relay(of, 10**6, threads)
+    keys = of.features * CHUNK
+    own = 4 * (of.features * of.value_columns + keys)
+    assert relay.states * own <= max(tuning.MAX_GROUP_BYTES, kernel.RING * own)
     assert relay.rows > relay.states
-    assert (
-        relay.rows * layout.stateful.floats
-        >= threads * layout.stateful.floats + relay.states * keys
-    )
+    assert relay.rows * of.stateful.floats >= threads * of.stateful.floats + relay.states * keys
 
 
 ONE_HEAD = (
@@ -324,5 +328,5 @@ def work():
 threads = [threading.Thread(target=work) for _ in range(4)]
 [t.start() for t in threads]
 [t.join() for t in threads]
-assert favor_np.threads.POOL._active == 0
+assert favor_np.cpu.threads.POOL._active == 0
 """)  # fmt: skip

@@ -9,10 +9,11 @@ import threading
 
 import numpy as np
 import pytest
-from child import python
+from support.child import python
 
-from favor_np import AttentionState, WindowState, favor_attention, feature_map, threads
+from favor_np import AttentionState, WindowState, favor_attention, feature_map
 from favor_np.forecast import LiveForecast
+from favor_np.guard import Guard
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -204,7 +205,7 @@ def test_copies_of_a_live_forecast_go_their_own_way():
 
 def test_a_copy_made_in_the_midst_of_a_change_of_another_object_is_free():
     """A lock is never copied: neither one that is held nor one that is shared."""
-    guard = threads.Guard("thing")
+    guard = Guard("thing")
 
     def copies(_):
         return copy.deepcopy(guard), pickle.loads(pickle.dumps(guard))
@@ -222,7 +223,8 @@ def test_a_copy_made_in_the_midst_of_a_change_of_another_object_is_free():
 INTERRUPT = """
 import signal, time
 import numpy as np
-from favor_np import AttentionState, WindowState, feature_map, threads
+from favor_np import AttentionState, WindowState, feature_map
+from favor_np.cpu import threads
 
 def handler(number, frame):
     if armed:
@@ -451,7 +453,8 @@ def test_in_the_child_of_a_fork_no_state_waits_for_a_thread_that_is_not_there():
         """
 import os, signal, threading
 import numpy as np
-from favor_np import AttentionState, feature_map, threads
+from favor_np import AttentionState, feature_map
+from favor_np.cpu import threads
 
 fm = feature_map("positive", dim=4, num_features=8)
 x = np.ones((3, 4), np.float32)

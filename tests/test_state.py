@@ -1,28 +1,19 @@
 """AttentionState: fold, merge, read."""
 
+import itertools
 import pickle
 
-import naive
 import numpy as np
 import pytest
-from child import python
-from test_attention import draw, each_dtype, each_map, inputs
+from support import oracle
+from support.child import python
+from support.inputs import draw, random_inputs
+from support.parameters import each_dtype, each_map
+from support.tolerance import relative_error, state_error
 
-from favor_np import AttentionState, FeatureMap, favor_attention
+from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
 
 L = 150
-
-
-def content(state):
-    """S and z without the power of two they are stored with."""
-    return (
-        np.ldexp(np.asarray(state.S, naive.REAL), state.c[..., None]),
-        np.ldexp(np.asarray(state.z, naive.REAL), state.c),
-    )
-
-
-def error(a, b):
-    return max(naive.relative_error(x, y) for x, y in zip(content(a), content(b), strict=True))
 
 
 def folded(fm, k, v, mask=None):
@@ -35,20 +26,19 @@ def folded(fm, k, v, mask=None):
 @each_dtype
 def test_fold_and_read(options, dtype):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(L, lead=(2,), dtype=dtype)
+    q, k, v = random_inputs(L, lead=(2,), dtype=dtype)
     mask = np.random.default_rng(0).random((2, L)) < 0.7
     state = folded(fm, k, v, mask)
     assert state.c.shape == state.z.shape == (2, fm.num_features)
     assert state.S.shape == (2, fm.num_features, 5)
     assert np.issubdtype(state.c.dtype, np.integer)
     assert state.S.dtype == state.z.dtype == dtype
+    out, (S, z) = oracle.favor_attention(q, k, v, fm, key_mask=mask, return_state=True)
     limit = 100 * np.finfo(dtype).eps
-    for b in range(2):
-        S, z = naive.fold(k[b], v[b], fm.projection, mask[b], **options)
-        assert naive.relative_error(content(state)[0][b], S) < limit
-        assert naive.relative_error(content(state)[1][b], z) < limit
-        out = naive.read((S, z), q[b], fm.projection, **options)
-        assert naive.relative_error(state.attend(q)[b], out) < limit
+    for found, expected in zip(oracle.content(state), (S, z), strict=True):
+        for b in range(2):
+            assert relative_error(found[b], expected[b]) < limit
+    assert relative_error(state.attend(q), out) < limit
     assert state.attend(q).dtype == dtype
 
 
@@ -56,59 +46,83 @@ def test_fold_and_read(options, dtype):
 @pytest.mark.parametrize("cuts", [[], [1], [64], [63, 65], [10, 20, 100], [0, 150], range(1, 150)])
 def test_update_in_pieces(options, cuts):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    _, k, v = inputs(L, lead=(2,))
+    _, k, v = random_inputs(L, lead=(2,))
     whole, state = folded(fm, k, v), folded(fm, k[:, :0], v[:, :0])
     for start, stop in zip([0, *cuts], [*cuts, L], strict=True):
         state.update(k[:, start:stop], v[:, start:stop])
-    assert error(state, whole) < 1e-14
+    assert state_error(state, whole) < 1e-14
 
 
 @each_map
 @each_dtype
 def test_steps_are_causal_attention(options, dtype):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(90, lead=(2,), dtype=dtype)
+    q, k, v = random_inputs(90, lead=(2,), dtype=dtype)
     whole, last = favor_attention(q, k, v, fm, causal=True, return_state=True)
     state = folded(fm, k[:, :0], v[:, :0])
     outputs = [state.step(q[:, t], k[:, t], v[:, t]) for t in range(90)]
     limit = 100 * np.finfo(dtype).eps
     assert outputs[0].dtype == dtype
-    assert naive.relative_error(np.stack(outputs, axis=1), whole) < limit
-    assert error(state, last) < limit
+    assert relative_error(np.stack(outputs, axis=1), whole) < limit
+    assert state_error(state, last) < limit
+
+
+def assert_holds(state, index, k, v):
+    """What the state holds there is what these tokens are folded to."""
+    alone = folded(state.feature_map, k, v)
+    limit = 20 * np.finfo(k.dtype).eps
+    for found, expected in zip(oracle.content(state), oracle.content(alone), strict=True):
+        assert np.allclose(found[index], expected, rtol=limit, atol=0)
+
+
+# Whole calls of one token do without chunks, unless it is masked or several query heads share it.
+
+
+def one_token(dtype, **options):
+    """A call of one token for each of six heads: its result and state, and what went in."""
+    fm = FeatureMap.from_projection(draw(17, 6))
+    kv_lead = (2,) if "enable_gqa" in options else (6,)
+    q, k, v = random_inputs(1, lead=(6,), kv_lead=kv_lead, dtype=dtype)
+    out, state = favor_attention(q, k, v, fm, causal=True, return_state=True, **options)
+    assert out.dtype == dtype
+    assert np.array_equal(state.lengths, np.ones(kv_lead))
+    return out, state, k, v
 
 
 @each_dtype
-@pytest.mark.parametrize("case", ["plain", "masked", "shared", "packed"])
-def test_whole_calls_of_one_token(case, dtype):
-    """Which do without chunks, unless the token is masked or several query heads share it."""
+def test_a_call_of_one_token_gives_its_value(dtype):
+    out, state, k, v = one_token(dtype)
+    assert np.allclose(out, v, rtol=20 * np.finfo(dtype).eps, atol=0)
+    for head in range(6):
+        assert_holds(state, head, k[head], v[head])
+
+
+@each_dtype
+def test_a_call_of_one_masked_token_gives_zero(dtype):
+    mask = np.arange(6)[:, None] % 2 == 0
+    out, _, _, v = one_token(dtype, key_mask=mask)
+    assert np.allclose(out, v * mask[..., None], rtol=20 * np.finfo(dtype).eps, atol=0)
+
+
+@each_dtype
+def test_a_call_of_one_token_that_query_heads_share(dtype):
+    out, state, k, v = one_token(dtype, enable_gqa=True)
+    assert np.allclose(out, np.repeat(v, 3, axis=0), rtol=20 * np.finfo(dtype).eps, atol=0)
+    for head in range(2):
+        assert_holds(state, head, k[head], v[head])
+
+
+@each_dtype
+def test_packed_sequences_of_one_token_and_of_none(dtype):
     fm = FeatureMap.from_projection(draw(17, 6))
-    q, k, v = inputs(1, lead=(6,), dtype=dtype)
-    expected, options = v, {}
-    if case == "masked":
-        options["key_mask"] = np.arange(6)[:, None] % 2 == 0
-        expected = v * options["key_mask"][..., None]
-    if case == "shared":
-        k, v, options["enable_gqa"] = k[:2], v[:2], True
-        expected = np.repeat(v, 3, axis=0)
-    if case == "packed":  # also of none
-        q, k, v, expected = (x.reshape(1, 6, -1) for x in (q, k, v, expected))
-        options["cu_seqlens"] = [0, 1, 2, 2, 3, 4, 5, 6]
-    out, state = favor_attention(q, k, v, fm, causal=True, return_state=True, **options)
+    q, k, v = random_inputs(6, lead=(1,), dtype=dtype)
+    ends = [0, 1, 2, 2, 3, 4, 5, 6]
+    out, state = favor_attention(q, k, v, fm, causal=True, cu_seqlens=ends, return_state=True)
     assert out.dtype == dtype
-    assert np.allclose(out, expected, rtol=20 * np.finfo(dtype).eps, atol=0)
-    lengths = [[1, 1, 0, 1, 1, 1, 1]] if case == "packed" else [1] * len(k)
-    assert np.array_equal(state.lengths, lengths)
-    if case != "masked":
-        parts = [AttentionState.zeros(fm, 5, dtype=dtype) for _ in state.lengths.flat]
-        for part, one, value in zip(
-            [p for p, n in zip(parts, state.lengths.flat, strict=True) if n],
-            k.reshape(-1, 1, 6), v.reshape(-1, 1, 5), strict=True,
-        ):  # fmt: skip
-            part.update(one, value)
-        for i, part in enumerate(parts):
-            for mine, its in zip(content(state), content(part), strict=True):
-                mine = mine.reshape(len(parts), *its.shape)[i]
-                assert np.allclose(mine, its, rtol=20 * np.finfo(dtype).eps, atol=0)
+    assert np.allclose(out, v, rtol=20 * np.finfo(dtype).eps, atol=0)
+    assert np.array_equal(state.lengths, [[1, 1, 0, 1, 1, 1, 1]])
+    for n, (start, stop) in enumerate(itertools.pairwise(ends)):
+        assert_holds(state, (0, n), k[0, start:stop], v[0, start:stop])
 
 
 def test_who_only_steps_compiles_no_chunks():
@@ -116,14 +130,14 @@ def test_who_only_steps_compiles_no_chunks():
         """
         import numpy as np
         from favor_np import AttentionState, feature_map
-        from favor_np.kernels import favor
+        from favor_np.cpu.kernels import favor
 
         state = AttentionState.zeros(feature_map("positive", 4, 16), 4, sequences=3)
         for _ in range(2):
             state.step(*np.ones((3, 3, 4), np.float32))
         AttentionState.zeros(state.feature_map, 4).step(*np.ones((3, 4), np.float32))
         assert len(favor.attend_tokens.signatures) == 1
-        assert not favor.attend.signatures and not favor.attend_planes.signatures
+        assert not favor.attend.signatures and not favor.attend_bf16x3.signatures
         """
     )
 
@@ -134,17 +148,17 @@ def test_who_only_steps_compiles_no_chunks():
 def test_steps_with_keys_far_apart(options, dtype, path):
     """Keys that outweigh each other by hundreds of nats, then one that is not finite."""
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(40, lead=(2,), dtype=dtype)
+    q, k, v = random_inputs(40, lead=(2,), dtype=dtype)
     size = {"rise": np.arange(40), "fall": np.arange(40)[::-1], "zigzag": np.arange(40) % 3 * 20}
     k *= (1 + size[path][:, None]).astype(dtype)
-    oracle = naive.favor_attention(q, k, v, fm.projection, causal=True, **options)
+    expected = oracle.favor_attention(q, k, v, fm, causal=True)
     k[1, 30] = np.nan
     state = folded(fm, k[:, :0], v[:, :0])
     out = np.stack([state.step(q[:, t], k[:, t], v[:, t]) for t in range(40)], axis=1)
     # Log-features of a thousand are rounded to a thousand eps.
     limit = 2e4 * np.finfo(dtype).eps
-    assert naive.relative_error(out[:, :30], oracle[:, :30]) < limit
-    assert naive.relative_error(out[0], oracle[0]) < limit
+    assert relative_error(out[:, :30], expected[:, :30]) < limit
+    assert relative_error(out[0], expected[0]) < limit
     assert np.isnan(out[1, 30:]).all()
 
 
@@ -152,7 +166,7 @@ def test_steps_with_keys_far_apart(options, dtype, path):
 def test_merge(options):
     """Associative and commutative, with the empty state as its neutral element."""
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    _, k, v = inputs(L, lead=(2,))
+    _, k, v = random_inputs(L, lead=(2,))
     k[:, 50:] *= 3  # the parts have different exponents c
     cuts = [slice(0, 20), slice(20, 100), slice(100, 100), slice(100, L)]
     whole = folded(fm, k, v)
@@ -164,18 +178,18 @@ def test_merge(options):
         first, *rest = parts(order)
         for part in rest:
             first.merge(part)
-        assert error(first, whole) < 1e-14
+        assert state_error(first, whole) < 1e-14
     a, b, c, d = parts(range(4))
     c.merge(d)
     b.merge(c)
     a.merge(b)
-    assert error(a, whole) < 1e-14
+    assert state_error(a, whole) < 1e-14
     ab, ba = parts((0, 1)), parts((1, 0))
     ab[0].merge(ab[1])
     ba[0].merge(ba[1])
-    assert error(ab[0], ba[0]) < 1e-15
-    before = content(ab[1])
-    for x, y in zip(before, content(parts((1,))[0]), strict=True):
+    assert state_error(ab[0], ba[0]) < 1e-15
+    before = oracle.content(ab[1])
+    for x, y in zip(before, oracle.content(parts((1,))[0]), strict=True):
         assert np.array_equal(x, y)  # the argument is left alone
 
 
@@ -185,14 +199,14 @@ def test_merge_of_parts_far_apart(far, dtype):
     """One part outweighs the other by e**far: nothing overflows, nothing becomes NaN."""
     W = np.array([[4.0, 0], [3, 1], [-1, 2]])
     fm = FeatureMap.from_projection(W, scale=1.0)
-    q, k, v = inputs(20, 2, 3, std=0.1, dtype=dtype)
+    q, k, v = random_inputs(20, 2, 3, std=0.1, dtype=dtype)
     low = k - dtype(np.sqrt(2 * far)) * np.array([1, 0], dtype)
     for first, second in ((k, low), (low, k)):
         state = folded(fm, first, v)
         state.merge(folded(fm, second, v))
         both = np.concatenate([first, second]), np.concatenate([v, v])
-        oracle = naive.favor_attention(q, *both, W, scale=1.0)
-        assert naive.relative_error(state.attend(q), oracle) < 1e4 * np.finfo(dtype).eps
+        expected = oracle.favor_attention(q, *both, fm)
+        assert relative_error(state.attend(q), expected) < 1e4 * np.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -211,7 +225,7 @@ def test_lengths_have_the_shape_of_the_batch(batch, sequences, shape, decay):
     state = AttentionState.zeros(fm, 5, batch, sequences=sequences, decay=decay, dtype=np.float64)
     assert np.array_equal(state.lengths, np.zeros(shape, np.int64))
     ends = None if sequences is None else [0, *range(3, 3 + sequences)]
-    _, k, v = inputs(2 + (sequences or 5), lead=state.batch_shape)
+    _, k, v = random_inputs(2 + (sequences or 5), lead=state.batch_shape)
     state.update(k, v, cu_seqlens=ends)
     expected = np.full(shape, 7 if sequences is None else 1)
     if sequences is not None:
@@ -225,7 +239,7 @@ def test_lengths_have_the_shape_of_the_batch(batch, sequences, shape, decay):
 
 def test_states_pickled_before_lengths_had_a_shape_load():
     fm = FeatureMap.from_projection(draw(17, 6))
-    _, k, v = inputs(7, lead=(2, 3))
+    _, k, v = random_inputs(7, lead=(2, 3))
     state = AttentionState.zeros(fm, 5, (2, 3), dtype=np.float64).update(k, v)
     restore, (*args, lengths, _) = state.__reduce__()
     old, shaped = restore(*args, lengths.ravel()), restore(*args, state.lengths)
@@ -237,7 +251,7 @@ def test_states_pickled_before_lengths_had_a_shape_load():
 
 def test_copy_is_independent():
     fm = FeatureMap.from_projection(draw(17, 6))
-    q, k, v = inputs(L)
+    q, k, v = random_inputs(L)
     state = folded(fm, k, v)
     twin = state.copy()
     out = state.attend(q)
@@ -250,27 +264,27 @@ def test_copy_is_independent():
 
 def test_attention_does_not_change_the_state_it_starts_from():
     fm = FeatureMap.from_projection(draw(17, 6))
-    q, k, v = inputs(L)
+    q, k, v = random_inputs(L)
     state = folded(fm, k, v)
-    before = content(state)
+    before = oracle.content(state)
     _, after = favor_attention(q, 3 * k, v, fm, causal=True, state=state, return_state=True)
-    for x, y in zip(before, content(state), strict=True):
+    for x, y in zip(before, oracle.content(state), strict=True):
         assert np.array_equal(x, y)
-    assert error(after, state) > 0.01
+    assert state_error(after, state) > 0.01
 
 
 def test_an_empty_state_reads_zeros():
     fm = FeatureMap.from_projection(draw(17, 6))
     state = AttentionState.zeros(fm, value_dim=3, batch_shape=(2,))
     assert np.array_equal(state.attend(draw(2, 4, 6)), np.zeros((2, 4, 3)))
-    for S_or_z in content(state):
+    for S_or_z in oracle.content(state):
         assert not S_or_z.any()
 
 
 @each_map
 def test_masked_and_not_finite_tokens(options):
     fm = FeatureMap.from_projection(draw(17, 6), **options)
-    q, k, v = inputs(90)
+    q, k, v = random_inputs(90)
     mask = np.random.default_rng(1).random(90) < 0.5
     expected = folded(fm, k, v, mask).attend(q)
     k[~mask] = v[~mask] = np.nan
@@ -288,29 +302,27 @@ def test_a_state_lives_for_a_million_tokens():
     v = np.full((50_000, 1), 3, np.float32)
     for _ in range(20):
         state.update(k, v)
-    assert naive.relative_error(state.attend(k[:9]), np.full((9, 1), 3.0)) < 1e-5
+    assert relative_error(state.attend(k[:9]), np.full((9, 1), 3.0)) < 1e-5
 
 
 @each_map
 def test_grouped_heads_and_heads_of_their_own(options):
     W = draw(2, 9, 6)
     fm = FeatureMap.from_projection(W, **options)
-    _, k, v = inputs(40, lead=(3, 2))
+    _, k, v = random_inputs(40, lead=(3, 2))
     q = draw(3, 6, 40, 6, seed=4)
     state = folded(fm, k, v)
     whole = favor_attention(q, k, v, fm, enable_gqa=True)
-    oracle = naive.favor_attention(
-        q, np.repeat(k, 3, 1), np.repeat(v, 3, 1), np.repeat(W, 3, 0), **options
-    )
-    assert naive.relative_error(whole, oracle) < 1e-14
+    expected = oracle.favor_attention(q, k, v, fm, enable_gqa=True)
+    assert relative_error(whole, expected) < 1e-14
     mine = state.attend(q[:, ::3])
-    assert naive.relative_error(mine, oracle[:, ::3]) < 1e-14
+    assert relative_error(mine, expected[:, ::3]) < 1e-14
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.999999, 1e-300])
 def test_a_decay_is_that_of_a_state_within_rounding_only(decay):
     """A state tells its decay; what differs from that by more than rounding is another decay."""
-    fm, (q, k, v) = FeatureMap.from_projection(draw(17, 6)), inputs(20)
+    fm, (q, k, v) = FeatureMap.from_projection(draw(17, 6)), random_inputs(20)
     state = AttentionState.zeros(fm, 5, decay=decay, dtype=np.float64).update(k, v)
     other = AttentionState.zeros(fm, 5, decay=float(state.decay), dtype=np.float64)
     state.copy().merge(other)
@@ -325,3 +337,20 @@ def test_a_decay_is_that_of_a_state_within_rounding_only(decay):
             state.merge(near_state)
         with pytest.raises(ValueError, match="decay must be that of the state"):
             favor_attention(q, k, v, fm, causal=True, state=state, decay=near)
+
+
+def test_the_constructor_makes_the_state_of_no_keys():
+    fm = feature_map("positive", 4, 8)
+    state = AttentionState(fm, value_dim=3, batch_shape=(2, 5), dtype=np.float64)
+    zeros = AttentionState.zeros(fm, 3, (2, 5), dtype=np.float64)
+    assert (state.batch_shape, state.value_dim, state.dtype) == ((2, 5), 3, np.dtype(np.float64))
+    assert not state.attend(np.ones((2, 5, 1, 4))).any()
+    assert np.array_equal(state.c, zeros.c)
+    assert state.lengths.shape == (2, 5)
+
+
+def test_nbytes_is_what_the_arrays_take():
+    fm = feature_map("positive", 4, 8)
+    small, large = (AttentionState(fm, 16, heads) for heads in (1, 10))
+    assert 10 * small.nbytes == large.nbytes
+    assert small.nbytes >= small.c.nbytes + small.S.nbytes + small.z.nbytes

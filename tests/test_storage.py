@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from child import python
-from test_attention import draw, each_dtype, each_map, inputs
+from support.child import python
+from support.inputs import draw, random_inputs
+from support.parameters import each_dtype, each_map
 
 import favor_np
 from favor_np import AttentionState, FeatureMap, favor_attention
 
 
 def folded(fm, *lead, dtype=np.float64, length=70):
-    _, k, v = inputs(length, lead=lead, dtype=dtype)
+    _, k, v = random_inputs(length, lead=lead, dtype=dtype)
     return AttentionState.zeros(fm, value_dim=5, batch_shape=lead, dtype=dtype).update(k, v)
 
 
@@ -84,7 +85,7 @@ def test_continues_with_the_same_bits(tmp_path, options, dtype, again, rows):
     """Keys of very different lengths too: they move exponents, and cut chunks."""
     fm = FeatureMap.from_projection(draw(rows, 6, dtype=dtype), **options)
     state = folded(fm, 2, dtype=dtype)
-    q, k, v = inputs(100, lead=(2,), seed=1, dtype=dtype)
+    q, k, v = random_inputs(100, lead=(2,), seed=1, dtype=dtype)
     k *= np.exp(draw(2, 100, 1, seed=2)).astype(dtype)
     twin = again(state, tmp_path)
     for part in (slice(0, 1), slice(1, 60), slice(60, 100)):
@@ -109,7 +110,7 @@ def test_padding_moves_no_exponents(tmp_path):
     """A long key before short ones: padding must not move the exponents of all."""
     fm = FeatureMap.from_projection(draw(17, 6))
     state = folded(fm, dtype=np.float32)
-    q, k, v = inputs(64, seed=1, dtype=np.float32)
+    q, k, v = random_inputs(64, seed=1, dtype=np.float32)
     k[0] *= 10
     twin = AttentionState.load(saved(tmp_path, state))
     out, twin = favor_attention(q, k, v, fm, causal=True, state=twin, return_state=True)

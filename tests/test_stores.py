@@ -7,11 +7,13 @@ import sys
 import warnings
 
 import h5py
-import naive
 import numpy as np
 import pytest
 import tensorstore
 import zarr
+from support import child
+from support.inputs import random_inputs
+from support.tolerance import relative_error
 
 with warnings.catch_warnings():  # of NumPy's, about the version it was built with
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -24,7 +26,8 @@ FM = feature_map("positive", dim=8, num_features=64)
 
 
 def inputs(seed=0):
-    return np.random.default_rng(seed).standard_normal((3, *SHAPE)).astype(np.float32)
+    heads, length, dim = SHAPE
+    return random_inputs(length, dim, dim, (heads,), seed=seed, dtype=np.float32)
 
 
 # -- The same array in every kind of file -----------------------------------------------------------
@@ -81,13 +84,13 @@ KINDS = {
 }
 
 KILLED = """
-import os, signal, sys
+import contextlib, os, signal, sys
 from pathlib import Path
-from favor_np import stream_attention, streaming
-from test_stores import FM, KINDS, SHAPE, inputs
+from favor_np import stream_attention
+from support.tuning import tuned
 
 kind, folder, causal = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "causal"
-streaming.CHECKPOINT_SECONDS = 0
+tunings = contextlib.ExitStack()
 
 class Killing:
     shape, dtype, reads = SHAPE, "f4", 0
@@ -98,7 +101,7 @@ class Killing:
     def __getitem__(self, index):
         self.reads += 1
         if self.reads == 6:  # from now on nothing is flushed
-            streaming.CHECKPOINT_SECONDS = 1e9
+            tunings.enter_context(tuned(CHECKPOINT_SECONDS=1e9))
         if self.reads == 9:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.array[index]
@@ -109,14 +112,18 @@ if causal:
     k = Killing(k)
 else:
     q = Killing(q)
-stream_attention(q, k, v, FM, out, causal=causal, chunk_size=90, checkpoint=folder / "checkpoint")
+with tuned(CHECKPOINT_SECONDS=0), tunings:
+    stream_attention(
+        q, k, v, FM, out, causal=causal, chunk_size=90, checkpoint=folder / "checkpoint"
+    )
 """
 
 
 def kill(kind, folder, causal):
+    code = child.names_of(__file__) + KILLED
     process = subprocess.run(
-        [sys.executable, "-c", KILLED, kind, folder, "causal" if causal else "both"],
-        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+        [sys.executable, "-c", code, kind, folder, "causal" if causal else "both"],
+        env=child.environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -190,7 +197,7 @@ def test_files_that_do_not_open_after_a_kill(tmp_path):
         refused(out, "libver='latest'", checkpoint)
         q, k, v = inputs()
         stream_attention(q, k, v, FM, out)  # without a checkpoint nothing is promised
-        assert naive.relative_error(out[...], favor_attention(q, k, v, FM)) < 1e-5
+        assert relative_error(out[...], favor_attention(q, k, v, FM)) < 1e-5
     with zarr.storage.ZipStore(tmp_path / "zip", mode="w") as store:
         out = zarr.create_array(store, shape=SHAPE, dtype="f4", chunks=(2, 1000, 8))
         refused(out, "ZipStore", checkpoint)
@@ -242,7 +249,7 @@ def test_masked_values_are_found_before_anything_is_computed(tmp_path, causal):
         assert not out[...].any()
     values[:, 995:] = v[:, 995:]
     stream_attention(q, k, values, FM, out, causal=causal, chunk_size=90, checkpoint=path)
-    assert naive.relative_error(out[...], favor_attention(q, k, v, FM, causal=causal)) < 1e-5
+    assert relative_error(out[...], favor_attention(q, k, v, FM, causal=causal)) < 1e-5
 
 
 def test_masked_chunks_of_something_else():
@@ -279,7 +286,7 @@ def test_packed_integers(tmp_path, causal, scale):
     out = np.empty(SHAPE, scale.dtype)
     stream_attention(*arrays, FM, out, causal=causal, chunk_size=90)
     expected = favor_attention(*read, FM, causal=causal)
-    assert naive.relative_error(out, expected) < 1e-5
+    assert relative_error(out, expected) < 1e-5
     file.close()
 
 
@@ -291,4 +298,4 @@ def test_inputs(kind, tmp_path):
         to[...] = array
     for causal in (False, True):
         stream_attention(*stored, FM, out, causal=causal, chunk_size=90)
-        assert naive.relative_error(out, favor_attention(*arrays, FM, causal=causal)) < 1e-5
+        assert relative_error(out, favor_attention(*arrays, FM, causal=causal)) < 1e-5

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import textwrap
 
-import naive
 import numpy as np
 import pytest
-from child import HANG, python
-from test_attention import draw, each_dtype, each_map, inputs
+from support.child import HANG, environment, python
+from support.inputs import draw, random_inputs
+from support.parameters import each_causal, each_dtype, each_map
+from support.tolerance import relative_error
+from support.tuning import tuned
 
 from favor_np import (
     AttentionState,
@@ -23,7 +25,6 @@ from favor_np import (
 )
 
 FM = FeatureMap.from_projection(draw(17, 6))
-each_order = pytest.mark.parametrize("causal", [False, True])
 
 
 class OnDisk:
@@ -59,30 +60,30 @@ class OnDisk:
 
 @each_map
 @each_dtype
-@each_order
+@each_causal
 @pytest.mark.parametrize("chunk_size", [1, 37, 64, 500, 1000])
 def test_equals_the_whole(options, dtype, causal, chunk_size):
     if chunk_size == 1 and not causal:
         chunk_size = 3
     fm = FeatureMap.from_projection(draw(2, 17, 6), **options)
-    q, k, v = inputs(200, lead=(3, 2), dtype=dtype)
+    q, k, v = random_inputs(200, lead=(3, 2), dtype=dtype)
     q = np.concatenate([q, -q, q], axis=-2)[..., : 200 if causal else 530, :]
     expected = favor_attention(q, k, v, fm, causal=causal)
     out = np.full(expected.shape, np.nan, dtype)
     assert stream_attention(q, k, v, fm, out, causal=causal, chunk_size=chunk_size) is out
-    assert naive.relative_error(out, expected) < 200 * np.finfo(dtype).eps
+    assert relative_error(out, expected) < 200 * np.finfo(dtype).eps
 
 
-@each_order
+@each_causal
 def test_leading_axes_broadcast(causal):
     q, k, v = draw(3, 1, 90, 6), draw(2, 90, 6, seed=1), draw(1, 1, 90, 5, seed=2)
     expected = favor_attention(q, k, v, FM, causal=causal)
     out = np.empty_like(expected)
     stream_attention(q, k, v, FM, out, causal=causal, chunk_size=32)
-    assert naive.relative_error(out, expected) < 1e-13
+    assert relative_error(out, expected) < 1e-13
 
 
-@each_order
+@each_causal
 @pytest.mark.parametrize(
     ("types", "result"),
     [
@@ -92,16 +93,16 @@ def test_leading_axes_broadcast(causal):
     ],
 )
 def test_dtypes(causal, types, result):
-    q, k, v = (x.astype(t) for x, t in zip(inputs(90), types, strict=True))
+    q, k, v = (x.astype(t) for x, t in zip(random_inputs(90), types, strict=True))
     expected = favor_attention(q, k, v, FM, causal=causal)
     out = np.empty((90, 5), result)
     stream_attention(q, k, v, FM, out, causal=causal, chunk_size=40)
     assert np.allclose(out.astype(float), expected.astype(float), atol=2 * np.finfo(result).eps * 8)
 
 
-@each_order
+@each_causal
 def test_reads_and_writes_one_chunk_at_a_time(causal, tmp_path):
-    arrays = inputs(100, lead=(2,))
+    arrays = random_inputs(100, lead=(2,))
     q, k, v = map(OnDisk, arrays)
     out = OnDisk(np.empty((2, 100, 5)))
     stream_attention(
@@ -110,11 +111,11 @@ def test_reads_and_writes_one_chunk_at_a_time(causal, tmp_path):
     assert {a.longest for a in (q, k, v, out)} == {33}
     assert out.flushed
     expected = favor_attention(*arrays, FM, causal=causal)
-    assert naive.relative_error(out.array, expected) < 1e-13
+    assert relative_error(out.array, expected) < 1e-13
 
 
 def test_out_may_be_something_that_only_takes_rows():
-    q, k, v = inputs(100)
+    q, k, v = random_inputs(100)
     rows = []
 
     class Sink:
@@ -124,10 +125,10 @@ def test_out_may_be_something_that_only_takes_rows():
             rows.append(value)
 
     stream_attention(q, k, v, FM, Sink(), chunk_size=30)
-    assert naive.relative_error(np.concatenate(rows, -2), favor_attention(q, k, v, FM)) < 1e-13
+    assert relative_error(np.concatenate(rows, -2), favor_attention(q, k, v, FM)) < 1e-13
 
 
-@each_order
+@each_causal
 @pytest.mark.parametrize(
     ("Lq", "Lk", "dv", "lead"), [(0, 0, 5, ()), (9, 9, 0, ()), (9, 9, 5, (0, 2))]
 )
@@ -143,9 +144,9 @@ def test_no_keys():
     assert not out.any()
 
 
-@each_order
+@each_causal
 def test_the_number_of_threads_changes_no_bit(causal):
-    q, k, v = inputs(5000)
+    q, k, v = random_inputs(5000)
     one, two = np.empty((5000, 5)), np.empty((5000, 5))
     stream_attention(q, k, v, FM, one, causal=causal, chunk_size=3000, num_threads=1)
     stream_attention(q, k, v, FM, two, causal=causal, chunk_size=3000, num_threads=2)
@@ -156,7 +157,7 @@ def test_the_number_of_threads_changes_no_bit(causal):
 
 
 def test_refused(tmp_path):
-    q, k, v = inputs(20, lead=(2,))
+    q, k, v = random_inputs(20, lead=(2,))
     good = {"q": q, "k": k, "v": v, "feature_map": FM, "out": np.full((2, 20, 5), np.nan)}
     read_only = np.zeros((2, 20, 5))
     read_only.setflags(write=False)
@@ -217,16 +218,17 @@ class Broken(OnDisk):
 
 
 @pytest.fixture
-def each_chunk(monkeypatch):
-    monkeypatch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
+def each_chunk():
+    with tuned(CHECKPOINT_SECONDS=0.0):
+        yield
 
 
-@each_order
+@each_causal
 @pytest.mark.parametrize("broken", ["q", "k"])
 @pytest.mark.parametrize("reads", range(0, 12, 3))
 def test_resumes_after_any_chunk(each_chunk, tmp_path, causal, broken, reads):
     path = tmp_path / "checkpoint"
-    arrays = dict(zip("qkv", inputs(100, lead=(2,), dtype=np.float32), strict=True))
+    arrays = dict(zip("qkv", random_inputs(100, lead=(2,), dtype=np.float32), strict=True))
     whole, out = (np.full((2, 100, 5), np.nan, np.float32) for _ in range(2))
     options = {"feature_map": FM, "causal": causal, "chunk_size": 30, "checkpoint": path}
     stream_attention(**arrays, out=whole, **options)
@@ -247,7 +249,7 @@ def test_resumes_after_any_chunk(each_chunk, tmp_path, causal, broken, reads):
 
 def interrupted(path, causal=False, reads=5, **changes):
     """A run that ends in its pass over queries; the arguments of the call that resumes it."""
-    q, k, v = inputs(100, lead=(2,), dtype=np.float32)
+    q, k, v = random_inputs(100, lead=(2,), dtype=np.float32)
     out = np.zeros((2, 100, 5), np.float32)
     call = {"q": q, "k": k, "v": v, "feature_map": FM, "out": out}
     call |= {"causal": causal, "chunk_size": 30, "checkpoint": path}
@@ -285,7 +287,7 @@ def test_a_checkpoint_of_another_call_is_refused(each_chunk, tmp_path):
 
 def test_other_keys_are_refused_while_keys_are_folded(each_chunk, tmp_path):
     path = tmp_path / "checkpoint"
-    q, k, v = inputs(100)
+    q, k, v = random_inputs(100)
     out = np.zeros((100, 5))
     options = {"chunk_size": 30, "checkpoint": path}
     with pytest.raises(Stop):
@@ -297,7 +299,7 @@ def test_other_keys_are_refused_while_keys_are_folded(each_chunk, tmp_path):
 
 def test_a_file_that_is_no_checkpoint_is_left_alone(tmp_path):
     path = tmp_path / "state"
-    q, k, v = inputs(10)
+    q, k, v = random_inputs(10)
     AttentionState.zeros(FM, 5).save(path)
     for match in ("did not write", "cannot be read"):
         before = path.read_bytes()
@@ -307,11 +309,11 @@ def test_a_file_that_is_no_checkpoint_is_left_alone(tmp_path):
         path.write_bytes(before[:-9])
 
 
-@each_order
+@each_causal
 def test_other_first_chunks_are_refused(each_chunk, tmp_path, causal):
     """One step is done: its keys, or its queries and what was written for them, are compared."""
     path = tmp_path / "checkpoint"
-    q, k, v = inputs(100)
+    q, k, v = random_inputs(100)
     out = np.zeros((100, 5))
     options = {"causal": causal, "chunk_size": 30, "checkpoint": path}
     with pytest.raises(Stop):
@@ -325,10 +327,10 @@ def test_other_first_chunks_are_refused(each_chunk, tmp_path, causal):
             stream_attention(*arrays[:3], FM, arrays[3], **options)
         assert path.read_bytes() == before
     stream_attention(q, k, v, FM, out, **options)
-    assert naive.relative_error(out, favor_attention(q, k, v, FM, causal=causal)) < 1e-13
+    assert relative_error(out, favor_attention(q, k, v, FM, causal=causal)) < 1e-13
 
 
-@each_order
+@each_causal
 def test_forged_checkpoints_are_refused(each_chunk, tmp_path, causal):
     """Their extra says what no run would, or their state is another one's."""
     path = tmp_path / "checkpoint"
@@ -370,7 +372,7 @@ def test_forged_checkpoints_are_refused(each_chunk, tmp_path, causal):
     storage.write(path, parts, extra)
     stream_attention(**call)
     expected = favor_attention(call["q"], call["k"], call["v"], FM, causal=causal)
-    assert naive.relative_error(call["out"], expected) < 1e-5
+    assert relative_error(call["out"], expected) < 1e-5
 
 
 def test_the_state_of_a_checkpoint_of_nothing_is_not_believed(tmp_path):
@@ -382,7 +384,7 @@ def test_the_state_of_a_checkpoint_of_nothing_is_not_believed(tmp_path):
     storage.write(path, parts._replace(s=parts.s + 1, z=parts.z + 1, c=parts.c * 0), extra)
     stream_attention(**call)
     expected = favor_attention(call["q"], call["k"], call["v"], FM)
-    assert naive.relative_error(call["out"], expected) < 1e-5
+    assert relative_error(call["out"], expected) < 1e-5
 
 
 def test_the_state_of_a_checkpoint_can_be_loaded(each_chunk, tmp_path):
@@ -407,7 +409,7 @@ def test_out_is_flushed_before_the_checkpoint_says_so(each_chunk, tmp_path):
             seen.append((storage.read(path)[1]["done"], written))
 
     out = Watched(np.full((90, 5), np.nan))
-    stream_attention(*inputs(90), FM, out, causal=True, chunk_size=30, checkpoint=path)
+    stream_attention(*random_inputs(90), FM, out, causal=True, chunk_size=30, checkpoint=path)
     assert seen == [(0, 1), (1, 2), (2, 3), (3, 3)]
 
 
@@ -418,16 +420,16 @@ def test_a_short_run_writes_its_checkpoint_once(tmp_path):
     assert storage.read(path)[1]["done"] == 0
     stream_attention(**call)
     expected = favor_attention(call["q"], call["k"], call["v"], FM)
-    assert naive.relative_error(call["out"], expected) < 1e-5
+    assert relative_error(call["out"], expected) < 1e-5
 
 
-@each_order
+@each_causal
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("reads", [0, 1, 3, 6, 7])
 def test_an_interrupt_writes_the_checkpoint(tmp_path, causal, error, reads):
     """Whenever it comes: what was done is not lost, and nothing counts twice."""
     path = tmp_path / "checkpoint"
-    q, k, v = inputs(100, lead=(2,), dtype=np.float32)
+    q, k, v = random_inputs(100, lead=(2,), dtype=np.float32)
     whole, out = np.empty((2, 100, 5), np.float32), np.zeros((2, 100, 5), np.float32)
     options = {"feature_map": FM, "causal": causal, "chunk_size": 30}
     stream_attention(q, k, v, out=whole, **options)
@@ -461,8 +463,9 @@ def test_mapped_files_are_found_behind_views(tmp_path):
 RUN = """
     import os, signal, sys, threading
     import numpy as np
-    from favor_np import feature_map, storage, stream_attention, streaming
-    streaming.CHECKPOINT_SECONDS = 0.0
+    from favor_np import feature_map, storage, stream_attention
+    from support.tuning import tuned
+
     fm = feature_map("positive", dim=8, num_features=64)
     q, k, v = (np.load(name + ".npy", mmap_mode="r") for name in "qkv")
     out = np.load(sys.argv[1] + ".npy", mmap_mode="r+")
@@ -479,9 +482,9 @@ RUN = """
             killer.join()
 
     storage.write = writing
-    stream_attention(
-        q, k, v, fm, out, causal=causal, chunk_size=500, checkpoint=sys.argv[1] + ".checkpoint"
-    )
+    checkpoint = sys.argv[1] + ".checkpoint"
+    with tuned(CHECKPOINT_SECONDS=0.0):
+        stream_attention(q, k, v, fm, out, causal=causal, chunk_size=500, checkpoint=checkpoint)
 """
 
 
@@ -489,11 +492,13 @@ def run(folder, name, causal, kill_at=np.inf):
     """Run to the end, or until so many steps are done; how it ended."""
     arguments = name, "causal" if causal else "both", str(kill_at)
     command = [sys.executable, "-c", textwrap.dedent(RUN), *arguments]
-    return subprocess.run(command, cwd=folder, timeout=HANG, check=False).returncode
+    return subprocess.run(
+        command, cwd=folder, env=environment(), timeout=HANG, check=False
+    ).returncode
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-@each_order
+@each_causal
 def test_killed_and_resumed(tmp_path, causal):
     """Killed three times in the middle, each time further on: the bytes are the same."""
     rng = np.random.default_rng(0)
@@ -514,21 +519,24 @@ def test_killed_and_resumed(tmp_path, causal):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-@each_order
+@each_causal
 def test_interrupted_again_and_again(tmp_path, causal):
     """By Ctrl-C at any moment, in the midst of writing a checkpoint too: the bytes are the same."""
     python(
         f"""
         import os, signal
         import numpy as np
-        from favor_np import feature_map, stream_attention, streaming, threads
-        streaming.CHECKPOINT_SECONDS = 0.0
+        from favor_np import feature_map, stream_attention
+        from favor_np.cpu import threads
+        from support.tuning import tuned
+
         fm = feature_map("positive", dim=8, num_features=64)
         q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6000, 8), np.float32)
         whole, out = np.zeros_like(q), np.zeros_like(q)
 
         def run(out, path):
-            stream_attention(q, k, v, fm, out, causal={causal}, chunk_size=100, checkpoint=path)
+            with tuned(CHECKPOINT_SECONDS=0.0):
+                stream_attention(q, k, v, fm, out, causal={causal}, chunk_size=100, checkpoint=path)
 
         def interrupt(number, frame):
             raise KeyboardInterrupt
@@ -557,7 +565,7 @@ def test_interrupted_again_and_again(tmp_path, causal):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set")
-@each_order
+@each_causal
 def test_memory_is_bounded(tmp_path, causal):
     """Four files of 64 MB, in a process that grows by less than one of them."""
     grown = python(
@@ -582,11 +590,11 @@ def test_memory_is_bounded(tmp_path, causal):
 
 
 def test_pages_written_to_a_copy_on_write_map_are_kept(tmp_path):
-    q, k, v = inputs(5000)
+    q, k, v = random_inputs(5000)
     np.save(tmp_path / "out.npy", np.zeros((5000, 5)))
     out = np.load(tmp_path / "out.npy", mmap_mode="c")
     stream_attention(q, k, v, FM, out, chunk_size=512)
-    assert naive.relative_error(out, favor_attention(q, k, v, FM)) < 1e-13
+    assert relative_error(out, favor_attention(q, k, v, FM)) < 1e-13
 
 
 class Terminal(io.StringIO):
@@ -594,10 +602,10 @@ class Terminal(io.StringIO):
         return True
 
 
-@each_order
+@each_causal
 def test_progress(monkeypatch, causal):
     pytest.importorskip("tqdm")
-    q, k, v = inputs(100)
+    q, k, v = random_inputs(100)
     out = np.empty((100, 5))
     for progress, stream, shown in [
         (True, io.StringIO(), True),
@@ -615,7 +623,7 @@ def test_progress(monkeypatch, causal):
 
 def test_progress_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    q, k, v = inputs(100)
+    q, k, v = random_inputs(100)
     out = np.full((100, 5), np.nan)
     with pytest.raises(ImportError, match=r"tqdm: pip install 'favor_np\[progress\]'"):
         stream_attention(q, k, v, FM, out, progress=True)

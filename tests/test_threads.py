@@ -9,10 +9,11 @@ import weakref
 
 import numpy as np
 import pytest
-from child import BEGIN, HANG, python
+from support.child import BEGIN, HANG, python
 
 import favor_np
-from favor_np import exact_attention, favor_attention, launch, thread_limit, threads
+from favor_np import exact_attention, favor_attention, thread_limit
+from favor_np.cpu import launch, threads
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
@@ -205,7 +206,7 @@ os.register_at_fork = spy
 import numpy as np, favor_np
 x = np.ones((1, 2))
 with favor_np.thread_limit(2):
-    assert "favor_np.threads" in sys.modules and "logging" not in sys.modules
+    assert "favor_np.cpu.threads" in sys.modules and "logging" not in sys.modules
     favor_np.exact_attention(x, x, x)
 assert loaded == [True], loaded
 """
@@ -276,7 +277,7 @@ def test_argument_then_limit_then_environment():
     python(
         """
 import favor_np
-from favor_np.threads import resolve_threads
+from favor_np.cpu.threads import resolve_threads
 assert resolve_threads(None) == 5
 with favor_np.thread_limit(4):
     assert resolve_threads(None) == 4
@@ -319,7 +320,7 @@ def test_affinity_limits_the_count():
             """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from favor_np.threads import default_threads
+from favor_np.cpu.threads import default_threads
 print(default_threads({}))
 """
         )

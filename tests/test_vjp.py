@@ -2,37 +2,25 @@
 
 import dataclasses
 
-import child
-import naive
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import child, oracle
+from support.inputs import MAPS, draw, random_inputs
+from support.parameters import each_causal
+from support.tolerance import relative_error
 
 from favor_np import AttentionState, FeatureMap, favor_attention, favor_attention_vjp
 
-MAPS = {
-    "positive": {"kind": "positive"},
-    "antithetic": {"kind": "positive", "antithetic": True},
-    "relu": {"kind": "relu", "kernel_epsilon": 0.05},  # d log phi / dy is up to 1 / epsilon
-    "elu": {"kind": "elu"},
-}
+MAPS = MAPS | {"relu": {"kind": "relu", "kernel_epsilon": 0.05}}  # d log phi / dy <= 1 / epsilon
 NAMES = "q", "k", "v", "projection"
 each_map = pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
-both = pytest.mark.parametrize("causal", [False, True])
 
 
-def draw(*shape, seed=0, dtype=np.float64):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
-
-def inputs(*lead, L=70, Lk=None, d=6, dv=5, std=1.0, seed=0, dtype=np.float64):
+def inputs(L=70, d=6, dv=5, lead=(), **options):
     """q, k, v and a cotangent."""
-    rng = np.random.default_rng(seed)
-    Lk = L if Lk is None else Lk
-    shapes = (*lead, L, d), (*lead, Lk, d), (*lead, Lk, dv), (*lead, L, dv)
-    q, k, v, g = (rng.standard_normal(shape) for shape in shapes)
-    return tuple(x.astype(dtype) for x in (std * q, std * k, v, g))
+    return random_inputs(L, d, dv, lead, cotangent=True, **options)
 
 
 def gradients(q, k, v, fm, grad, **options):
@@ -58,50 +46,54 @@ def assert_close(found, expected, tolerance):
 sizes = st.sampled_from([1, 2, 7, 8, 9, 63, 64, 65, 129]) | st.integers(1, 70)
 
 
+@st.composite
+def problems(draw):
+    """Lengths of queries and keys, and options of the public function that go with them."""
+    L, causal = draw(sizes), draw(st.booleans())
+    Lk = L if causal else draw(sizes)
+    options = {"causal": causal}
+    if draw(st.booleans()):
+        options["key_mask"] = np.random.default_rng(draw(st.integers(0, 1000))).random(Lk) < 0.7
+    if causal and draw(st.booleans()):
+        options["decay"] = draw(st.sampled_from([0.5, 0.9, 0.999]))
+    if Lk == L and draw(st.booleans()):
+        cuts = draw(st.lists(st.integers(0, L), max_size=4))
+        options["cu_seqlens"] = [0, *sorted(cuts), L]
+    return L, Lk, options
+
+
 @settings(max_examples=300)
 @given(
-    L=sizes,
-    Lk=sizes,
+    problem=problems(),
     d=st.sampled_from([1, 2, 3, 8, 15, 16, 17, 33, 80]),
     dv=st.sampled_from([1, 2, 3, 8, 15, 16, 17, 33]),
     rows=st.sampled_from([1, 2, 7, 8, 15, 16, 17, 33, 65]),
-    options=st.sampled_from(list(MAPS.values())),
-    causal=st.booleans(),
-    masked=st.booleans(),
+    kind=st.sampled_from(list(MAPS.values())),
     std=st.sampled_from([0.1, 1.0, 4.0]),
     seed=st.integers(0, 1000),
-    data=st.data(),
 )
-def test_differential(L, Lk, d, dv, rows, options, causal, masked, std, seed, data):
-    Lk = L if causal else Lk
-    q, k, v, g = inputs(L=L, Lk=Lk, d=d, dv=dv, std=std, seed=seed)
-    fm = FeatureMap.from_projection(draw(rows, d, seed=seed + 1), **options)
-    more = {"causal": causal, "key_mask": None}
-    if masked:
-        more["key_mask"] = np.random.default_rng(seed).random(Lk) < 0.7
-    if causal and data.draw(st.booleans(), "decays"):
-        more["decay"] = data.draw(st.sampled_from([0.5, 0.9, 0.999]))
-    if Lk == L and data.draw(st.booleans(), "packed"):
-        cuts = data.draw(st.lists(st.integers(0, L), max_size=4))
-        more["cu_seqlens"] = np.array([0, *sorted(cuts), L])
-    expected = naive.favor_attention_vjp(q, k, v, fm.projection, g, **more, **options)
-    assert_close(gradients(q, k, v, fm, g, **more), expected, 1e-12)
+def test_differential(problem, d, dv, rows, kind, std, seed):
+    L, Lk, options = problem
+    q, k, v, g = inputs(L, d, dv, Lk=Lk, std=std, seed=seed)
+    fm = FeatureMap.from_projection(draw(rows, d, seed=seed + 1), **kind)
+    expected = oracle.favor_attention_vjp(q, k, v, fm, g, **options)
+    assert_close(gradients(q, k, v, fm, g, **options), expected, 1e-12)
 
 
 @each_map
-@both
+@each_causal
 def test_many_features_and_wide_rows(options, causal):
     """More than one block of features, and rows longer than a vector tile."""
-    q, k, v, g = inputs(L=40, d=130, dv=129, std=0.5)
+    q, k, v, g = inputs(40, d=130, dv=129, std=0.5)
     fm = FeatureMap.from_projection(draw(200, 130), **options)
-    expected = naive.favor_attention_vjp(q, k, v, fm.projection, g, causal, **options)
+    expected = oracle.favor_attention_vjp(q, k, v, fm, g, causal=causal)
     assert_close(gradients(q, k, v, fm, g, causal=causal), expected, 1e-12)
 
 
 @each_map
-@both
+@each_causal
 def test_float32(options, causal):
-    q, k, v, g = inputs(2, L=300, d=16, dv=9, dtype=np.float32)
+    q, k, v, g = inputs(300, lead=(2,), d=16, dv=9, dtype=np.float32)
     fm = FeatureMap.from_projection(draw(70, 16, dtype=np.float32), **options)
     found = gradients(q, k, v, fm, g, causal=causal)
     assert {x.dtype for x in found} == {np.dtype(np.float32)}
@@ -117,24 +109,24 @@ def test_float32(options, causal):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_keys_that_drift(sign, dtype):
     """By 12 nats along the sequence: the sums of early and of late positions differ by e**12."""
-    q, k, v, g = inputs(L=1000, d=4, dv=3, seed=3)
+    q, k, v, g = inputs(1000, d=4, dv=3, seed=3)
     W = draw(4, 4)
     k += sign * np.linspace(0, 12, 1000)[:, None] * W[0] / (W[0] @ W[0]) * 4**0.25
     arrays = [x.astype(dtype) for x in (q, k, v)]
     fm = FeatureMap.from_projection(W.astype(dtype))
     for causal in (False, True):
-        expected = naive.favor_attention_vjp(*arrays, fm.projection, g, causal)
+        expected = oracle.favor_attention_vjp(*arrays, fm, g, causal=causal)
         found = gradients(*arrays, fm, g.astype(dtype), causal=causal)
         assert_close(found, expected, {np.float64: 1e-12, np.float32: 1e-4}[dtype])
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("std", [10, 30, 100])
 def test_peaked_attention(causal, std):
     """Features of one chunk that differ by more than a float can hold."""
-    q, k, v, g = inputs(L=200, d=6, std=std)
+    q, k, v, g = inputs(200, d=6, std=std)
     fm = FeatureMap.from_projection(draw(10, 6), antithetic=True)
-    expected = naive.favor_attention_vjp(q, k, v, fm.projection, g, causal, antithetic=True)
+    expected = oracle.favor_attention_vjp(q, k, v, fm, g, causal=causal)
     found = gradients(q, k, v, fm, g, causal=causal)
     assert_close(found, expected, 1e-14 * std**2)
     found = gradients(*(x.astype("f4") for x in (q, k, v)), fm, g.astype("f4"), causal=causal)
@@ -155,63 +147,58 @@ LEADS = [
 
 
 @pytest.mark.parametrize("leads", LEADS, ids=str)
-@both
+@each_causal
 def test_gradients_are_summed_over_broadcast_axes(leads, causal):
     q, k, v = (
         draw(*lead, 9, n, seed=n) for lead, n in zip(leads, (6, 6, 5), strict=True)
     )  # fmt: skip
     fm = FeatureMap.from_projection(draw(7, 6))
     g = draw(*np.broadcast_shapes(*leads), 9, 5)
-    expected = naive.favor_attention_vjp(q, k, v, fm.projection, g, causal)
+    expected = oracle.favor_attention_vjp(q, k, v, fm, g, causal=causal)
     assert_close(gradients(q, k, v, fm, g, causal=causal), expected, 1e-13)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 @pytest.mark.parametrize("masked", [False, True])
 def test_grouped_queries(own, causal, masked):
-    q, _, _, g = inputs(2, 6, L=70)
-    _, k, v, _ = inputs(2, 3, L=70, seed=1)
+    q, _, _, g = inputs(70, lead=(2, 6))
+    _, k, v, _ = inputs(70, lead=(2, 3), seed=1)
     mask = np.random.default_rng(0).random((2, 3, 70)) < 0.5 if masked else None
     fm = FeatureMap.from_projection(draw(*[3] * own, 7, 6), antithetic=True)
     more = {"causal": causal, "enable_gqa": True}
     if causal:
         more["decay"] = np.array([0.9, 0.99, 1.0])
     found = gradients(q, k, v, fm, g, key_mask=mask, **more)
-    each = np.repeat(mask, 2, axis=1) if masked else None  # the oracle has a mask a query head
-    expected = naive.favor_attention_vjp(
-        q, k, v, fm.projection, g, key_mask=each, antithetic=True, **more
-    )
+    expected = oracle.favor_attention_vjp(q, k, v, fm, g, key_mask=mask, **more)
     assert_close(found, expected, 1e-12)
 
 
 @each_map
-@both
+@each_causal
 def test_a_projection_a_head(options, causal):
-    q, k, v, g = inputs(2, 3, L=33)
+    q, k, v, g = inputs(33, lead=(2, 3))
     fm = FeatureMap.from_projection(draw(3, 7, 6), **options)
-    expected = naive.favor_attention_vjp(q, k, v, fm.projection, g, causal, **options)
+    expected = oracle.favor_attention_vjp(q, k, v, fm, g, causal=causal)
     assert_close(gradients(q, k, v, fm, g, causal=causal), expected, 1e-12)
 
 
-@both
+@each_causal
 def test_heads_that_only_the_map_has(causal):
-    q, k, v, _ = inputs(L=33)
+    q, k, v, _ = inputs(33)
     g = draw(3, 33, 5)
     fm = FeatureMap.from_projection(draw(3, 7, 6))
-    one = [np.broadcast_to(x, (3, *x.shape)) for x in (q, k, v)]
-    expected = naive.favor_attention_vjp(*one, fm.projection, g, causal)
-    expected = (*(x.sum(0) for x in expected[:3]), expected[3])
+    expected = oracle.favor_attention_vjp(q, k, v, fm, g, causal=causal)
     assert_close(gradients(q, k, v, fm, g, causal=causal), expected, 1e-12)
 
 
 # -- Masks ----------------------------------------------------------------------------------------
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("kind", ["positive", "elu"])
 def test_masked_keys_have_no_gradient_and_no_influence(causal, kind):
-    q, k, v, g = inputs(2)
+    q, k, v, g = inputs(lead=(2,))
     mask = np.random.default_rng(0).random((2, 70)) < 0.5
     mask[0, :20] = False  # causal: rows without a key
     mask[1] = False
@@ -232,7 +219,7 @@ def test_masked_keys_have_no_gradient_and_no_influence(causal, kind):
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_nothing_to_attend_from_or_to(shape):
-    q, k, v, g = inputs(2, L=shape[0], Lk=shape[1])
+    q, k, v, g = inputs(shape[0], lead=(2,), Lk=shape[1])
     fm = FeatureMap.from_projection(draw(7, 6))
     found = gradients(q, k, v, fm, g)
     assert [x.shape for x in found] == [q.shape, k.shape, v.shape, fm.projection.shape]
@@ -242,7 +229,7 @@ def test_nothing_to_attend_from_or_to(shape):
 def test_empty_batches_and_values():
     fm = FeatureMap.from_projection(draw(7, 6))
     for lead, dv in (((0,), 5), ((2, 0), 5), ((2,), 0)):
-        q, k, v, g = inputs(*lead, L=4, dv=dv)
+        q, k, v, g = inputs(4, lead=lead, dv=dv)
         found = gradients(q, k, v, fm, g, causal=True)
         assert [x.shape for x in found] == [q.shape, k.shape, v.shape, fm.projection.shape]
         assert not any(x.any() for x in found)
@@ -250,9 +237,11 @@ def test_empty_batches_and_values():
 
 def test_no_queries():
     """They have no part in a gradient that comes from the state alone."""
-    _, k, v, _ = inputs(2, 3)
+    _, k, v, _ = inputs(lead=(2, 3))
     fm = FeatureMap.from_projection(draw(7, 6))
-    before = AttentionState.zeros(fm, 5, (2, 3), dtype=float).update(*inputs(2, 3, seed=5)[1:3])
+    before = AttentionState.zeros(fm, 5, (2, 3), dtype=float).update(
+        *inputs(lead=(2, 3), seed=5)[1:3]
+    )
     S, z = draw(2, 3, 7, 5), draw(2, 3, 7)
     found = []
     for rows, gqa in ((0, False), (70, False), (0, True)):
@@ -264,7 +253,7 @@ def test_no_queries():
         found.append((grads.k, grads.v, *grads.state, grads.projection))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
-            assert naive.relative_error(b, a) < 1e-13
+            assert relative_error(b, a) < 1e-13
 
 
 # -- States -----------------------------------------------------------------------------------------
@@ -272,16 +261,16 @@ def test_no_queries():
 
 def moved(state, S, z):
     """The state with these added to its S and z."""
-    from favor_np import plan
+    from favor_np.cpu.layout import layout
 
     state = state.copy()
-    real = plan.layout(state.feature_map, state.dtype, state.value_dim).real
-    late = 1.0 if state.rates is None else np.exp2((state.lengths.ravel() * state.rates) % 1.0)
+    real = layout(state.feature_map, state.dtype, state.value_dim).real
+    late = 1.0 if state._rates is None else np.exp2((state.lengths.ravel() * state._rates) % 1.0)
     late = np.reshape(late, (-1, 1)) if np.ndim(late) else late
-    rows = len(state.arrays[0])
-    state.arrays[2][:, real] += late * z.reshape(rows, len(real))
+    rows = len(state._arrays[0])
+    state._arrays[2][:, real] += late * z.reshape(rows, len(real))
     late = np.reshape(late, (-1, 1, 1)) if np.ndim(late) else late
-    state.arrays[1][:, real, : state.value_dim] += late * S.reshape(rows, len(real), -1)
+    state._arrays[1][:, real, : state.value_dim] += late * S.reshape(rows, len(real), -1)
     return state
 
 
@@ -309,17 +298,17 @@ STATES = {
 
 @each_map
 @pytest.mark.parametrize("more", STATES.values(), ids=STATES)
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_states(options, more, causal):
     """The gradient of a loss of the result and of the last state, in all that goes in."""
     if not causal:
         more = {name: value for name, value in more.items() if name != "decay"}
-    q, _, _, g = inputs(2, 6 if "enable_gqa" in more else 3)
-    _, k, v, _ = inputs(2, 3, seed=1)
+    q, _, _, g = inputs(lead=(2, 6 if "enable_gqa" in more else 3))
+    _, k, v, _ = inputs(lead=(2, 3), seed=1)
     fm = FeatureMap.from_projection(draw(7, 6), **options)
     more = {"causal": causal, **more}
     first = more | ({"cu_seqlens": [0, 20, 30, 40, 70]} if "cu_seqlens" in more else {})
-    _, state = favor_attention(*inputs(2, 3, seed=2)[:3], fm, return_state=True, **first)
+    _, state = favor_attention(*inputs(lead=(2, 3), seed=2)[:3], fm, return_state=True, **first)
     S, z = draw(*state.S.shape, seed=3), draw(*state.z.shape, seed=4)
 
     def loss(q, k, v, W, dS, dz):
@@ -340,8 +329,8 @@ def test_states(options, more, causal):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_gradient_flows_through_states(cuts, more, dtype):
     """Pullbacks of pieces, chained from the last to the first, are that of the whole."""
-    q, _, _, g = inputs(6 if "enable_gqa" in more else 3, dtype=dtype)
-    _, k, v, _ = inputs(3, seed=1, dtype=dtype)
+    q, _, _, g = inputs(lead=(6 if "enable_gqa" in more else 3,), dtype=dtype)
+    _, k, v, _ = inputs(lead=(3,), seed=1, dtype=dtype)
     k *= np.linspace(0.5, 2.5, 70, dtype=dtype)[:, None]
     fm = FeatureMap.from_projection(draw(7, 6, dtype=dtype), antithetic=True)
     mask = np.random.default_rng(0).random((3, 70)) < 0.8
@@ -367,7 +356,7 @@ def test_the_gradient_flows_through_states(cuts, more, dtype):
 
 def test_a_state_before_keys_that_are_read_by_all():
     """Without causality too, and with no keys of its own."""
-    q, k, v, g = inputs(L=20)
+    q, k, v, g = inputs(20)
     fm = FeatureMap.from_projection(draw(7, 6))
     state = AttentionState.zeros(fm, 5, dtype=float).update(k, v)
     (_, _), pullback = favor_attention_vjp(q, k[:0], v[:0], fm, state=state, return_state=True)
@@ -386,7 +375,7 @@ def same(a, b):
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 130])
 @each_map
 def test_nothing_flows_back_to_later_keys(change, t, options):
-    q, k, v, g = inputs(L=150)
+    q, k, v, g = inputs(150)
     fm = FeatureMap.from_projection(draw(7, 6), **options)
     pullback = favor_attention_vjp(q, k, v, fm, causal=True)[1]
     before, early = pullback(g), g.copy()
@@ -399,9 +388,9 @@ def test_nothing_flows_back_to_later_keys(change, t, options):
     assert same([pullback(later).q[:t]], [before.q[:t]])
 
 
-@both
+@each_causal
 def test_a_query_of_nan_reaches_what_it_sees_only(causal):
-    q, k, v, g = inputs(L=150)
+    q, k, v, g = inputs(150)
     fm = FeatureMap.from_projection(draw(7, 6))
     before = gradients(q, k, v, fm, g, causal=causal)
     q[70, 1] = np.nan
@@ -417,7 +406,7 @@ def test_a_query_of_nan_reaches_what_it_sees_only(causal):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_key_of_nan_leaves_earlier_queries_alone(bad):
-    q, k, v, g = inputs(L=150)
+    q, k, v, g = inputs(150)
     fm = FeatureMap.from_projection(draw(7, 6))
     before = gradients(q, k, v, fm, g, causal=True)
     k[70, 1] = bad
@@ -429,17 +418,17 @@ def test_a_key_of_nan_leaves_earlier_queries_alone(bad):
 
 
 @pytest.mark.parametrize("length", [100, 20000])
-@both
+@each_causal
 def test_threads_change_no_bit(length, causal):
-    q, k, v, g = inputs(2, L=length, d=16, dv=16, dtype=np.float32)
+    q, k, v, g = inputs(length, lead=(2,), d=16, dv=16, dtype=np.float32)
     fm = FeatureMap.from_projection(draw(32, 16))
     once, *others = (gradients(q, k, v, fm, g, causal=causal, num_threads=n) for n in (1, 2, 3))
     assert all(same(once, other) for other in others)
 
 
-@both
+@each_causal
 def test_a_pullback_may_be_called_again(causal):
-    q, k, v, g = inputs(2)
+    q, k, v, g = inputs(lead=(2,))
     copies = [x.copy() for x in (q, k, v, g)]
     fm = FeatureMap.from_projection(draw(7, 6))
     out, pullback = favor_attention_vjp(q, k, v, fm, causal=causal)
@@ -475,7 +464,7 @@ def test_dtypes():
 
 
 def test_layouts_of_the_cotangent():
-    q, k, v, g = inputs(2)
+    q, k, v, g = inputs(lead=(2,))
     fm = FeatureMap.from_projection(draw(7, 6))
     pullback = favor_attention_vjp(q, k, v, fm)[1]
     expected = pullback(g)
@@ -503,13 +492,13 @@ REFUSED = [
 
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[case[0] for case in REFUSED])
 def test_refused(call, error, message):
-    q, k, v, g = inputs(2, L=6, dv=3)
+    q, k, v, g = inputs(6, lead=(2,), dv=3)
     names = {"vjp": favor_attention_vjp, "FM": FeatureMap.from_projection(draw(7, 6))}
     with pytest.raises(error, match=message):
         eval(call, names | {"q": q, "k": k, "v": v, "g": g})
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@each_causal
 def test_memory_is_constant(causal):
     """Beyond the arguments, the result and their gradients: less than 32 MB for 262,144 positions."""
     code = f"""

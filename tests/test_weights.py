@@ -1,45 +1,41 @@
 """Attention weights: against dense references, and against the attention they imply."""
 
-import naive
 import numpy as np
 import pytest
+from support import oracle
+from support.inputs import MAPS, random_inputs
+from support.tolerance import relative_error
+from support.tuning import tuned
 
 import favor_np
-from favor_np import attention_weights, weights
+from favor_np import attention_weights
 from favor_np.features import FeatureMap
 
 RNG = np.random.default_rng(5)
-KINDS = {
-    "positive": {"antithetic": False},
-    "antithetic": {"antithetic": True},
-    "relu": {"kind": "relu"},
-    "elu": {"kind": "elu"},
-}
 
 
 def inputs(rows, keys, dim=8, std=1.0, lead=(), dtype=np.float64):
-    q, k = (std * RNG.standard_normal((*lead, n, dim)) for n in (rows, keys))
-    return q.astype(dtype), k.astype(dtype)
+    return random_inputs(rows, dim, lead=lead, Lk=keys, std=std, dtype=dtype)[:2]
 
 
 def reference(q, k, fm, **options):
     """The weights, as dense attention to the rows of the identity matrix."""
-    arguments = {"kind": fm.kind, "scale": fm.scale, "antithetic": fm.antithetic}
-    return naive.favor_attention(q, k, np.eye(k.shape[-2]), fm.projection, **arguments, **options)
+    return oracle.favor_attention(q, k, np.eye(k.shape[-2]), fm, **options)
 
 
 def maps(name, dim=8, m=20, heads=None):
     shape = (m, dim) if heads is None else (heads, m, dim)
-    return FeatureMap.from_projection(RNG.standard_normal(shape), **KINDS[name])
+    return FeatureMap.from_projection(RNG.standard_normal(shape), **MAPS[name])
 
 
 @pytest.fixture(params=[5, 1024], ids=["blocks of 5", "one block"])
-def block(request, monkeypatch):
-    monkeypatch.setattr(weights, "BLOCK", request.param)
+def block(request):
+    with tuned(BLOCK=request.param):
+        yield
 
 
 @pytest.mark.usefixtures("block")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_are_those_of_the_definition(name, causal):
     fm = maps(name)
@@ -49,7 +45,7 @@ def test_weights_are_those_of_the_definition(name, causal):
     positions = np.arange(13) if causal else None
     got = attention_weights(q, k, fm, positions=positions, key_mask=mask)
     expected = reference(q, k, fm, causal=causal, key_mask=mask)
-    assert naive.relative_error(got, expected) < 1e-13
+    assert relative_error(got, expected) < 1e-13
     assert (got[~np.broadcast_to(mask[:, None, :], got.shape)] == 0).all()
     assert (got[0, 0] == 0).all() == causal
     sums = got.sum(-1)
@@ -57,7 +53,7 @@ def test_weights_are_those_of_the_definition(name, causal):
 
 
 @pytest.mark.usefixtures("block")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize(
     ("dtype", "std", "rounding"),
     [
@@ -78,7 +74,7 @@ def test_times_the_values_they_are_attention(name, dtype, std, rounding):
         assert got.dtype == dtype
         np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
         out = favor_np.favor_attention(q, k, v, fm, causal=causal)
-        assert naive.relative_error(got @ v, out) < rounding
+        assert relative_error(got @ v, out) < rounding
 
 
 def test_a_projection_a_head_and_leading_axes():
@@ -86,7 +82,7 @@ def test_a_projection_a_head_and_leading_axes():
     q, k = inputs(4, 9, lead=(2, 3))
     got = attention_weights(q, k[0], fm)
     assert got.shape == (2, 3, 4, 9)
-    assert naive.relative_error(got, reference(q, k[0], fm)) < 1e-13
+    assert relative_error(got, reference(q, k[0], fm)) < 1e-13
     shared = attention_weights(q[0, 0], k[0, 0], fm)  # one q and k, read by three heads
     assert shared.shape == (3, 4, 9)
     np.testing.assert_allclose(shared[0], got[0, 0], rtol=1e-12)
@@ -97,6 +93,7 @@ def test_rows_of_a_long_sequence():
     q, k = inputs(40, 40)
     everything = attention_weights(q, k, fm, positions=np.arange(40))
     rows = [31, 7, 7, 0, 39]  # in any order
+    np.testing.assert_array_equal(everything, attention_weights(q, k, fm, causal=True))
     got = attention_weights(q[rows], k, fm, positions=rows)
     np.testing.assert_allclose(got, everything[rows], rtol=1e-12)
     assert (got[1, 8:] == 0).all()
@@ -122,7 +119,7 @@ def test_keys_of_very_different_size():
     q, k = inputs(6, 6)
     k *= 10.0 ** np.arange(3, -3, -1)[:, None]  # the first row sees the least likely key alone
     got = attention_weights(q, k, fm, positions=np.arange(6))
-    assert naive.relative_error(got, reference(q, k, fm, causal=True)) < 1e-9
+    assert relative_error(got, reference(q, k, fm, causal=True)) < 1e-9
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-12)
 
 
@@ -163,6 +160,11 @@ def test_types_and_emptiness():
         ({"k": np.ones((4, 8), complex)}, TypeError, "k must hold real"),
         ({"feature_map": "positive"}, TypeError, "feature_map must be"),
         ({"feature_map": favor_np.feature_map("trig", 8, 4)}, ValueError, "trig"),
+        (
+            {"positions": [0, 1, 2], "causal": True},
+            ValueError,
+            "positions cannot be used with causal",
+        ),
         ({"positions": [0, 1]}, ValueError, r"positions must have shape \(3,\)"),
         ({"positions": [0, 1, 1.5]}, TypeError, "positions must be integers"),
         ({"positions": [0, -1, 2]}, ValueError, "positions must be at least 0, got -1"),

@@ -12,8 +12,8 @@ import time
 import numpy as np
 
 import favor_np
-from favor_np import plan
 from favor_np.compare import crossing
+from favor_np.cpu import tuning
 
 from .common import (
     FULL,
@@ -142,11 +142,13 @@ def without_planes(call):
     """A call whose products are all of vectors; of its feature map nothing may be laid out yet."""
 
     def run():
-        kept, plan.worth_planes = plan.worth_planes, lambda *_: False
+        tuning.USE_BF16X3 = (
+            False  # by hand: `tuned` forgets layouts, which would be made anew each time
+        )
         try:
             return call()
         finally:
-            plan.worth_planes = kept
+            tuning.USE_BF16X3 = None
 
     return run
 

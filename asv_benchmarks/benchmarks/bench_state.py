@@ -3,7 +3,7 @@
 import numpy as np
 
 import favor_np
-from favor_np import launch
+from favor_np.cpu import launch
 
 from .common import TIMER, feature_map, full_only, interleave, warm
 

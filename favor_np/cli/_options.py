@@ -120,7 +120,7 @@ def compilation_told() -> Iterator[None]:
     """Say on standard error, once, that kernels are being compiled, if any are."""
     from numba.core import event
 
-    from favor_np.kernels import favor
+    from favor_np.cpu.kernels import favor
 
     class Told(event.Listener):  # type: ignore[misc]  # Numba's classes have no types
         told = False

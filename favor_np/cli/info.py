@@ -57,8 +57,8 @@ def _kernels() -> dict[str, str]:
     """What the compiled side is set to: vectors, matrix unit, threads, cache."""
     import llvmlite.binding
 
-    from favor_np.kernels import favor, simd
-    from favor_np.threads import default_threads
+    from favor_np.cpu.kernels import favor, simd
+    from favor_np.cpu.threads import default_threads
 
     return {
         "processor": f"{llvmlite.binding.get_host_cpu_name()}, {os.cpu_count()} CPUs",
@@ -71,11 +71,11 @@ def _kernels() -> dict[str, str]:
 
 def _matrix_unit() -> str:
     """What there is to multiply bfloat16, and float32 that is cut into it."""
-    from favor_np.kernels import bfloat16
+    from favor_np.cpu.kernels import bfloat16
 
     if bfloat16.AMX:
-        refusal = bfloat16.refusal()
-        return f"AMX, but the system refuses it: {refusal}" if refusal else "AMX"
+        why_not = bfloat16.amx_unavailable()
+        return f"AMX, but the system refuses it: {why_not}" if why_not else "AMX"
     return "none: bfloat16 " + ("by AVX512_BF16" if bfloat16.DOTS else "is slow")
 
 

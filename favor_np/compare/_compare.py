@@ -16,11 +16,11 @@ import numpy as np
 
 from favor_np import validation
 from favor_np.attention import favor_attention
+from favor_np.cpu.threads import resolve_threads
 from favor_np.exact import exact_attention
 from favor_np.features import FeatureMap, feature_map
 from favor_np.figures import STYLE, require_matplotlib
 from favor_np.measure import best_time, peak_memory
-from favor_np.threads import resolve_threads
 
 from ._data import Array, Tokens, tokens
 from ._methods import DEFAULT, METHODS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
+from favor_np.call import Call
 from favor_np.cuda import device, runtime
 
 #: Numbers that kernels read and write, and as what: words of bfloat16, see `kernels.storage`.
@@ -30,31 +30,6 @@ class Place(NamedTuple):
     device: device.Device
     stream: Any
     kind: str
-
-    @property
-    def launch(self) -> Any:
-        """What launches kernels here, as the module `favor_np.launch` does on the CPU."""
-        from favor_np.cuda.launch import Launch
-
-        return Launch(self)
-
-    def refuse(self, **options: object) -> None:
-        """Refuse options that only the CPU has."""
-        for name, value in options.items():
-            if value not in (None, False):
-                raise ValueError(f"{name} cannot be used on a CUDA device")
-
-    def on_tensor_cores(self, precision: object) -> bool:
-        """Whether ``precision`` is "tf32x3"; the device has to have what that needs."""
-        if precision == "bfloat16":
-            raise ValueError("precision='bfloat16' cannot be used on a CUDA device")
-        if validation.choice("precision", precision, ("full", "tf32x3")) == "full":
-            return False
-        if self.device.compute_capability < (8, 0):
-            raise ValueError(
-                f"precision='tf32x3' needs a GPU of compute capability 8.0 or newer, got {self.device}"
-            )
-        return True
 
     def views(self, **arrays: Any) -> list[Any]:
         """Return device arrays as Numba's of what kernels read; NumPy's and None as they are."""
@@ -90,23 +65,6 @@ class Place(NamedTuple):
             raise TypeError(f"{name} lies in main memory, the other arrays on a CUDA device")
         return self._view(name, array)
 
-    def attention_call(
-        self, q: Any, k: Any, v: Any, *, key_mask: Any, **options: Any
-    ) -> validation.AttentionCall:
-        """Check the arguments of attention, arrays on the device by their shapes and dtypes."""
-        arrays = q, k, v, key_mask
-        shapes = [_stand_in(array) for array in arrays]
-        call = validation.attention_call(*shapes[:3], key_mask=shapes[3], **options)
-        if call.compute != np.float32:
-            raise TypeError(
-                "q, k and v must be float32 or 16-bit floats on a CUDA device, which computes in"
-                f" float32: got {call.compute}"
-            )
-        if self.kind == "numpy":
-            return call
-        result: np.dtype[Any] = q.dtype if q.dtype == k.dtype == v.dtype else call.compute
-        return dataclasses.replace(call, q=q, k=k, v=v, mask=key_mask, result=result)
-
     def held(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return what kernels have for the dtype of an array that was checked."""
         return HELD.get(_name(dtype), HELD["float32"]) if self.kind == "numpy" else dtype
@@ -123,7 +81,7 @@ class Place(NamedTuple):
             return runtime.view(runtime.pooled(self.kind, shape, dtype, self.device.number))
         return runtime.empty(shape, dtype, self.stream)
 
-    def room(self, call: validation.AttentionCall, out: Any = None) -> Any:
+    def room(self, call: Call, out: Any = None) -> Any:
         """Return an array that kernels write the result of a call to: `out`, checked, or a new one."""
         dtype = self.held(call.result)
         if out is None:
@@ -211,7 +169,7 @@ def _overlap(one: Any, other: Any) -> bool:
     return first < start + length and start < first + size
 
 
-def _stand_in(array: Any) -> Any:
+def stand_in(array: Any) -> Any:
     """Return what validation may ask of a device array as a NumPy array: floats for the words of some."""
     if isinstance(array, np.ndarray) or not device.on_device(array):
         return array

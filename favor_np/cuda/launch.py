@@ -1,4 +1,4 @@
-"""The twin of `favor_np.launch`: between validated arrays on a device and kernels."""
+"""The seam between checked calls and CUDA kernels: the twin of `favor_np.cpu.launch`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import plan as host
+from favor_np import numerics
+from favor_np.call import Call, Forward, StateForm
 from favor_np.cuda import plan, runtime
 from favor_np.cuda.arrays import Place
 from favor_np.cuda.device import Device
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
 from favor_np.cuda.kernels.pack import change, convert, pack
-from favor_np.cuda.kernels.tiles import FULL, NOTHING, TF32X3, TILE
+from favor_np.cuda.kernels.tiles import NOTHING, TILE
 from favor_np.features import FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -75,7 +76,6 @@ class Problem(NamedTuple):
     causal: bool
     states: States
     spans: tuple[plan.Span, ...]
-    precision: int = FULL
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -158,7 +158,7 @@ def _a_call(method: F) -> F:
 
 
 class Launch:
-    """Launches kernels at a place: the same functions as the module `favor_np.launch`."""
+    """Launches kernels on the stream of a place."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -182,25 +182,23 @@ class Launch:
 
     # States
 
-    def new_state(
-        self, feature_map: FeatureMap, dtype: np.dtype[Any], count: int, value_dim: int
-    ) -> States:
-        """Return `count` empty states."""
-        features = plan.layout(feature_map).features
-        shape, columns = (count, features), -(-value_dim // TILE) * TILE
+    def new_states(self, form: StateForm, count: int) -> States:
+        """Return `count` states of no keys."""
+        features = plan.layout(form.feature_map).features
+        shape, columns = (count, features), -(-form.value_dim // TILE) * TILE
         return States(
             self._put(np.full(shape, NOTHING, np.int32)),
             self._put(np.zeros((count, features, columns), np.float32)),
             self._put(np.zeros((count, features), np.float32)),
         )
 
-    def copied(self, arrays: States) -> States:
+    def copy_states(self, arrays: States) -> States:
         """Return a copy of states."""
         return States(*(runtime.copy(array, self.place.stream) for array in arrays))
 
-    def merge(self, into: States, other: States) -> None:
+    def merge_states(self, into: States, other: States) -> None:
         """Add the states `other` to the states `into`."""
-        own = self.copied(other)  # for the scan writes to what it adds
+        own = self.copy_states(other)  # for the scan writes to what it adds
         count, features = own.c.shape
         numbers = np.arange(count)
         table = self._put(
@@ -216,20 +214,18 @@ class Launch:
         flat = map(runtime.flat, (own.c, sums, own.s, own.z))
         self._launch(kernels.scan, grid, table, *flat, *into)
 
-    def without_padding(
-        self, feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, arrays: States
-    ) -> tuple[Array, Array, Array]:
-        """Return a copy of states in main memory, as the CPU has them."""
-        real = plan.layout(feature_map).real
+    def state_sums(self, form: StateForm, arrays: States) -> tuple[Array, Array, Array]:
+        """Return copies of (c, S, z) in main memory, as the CPU has them."""
+        real = plan.layout(form.feature_map).real
         c, s, z = (runtime.to_host(array, self.place.stream) for array in arrays)
         seen = c[:, real]
         return (
-            np.where(seen == NOTHING, 4 * -int(host.FAR[4]), seen),
-            s[:, real, :value_dim],
+            np.where(seen == NOTHING, 4 * -int(numerics.FAR[4]), seen),
+            s[:, real, : form.value_dim],
             z[:, real],
         )
 
-    def new_weights(self, out: Any) -> tuple[Any, Any]:
+    def normalizers(self, out: Any) -> tuple[Any, Any]:
         """Return arrays for the denominators of the rows of `out`."""
         return self.empty(out.shape[:-1]), self.empty(out.shape[:-1], np.int32)
 
@@ -242,78 +238,44 @@ class Launch:
 
     @_a_call
     def attend(
-        self,
-        feature_map: FeatureMap,
-        q: Any,
-        k: Any,
-        v: Any,
-        mask: Any,
-        out: Any,
-        *,
-        dtype: np.dtype[Any],
-        causal: bool,
-        grouped: bool,
-        state: States | None,
-        state_shape: tuple[int, ...] | None,
-        threads: int | None,
-        offsets: Array | None = None,
-        clock: None = None,
-        weights: tuple[Any, Any] | None = None,
-        fast: bool = False,
+        self, call: Call, out: Any, state: States | None, normalizers: tuple[Any, Any] | None
     ) -> None:
-        """Fold k and v, read with q into `out`: see the function of this name in `favor_np.launch`.
-
-        With `fast` the products of both are computed by tensor cores.
-        """
-        of = _map(feature_map, self.place.device)
+        """Fold keys and values, read with queries into `out`: see `Engine.attend`."""
+        of = self._map(call)
         how = _attention(
-            self.place.device, self.handle, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
-            state=state_shape, fresh=state is None, causal=causal,
+            self.place.device, self.handle, call.map, call.shapes(stateful=state is not None), _offsets(call),
+            fresh=state is None, causal=call.causal,
         )  # fmt: skip
+        rows, heights = self._pack(of, call.q, 0, how.queries)
         problem = Problem(
             map=of,
-            a=self._keys(of, k, v, mask, how.keys),
-            b=Side(*self._pack(of, q, 0, how.queries), of.nothing, of.nothing, of.unmasked, of.query_bias),
-            causal=causal,
-            states=state or self._room(of, how.jobs, v.shape[-1]),
+            a=self._keys(of, call, how.keys),
+            b=Side(rows, heights, of.nothing, of.nothing, of.unmasked, of.query_bias),
+            causal=call.causal,
+            states=state or self._room(of, how.jobs, call.v.shape[-1]),
             spans=how.spans,
-            precision=TF32X3 if fast else FULL,
-        )  # fmt: skip
-        flat = (of.nothing, of.no_tops) if weights is None else tuple(map(runtime.flat, weights))
+        )
+        flat = of.nothing, of.no_tops
+        if normalizers is not None:
+            flat = tuple(map(runtime.flat, normalizers))
         self._run(problem, functools.partial(self._read, out=runtime.rows(out), weights=flat))
 
     @_a_call
-    def attend_vjp(
-        self,
-        feature_map: FeatureMap,
-        q: Any,
-        k: Any,
-        v: Any,
-        mask: Any,
-        out: Any,
-        weights: tuple[Any, Any],
-        grad: Any,
-        *,
-        dtype: np.dtype[Any],
-        causal: bool,
-        grouped: bool,
-        threads: int | None,
-        offsets: Array | None = None,
-    ) -> list[Any]:
-        """Pull `grad` back through `attend`, which wrote `out` and `weights`: gradients of q, k and v."""
-        of, dim = _map(feature_map, self.place.device), v.shape[-1]
+    def attend_vjp(self, call: Call, forward: Forward, grad: Any) -> list[Any]:
+        """Pull `grad` back through `attend`: gradients of q, k and v."""
+        q, k, v, causal = call.q, call.k, call.v, call.causal
+        of, dim = self._map(call), v.shape[-1]
         how = _gradient(
-            self.place.device, self.handle, feature_map, *_shapes(q, k, v, mask, offsets), grouped=grouped,
-            causal=causal,
-        )  # fmt: skip
+            self.place.device, self.handle, call.map, call.shapes(), _offsets(call), causal=causal
+        )
         rows, _ = self._pack(of, q, 0, how.queries)
         count = rows.shape[0]
         vectors, shares, heights = self._taken((count, dim)), self._taken(count), self._taken(count)
         self._launch(
-            vjp.cotangents, (-(-count // 8),), runtime.rows(grad), runtime.rows(out),
-            *map(runtime.flat, weights), vectors, shares, heights,
+            vjp.cotangents, (-(-count // 8),), runtime.rows(grad), runtime.rows(forward.out),
+            *map(runtime.flat, forward.normalizers), vectors, shares, heights,
         )  # fmt: skip
-        keys = self._keys(of, k, v, mask, how.keys)
+        keys = self._keys(of, call, how.keys)
         queries = Side(rows, heights, vectors, shares, of.unmasked, of.query_bias)
         of_queries, of_keys = (self._room(of, jobs, dim) for jobs in how.jobs)
         found = [
@@ -353,10 +315,13 @@ class Launch:
             self._taken(shape, np.int32), self._taken((*shape, columns)), self._taken(shape)
         )
 
-    def _keys(self, of: Map, k: Any, v: Any, mask: Any, packs: tuple[Any, int]) -> Side:
-        rows, heights = self._pack(of, k, 1, packs)
-        seen = of.unmasked if mask is None else runtime.flat(self.place.put(mask))
-        return Side(rows, heights, runtime.rows(self.place.put(v)), of.nothing, seen, of.bias)
+    def _map(self, call: Call) -> Map:
+        return _map(call.map, self.place.device)
+
+    def _keys(self, of: Map, call: Call, packs: tuple[Any, int]) -> Side:
+        rows, heights = self._pack(of, call.k, 1, packs)
+        seen = of.unmasked if call.mask is None else runtime.flat(self.place.put(call.mask))
+        return Side(rows, heights, runtime.rows(self.place.put(call.v)), of.nothing, seen, of.bias)
 
     def _pack(self, of: Map, source: Any, side: int, packs: tuple[Any, int]) -> tuple[Any, Any]:
         """Pack queries (side 0) or keys (side 1): rows, and their heights."""
@@ -389,7 +354,7 @@ class Launch:
         layout, (slices, columns), a = p.map.layout, p.shape, p.a
         own = self._room(p.map, span.parts, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs, p.precision), (span.parts, slices, columns), a.rows,
+            make_fold(layout.kind, layout.signs), (span.parts, slices, columns), a.rows,
             a.heights, a.shares, a.vectors, a.mask, p.map.weight, a.bias, p.epsilon, span.fold, *own,
         )  # fmt: skip
         before = States(self._taken(own.c.shape, np.int32), own.s, own.z)
@@ -403,7 +368,7 @@ class Launch:
         """Read states, a part of side b each."""
         layout, a, b = p.map.layout, p.a, p.b
         self._launch(
-            make_read(layout.kind, layout.signs, p.causal, divide, p.precision),
+            make_read(layout.kind, layout.signs, p.causal, divide),
             (span.read.shape[0], p.shape[1]), b.rows, b.heights, b.mask, a.rows, a.heights,
             a.vectors, a.mask, p.map.weight, b.bias, a.bias, p.epsilon, span.read, *states, out,
             *weights,
@@ -430,10 +395,5 @@ class Launch:
             )  # fmt: skip
 
 
-def _shapes(q: Any, k: Any, v: Any, mask: Any, offsets: Array | None) -> tuple[Any, ...]:
-    """What a plan depends on."""
-    return (
-        *(tuple(x.shape) for x in (q, k, v)),
-        None if mask is None else tuple(mask.shape),
-        None if offsets is None else offsets.tobytes(),
-    )
+def _offsets(call: Call) -> bytes | None:
+    return None if call.offsets is None else call.offsets.tobytes()

@@ -10,12 +10,24 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import plan as host
 from favor_np.cuda.device import Device
 from favor_np.cuda.kernels.tiles import MASKED, TILE
 from favor_np.cuda.runtime import RESIDENT
 from favor_np.features import FeatureMap
-from favor_np.kernels.activate import ELU, LOG2E, POSITIVE, RELU
+from favor_np.jobs import (
+    BLOCK,
+    K_ROW,
+    KEYS,
+    MASK_ROW,
+    QUERIES,
+    SLOT,
+    V_ROW,
+    Jobs,
+    Shapes,
+    broadcast_jobs,
+    packed,
+)
+from favor_np.numerics import KINDS, LOG2E, POSITIVE, projection_limit
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -79,11 +91,11 @@ class Layout:
 @functools.lru_cache(maxsize=64)
 def layout(feature_map: FeatureMap) -> Layout:
     """Return the layout of a map, with its weights in log2 units and padded."""
-    heads, rows, dim = feature_map.weight.shape
+    heads, rows, dim = feature_map.key_weight.shape
     signs = 2 if feature_map.antithetic else 1
     per_slice, columns = TILE // signs, -(-dim // 16) * 16
     slices = -(-rows // per_slice)
-    kind = {"positive": POSITIVE, "relu": RELU, "elu": ELU}[feature_map.kind]
+    kind = KINDS[feature_map.kind]
     unit = LOG2E if kind == POSITIVE else 1.0
     weight = np.zeros((heads, slices * per_slice, columns), np.float32)
     affine = feature_map.calibration is not None
@@ -112,7 +124,6 @@ def layout(feature_map: FeatureMap) -> Layout:
         np.ascontiguousarray(np.broadcast_to(x, (heads, dim))[: None if affine else 0], np.float32)
         for x in (feature_map.query_center, feature_map.key_center, feature_map.key_linear * unit)
     )
-    limit = float(host.layout(feature_map, np.dtype(np.float32), 1).causal["limit"][0])
     return Layout(
         kind=kind,
         signs=signs,
@@ -127,7 +138,7 @@ def layout(feature_map: FeatureMap) -> Layout:
         factors=(factors[0].reshape(-1, columns), factors[1].reshape(-1, columns)),
         slope=slope,
         unit=unit,
-        limit=limit,
+        limit=projection_limit(feature_map, 4),
         key_norm=key_norm * LOG2E,
         epsilon=feature_map.kernel_epsilon,
     )
@@ -159,25 +170,25 @@ class Owners(NamedTuple):
 
 
 def row_heads(
-    jobs: host.Jobs, q: tuple[int, ...], k: tuple[int, ...], of: Layout
+    jobs: Jobs, q: tuple[int, ...], k: tuple[int, ...], of: Layout
 ) -> tuple[Owners | None, Owners | None]:
     """Return who packs queries and keys where every head has centres of its own; else None."""
     if of.linear.shape[0] <= 1:
         return None, None
-    head = jobs.table[:, 4]
+    head = jobs.table[:, BLOCK]
     group = jobs.q_rows.shape[1]
     return (
         Owners(jobs.q_rows.ravel(), np.repeat(head, group), q[-2]),
-        Owners(jobs.table[:, 0], head, k[-2]),
+        Owners(jobs.table[:, K_ROW], head, k[-2]),
     )
 
 
-def with_own_rows(jobs: host.Jobs, q_length: int, k_length: int) -> host.Jobs:
+def with_own_rows(jobs: Jobs, q_length: int, k_length: int) -> Jobs:
     """Number the rows of queries and keys as `pack_table` packs them, job by job."""
     table = jobs.table.copy()
-    table[:, 0] = np.arange(len(table)) * k_length
+    table[:, K_ROW] = np.arange(len(table)) * k_length
     q_rows = np.arange(jobs.q_rows.size).reshape(jobs.q_rows.shape) * q_length
-    return host.Jobs(table, q_rows, jobs.out_rows, jobs.clocks)
+    return Jobs(table, q_rows, jobs.out_rows, jobs.clocks)
 
 
 def pack_table(rows: int, owners: Owners | None) -> tuple[Array, int]:
@@ -200,42 +211,42 @@ def _table(*columns: Any) -> Array:
 class Sides(NamedTuple):
     """Who is folded, the keys of the jobs, and who reads; readers have rows of vectors, and of a mask."""
 
-    jobs: host.Jobs
+    jobs: Jobs
     vectors: Array
     masks: Array
 
     @property
     def slots(self) -> Array:
         """The slot of every job: its own number if there is none."""
-        slot: Array = self.jobs.table[:, 5]
+        slot: Array = self.jobs.table[:, SLOT]
         return np.where(slot < 0, np.arange(len(slot)), slot)
 
 
-def keys_and_queries(jobs: host.Jobs) -> Sides:
+def keys_and_queries(jobs: Jobs) -> Sides:
     """Let queries read what keys are folded to."""
     return Sides(jobs, jobs.out_rows, np.zeros_like(jobs.out_rows))
 
 
-def queries_and_keys(jobs: host.Jobs, q_length: int, k_length: int) -> Sides:
+def queries_and_keys(jobs: Jobs, q_length: int, k_length: int) -> Sides:
     """Let keys read what queries, packed as the rows of the result, are folded to: each head for itself."""
     group = jobs.out_rows.shape[1]
     table = np.repeat(jobs.table, group, axis=0)
-    k_row, v_row, mask_row = (x[:, None].copy() for x in table[:, :3].T)
+    k_row, v_row, mask_row = (table[:, [x]] for x in (K_ROW, V_ROW, MASK_ROW))
     out_row = jobs.out_rows.ravel()
     head, start = np.divmod(out_row, max(q_length, 1))
-    table[:, 0] = table[:, 1] = out_row
-    table[:, 2], table[:, 5] = 0, -1
-    table[:, [3, 6]] = table[:, [6, 3]]
+    table[:, K_ROW] = table[:, V_ROW] = out_row
+    table[:, MASK_ROW], table[:, SLOT] = 0, -1
+    table[:, [KEYS, QUERIES]] = table[:, [QUERIES, KEYS]]
     k_rows = (head * k_length + start)[:, None]
-    return Sides(host.Jobs(table, k_row, k_rows, jobs.clocks), v_row, mask_row)
+    return Sides(Jobs(table, k_row, k_rows, jobs.clocks), v_row, mask_row)
 
 
-def with_rows_of_result(jobs: host.Jobs, q_length: int) -> tuple[host.Jobs, Owners]:
+def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
     """Number the rows of queries as those of the result; who packs them so."""
-    heads = np.repeat(jobs.table[:, 4], jobs.q_rows.shape[1])
+    heads = np.repeat(jobs.table[:, BLOCK], jobs.q_rows.shape[1])
     order = np.argsort(jobs.out_rows.ravel())
     owners = Owners(jobs.q_rows.ravel()[order], heads[order], q_length)
-    return host.Jobs(jobs.table, jobs.out_rows, jobs.out_rows, jobs.clocks), owners
+    return Jobs(jobs.table, jobs.out_rows, jobs.out_rows, jobs.clocks), owners
 
 
 def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array] | None:
@@ -252,12 +263,17 @@ def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
     """Where stretches begin, counted from the first row of their problem; the step of their rows."""
     if not backwards:
         return parts.start, 1
-    return sides.jobs.table[parts.owner, 3] - 1 - parts.start, -1
+    return sides.jobs.table[parts.owner, KEYS] - 1 - parts.start, -1
+
+
+def _rows_and_head(table: Array) -> tuple[Array, ...]:
+    """Return the first rows of keys, values and mask of each job, and its head."""
+    return tuple(table[:, column] for column in (K_ROW, V_ROW, MASK_ROW, BLOCK))
 
 
 def fold_table(sides: Sides, parts: Stretches, backwards: bool = False) -> Array:
     """Return the table of the fold of stretches: the state of each has its number."""
-    k_row, v_row, mask_row, _, head = sides.jobs.table[parts.owner, :5].T
+    k_row, v_row, mask_row, head = _rows_and_head(sides.jobs.table[parts.owner])
     at, step = _ways(sides, parts, backwards)
     slots = np.arange(len(parts.owner))
     return _table(
@@ -274,7 +290,7 @@ def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
 def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = False) -> Array:
     """Return the table of the reads of stretches, each by the group of queries of its job."""
     owner, jobs = parts.owner, sides.jobs
-    k_row, v_row, mask_row, _, head = (x[:, None] for x in jobs.table[owner, :5].T)
+    k_row, v_row, mask_row, head = (x[:, None] for x in _rows_and_head(jobs.table[owner]))
     way, step = _ways(sides, parts, backwards)
     at = way[:, None]
     table = _table(
@@ -311,18 +327,18 @@ def spans(
 ) -> tuple[Span, ...]:  # fmt: skip
     """Cut problems: causal ones read their stretches' states, others the whole of all, at the end."""
     table = sides.jobs.table
-    keys, queries = (int(table[:, column].max(initial=0)) for column in (3, 6))
+    keys, queries = (int(table[:, column].max(initial=0)) for column in (KEYS, QUERIES))
     columns = -(-value_dim // TILE)
     cut = lengths(device, len(table), keys, of.features // TILE, columns, causal=causal)
     found = []
     for start in range(0, max(keys, 1), cut.span):
-        parts = stretches(table[:, 3], cut.stretch, (start, start + cut.span))
+        parts = stretches(table[:, KEYS], cut.stretch, (start, start + cut.span))
         count = len(parts.owner)
         fold = fold_table(sides, parts, backwards)
         scan = scan_table(sides, parts, fresh and start == 0)
         slots = np.arange(count)
         if not causal:
-            parts = stretches(table[:, 6], TILE, (0, queries))
+            parts = stretches(table[:, QUERIES], TILE, (0, queries))
             slots = sides.slots[parts.owner]
         read = read_table(sides, parts, slots, backwards)
         change = change_table(read) if of.factors[0].size else None
@@ -340,13 +356,18 @@ class Attention(NamedTuple):
 
 
 def attention(
-    device: Device, feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...],
-    v: tuple[int, ...], mask: tuple[int, ...] | None, offsets: bytes | None, *, grouped: bool,
-    state: tuple[int, ...] | None, fresh: bool, causal: bool,
-) -> Attention:  # fmt: skip
+    device: Device,
+    feature_map: FeatureMap,
+    shapes: Shapes,
+    offsets: bytes | None,
+    *,
+    fresh: bool,
+    causal: bool,
+) -> Attention:
     """Return how arrays of these shapes are attended; `fresh`: the states begin empty."""
+    q, k, v = shapes.q, shapes.k, shapes.v
     of = layout(feature_map)
-    jobs = _jobs(feature_map, q, k, v, mask, grouped, state)
+    jobs = broadcast_jobs(shapes, feature_map.num_heads, 1)
     q_owners, k_owners = row_heads(jobs, q, k, of)
     if q_owners is not None:  # each job has packed rows of its own
         jobs = with_own_rows(jobs, q[-2], k[-2])
@@ -376,24 +397,23 @@ class Gradient(NamedTuple):
 
 
 def gradient(
-    device: Device, feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...],
-    v: tuple[int, ...], mask: tuple[int, ...] | None, offsets: bytes | None, *, grouped: bool,
-    causal: bool,
-) -> Gradient:  # fmt: skip
+    device: Device, feature_map: FeatureMap, shapes: Shapes, offsets: bytes | None, *, causal: bool
+) -> Gradient:
     """Return how gradients for arrays of these shapes are found."""
+    q, k, v = shapes.q, shapes.k, shapes.v
     of = layout(feature_map)
-    whole = _jobs(feature_map, q, k, v, mask, grouped, None)
+    whole = broadcast_jobs(shapes, feature_map.num_heads, 1)
     _, k_owners = row_heads(whole, q, k, of)
     jobs, q_owners = with_rows_of_result(whole, q[-2])
     if k_owners is not None:
         own = with_own_rows(jobs, q[-2], k[-2])
-        jobs = host.Jobs(own.table, jobs.q_rows, jobs.out_rows, jobs.clocks)
+        jobs = Jobs(own.table, jobs.q_rows, jobs.out_rows, jobs.clocks)
     jobs = _in_sequences(jobs, offsets)
     group = whole.q_rows.shape[1]
     heads = (
         whole.q_rows.ravel() // max(q[-2], 1),
-        np.repeat(whole.table[:, 0], group) // max(k[-2], 1),
-        np.repeat(whole.table[:, 1], group) // max(k[-2], 1),
+        np.repeat(whole.table[:, K_ROW], group) // max(k[-2], 1),
+        np.repeat(whole.table[:, V_ROW], group) // max(k[-2], 1),
     )
     numbers = whole.out_rows.ravel() // max(q[-2], 1)
     sides = queries_and_keys(jobs, q[-2], k[-2])
@@ -413,21 +433,11 @@ def gradient(
     )
 
 
-def _jobs(
-    feature_map: FeatureMap, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...],
-    mask: tuple[int, ...] | None, grouped: bool, state: tuple[int, ...] | None,
-) -> host.Jobs:  # fmt: skip
-    return host.jobs(
-        q[:-2], k[:-2], v[:-2], None if mask is None else mask[:-1], feature_map.num_heads, state,
-        grouped, q[-2], k[-2], 1, 0,
-    )  # fmt: skip
-
-
-def _in_sequences(jobs: host.Jobs, offsets: bytes | None) -> host.Jobs:
+def _in_sequences(jobs: Jobs, offsets: bytes | None) -> Jobs:
     """Cut jobs where packed sequences begin; offsets are those of `validation.sequence_offsets`."""
     if offsets is None:
         return jobs
-    return host.packed(jobs, np.frombuffer(offsets, np.int64))
+    return packed(jobs, np.frombuffer(offsets, np.int64))
 
 
 def _count(shape: tuple[int, ...]) -> int:

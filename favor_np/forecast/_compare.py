@@ -171,9 +171,9 @@ def _calibration_seconds(result: Forecast) -> float:
 
 def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:
     """Result, seconds and peak bytes of ``run(rows)``, after short runs that compile it."""
-    from favor_np.plan import LONG  # from there on threads share a sequence, by another kernel
+    from favor_np.cpu.tuning import MIN_SHARED_LENGTH  # from there on another kernel runs
 
-    for some in (64, LONG):
+    for some in (64, MIN_SHARED_LENGTH):
         run(min(rows, PREFIX + some))
     results: list[F32] = []
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.threads import Guard
+from favor_np.guard import Guard
 
 from ._evaluate import DEFAULT_COST, Signals, non_negative
 from ._forecast import Forecast, Progress, checked, predictions
@@ -324,6 +324,6 @@ def replay(
         signals=np.array([tick.signal for tick in ticks], np.int8),
         difference=float(abs(predicted - result.predicted).max()) / largest,
         seconds=np.array(seconds),
-        state_bytes=sum(array.nbytes for array in live.state.arrays),
+        state_bytes=live.state.nbytes,
         calibration_seconds=calibration,
     )

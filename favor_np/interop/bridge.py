@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
-from favor_np import FeatureMap, favor_attention_vjp, gradients, validation
-from favor_np.attention import Prepared, prepare
+from favor_np import FeatureMap, favor_attention_vjp, gradients
+from favor_np.attention import check
+from favor_np.call import Call, Forward
+from favor_np.features import checked
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -26,9 +28,7 @@ class Attend:
     """attend(q, k, v[, projection]), the projection in place of the map's own."""
 
     def __init__(self, feature_map: FeatureMap, **options: Any) -> None:
-        if not isinstance(feature_map, FeatureMap):
-            raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-        self.feature_map, self.options = feature_map, options
+        self.feature_map, self.options = checked(feature_map), options
 
     def __call__(
         self, q: Array, k: Array, v: Array, projection: Any = None, **more: Any
@@ -38,21 +38,18 @@ class Attend:
 
     def forward(self, **arrays: Any) -> tuple[Array, ...]:
         """Return the result as it was computed, in 32 or 64 bits, and what else `backward` needs."""
-        call = self._prepared(**arrays)
-        _, result = call.targets(whole=True)
-        weights, _ = gradients.attend(call, result)
-        return result, *weights
+        forward = gradients.attend_forward(self._check(**arrays))
+        return forward.out, *forward.normalizers
 
     def backward(
-        self, grad_out: Array, result: Array, *weights: Any, **arrays: Any
+        self, grad_out: Array, out: Array, *normalizers: Any, **arrays: Any
     ) -> gradients.Gradients:
         """Return the gradients from what `forward` returned, and from the same arrays."""
-        return gradients.pullback_of(self._prepared(**arrays), result, weights)(grad_out)
+        forward = Forward(out, normalizers)
+        return gradients.pullback_of(self._check(**arrays), forward)(grad_out)
 
-    def _prepared(
-        self, q: Array, k: Array, v: Array, projection: Any = None, **more: Any
-    ) -> Prepared:
-        return prepare(q, k, v, self._map(projection), **self.options, **more)
+    def _check(self, q: Array, k: Array, v: Array, projection: Any = None, **more: Any) -> Call:
+        return check(q, k, v, self._map(projection), **self.options, **more)
 
     def _map(self, projection: Any) -> FeatureMap:
         if projection is None:

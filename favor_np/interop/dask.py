@@ -31,7 +31,9 @@ except ImportError:
 
 import favor_np
 from favor_np import AttentionState, FeatureMap, validation
-from favor_np.features import Calibration
+from favor_np.call import Call, grouped_shape
+from favor_np.engine import processor
+from favor_np.features import ATTENTION_KINDS, Calibration, checked
 
 __all__ = ["favor_attention"]
 
@@ -42,7 +44,7 @@ Tokens: TypeAlias = tuple[Array, Array, Array | None]
 
 normalize_token.register(FeatureMap, lambda fm: ("favor_np.FeatureMap", fm.fingerprint))
 # A scheduler that knows what a state weighs moves states, not blocks.
-sizeof.register(AttentionState, lambda state: sum(array.nbytes for array in state.arrays))
+sizeof.register(AttentionState, lambda state: state.nbytes)
 
 
 def favor_attention(
@@ -127,22 +129,18 @@ def favor_attention(
     >>> float(out.mean().compute(scheduler="sync").round(6))
     1.0
     """
-    if not isinstance(feature_map, FeatureMap):
-        raise TypeError(f"feature_map must be a FeatureMap, got {validation.got(feature_map)}")
-    if feature_map.kind == "trig":
-        raise ValueError("feature_map must not be of kind 'trig', which attention refuses")
+    checked(feature_map, ATTENTION_KINDS)
     q, k, v = _wrap("q", q), _wrap("k", k), _wrap("v", v)
     mask = None if key_mask is None else _wrap("key_mask", key_mask)
-    call = validation.attention_call(
-        _stand_in(q), _stand_in(k), _stand_in(v), key_mask=None, causal=causal,
-        grouped=enable_gqa, check_finite=False, num_threads=num_threads, dim=feature_map.dim,
-        heads=feature_map.num_heads,
+    call = processor().check(
+        _stand_in(q), _stand_in(k), _stand_in(v), feature_map,
+        causal=causal, enable_gqa=enable_gqa, num_threads=num_threads,
     )  # fmt: skip
     lead, shape = call.out_shape[:-2], call.state_shape
     if mask is not None:
         _check_mask(mask, call.keys)
         shape = validation.broadcast(keys=shape, key_mask=mask.shape[:-1])
-        join = validation.grouped_shape if call.grouped else np.broadcast_shapes
+        join = grouped_shape if call.grouped else np.broadcast_shapes
         lead = join(lead, shape)
 
     out_lead = _lead_chunks(lead, [q.chunks[:-2], k.chunks[:-2], v.chunks[:-2]])
@@ -158,14 +156,14 @@ def favor_attention(
     if mask is not None:
         mask = mask.rechunk((*_fit(key_lead, mask.shape[:-1]), keys))
 
-    token = tokenize(q, k, v, mask, feature_map, call.causal, call.grouped, call.threads)
+    token = tokenize(q, k, v, mask, feature_map, call.causal, call.grouped, call.num_threads)
     name = f"favor_attention-{token}"
     tokens = _blockwise(f"favor_attention-tokens-{token}", _tokens, k, v, mask=mask)
     empty = _empty(f"favor_attention-empty-{token}", feature_map, call, _fit(key_lead, shape))
-    fold = partial(_fold, threads=call.threads)
+    fold = partial(_fold, threads=call.num_threads)
     states = _blockwise(f"favor_attention-fold-{token}", fold, empty, tokens)
     before = _merged(f"favor_attention-merge-{token}", states, empty if call.causal else None)
-    read = partial(_read, dtype=call.result, grouped=call.grouped, threads=call.threads)
+    read = partial(_read, dtype=call.result, grouped=call.grouped, threads=call.num_threads)
     seen = tokens if call.causal else None
     return _blockwise(name, read, q, before, seen, chunks=chunks, dtype=call.result)
 
@@ -251,9 +249,7 @@ def _of_heads(fm: FeatureMap, heads: slice) -> FeatureMap:
     return dataclasses.replace(fm, projection=part(fm.projection, 3), calibration=calibration)
 
 
-def _empty(
-    name: str, feature_map: FeatureMap, call: validation.AttentionCall, lead: Chunks
-) -> da.Array:
+def _empty(name: str, feature_map: FeatureMap, call: Call, lead: Chunks) -> da.Array:
     """Return the empty states, each of the map of its heads."""
     graph = {}
     for cell in np.ndindex(*map(len, lead)):

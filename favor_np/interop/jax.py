@@ -19,9 +19,9 @@ except ImportError:
     ) from None
 
 from favor_np import FeatureMap
-from favor_np.attention import prepare
+from favor_np.attention import check
+from favor_np.call import Call
 from favor_np.interop import bridge
-from favor_np.validation import AttentionCall
 
 __all__ = ["favor_attention"]
 
@@ -117,11 +117,11 @@ def favor_attention(
         arrays.append(_real(projection))
         feature_map = dataclasses.replace(feature_map, projection=_stand_in(arrays[3]))
     stand_ins: list[Any] = [*map(_stand_in, arrays[:3]), feature_map]
-    return _run(attend, prepare(*stand_ins, **options).arrays, arrays, constants)
+    return _run(attend, check(*stand_ins, **options), arrays, constants)
 
 
 def _run(
-    attend: bridge.Attend, checked: AttentionCall, arrays: list[Any], constants: dict[str, Any]
+    attend: bridge.Attend, checked: Call, arrays: list[Any], constants: dict[str, Any]
 ) -> jax.Array:
     """Attend to arrays q, k, v and perhaps a projection."""
     # One more axis in front must be one for all: leading axes are matched from the right.

@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from child import HANG
+from support.child import HANG
 
 import favor_np
 from favor_np.cli import COMMANDS, main
 from favor_np.cli import _options as options
 from favor_np.cli.info import describe
+from favor_np.cpu.kernels import bfloat16
 from favor_np.cuda import device
-from favor_np.kernels import bfloat16
 
 
 def program(*arguments, **kwargs):
@@ -109,7 +109,7 @@ def test_info_as_json(capsys):
 
 def test_warmup(capsys):
     assert main(["warmup", "--float64"]) == 0
-    more = 7 if not bfloat16.refusal() else 3 if bfloat16.DOTS else 0
+    more = 7 if not bfloat16.amx_unavailable() else 3 if bfloat16.DOTS else 0
     assert f"{22 + more} kernel calls ready" in capsys.readouterr().out
 
 
@@ -167,7 +167,7 @@ def test_interrupt(monkeypatch, capsys):
         "scipy.optimize._highspy._core",
         "numba",
         "llvmlite.binding",
-        "favor_np.kernels.simd",
+        "favor_np.cpu.kernels.simd",
         "matplotlib.figure",
     ],
 )

@@ -8,19 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import naive
 import numpy as np
+from support import oracle
+from support.inputs import MAPS, random_inputs
+from support.tolerance import tolerance
 
 from favor_np import FeatureMap
 from favor_np.cuda.plan import TILE
 
 LENGTHS = (1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE + 3)
-MAPS = {
-    "antithetic": {"kind": "positive", "antithetic": True},
-    "positive": {"kind": "positive"},
-    "relu": {"kind": "relu"},
-    "elu": {"kind": "elu"},
-}
 
 
 @dataclass(frozen=True)
@@ -42,27 +38,17 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
-    @property
-    def map_options(self) -> dict[str, Any]:
-        return MAPS[self.kind]
-
     def feature_map(self) -> FeatureMap:
         rng = np.random.default_rng(self.seed + 1)
         shape = (self.rows, self.dim) if self.heads is None else (self.heads, self.rows, self.dim)
-        return FeatureMap.from_projection(rng.standard_normal(shape), **self.map_options)
+        return FeatureMap.from_projection(rng.standard_normal(shape), **MAPS[self.kind])
 
     def arrays(self) -> tuple[Any, Any, Any]:
         """q, k and v in float32."""
-        rng = np.random.default_rng(self.seed)
-        kv = self.lead if self.kv_lead is None else self.kv_lead
-        keys = self.length if self.keys is None else self.keys
-        shapes = (
-            (*self.lead, self.length, self.dim),
-            (*kv, keys, self.dim),
-            (*kv, keys, self.value_dim),
-        )
-        q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-        return np.float32(self.std) * q, np.float32(self.std) * k, v
+        return random_inputs(
+            self.length, self.dim, self.value_dim, self.lead, Lk=self.keys, kv_lead=self.kv_lead,
+            std=self.std, seed=self.seed, dtype=np.float32,
+        )  # fmt: skip
 
     def keywords(self) -> dict[str, Any]:
         """The options, with the mask."""
@@ -74,17 +60,12 @@ class Case:
 
     def expected(self) -> Any:
         """The dense oracle's result."""
-        return naive.favor_attention(
-            *self.arrays(), self.feature_map().projection, **self.keywords(), **self.map_options
-        )
+        return oracle.favor_attention(*self.arrays(), self.feature_map(), **self.keywords())
 
     def tolerance(self) -> float:
-        """What rounding the log-features costs: eps times the largest, and a little more."""
+        """What rounding the log-features costs."""
         q, k, _ = self.arrays()
-        fm = self.feature_map()
-        longest = max(np.linalg.norm(x.astype(float), axis=-1).max() for x in (q, k))
-        widest = np.linalg.norm(fm.weight, axis=-1).max()
-        return np.finfo(np.float32).eps * (8 + 4 * widest * longest + 2 * fm.key_norm * longest**2)
+        return tolerance(q, k, self.feature_map(), np.float32)
 
 
 def in_16_bits(case: Case, dtype: Any) -> tuple[list[Any], list[Any]]:

@@ -1,9 +1,6 @@
 """Kernels of numba.cuda without a GPU: compiled to PTX and executed on the CPU.
 
-``ptxrun.run(function, grid, block, (array, ..., np.int32(n)), outputs=[3])`` compiles a plain Python
-kernel for the types of its arguments, executes the PTX in place on NumPy arrays, and returns a
-report: ``assert report.ok, report``.  `simcheck.run` does the same without compiling, and
-`stub_driver` puts numba-cuda's own runtime on top.
+By tools/cuda_on_cpu, whose README tells how; `PtxDevice` lets the host's code launch kernels there.
 """
 
 from __future__ import annotations

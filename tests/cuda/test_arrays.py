@@ -1,8 +1,8 @@
 """Arrays that lie on a device, under numba-cuda's own runtime: they stay there, and so does the result."""
 
-import child
 import ptxrun
 import stub_driver
+from support import child
 
 ptxrun.require()
 

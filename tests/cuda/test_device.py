@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import child
 import ptxrun
 import pytest
 from stub_driver import CHILD as STUB
+from support import child
 
 HERE = Path(__file__).parent
 SAID = """

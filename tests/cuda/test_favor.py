@@ -3,17 +3,19 @@
 import inspect
 
 import ml_dtypes
-import naive
 import numpy as np
 import ptxrun
 import pytest
+from support import oracle
+from support.tolerance import relative_error
+from support.tuning import tuned
 
 ptxrun.require()
 
 from cases import CASES, Case, in_16_bits, same_rounded
 
 from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
-from favor_np.cuda import launch, plan
+from favor_np.cuda import launch
 from favor_np.cuda.kernels.pack import pack
 from favor_np.cuda.kernels.tiles import TILE
 
@@ -24,9 +26,9 @@ def test_against_the_oracle(case, gpu):
     fm, keywords = case.feature_map(), case.keywords()
     out = favor_attention(q, k, v, fm, device="cuda", **keywords)
     assert out.dtype == np.float32
-    assert naive.relative_error(out, case.expected()) < case.tolerance()
+    assert relative_error(out, case.expected()) < case.tolerance()
     here = favor_attention(q, k, v, fm, **keywords)
-    assert naive.relative_error(out, here) < max(1e-6, case.tolerance())
+    assert relative_error(out, here) < max(1e-6, case.tolerance())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -39,7 +41,7 @@ def test_any_order_of_threads_gives_the_same_bits(cc, seed, gpu):
     for gpu.seed in (0, seed + 1):
         results.append(favor_attention(*case.arrays(), fm, causal=True, device="cuda"))
     assert np.array_equal(*results)
-    assert naive.relative_error(results[0], case.expected()) < case.tolerance()
+    assert relative_error(results[0], case.expected()) < case.tolerance()
 
 
 @pytest.mark.parametrize(
@@ -66,11 +68,11 @@ def test_tall_keys_late_in_a_chunk(gpu):
     k[::7] *= 20
     q[::3] *= 20
     fm = case.feature_map()
-    expected = naive.favor_attention(q, k, v, fm.projection, True, **case.map_options)
+    expected = oracle.favor_attention(q, k, v, fm, causal=True)
     out = favor_attention(q, k, v, fm, causal=True, device="cuda")
-    assert naive.relative_error(out, expected) < 1e-3
+    assert relative_error(out, expected) < 1e-3
     here = favor_attention(q, k, v, fm, causal=True)
-    assert naive.relative_error(out, here) < 1e-3
+    assert relative_error(out, here) < 1e-3
 
 
 def test_what_is_not_finite_reaches_whom_it_may(gpu):
@@ -106,10 +108,8 @@ def test_packed_sequences(causal, gpu):
     q, k, v = case.arrays()
     fm, offsets = case.feature_map(), np.array([0, 3, 3, 70, 71, 150])
     out = favor_attention(q, k, v, fm, causal=causal, cu_seqlens=offsets, device="cuda")
-    expected = naive.favor_attention(
-        q, k, v, fm.projection, causal, cu_seqlens=offsets, **case.map_options
-    )
-    assert naive.relative_error(out, expected) < case.tolerance()
+    expected = oracle.favor_attention(q, k, v, fm, causal=causal, cu_seqlens=offsets)
+    assert relative_error(out, expected) < case.tolerance()
 
 
 @pytest.mark.parametrize("heads", [None, 2])
@@ -121,7 +121,7 @@ def test_calibrated_maps(method, heads, gpu):
     fm = feature_map("positive", 8, 64).calibrate(q, k, method)
     here = favor_attention(q, k, v, fm, causal=True)
     out = favor_attention(q, k, v, fm, causal=True, device="cuda")
-    assert naive.relative_error(out, here) < 3e-6
+    assert relative_error(out, here) < 3e-6
 
 
 def test_long_rows_are_shortened_and_others_are_not(gpu):
@@ -148,22 +148,22 @@ def test_long_rows_are_shortened_and_others_are_not(gpu):
     assert np.allclose(heights[[0, 1, 2, 4, 5]], squares, rtol=1e-5, atol=1e-30)
 
 
-def test_spans_and_stretches(gpu, monkeypatch):
+def test_spans_and_stretches(gpu):
     """Sequences that are cut into spans and stretches give what uncut ones do."""
     case = Case(length=5 * TILE + 7, lead=(), value_dim=5, rows=32, causal=True)
     q, k, v = case.arrays()
     fm = case.feature_map()
     whole = favor_attention(q, k, v, fm, causal=True, device="cuda")
     at_once = len(gpu.launches)
-    monkeypatch.setattr(plan, "ROOM", 40_000)
-    launch.forget()
-    assert np.array_equal(favor_attention(q, k, v, fm, causal=True, device="cuda"), whole)
-    assert len(gpu.launches) > 2 * at_once
-    monkeypatch.setattr(plan, "SHORTEST", 1)
-    launch.forget()
-    out = favor_attention(q, k, v, fm, device="cuda")
-    expected = naive.favor_attention(q, k, v, fm.projection, **case.map_options)
-    assert naive.relative_error(out, expected) < case.tolerance()
+    with tuned(ROOM=40_000):
+        launch.forget()
+        assert np.array_equal(favor_attention(q, k, v, fm, causal=True, device="cuda"), whole)
+        assert len(gpu.launches) > 2 * at_once
+    with tuned(ROOM=40_000, SHORTEST=1):
+        launch.forget()
+        out = favor_attention(q, k, v, fm, device="cuda")
+    expected = oracle.favor_attention(q, k, v, fm)
+    assert relative_error(out, expected) < case.tolerance()
 
 
 @pytest.mark.parametrize(("dtype", "causal"), [(np.float16, False), (ml_dtypes.bfloat16, True)])
@@ -175,9 +175,9 @@ def test_16_bits_are_read_and_the_result_rounded(dtype, causal, gpu):
     gpu.launches.clear()
     out = favor_attention(*short, fm, device="cuda", **keywords)
     assert same_rounded(out, whole, dtype)
-    expected = naive.favor_attention(*long, fm.projection, **keywords, **case.map_options)
+    expected = oracle.favor_attention(*long, fm, **keywords)
     half_a_step = float(ml_dtypes.finfo(dtype).eps) / 2
-    assert naive.relative_error(out.astype(float), expected) < case.tolerance() + half_a_step
+    assert relative_error(out.astype(float), expected) < case.tolerance() + half_a_step
     kinds = {
         (kernel.__name__, name): x.dtype.itemsize
         for kernel, _, args in gpu.launches
@@ -225,6 +225,12 @@ def test_bad_arguments_are_named(gpu):
     for option in ({"decay": 0.9}, {"window": 3}, {"check_finite": True}):
         with pytest.raises(ValueError, match=f"^{next(iter(option))} cannot"):
             favor_attention(q, k, v, fm, causal=True, device="cuda", **option)
+    with pytest.raises(ValueError, match=r"^precision='bfloat16' cannot be used on a CUDA device"):
+        favor_attention(q, k, v, fm, precision="bfloat16", device="cuda")
+    with pytest.raises(
+        ValueError, match=r"^precision must be one of 'full', 'bfloat16', got 'tf32x3'"
+    ):
+        favor_attention(q, k, v, fm, precision="tf32x3", device="cuda")
     state = AttentionState.zeros(fm, 70)
     with pytest.raises(TypeError, match="state lies in main memory"):
         favor_attention(q, k, v, fm, device="cuda", state=state)
@@ -237,4 +243,4 @@ def test_a_map_with_features_that_only_pad(gpu):
     for rows in (1, 31, 32, 33):
         fm = FeatureMap.from_projection(np.random.default_rng(0).standard_normal((rows, 24)))
         out = favor_attention(q, k, v, fm, device="cuda")
-        assert naive.relative_error(out, naive.favor_attention(q, k, v, fm.projection)) < 1e-5
+        assert relative_error(out, oracle.favor_attention(q, k, v, fm)) < 1e-5

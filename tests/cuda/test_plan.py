@@ -1,6 +1,4 @@
-"""How calls are cut for a device, and that what launches them there is the twin of what the CPU has."""
-
-import inspect
+"""How calls are cut for a device."""
 
 import numpy as np
 import ptxrun
@@ -8,13 +6,11 @@ import pytest
 
 ptxrun.require()
 
-from favor_np import launch as cpu
-from favor_np import plan as cpu_plan
 from favor_np.cuda import plan
 from favor_np.cuda.device import KNOWN
 from favor_np.cuda.kernels.tiles import TILE
-from favor_np.cuda.launch import Launch
 from favor_np.cuda.runtime import RESIDENT
+from favor_np.jobs import KEYS, Shapes, broadcast_jobs
 
 each_device = pytest.mark.parametrize("device", KNOWN.values(), ids=KNOWN)
 
@@ -57,32 +53,9 @@ def test_stretches_cover_every_position_once(length):
 
 
 def test_tables_go_backwards_from_the_last_row():
-    jobs = cpu_plan.jobs((), (), (), None, None, None, False, 70, 70, 1, 0)
+    jobs = broadcast_jobs(Shapes((70, 4), (70, 4), (70, 4)))
     sides = plan.keys_and_queries(jobs)
-    parts = plan.stretches(jobs.table[:, 3], TILE, (0, 70))
+    parts = plan.stretches(jobs.table[:, KEYS], TILE, (0, 70))
     table = plan.fold_table(sides, parts, backwards=True)
     rows = [row + step * i for _, step, n, _, _, row, *_ in table for i in range(n)]
     assert rows == list(range(69, -1, -1))
-
-
-@pytest.mark.parametrize("name", ["merge", "copied", "new_state", "without_padding"])
-def test_the_launchers_take_the_same_arguments(name):
-    mine = list(inspect.signature(getattr(Launch, name)).parameters)[1:]
-    assert mine == list(inspect.signature(getattr(cpu, name)).parameters)
-
-
-@pytest.mark.parametrize(
-    ("name", "without"),
-    [
-        ("attend", {"spread", "group", "words"}),
-        ("attend_vjp", {"state", "suffix", "state_shape", "clock", "projection"}),
-    ],
-)
-def test_the_launchers_take_arguments_in_the_same_order(name, without):
-    """The CPU has some options more: error bars, bfloat16; in the gradient states, and decay.
-
-    A device has tensor cores.
-    """
-    mine = [p for p in inspect.signature(getattr(Launch, name)).parameters if p != "tensor"][1:]
-    theirs = list(inspect.signature(getattr(cpu, name)).parameters)
-    assert mine == [parameter for parameter in theirs if parameter not in without]

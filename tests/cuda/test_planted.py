@@ -7,13 +7,13 @@ import ptxrun
 ptxrun.require()
 
 import gate
-import naive
 import numba
 import numpy as np
 import pytest
 from cases import Case
-from mutants import MODULES, planted, source_of
+from planting import MODULES, planted, source_of
 from ptxdevice import PtxDevice
+from support.tolerance import relative_error
 
 import favor_np
 from favor_np.cuda.runtime import THREADS
@@ -46,7 +46,7 @@ def forward():
 
 
 def assert_right(case, out):
-    assert naive.relative_error(out, case.expected()) < case.tolerance(), "the result is wrong"
+    assert relative_error(out, case.expected()) < case.tolerance(), "the result is wrong"
 
 
 def places(pattern):

@@ -1,8 +1,8 @@
 """The memory that calls use one after the other, under numba-cuda's own runtime."""
 
-import child
 import ptxrun
 import stub_driver
+from support import child
 
 ptxrun.require()
 

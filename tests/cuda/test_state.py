@@ -2,10 +2,11 @@
 
 import pickle
 
-import naive
 import numpy as np
 import ptxrun
 import pytest
+from support import oracle
+from support.tolerance import relative_error
 
 ptxrun.require()
 
@@ -20,12 +21,12 @@ def test_folded_in_pieces(gpu):
     q, k, v = CASE.arrays()
     fm = CASE.feature_map()
     mask = np.random.default_rng(0).random(75) < 0.7
-    expected = naive.favor_attention(q, k, v, fm.projection, key_mask=mask, **CASE.map_options)
+    expected = oracle.favor_attention(q, k, v, fm, key_mask=mask)
     state = AttentionState.zeros(fm, 5, 2, device="cuda")
     assert not state.attend(q).any()
     for start, stop in ((0, 1), (1, 66), (66, 75)):
         state.update(k[:, start:stop], v[:, start:stop], mask[start:stop])
-    assert naive.relative_error(state.attend(q), expected) < CASE.tolerance()
+    assert relative_error(state.attend(q), expected) < CASE.tolerance()
     assert state.lengths.tolist() == [75, 75]
     here = AttentionState.zeros(fm, 5, 2, dtype=np.float32).update(k, v, mask)
     for name in ("S", "z"):
@@ -33,7 +34,7 @@ def test_folded_in_pieces(gpu):
             np.ldexp(getattr(x, name), x.c[..., None] if name == "S" else x.c)
             for x in (state, here)
         )
-        assert naive.relative_error(found, wanted) < 1e-5
+        assert relative_error(found, wanted) < 1e-5
 
 
 def test_step_by_step(gpu):
@@ -44,17 +45,17 @@ def test_step_by_step(gpu):
     out, state = favor_attention(
         q[:, :2], k[:, :2], v[:, :2], fm, causal=True, return_state=True, device="cuda"
     )
-    assert naive.relative_error(out, expected[:, :2]) < case.tolerance()
+    assert relative_error(out, expected[:, :2]) < case.tolerance()
     copy = state.copy()
     row = state.step(q[:, 2], k[:, 2], v[:, 2])
     assert row.shape == (2, 5)
-    assert naive.relative_error(row, expected[:, 2]) < case.tolerance()
+    assert relative_error(row, expected[:, 2]) < case.tolerance()
     row = state.step(q[:, 3:4], k[:, 3:4], v[:, 3:4])
-    assert naive.relative_error(row, expected[:, 3:4]) < case.tolerance()
+    assert relative_error(row, expected[:, 3:4]) < case.tolerance()
     rest, last = favor_attention(
         q[:, 2:], k[:, 2:], v[:, 2:], fm, causal=True, state=copy, return_state=True, device="cuda"
     )
-    assert naive.relative_error(rest, expected[:, 2:]) < case.tolerance()
+    assert relative_error(rest, expected[:, 2:]) < case.tolerance()
     assert copy.lengths.tolist() == [2, 2]
     assert last.lengths.tolist() == [5, 5]
 
@@ -67,8 +68,8 @@ def test_merge(gpu):
     b.update(k[:, 70:], v[:, 70:])
     there = b.attend(q)
     a.merge(b)
-    expected = naive.favor_attention(q, k, v, fm.projection, **CASE.map_options)
-    assert naive.relative_error(a.attend(q), expected) < CASE.tolerance()
+    expected = oracle.favor_attention(q, k, v, fm)
+    assert relative_error(a.attend(q), expected) < CASE.tolerance()
     assert np.array_equal(b.attend(q), there)
     with pytest.raises(TypeError, match=r"^other must lie where the state does"):
         a.merge(AttentionState.zeros(fm, 5, 2, dtype=np.float32))
@@ -80,19 +81,19 @@ def test_packed_sequences(gpu):
     state = AttentionState.zeros(fm, 5, sequences=3, device="cuda")
     state.update(k, v, cu_seqlens=offsets)
     out = state.attend(q, cu_seqlens=offsets)
-    expected = naive.favor_attention(q, k, v, fm.projection, cu_seqlens=offsets, **CASE.map_options)
-    assert naive.relative_error(out, expected) < CASE.tolerance()
+    expected = oracle.favor_attention(q, k, v, fm, cu_seqlens=offsets)
+    assert relative_error(out, expected) < CASE.tolerance()
     rows = state.step(q[:3], k[:3], v[:3])
     assert rows.shape == (3, 5)
-    assert naive.relative_error(rows[1], v[1]) < 1e-6  # the only key of its sequence
+    assert relative_error(rows[1], v[1]) < 1e-6  # the only key of its sequence
 
 
 def test_a_pickle_is_a_state_in_main_memory(gpu):
     q, k, v = CASE.arrays()
     state = AttentionState.zeros(CASE.feature_map(), 5, 2, device="cuda").update(k, v)
     loaded = pickle.loads(pickle.dumps(state))
-    assert loaded.place is None
-    assert naive.relative_error(loaded.attend(q), state.attend(q)) < 1e-5
+    assert loaded._engine.home == "in main memory"
+    assert relative_error(loaded.attend(q), state.attend(q)) < 1e-5
 
 
 def test_bad_arguments_are_named(gpu):

@@ -1,7 +1,7 @@
 """Which column is the price, and whose prices they are."""
 
 import pytest
-from layouts import DAYS, HOURS, PRICES, check, comma, table
+from support.price_files import DAYS, HOURS, PRICES, check, comma, table
 
 from favor_np.forecast import PriceError
 from favor_np.forecast.reading import words

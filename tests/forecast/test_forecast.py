@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+from support.tuning import tuned
 
-from favor_np import plan
+from favor_np.cpu import tuning
 from favor_np.forecast import (
     PriceError,
     Prices,
@@ -293,13 +294,12 @@ def test_hourly_and_longer_series(target, rows):
     assert record.stop == len(result) - 1
 
 
-def test_slices_do_not_change_the_forecast(monkeypatch):
+def test_slices_do_not_change_the_forecast():
     prices = walk(1000)
     whole = forecast(prices, num_features=64)
-    monkeypatch.setattr("favor_np.forecast._forecast.SLICE", 100)
-    np.testing.assert_allclose(
-        forecast(prices, num_features=64).predicted, whole.predicted, rtol=1e-4, atol=1e-8
-    )
+    with tuned(SLICE=100):
+        sliced = forecast(prices, num_features=64)
+    np.testing.assert_allclose(sliced.predicted, whole.predicted, rtol=1e-4, atol=1e-8)
 
 
 def test_quiet_stretches_are_no_trouble():
@@ -428,7 +428,7 @@ def test_what_is_timed_was_compiled_before():
 
     rows = []
     timed(rows.append, 9000)
-    assert rows[0] < plan.LONG <= rows[1] - PREFIX
+    assert rows[0] < tuning.MIN_SHARED_LENGTH <= rows[1] - PREFIX
     assert set(rows[2:]) == {9000}
 
 

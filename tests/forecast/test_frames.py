@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import xarray as xr
-from layouts import COUNT, DAYS, PRICES, check, table
+from support.price_files import COUNT, DAYS, PRICES, check, table
 
 from favor_np.forecast import PriceError, Prices, forecast, read_prices
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from layouts import COUNT, DAYS, HIGH, PRICES, check, comma, german, table
+from support.price_files import COUNT, DAYS, HIGH, PRICES, check, comma, german, table
 
 from favor_np.forecast import PriceError
 from favor_np.forecast.reading.numbers import decimal_mark, is_number, read_numbers

@@ -1,7 +1,7 @@
 """Files as exchanges, brokers and statistical offices write them."""
 
 import pytest
-from layouts import DAYS, HOURS, LATE_HOURS, MONTHS, check, table
+from support.price_files import DAYS, HOURS, LATE_HOURS, MONTHS, check, table
 
 SOURCES = {
     "cryptodatadownload": (

@@ -5,7 +5,8 @@ import lzma
 import zipfile
 
 import pytest
-from layouts import COUNT, DAYS, HIGH, PRICES, check, comma, table
+from support.price_files import COUNT, DAYS, HIGH, PRICES, check, comma, table
+from support.tuning import tuned
 
 from favor_np.forecast import PriceError, read_prices
 from favor_np.forecast.reading.table import find_separator, kind_of, read_table
@@ -137,8 +138,8 @@ def test_packed_files(read, tmp_path):
                 read_prices(tmp_path / "prices.zip")
 
 
-def test_a_packed_file_may_not_unpack_to_anything(tmp_path, monkeypatch):
-    monkeypatch.setattr("favor_np.forecast.reading.files.MOST", 10**5)
+@tuned(MOST=10**5)
+def test_a_packed_file_may_not_unpack_to_anything(tmp_path):
     path = tmp_path / "zeros.gz"
     path.write_bytes(gzip.compress(bytes(10**6)))
     with pytest.raises(PriceError, match="unpacks to more than 100 times"):

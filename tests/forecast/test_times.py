@@ -4,7 +4,7 @@ import datetime as dt
 
 import numpy as np
 import pytest
-from layouts import (
+from support.price_files import (
     COUNT,
     DAYS,
     EPOCH,

@@ -1,6 +1,6 @@
 """Tests on a GPU: skipped without one, failing without one where FAVOR_NP_REQUIRE_GPU=1.
 
-FAVOR_NP_STUB_GPU=1 runs them on the driver of tests/cuda/stub_driver.py: numba-cuda's own runtime,
+FAVOR_NP_STUB_GPU=1 runs them on the driver of tools/cuda_on_cpu: numba-cuda's own runtime,
 kernels executed from their PTX on the CPU.
 """
 

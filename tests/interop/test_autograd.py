@@ -1,9 +1,9 @@
 """favor_attention as a primitive of HIPS autograd."""
 
-import bridges
 import numpy as np
 import pytest
-from bridges import FM, assert_close, each_option, inputs
+from support import bridges
+from support.bridges import FM, assert_close, each_option, inputs
 
 autograd = bridges.require("autograd")
 import autograd.numpy as anp

@@ -6,15 +6,17 @@ import pickle
 import signal
 import time
 
-import child
 import h5py
-import naive
 import numpy as np
 import pytest
 import xarray
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from support import child
+from support.inputs import draw, random_inputs
+from support.parameters import each_causal
+from support.tolerance import relative_error
 
 import favor_np
 from favor_np import AttentionState, FeatureMap
@@ -30,17 +32,10 @@ from favor_np.interop.dask import favor_attention
 
 D, DV, M = 4, 3, 10
 EPS = {np.float16: 2e-3, np.float32: 2e-5, np.float64: 1e-13}
-both = pytest.mark.parametrize("causal", [False, True])
-
-
-def draw(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
 
 
 def inputs(*lead, length=30, keys=None, dtype=np.float64):
-    keys = length if keys is None else keys
-    shapes = (*lead, length, D), (*lead, keys, D), (*lead, keys, DV)
-    return tuple(draw(*shape, seed=i).astype(dtype) for i, shape in enumerate(shapes))
+    return random_inputs(length, D, DV, lead, Lk=keys, dtype=dtype)
 
 
 def feature_map(*heads, **options):
@@ -76,7 +71,7 @@ CHUNKS = [
 ]
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("chunks", CHUNKS, ids=str)
 @pytest.mark.parametrize("dtype", EPS, ids=lambda dtype: dtype.__name__)
 def test_chunks(causal, chunks, dtype):
@@ -91,7 +86,7 @@ def test_chunks(causal, chunks, dtype):
     )
     expected = favor_np.favor_attention(q, k, v, FM, causal=causal, key_mask=mask)
     assert expected.dtype == out.dtype == dtype
-    assert naive.relative_error(compute(out), expected) < EPS[dtype]
+    assert relative_error(compute(out), expected) < EPS[dtype]
 
 
 def partitions(n):
@@ -100,7 +95,7 @@ def partitions(n):
     return cuts.map(lambda c: tuple(b - a for a, b in itertools.pairwise(c)) or (0,))
 
 
-@both
+@each_causal
 @given(data=st.data())
 def test_any_chunks(causal, data):
     """Each array in its own chunks, masked or not, of any kind of map."""
@@ -116,21 +111,21 @@ def test_any_chunks(causal, data):
     fm = feature_map(*data.draw(st.sampled_from(dims)))
     out = favor_attention(*arrays, fm, causal=causal, key_mask=mask)
     expected = favor_np.favor_attention(q, k, v, fm, causal=causal, key_mask=mask)
-    assert naive.relative_error(compute(out), expected) < 1e-13
+    assert relative_error(compute(out), expected) < 1e-13
 
 
 @pytest.mark.parametrize("kind", ["positive", "relu", "elu"])
-@both
+@each_causal
 def test_maps_with_a_projection_a_head(causal, kind):
     fm = FeatureMap.from_projection(draw(3, M, D), kind, kernel_epsilon=0.01)
     q, k, v = inputs(2, 3)
     expected = favor_np.favor_attention(q, k, v, fm, causal=causal)
     for heads in (3, 1, (2, 1)):
         out = favor_attention(*chunked((q, k, v), 1, heads, 12), fm, causal=causal)
-        assert naive.relative_error(compute(out), expected) < 1e-13
+        assert relative_error(compute(out), expected) < 1e-13
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("one", [draw(1, M, D), draw(3, M, D)], ids=["one", "three"])
 def test_heads_that_only_the_map_or_the_mask_has(causal, one):
     q, k, v = inputs()
@@ -138,7 +133,7 @@ def test_heads_that_only_the_map_or_the_mask_has(causal, one):
     for options in ({}, {"key_mask": mask}):
         out = favor_attention(*chunked((q, k, v), 8), fm, causal=causal, **options)
         expected = favor_np.favor_attention(q, k, v, fm, causal=causal, **options)
-        assert naive.relative_error(compute(out), expected) < 1e-13
+        assert relative_error(compute(out), expected) < 1e-13
 
 
 LEADS = [
@@ -150,17 +145,17 @@ LEADS = [
 ]
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("leads", LEADS, ids=str)
 def test_leading_axes_broadcast(causal, leads):
     arrays = [inputs(*lead)[i] for i, lead in enumerate(leads)]
     lazy = [da.from_array(x, chunks=(*[1] * (x.ndim - 2), 9, -1)) for x in arrays]
     out = favor_attention(*lazy, FM, causal=causal)
     expected = favor_np.favor_attention(*arrays, FM, causal=causal)
-    assert naive.relative_error(compute(out), expected) < 1e-13
+    assert relative_error(compute(out), expected) < 1e-13
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("heads", [-1, 2, (4, 2)], ids=str)
 @pytest.mark.parametrize("fm", [FM, feature_map(3)], ids=["shared", "own"])
 def test_grouped_queries(causal, heads, fm):
@@ -170,10 +165,10 @@ def test_grouped_queries(causal, heads, fm):
     out = favor_attention(lazy, *chunked((k, v), 2, 1, 7), fm, causal=causal, enable_gqa=True)
     expected = favor_np.favor_attention(q, k, v, fm, causal=causal, enable_gqa=True)
     assert out.chunks[:3] == lazy.chunks[:3]
-    assert naive.relative_error(compute(out), expected) < 1e-13
+    assert relative_error(compute(out), expected) < 1e-13
 
 
-@both
+@each_causal
 def test_numpy_arrays_and_other_dtypes_are_taken(causal):
     q, k, v = (np.round(8 * x) / 8 for x in inputs(2))
     lazy = chunked((q, k, v), 1, 8)
@@ -181,7 +176,7 @@ def test_numpy_arrays_and_other_dtypes_are_taken(causal):
     expected = favor_np.favor_attention(q, k, v, FM, causal=causal, key_mask=mask)
     for arrays in ((lazy[0], k, v), (q, lazy[1], v.tolist()), (q, k, lazy[2])):
         out = favor_attention(*arrays, FM, causal=causal, key_mask=mask)
-        assert naive.relative_error(compute(out), expected) < 1e-13
+        assert relative_error(compute(out), expected) < 1e-13
     for types in (
         "f2 f2 f4",
         "f4 f2 f2",
@@ -195,10 +190,10 @@ def test_numpy_arrays_and_other_dtypes_are_taken(causal):
         out = favor_attention(*chunked(arrays, 1, 8), FM, causal=causal)
         expected = favor_np.favor_attention(*arrays, FM, causal=causal)
         assert out.dtype == expected.dtype, types
-        assert naive.relative_error(compute(out), expected) < 2e-5, types
+        assert relative_error(compute(out), expected) < 2e-5, types
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("shapes", [
     ((0, 6, D), (0, 6, D), (0, 6, DV)), ((2, 0, D), (2, 0, D), (2, 0, DV)),
     ((2, 6, D), (2, 6, D), (2, 6, 0)), ((6, D), (0, 6, D), (6, DV)),
@@ -222,7 +217,7 @@ def never(block):
     raise RuntimeError("computed")
 
 
-@both
+@each_causal
 def test_nothing_is_computed_before_the_result_is(causal):
     lazy = [x.map_blocks(never, meta=np.empty((0, 0, 0))) for x in chunked(inputs(2), 1, 10)]
     mask = da.ones((2, 30), chunks=10).map_blocks(never, meta=np.empty((0, 0), bool))
@@ -231,7 +226,7 @@ def test_nothing_is_computed_before_the_result_is(causal):
         compute(out)
 
 
-@both
+@each_causal
 def test_arrays_of_xarray_stay_lazy(causal):
     arrays = inputs(2)
     lazy = [
@@ -251,13 +246,10 @@ def test_arrays_of_xarray_stay_lazy(causal):
         [xarray.Variable(tuple("hld"), x) for x in chunked(arrays, 1, 10)],
         [xarray.DataArray(x) for x in arrays],
     ):
-        assert (
-            naive.relative_error(compute(favor_attention(*lazy, FM, causal=causal)), expected)
-            < 1e-13
-        )
+        assert relative_error(compute(favor_attention(*lazy, FM, causal=causal)), expected) < 1e-13
 
 
-@both
+@each_causal
 @pytest.mark.parametrize("library", ["zarr", "h5py"])
 def test_arrays_in_files_stay_there(causal, library, tmp_path, monkeypatch):
     """In the chunks that they are stored in; and nothing is read before the result is asked for."""
@@ -283,7 +275,7 @@ def test_arrays_in_files_stay_there(causal, library, tmp_path, monkeypatch):
     assert out.chunks == ((1, 1), (10, 10, 10), (DV,))
     assert sum(sizes) == 0
     expected = favor_np.favor_attention(*arrays, FM, causal=causal)
-    assert naive.relative_error(compute(out, "threads"), expected) < 1e-13
+    assert relative_error(compute(out, "threads"), expected) < 1e-13
     assert sum(sizes) >= sum(x.size for x in arrays)
 
 
@@ -503,7 +495,7 @@ def test_dask_knows_what_a_state_weighs():
     assert sizeof(state) >= 2 * 3 * M * (DV + 2) * 4
 
 
-@both
+@each_causal
 def test_no_task_changes_what_another_returned(causal):
     trace, _, _ = traced(causal, 8, masked=True)
     assert len(trace.pickles) > 10
@@ -536,7 +528,7 @@ class Peak(Callback):
         self.states = max(self.states, sum(isinstance(value, AttentionState) for value in held))
 
 
-@both
+@each_causal
 def test_few_blocks_are_held_at_a_time(causal):
     """Where blocks are asked for; causal keys are all held where the whole array is."""
     q, k, v = (da.ones(shape, chunks=(10, -1)) for shape in ((640, D), (640, D), (640, DV)))
@@ -550,7 +542,7 @@ def test_few_blocks_are_held_at_a_time(causal):
 # -- Schedulers --------------------------------------------------------------------------------------
 
 
-@both
+@each_causal
 def test_threads(causal):
     q, k, v = chunked(inputs(2, 3, length=500, dtype=np.float32), 1, 1, 50)
     out = favor_attention(q, k, v, FM, causal=causal)

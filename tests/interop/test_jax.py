@@ -2,10 +2,10 @@
 
 import functools
 
-import bridges
 import numpy as np
 import pytest
-from bridges import FM, assert_close, each_option, inputs
+from support import bridges
+from support.bridges import FM, assert_close, each_option, inputs
 
 jax = bridges.require("jax")
 import jax.numpy as jnp

@@ -4,11 +4,10 @@ import gc
 import threading
 import weakref
 
-import bridges
-import child
 import numpy as np
 import pytest
-from bridges import FM, assert_close, each_option, inputs
+from support import bridges, child
+from support.bridges import FM, assert_close, each_option, inputs
 
 torch = bridges.require("torch")
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from numba import cuda, float32, int32, uint32, uint64
 
+from favor_np import numerics
 from favor_np.cuda.kernels.storage import four, number, put_four, rounded
 from favor_np.cuda.kernels.tiles import (
     EVEN,
-    FULL,
     JOB,
     LOWEST,
     MASKED,
@@ -30,7 +30,6 @@ from favor_np.cuda.kernels.tiles import (
     TILE,
     WARPS,
     clear,
-    column_of,
     device,
     exp2,
     exponent,
@@ -44,15 +43,14 @@ from favor_np.cuda.kernels.tiles import (
     multiply_turned,
     power,
     project,
-    row_of,
     signed,
     take,
     total_across,
 )
-from favor_np.kernels.activate import POSITIVE
+from favor_np.numerics import POSITIVE
 
-#: log2-features of the keys of one chunk may pass its first key by this much, as on the CPU.
-SPAN = 40
+#: log2-features of the keys of one chunk may pass its first key by this much.
+SPAN = numerics.SPAN[4]
 #: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which is
 #: folded; a row of -1 steps goes backwards.
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
@@ -149,7 +147,7 @@ def part_of_keys(y, start, count, before, level, base, cut, tops):
     return stop
 
 
-def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
+def make_fold(kind: int, signs: int) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own."""
     per_sign = 4 // signs
 
@@ -180,7 +178,7 @@ def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
             first, step = job[ROW] + job[STEP] * start, job[STEP]
             size = min(TILE, job[COUNT] - start)
             put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
-            project(precision, kind, k, first, step, size, weight, bias, job[HEAD], part, high,
+            project(kind, k, first, step, size, weight, bias, job[HEAD], part, high,
                     plain, raw, y)  # fmt: skip
             for j in range(4):
                 level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
@@ -209,8 +207,8 @@ def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
             cuda.syncthreads()
             for i in range(4):
                 for j in range(4):
-                    total[i, j] *= scale[row_of(precision, ty, i)]
-            multiply_turned(precision, keys, plain, TILE, total)
+                    total[i, j] *= scale[4 * ty + i]
+            multiply_turned(keys, plain, TILE, total)
             cuda.syncthreads()
         for j in range(4):
             value = folded[j] + cuda.shfl_xor_sync(0xFFFFFFFF, folded[j], 16)
@@ -227,13 +225,9 @@ def make_fold(kind: int, signs: int, precision: int) -> Callable[..., Any]:
                 z[job[SLOT], part * TILE + f] = value
         slot = uint32(job[SLOT])
         for i in range(4):
-            f = uint32(part * TILE + row_of(precision, ty, i))
-            if precision == FULL:
-                put_four(s, slot * s.shape[1] + f, column + 4 * tx, total[i, 0], total[i, 1],
-                         total[i, 2], total[i, 3])  # fmt: skip
-            else:
-                for j in range(4):
-                    s[slot, f, uint32(column + column_of(precision, tx, j))] = total[i, j]
+            f = uint32(part * TILE + 4 * ty + i)
+            put_four(s, slot * s.shape[1] + f, column + 4 * tx, total[i, 0], total[i, 1],
+                     total[i, 2], total[i, 3])  # fmt: skip
 
     return fold
 
@@ -302,9 +296,7 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
         total_c[slot, f] = after
 
 
-def make_read(
-    kind: int, signs: int, causal: bool, divide: bool, precision: int
-) -> Callable[..., Any]:
+def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
     It divides by the denominator; or else, for the gradient of values, takes the heights of the rows.
@@ -353,7 +345,7 @@ def make_read(
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    project(precision, kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                    project(kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
                             high, plain, raw, y)  # fmt: skip
                     stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     features(kind, epsilon, raw, y, level)
@@ -367,7 +359,7 @@ def make_read(
                     for j in range(4):
                         f = tx + 16 * j
                         base[f], scale[f] = level[j], power(before[j] - level[j])
-                project(precision, kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                project(kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
                         high_q, plain, raw, y)  # fmt: skip
                 for j in range(4):
                     level[j] = base[tx + 16 * j]
@@ -413,7 +405,7 @@ def make_read(
                             den[p] += part_of_row
                 cuda.syncthreads()
                 if causal:
-                    multiply_rows(precision, queries, keys, scores)
+                    multiply_rows(queries, keys, scores)
                 # counters of 64 bits would take two registers each
                 for half in range(int32(0), int32(TILE if start == 0 else 0), int32(32)):
                     for n in range(2):
@@ -423,7 +415,7 @@ def make_read(
                         for u in range(4):
                             plain[to + u] = row[u] * by
                     cuda.syncthreads()
-                    multiply(precision, queries, half, plain, 32, num)
+                    multiply(queries, half, plain, 32, num)
                     cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
@@ -447,9 +439,9 @@ def make_read(
                     cuda.atomic.min(cut, 0, -1)
                 cuda.syncthreads()
                 if cut[0] >= 0:
-                    multiply(precision, queries, half, plain, 32, num)
+                    multiply(queries, half, plain, 32, num)
                 else:  # zero times infinity must not reach the rows before it
-                    multiply_seen(precision, queries, half, plain, 32, num)
+                    multiply_seen(queries, half, plain, 32, num)
                 cuda.syncthreads()
         for i in range(4):
             p = ty + 16 * i
@@ -463,7 +455,7 @@ def make_read(
                     by = float32(1) / by
             for j in range(4):
                 value = num[i, j] * by
-                queries[p * STRIDE + column_of(precision, tx, j)] = (
+                queries[p * STRIDE + 4 * tx + j] = (
                     value if high_q[p] != float32(MASKED) else float32(0)
                 )
         cuda.syncthreads()

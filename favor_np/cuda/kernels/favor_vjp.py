@@ -1,4 +1,4 @@
-"""Gradients: the same fold, read by the other side, as `favor_np.kernels.favor_vjp` explains.
+"""Gradients: the same fold, read by the other side, as `favor_np.cpu.kernels.favor_vjp` explains.
 
 Here the heights of queries are the exponents of their denominators, and what these leave divides their
 vectors: so both sides have heights, and no row needs a maximum of its own.
@@ -30,7 +30,6 @@ from favor_np.cuda.kernels.pack import total_of_warp
 from favor_np.cuda.kernels.storage import four, number, rounded
 from favor_np.cuda.kernels.tiles import (
     EVEN,
-    FULL,
     JOB,
     MASKED,
     NOTHING,
@@ -57,7 +56,7 @@ from favor_np.cuda.kernels.tiles import (
     take,
     total_across,
 )
-from favor_np.kernels.activate import POSITIVE, RELU
+from favor_np.numerics import POSITIVE, RELU
 
 
 def cotangents(grad, out, dens, tops, vectors, shares, heights):
@@ -143,7 +142,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
             put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
         cuda.syncthreads()
         if causal:
-            product(FULL, g, job[Q_VECTOR], job[STEP], job[COUNT], v, job[V_ROW], job[STEP], job[COUNT],
+            product(g, job[Q_VECTOR], job[STEP], job[COUNT], v, job[V_ROW], job[STEP], job[COUNT],
                     g.shape[1], plain, back)  # fmt: skip
             for j in range(4):
                 n = tx + 16 * j
@@ -165,7 +164,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    project(FULL, kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                    project(kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
                             high, plain, raw, y)  # fmt: skip
                     stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
                     for i in range(4):
@@ -177,17 +176,17 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                             keys[(tx + 16 * j) * STRIDE + p] = value
                 clear(back)
                 if start == 0:
-                    product_padded(FULL, False, g, job[Q_VECTOR], job[STEP], job[COUNT], s,
+                    product_padded(False, g, job[Q_VECTOR], job[STEP], job[COUNT], s,
                                    job[SLOT] * s.shape[1] + part * TILE, TILE, plain, back)  # fmt: skip
                     for j in range(4):
                         by = power(before[j] - level[j])
                         weight_of = z[uint32(job[SLOT]), uint32(part * TILE + tx + 16 * j)]
                         for i in range(4):
                             back[i, j] = (back[i, j] + weight_of * extra[ty + 16 * i]) * by
-                project(FULL, kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                project(kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
                         high_q, plain, raw, y)  # fmt: skip
                 if causal:
-                    multiply_rows(FULL, pairs, keys, back)
+                    multiply_rows(pairs, keys, back)
                 cuda.syncthreads()
                 for i in range(4):
                     p, part_of_row = ty + 16 * i, float32(0)
@@ -222,7 +221,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                             for u in range(4):
                                 plain[to + u] = float32(0)
                     cuda.syncthreads()
-                    multiply(FULL, keys, half, plain, 32, num)
+                    multiply(keys, half, plain, 32, num)
                     half = uint32(half + 32)
                 cuda.syncthreads()
                 for j in range(4):

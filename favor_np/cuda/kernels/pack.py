@@ -9,7 +9,6 @@ from numba import cuda, float32, uint32
 from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
     FAR,
-    FULL,
     STAGED,
     TILE,
     device,
@@ -115,7 +114,6 @@ def change(rows, matrix, key_norm, table, target, height):
     for column in range(0, width, TILE):
         size = min(TILE, width - column)
         product(
-            FULL,
             rows,
             row,
             1,

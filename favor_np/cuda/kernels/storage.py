@@ -26,13 +26,11 @@ _NAN = 0x7FC0
 
 
 def number(x):
-    """A number of an array in float32; called outside of kernels, not of words."""
-    return float32(x)
+    """A number of an array in float32."""
 
 
 def rounded(x, array):
-    """The float32 x as the array holds it: the nearest, of two the even; outside of kernels x itself."""
-    return x
+    """The float32 x as the array holds it: the nearest, of two the even."""
 
 
 @overload(number, jit_options={"forceinline": True})
@@ -62,18 +60,10 @@ def four(array, line, place):
 
     They have to begin at a multiple of 16 bytes, as those of padded rows do.
     """
-    return tuple(array[_index(array, line, place + i)] for i in range(4))
 
 
 def put_four(array, line, place, a, b, c, d):
     """Write four neighbours: see `four`."""
-    for i, x in enumerate((a, b, c, d)):
-        array[_index(array, line, place + i)] = x
-
-
-def _index(array, line, place):
-    """The index of a place in a row of a matrix, or of a stack of matrices."""
-    return (line, place) if array.ndim == 2 else (*divmod(line, array.shape[1]), place)
 
 
 @overload(four, jit_options={"forceinline": True})

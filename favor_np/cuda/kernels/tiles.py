@@ -1,9 +1,8 @@
 """What the kernels share: a block of 256 threads on tiles of 64 x 64.
 
-Thread (ty, tx) owns 16 entries of a tile: rows ``ty + 16 i`` (`row_of` where the tile is turned), and columns
-``tx + 16 j`` where the product runs along the rows of both factors, else `column_of`.  In shared memory rows
-are padded so that either way 128 bits are loaded at a time, without bank conflicts.  A warp owns 8 whole
-rows: so tensor cores, whose lanes have other entries, leave them to the lanes of the same warp (`take_over`).
+Thread (ty, tx) owns 16 entries of a tile: rows ``ty + 16 i`` (``4 ty + i`` where the left factor is turned), and
+columns ``tx + 16 j`` where the product runs along the rows of both factors, else ``4 tx + j``.  In shared memory
+rows are padded so that either way 128 bits are loaded at a time, without bank conflicts.
 Indices are non-negative to the compiler's knowledge (`&`, `>>`): only then it joins the loads.
 """
 
@@ -12,18 +11,16 @@ from __future__ import annotations
 from numba import cuda, float32, int32, uint32
 from numba.cuda.libdevice import float_as_int, int_as_float
 
-from favor_np.cuda.kernels.mma import mma_tf32, thread_again
+from favor_np import numerics
 from favor_np.cuda.kernels.storage import four, number
-from favor_np.kernels.activate import ELU, LOG2E, POSITIVE
+from favor_np.numerics import ELU, LOG2E, POSITIVE
 
 #: Positions, features and values of a tile; threads of a block.
 TILE, THREADS = 64, 256
 #: Length of a padded row of features; columns of a factor that are staged at a time, padded to.
 STRIDE, DEPTH, STAGE = 68, 16, 20
-#: Length of a row of a tile whose columns a product runs along: 8 modulo 32, for tensor cores' sake.
+#: Length of a padded row of a tile whose columns a product runs along.
 PITCH = 72
-#: How products are computed: by multiply-adds of float32; or by tensor cores, of numbers in two parts.
-FULL, TF32X3 = 0, 1
 #: Sizes of shared arrays: a padded tile, a plain one, the stage of a product or half a tile, a row for each
 #: warp, a number for each row.  None is a power of two: for these the compiler writes the check for negative
 #: indices in a way that it cannot see through later.
@@ -32,11 +29,13 @@ PADDED, PLAIN, STAGED, WARPS, ROWS = 4352, 4608, 2560, 516, 68
 JOB = 16
 #: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
 EVEN = 8188
-#: Largest |log2-feature|, as on the CPU; below -3 FAR there is none.  The height of a masked key, its
-#: exponent, and that of a feature which no key has reached.
-FAR, MASKED, LOWEST, NOTHING = 2.0**20, 2.0**23, -(2**25), -(2**22)
-#: Adding it rounds to an integer: 1.5 * 2**23, and its bits.
-_MAGIC, _MAGIC_BITS = 12582912.0, 0x4B400000
+#: Largest |log2-feature|; below -3 FAR there is none.  The height of a masked key, its exponent, and that
+#: of a feature which no key has reached.
+FAR = numerics.FAR[4]
+MASKED, LOWEST, NOTHING = numerics.MASKED * FAR, -(2**25), -4 * int(FAR)
+#: Adding it rounds to an integer; and its bits.
+_MAGIC, _MAGIC_BITS = numerics.ROUNDER[4][0], 0x4B400000
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = numerics.EXP2[4]
 
 device = cuda.jit(device=True, forceinline=True)
 
@@ -65,13 +64,13 @@ def exp2(y, n):
     """``2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds."""
     n = int32(n)
     f = y - (float32(y + float32(_MAGIC)) - float32(_MAGIC))
-    p = float32(0.00015238006017170846)
-    p = p * f + float32(0.0013391136890277267)
-    p = p * f + float32(0.009618841111660004)
-    p = p * f + float32(0.055503591895103455)
-    p = p * f + float32(0.24022644758224487)
-    p = p * f + float32(0.6931471824645996)
-    p = p * f + float32(1)
+    p = float32(_E6)
+    p = p * f + float32(_E5)
+    p = p * f + float32(_E4)
+    p = p * f + float32(_E3)
+    p = p * f + float32(_E2)
+    p = p * f + float32(_E1)
+    p = p * f + float32(_E0)
     moved = int_as_float(int32(float_as_int(p) + int32(n << int32(23))))
     return moved if n >= -125 else float32(0)
 
@@ -146,18 +145,6 @@ def lane():
 
 
 @device
-def row_of(precision, ty, i):
-    """Row i of a thread, of a product with a tile that is turned."""
-    return 4 * ty + i if precision == FULL else ty + 16 * i
-
-
-@device
-def column_of(precision, tx, j):
-    """Column j of a thread, of a product with a tile of values."""
-    return 4 * tx + j if precision == FULL else tx + 16 * j
-
-
-@device
 def take(table, job):
     """Copy the block's row of a table to shared memory.
 
@@ -224,7 +211,7 @@ def stage_padded(source, row, step, count, column, stage, at):
 
 
 @device
-def product(precision, a, a_row, a_step, a_count, b, b_row, b_step, b_count, depth, stage, total):
+def product(a, a_row, a_step, a_count, b, b_row, b_step, b_count, depth, stage, total):
     """``total[i, j] = a[a_row + a_step i] . b[b_row + b_step j]``."""
     clear(total)
     column = uint32(0)
@@ -232,14 +219,12 @@ def product(precision, a, a_row, a_step, a_count, b, b_row, b_step, b_count, dep
         stage_rows(a, a_row, a_step, a_count, column, stage, 0)
         stage_rows(b, b_row, b_step, b_count, column, stage, TILE)
         cuda.syncthreads()
-        multiply_stage(precision, stage, total)
+        multiply_stage(stage, total)
         column = uint32(column + DEPTH)
-    if precision != FULL:
-        take_over(total)
 
 
 @device
-def product_padded(precision, both, a, a_row, a_step, a_count, b, b_row, b_count, stage, total):
+def product_padded(both, a, a_row, a_step, a_count, b, b_row, b_count, stage, total):
     """The same of the whole of rows of a, and those of b, or of both, are padded."""
     clear(total)
     column = uint32(0)
@@ -250,57 +235,30 @@ def product_padded(precision, both, a, a_row, a_step, a_count, b, b_row, b_count
             stage_rows(a, a_row, a_step, a_count, column, stage, 0)
         stage_padded(b, b_row, 1, b_count, column, stage, TILE)
         cuda.syncthreads()
-        multiply_stage(precision, stage, total)
+        multiply_stage(stage, total)
         column = uint32(column + DEPTH)
-    if precision != FULL:
-        take_over(total)
 
 
 @device
-def multiply_stage(precision, stage, total):
+def multiply_stage(stage, total):
     """Multiply what is staged, and wait for all to have done so."""
-    if precision == FULL:
-        multiply_add_rows(stage, 0, STAGE, stage, TILE * STAGE, STAGE, DEPTH, total)
-    else:
-        multiply_fragments(stage, 0, STAGE, 1, stage, TILE * STAGE, STAGE, 1, DEPTH, False,
-                           total)  # fmt: skip
+    multiply_add_rows(stage, 0, STAGE, stage, TILE * STAGE, STAGE, DEPTH, total)
     cuda.syncthreads()
 
 
 @device
-def project(precision, kind, rows, row, step, count, weight, bias, head, part, high, stage, raw, y):
+def project(kind, rows, row, step, count, weight, bias, head, part, high, stage, raw, y):
     """raw = the projections of a tile of rows on a slice of the weights, y = their log2-features."""
     slices, width = bias.shape[1] >> 6, 16 * raw.shape[1]
-    product_padded(precision, True, rows, row, step, count, weight, (head * slices + part) * width, width,
+    product_padded(True, rows, row, step, count, weight, (head * slices + part) * width, width,
                    stage, raw)  # fmt: skip
     log_features(kind, raw, bias, head, part * TILE, high, y)
 
 
 @device
-def multiply_rows(precision, a, b, total):
+def multiply_rows(a, b, total):
     """``total[i, j] += a[i] . b[j]``: the rows of padded tiles."""
-    if precision == FULL:
-        multiply_add_rows(a, 0, STRIDE, b, 0, STRIDE, TILE, total)
-    else:
-        multiply_tensor(a, 0, STRIDE, 1, b, STRIDE, 1, TILE, total, False)
-
-
-@device
-def multiply(precision, a, a_column, b, depth, total):
-    """``total[i, j] += sum_r a[i, a_column + r] b[r, column_of(j)]``: a padded tile times one of values."""
-    if precision == FULL:
-        multiply_add(a, a_column, b, depth, total)
-    else:
-        multiply_tensor(a, a_column, STRIDE, 1, b, 1, PITCH, depth, total, False)
-
-
-@device
-def multiply_turned(precision, a, b, depth, total):
-    """``total[i, j] += sum_p a[p, i] b[p, column_of(j)]``: a padded tile, turned, times one of values."""
-    if precision == FULL:
-        multiply_add_turned(a, b, depth, total)
-    else:
-        multiply_tensor(a, 0, 1, STRIDE, b, 1, PITCH, depth, total, False)
+    multiply_add_rows(a, 0, STRIDE, b, 0, STRIDE, TILE, total)
 
 
 @device
@@ -328,8 +286,8 @@ def multiply_add_rows(a, a_at, a_stride, b, b_at, b_stride, depth, total):
 
 
 @device
-def multiply_add(a, a_column, b, depth, total):
-    """``total[i, j] += sum_r a[i, a_column + r] b[r, 4 tx + j]``."""
+def multiply(a, a_column, b, depth, total):
+    """``total[i, j] += sum_r a[i, a_column + r] b[r, 4 tx + j]``: a padded tile times one of values."""
     _, ty, tx = lane()
     left = cuda.local.array((4, 4), float32)
     right = cuda.local.array((4, 4), float32)
@@ -352,8 +310,8 @@ def multiply_add(a, a_column, b, depth, total):
 
 
 @device
-def multiply_add_turned(a, b, depth, total):
-    """``total[i, j] += sum_p a[p, 4 ty + i] b[p, 4 tx + j]``."""
+def multiply_turned(a, b, depth, total):
+    """``total[i, j] += sum_p a[p, 4 ty + i] b[p, 4 tx + j]``: a padded tile, turned, times one of values."""
     _, ty, tx = lane()
     left = cuda.local.array(4, float32)
     right = cuda.local.array(4, float32)
@@ -370,100 +328,12 @@ def multiply_add_turned(a, b, depth, total):
 
 
 @device
-def multiply_seen(precision, a, a_column, b, depth, total):
-    """As `multiply`, but row i leaves out the rows of b after ``i - a_column``, whatever they hold.
-
-    Tensor cores multiply what is finite, so that rows which see nothing else keep their bits.
-    """
+def multiply_seen(a, a_column, b, depth, total):
+    """As `multiply`, but row i leaves out the rows of b after ``i - a_column``, whatever they hold."""
     _, ty, tx = lane()
     for r in range(depth):
         for i in range(4):
             p = ty + 16 * i
             if a_column + r <= p:
                 for j in range(4):
-                    value = b[r * PITCH + column_of(precision, tx, j)]
-                    if precision == FULL or value * float32(0) != float32(0):
-                        total[i, j] += a[p * STRIDE + a_column + r] * value
-    if precision != FULL:
-        multiply_tensor(a, a_column, STRIDE, 1, b, 1, PITCH, depth, total, True)
-
-
-@device
-def multiply_tensor(a, a_at, a_row, a_k, b, b_column, b_k, depth, total, only_finite):
-    """``total[i, j] += sum_k a[a_at + a_row i + a_k k] b[b_column j + b_k k]`` by tensor cores."""
-    part = cuda.local.array((4, 4), float32)
-    clear(part)
-    multiply_fragments(a, a_at, a_row, a_k, b, 0, b_column, b_k, depth, only_finite, part)
-    take_over(part)
-    for i in range(4):
-        for j in range(4):
-            total[i, j] += part[i, j]
-
-
-@device
-def multiply_fragments(a, a_at, a_row, a_k, b, b_at, b_column, b_k, depth, only_finite, total):
-    """The same, of fragments.
-
-    The instruction has the columns of the result as its rows, 16 at a time, and the eight rows of the
-    warp as its columns.
-    """
-    tid = thread_again() & 255
-    g, t = (tid >> 2) & 7, tid & 3
-    row = ((tid >> 5) << 1) + ((g & 1) << 4) + ((g & 2) >> 1) + ((g & 4) << 3)
-    for n in range(int32(depth >> 3)):
-        k = ((n & 7) << 3) + t
-        at = a_at + row * a_row + k * a_k
-        b0, b1 = a[at], a[at + 4 * a_k]
-        high0, high1 = high_part(b0), high_part(b1)
-        low0, low1 = b0 - high0, b1 - high1
-        for j in range(total.shape[1]):
-            at = b_at + (g + 16 * j) * b_column + k * b_k
-            a0, a1 = b[at], b[at + 8 * b_column]
-            a2, a3 = b[at + 4 * b_k], b[at + 8 * b_column + 4 * b_k]
-            if only_finite:
-                a0, a1, a2, a3 = if_finite(a0), if_finite(a1), if_finite(a2), if_finite(a3)
-            h0, h1, h2, h3 = high_part(a0), high_part(a1), high_part(a2), high_part(a3)
-            multiply_fragment(total, j, a0 - h0, a1 - h1, a2 - h2, a3 - h3, high0, high1)
-            multiply_fragment(total, j, h0, h1, h2, h3, low0, low1)
-            multiply_fragment(total, j, h0, h1, h2, h3, high0, high1)
-
-
-@device
-def high_part(x):
-    """x rounded to tf32, of 11 bits: as cvt.rna.tf32 does, which costs twice the instructions.
-
-    What x has besides is exact, and cut to 11 bits by the tensor cores.  It is NaN if x is not finite.
-    """
-    return int_as_float((float_as_int(x) + int32(0x1000)) & int32(-0x2000))
-
-
-@device
-def if_finite(x):
-    """x, or zero."""
-    return x if x * float32(0) == float32(0) else float32(0)
-
-
-@device
-def multiply_fragment(total, j, a0, a1, a2, a3, b0, b1):
-    """Add a product to 16 columns."""
-    total[0, j], total[1, j], total[2, j], total[3, j] = mma_tf32(
-        total[0, j], total[1, j], total[2, j], total[3, j], a0, a1, a2, a3, b0, b1
-    )
-
-
-@device
-def take_over(part):
-    """Turn fragments, two rows by two columns of a lane, into four rows of each thread's own column.
-
-    Of what two lanes have of the same columns, each thread takes two rows from either.
-    """
-    x = thread_again() & 31
-    upper, right = (x >> 1) & 1, (x >> 3) & 1
-    source = ((x & 7) << 2) + ((x & 8) >> 2) + (x >> 4)
-    for j in range(part.shape[1]):
-        for i in range(2):
-            first, second = part[i, j], part[2 + i, j]
-            one = cuda.shfl_sync(0xFFFFFFFF, second if upper == 1 else first, source)
-            two = cuda.shfl_sync(0xFFFFFFFF, first if upper == 1 else second, source ^ 2)
-            part[i, j] = two if right == 1 else one
-            part[2 + i, j] = one if right == 1 else two
+                    total[i, j] += a[p * STRIDE + a_column + r] * b[r * PITCH + 4 * tx + j]

@@ -1,0 +1,72 @@
+"""The engine of the processor: see `favor_np.engine.Engine`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import validation
+from favor_np.call import Call, check_call
+from favor_np.cpu import launch, states
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class CPU:
+    """Attention on NumPy arrays by compiled code, on as many processors as there are."""
+
+    home = "in main memory"
+    dtype: np.dtype[Any] | None = None
+    refused: frozenset[str] = frozenset()
+
+    # Arrays of the caller: they are what they are
+
+    check = check_call
+    token = staticmethod(validation.token)
+
+    def receive(self, **arrays: Any) -> tuple[CPU, list[Any]]:
+        return self, list(arrays.values())
+
+    def views(self, **arrays: Any) -> list[Any]:
+        return list(arrays.values())
+
+    def to_host(self, array: Any) -> Any:
+        return array
+
+    def cotangent(self, call: Call, grad_out: object) -> Array:
+        return validation.cotangent(grad_out, call.out_shape)
+
+    def outputs(self, call: Call, out: object = None) -> tuple[Array, Array]:
+        direct = call.result == call.compute
+        if out is None:
+            result: Array = np.empty(call.out_shape, call.result)
+        else:
+            result = validation.output(out, call.out_shape, call.result)
+            direct &= result.flags.c_contiguous and result.flags.aligned
+            inputs = (call.q, call.k, call.v, *(() if call.mask is None else (call.mask,)))
+            direct &= not any(np.may_share_memory(result, array) for array in inputs)
+        return result, result if direct else np.empty(call.out_shape, call.compute)
+
+    def finish(self, _call: Call, result: Array, target: Array, out: Any = None, /) -> Any:
+        if target is not result:
+            result[...] = target
+        return result if out is None else out
+
+    new_states = staticmethod(states.new_states)
+    copy_states = staticmethod(states.copy_states)
+    merge_states = staticmethod(states.merge_states)
+    has_tails = staticmethod(states.has_tails)
+    lower_states = staticmethod(states.lower_states)
+    state_sums = staticmethod(launch.state_sums)
+    state_parts = staticmethod(states.state_parts)
+    states_of = staticmethod(states.states_of)
+    fold_tails = staticmethod(launch.fold_tails)
+
+    normalizers = staticmethod(launch.normalizers)
+    attend = staticmethod(launch.attend)
+    attend_vjp = staticmethod(launch.attend_vjp)
+    projection_vjp = staticmethod(launch.projection_vjp)
+    attend_exact = staticmethod(launch.attend_exact)
+    exact_vjp = staticmethod(launch.exact_vjp)

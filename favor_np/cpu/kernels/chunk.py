@@ -1,0 +1,378 @@
+"""One chunk of positions: its keys are mapped and folded into a state, its queries read that.
+
+A state is ``(c, S, z)`` for each feature r: ``S[r] * 2**c[r] = sum_j phi_r(k_j) v_j`` and
+``z[r] * 2**c[r] = sum_j phi_r(k_j)``.  The integer c[r] stays at the largest log2-feature seen or a
+little below, so that nothing overflows and some key contributes at least 1/2 to each feature; moving
+it is exact, and therefore no bit of an earlier output depends on a later key.
+
+Everything happens on chunks of CHUNK positions and tiles of up to CHUNK features:
+
+    keys    (C, d) -> pack -> project (C, F) -> activate -> phi_k (C, F)
+    queries (C, d) -> pack -> project (F, C) -> activate -> phi_q (F, C)
+    num (C, dv) += phi_q.T S + tril(phi_q.T phi_k.T) V,   then   S += phi_k.T V
+
+Keys lie token-major and queries feature-major: then both maxima run along vectors.
+Features are numbered sign-major: with antithetic pairs, row ``r`` of W is feature r and, with its
+sign turned, feature ``half + r``; one product serves both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from favor_np.cpu.kernels.activate import (
+    RAISE_KEYS,
+    RAISE_QUERIES,
+    activate_block,
+    activate_queries,
+    lift_queries,
+    measure_queries,
+    raise_keys,
+)
+from favor_np.cpu.kernels.bfloat16 import pairs_along
+from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
+from favor_np.cpu.kernels.gemm import Prefetch, gemm, gemm_t, gemm_t_fetching, prefetch_rows
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.pack import (
+    CHUNK,
+    cut,
+    pack_keys,
+    pack_queries,
+    pack_values,
+    write_rows,
+)
+from favor_np.cpu.kernels.products import (
+    carve_pairs,
+    carve_parts,
+    fold_keys,
+    load_keys,
+    load_state,
+    project_keys,
+    project_queries,
+    read_blocks,
+    turn_keys,
+    turn_queries,
+)
+from favor_np.cpu.kernels.simd import (
+    VECTOR_BYTES,
+    load,
+    store,
+)
+from favor_np.cpu.kernels.spread import (
+    batch_of,
+    count_shares,
+    join_groups,
+    keep_group,
+    lift_squares,
+)
+from favor_np.cpu.kernels.state import add_rows, add_sums
+from favor_np.jobs import BLOCK, K_ROW, KEYS, MASK_ROW, ROWS, V_ROW
+
+#: Positions of a chunk that are tried together once its keys did not fit together: they may not again.
+PIECE = 8
+#: What is done to a chunk: its keys are folded, its queries read, or both.
+FOLD, READ, WHOLE = range(3)
+#: A problem, which is a row of the table of jobs, and where its results go.
+Problem = namedtuple("Problem", "q k v mask fm row q_rows out_rows clock rate out spread groups")
+#: The tiles a thread works on, cut from its workspace.
+Tiles = namedtuple(
+    "Tiles",
+    "rows columns raw phi values num spare scores keys height share den part others sums scale token "
+    "square stretched top higher excess pairs parts",
+)
+
+
+@jit()
+def carve(floats, ints, signs, config, split_weight, d, vcols, width, blocks):
+    """Cut the tiles from one thread's workspace, which `measure` makes large enough for this."""
+    lanes = VECTOR_BYTES // floats.itemsize
+    dcols = -(-d // lanes) * lanes
+    tiles = blocks * signs
+    rows, at = cut(floats, 0, CHUNK, dcols)
+    columns, at = cut(floats, at, dcols, CHUNK)
+    raw, at = cut(floats, at, width, CHUNK)
+    phi, at = cut(floats, at, width, CHUNK)
+    values, at = cut(floats, at, CHUNK, vcols)
+    num, at = cut(floats, at, CHUNK, vcols)
+    spare, at = cut(floats, at, CHUNK, vcols)
+    scores, at = cut(floats, at, CHUNK, CHUNK)
+    flat, at = cut(floats, at, tiles * CHUNK, width)
+    height, at = cut(floats, at, 1, CHUNK)
+    share, at = cut(floats, at, 1, CHUNK)
+    den, at = cut(floats, at, 1, CHUNK)
+    part, at = cut(floats, at, 1, CHUNK)
+    others, at = cut(floats, at, 1, CHUNK)
+    sums, at = cut(floats, at, 1, tiles * width)
+    scale, at = cut(floats, at, 1, tiles * width)
+    token, at = cut(floats, at, 1, tiles * width)
+    square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
+    stretched, at = cut(floats, at, CHUNK, dcols)
+    top, mark = cut(ints, 0, 1, CHUNK)
+    higher, mark = cut(ints, mark, 1, CHUNK)
+    excess, mark = cut(ints, mark, CHUNK, lanes)
+    pairs = carve_pairs(config, split_weight, floats, at, ints, mark, d, vcols, width, tiles)
+    parts = carve_parts(split_weight, floats, at, d)
+    keys = flat.reshape(tiles, CHUNK, width)
+    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,
+                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, pairs,
+                 parts)  # fmt: skip
+
+
+@jit()
+def fold_chunk(par, pairs, keys, values, count, s, z, slot, sums, add, next_rows, spare):
+    """``S (+)= phi_k.T V`` and ``z (+)= sum phi_k``, while the next rows are prefetched."""
+    width, features, fetched, mode = keys.shape[2], sums.shape[1], 0, float_mode()
+    for t in range(keys.shape[0]):
+        set_float_mode(mode)
+        r0 = t % par.signs * (features // par.signs) + t // par.signs * width
+        more = spare if add else s[slot, r0 : r0 + width]
+        fetched = fold_keys(pairs, keys[t], values, count, more, next_rows, fetched)
+        set_float_mode(IEEE)  # whatever the values are: a relay adds sums without them
+        if add:
+            add_rows(s[slot], r0, features + r0, width, spare)
+    if add:
+        add_sums(z, slot, features, sums, 0, 0)
+    else:
+        for r in range(features):
+            z[slot, r] = sums[0, r]
+
+
+@jit()
+def read_chunk(
+    par,
+    q,
+    row,
+    count,
+    fm,
+    w,
+    features_count,
+    c,
+    s,
+    z,
+    slot,
+    keys,
+    values,
+    clean,
+    out,
+    out_row,
+    spread,
+    batch,
+    groups,
+    next_rows,
+    t,
+):
+    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
+    lanes = VECTOR_BYTES // q.itemsize
+    cols = -(-count // lanes) * lanes
+    rows = -(-count // 8) * 8
+    d = q.shape[1]
+    blocks, width = keys.shape[0] // par.signs, keys.shape[2]
+    half = blocks * width
+    pack_queries(par, q, row, 1, count, fm, w, t)
+    turn_queries(t.parts, t)
+    first, fetched = True, 0
+    for b in range(blocks):
+        features = min(par.filled, features_count - b * par.filled)
+        project_queries(t.parts, t, fm.query, fm.query_parts, w + b, t.raw, cols, d)
+        for side in range(par.signs):
+            sign, r0 = 1 - 2 * side, side * half + b * width
+            if first:
+                measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.top)
+            over = activate_queries(
+                par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
+            )
+            if over > RAISE_QUERIES:
+                measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.higher)
+                if spread is not None:
+                    lift_squares(t.higher, t.top, cols, groups.squares)
+                lift_queries(t.higher, t.top, cols, rows, t.den, t.num, t.scores)
+                activate_queries(
+                    par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
+                )
+            for i in range(cols):
+                t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
+            state = s[slot, r0 : r0 + width]
+            fetched = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
+                                   not first, next_rows, fetched)  # fmt: skip
+            if par.causal:
+                tile = keys[b * par.signs + side]
+                for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
+                    end = min(i + 2 * lanes, cols)
+                    middle = min(-(-(i + lanes) // 8) * 8, rows)
+                    last = min(-(-end // 8) * 8, rows)
+                    gemm(tile, t.phi, t.scores, 0, middle, i, end, 0, width, not first)
+                    gemm(tile, t.phi, t.scores, middle, last, i + lanes, end, 0, width, not first)
+            if spread is not None:
+                count_shares(
+                    par, count, first, keys[b * par.signs + side], t.phi, z, slot, r0, groups
+                )
+            first = False
+        if spread is not None:
+            if par.causal:
+                own_keys(count, cols, rows, values, clean, t)
+            keep_group(t, groups, b)
+            first = True
+    if spread is not None:
+        join_groups(t, groups, count, out, out_row, spread, batch)
+        return
+    if par.causal:
+        own_keys(count, cols, rows, values, clean, t)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+
+
+@jit()
+def read_pairs(pairs, par, q, row, count, fm, w, clean, out, out_row, t):
+    """The same in bfloat16, without error bars."""
+    pack_queries(par, q, row, 1, count, fm, w, t)
+    pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.rows)
+    read_blocks(pairs, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+
+
+@jit()
+def read(pairs, par, p, g, start, count, c, s, z, slot, keys, clean, distance, next_count, t):
+    """Whether `pairs` is None is known to the compiler.
+
+    Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of their outputs.
+    """
+    row, out_row, w, features = (
+        p.q_rows[g] + start,
+        p.out_rows[g] + start,
+        p.row[BLOCK],
+        p.row[ROWS],
+    )
+    if pairs is None:
+        next_rows = Prefetch(p.q, row + distance, p.out.rows, out_row + distance, next_count)
+        read_chunk(par, p.q, row, count, p.fm, w, features, c, s, z, slot, keys, t.values, clean, p.out,
+                   out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, next_rows, t)  # fmt: skip
+    else:
+        prefetch_rows(p.q, row + distance, next_count)
+        read_pairs(pairs, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
+
+
+@jit()
+def own_keys(count, cols, rows, values, clean, t):
+    """num and den of the chunk's own keys, from scores[j, i] = phi_k[j] . phi_q[i], j <= i."""
+    lanes = VECTOR_BYTES // values.itemsize
+    for j in range(rows):
+        t.scores[j, : min(j, cols)] = 0
+    for i in range(0, cols, lanes):
+        total = load(t.den, 0, i)
+        for j in range(min(i + lanes, rows)):
+            total = total + load(t.scores, j, i)
+        store(t.den, 0, i, total)
+    own_values(t.scores, values, clean, count, t.num, t.spare)
+
+
+@jit()
+def own_values(scores, values, clean, count, num, spare):
+    """``num[i] += sum_j<=i scores[j, i] values[j]``, scores[j, i] being zero for j > i."""
+    if clean:
+        for i in range(0, count, 8):
+            gemm_t(scores, values, num, i, i + 8, 0, num.shape[1], 0, i + 8, True)
+    else:  # zero times infinity must not reach the rows before it
+        for i in range(count):
+            block = i // 8 * 8
+            gemm_t(scores, values, spare, block, block + 8, 0, num.shape[1], 0, i + 1, False)
+            for x in range(num.shape[1]):
+                num[i, x] += spare[i, x]
+
+
+@jit()
+def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, slot, keys, t):
+    """Pack and map the keys from row on, keeping c above them; how many of them were taken.
+
+    Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
+    """
+    lift = pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t)
+    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_parts, fm.bias, w, c, s, z, slot,
+                        keys, t)  # fmt: skip
+    for i in range(accepted):
+        if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
+            keys[:, i] = math.nan
+            t.sums[:] = math.nan
+    return accepted
+
+
+@jit()
+def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, keys, t):
+    """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
+    rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
+    accepted = count
+    fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
+    turn_keys(t.pairs, t.parts, t)
+    for attempt in range(2):
+        known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
+        if known:
+            for b in range(blocks):
+                project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
+                             keys[b * par.signs], rows, d)  # fmt: skip
+            accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
+                                  t.excess, t.scale)  # fmt: skip
+            for i in range(accepted, rows):
+                t.height[i] = math.inf
+        over = 0
+        for b in range(blocks):
+            for again in range(1 if known else 2):
+                if not known:
+                    project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
+                                 keys[b * par.signs], rows, d)  # fmt: skip
+                if again == 1 and raise_keys(par, rows, count, keys, b, b + 1, t.height, lift, bias, w, c, s,
+                                             z, slot, t.excess, t.scale) < count:  # fmt: skip
+                    break
+                reach = activate_block(par, rows, keys, b, t, lift, bias, w, c, slot)
+                if reach <= RAISE_KEYS:
+                    break
+            over = max(over, reach)
+        if over <= RAISE_KEYS:
+            break
+    return accepted
+
+
+@jit()
+def piece(start, end, split):
+    """How many positions to take next: to the end of the chunk, or few where it had to be split."""
+    count = min(CHUNK - start % CHUNK, end - start)
+    return min(count, PIECE) if split else count
+
+
+@jit()
+def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
+    """Map the keys of a chunk and fold them, or read the chunk, or both; how many keys were taken.
+
+    A FOLD is into a state of the chunk's own.  `distance`: how many rows on those are that are prefetched
+    meanwhile.
+    """
+    k_row, v_row, w, features = (
+        p.row[K_ROW] + start,
+        p.row[V_ROW] + start,
+        p.row[BLOCK],
+        p.row[ROWS],
+    )
+    mask_row = p.row[MASK_ROW] + start if p.row[MASK_ROW] >= 0 else -1
+    reads = what == READ or (what == WHOLE and par.causal)
+    next_count = min(CHUNK, p.row[KEYS] - start - distance)
+    taken = count
+    set_float_mode(IEEE)
+    if what != READ:
+        taken = keys_chunk(par, p.k, k_row, count, p.mask, mask_row, p.fm, w, p.clock + start * p.rate,
+                           p.rate, c, s, z, slot, keys, t)  # fmt: skip
+    next_rows = Prefetch(p.k, k_row + distance, p.v, v_row + distance, next_count)
+    if t.pairs is not None:  # nothing below fetches
+        prefetch_rows(p.k, next_rows.a_row, next_count)
+        prefetch_rows(p.v, next_rows.b_row, next_count)
+    clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
+    flush_beside(t.values, taken, c, True)
+    load_keys(t.pairs, reads, keys, t, -(-count // 8) * 8, clean)
+    if reads:
+        load_state(t.pairs, par, features, c, s, z, slot, keys.shape[2])
+        for g in range(p.q_rows.size):
+            read(t.pairs, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
+                 t)  # fmt: skip
+    if what != READ:
+        fold_chunk(par, t.pairs, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
+                   t.spare)  # fmt: skip
+    return taken

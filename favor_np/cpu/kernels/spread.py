@@ -1,0 +1,155 @@
+"""How far independent groups of features are apart: the standard error of what they have in common.
+
+Each block of the map is a group.  ``read_chunk`` sums numerators and denominators of every group
+apart, as the product with its part of the state gives them; here they are kept, joined and compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import namedtuple
+
+from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.pack import CHUNK, cut, write_rows
+from favor_np.cpu.kernels.simd import (
+    VECTOR_BYTES,
+    exp2,
+    fma,
+    load,
+    maximum,
+    nearest,
+    splat,
+    store,
+    transpose,
+)
+
+#: Where standard errors go and what they are made of: errors (N, dv) and effective sample sizes (N,);
+#: the variances of the values (batch of v, dv); the degrees of freedom of one column, those for which
+#: counts what all columns have in common, and a factor for how little so few of them tell.
+Spread = namedtuple("Spread", "errors sizes variances freedom common wider")
+#: The sums of each group under its own top, the squares of the shares of its features, and the tiles
+#: in which these are computed.
+Groups = namedtuple("Groups", "den top shares num squares turned")
+
+
+@jit()
+def carve_groups(spread, room, me, blocks, vcols, width):
+    """Cut the tiles from this thread's row of `room`."""
+    if spread is None:
+        return None
+    lanes = VECTOR_BYTES // room.itemsize
+    floats = room[me]
+    den, at = cut(floats, 0, blocks, CHUNK)
+    top, at = cut(floats, at, blocks, CHUNK)
+    shares, at = cut(floats, at, blocks, CHUNK)
+    num, at = cut(floats, at, blocks * CHUNK, vcols)
+    squares, at = cut(floats, at, CHUNK, lanes)
+    turned, at = cut(floats, at, CHUNK, width)
+    return Groups(den, top, shares, num, squares, turned)
+
+
+@jit()
+def batch_of(spread, v, row):
+    """To which row of the variances values from this row on belong."""
+    if spread is None:
+        return 0
+    return row // (v.shape[0] // spread.variances.shape[0])
+
+
+@jit()
+def count_shares(par, count, first, keys, phi, z, slot, r0, g):
+    """Add the squares of what each feature of a tile has in the denominators."""
+    lanes = VECTOR_BYTES // phi.itemsize
+    for i in range(0, CHUNK, lanes):
+        if first:
+            for j in range(i, i + lanes):
+                store(g.squares, j, 0, splat(phi, 0))
+        for r in range(0, phi.shape[0], lanes):
+            transpose(phi, r, i, g.turned)
+    for r in range(0, phi.shape[0], lanes):
+        folded = load(z, slot, r0 + r)
+        for i in range(count):
+            if par.causal:
+                folded = folded + load(keys, i, r)
+            share = load(g.turned, i, r) * folded
+            store(g.squares, i, 0, fma(share, share, load(g.squares, i, 0)))
+
+
+@jit()
+def lift_squares(new, top, cols, squares):
+    """Rescale what was summed under `top` where `new` is higher."""
+    for i in range(cols):
+        if new[0, i] > top[0, i]:
+            by = 4.0 ** max(float(top[0, i] - new[0, i]), -500.0)
+            for lane in range(squares.shape[1]):
+                squares[i, lane] *= by
+
+
+@jit()
+def keep_group(t, g, b):
+    """Keep the sums of group b."""
+    for i in range(CHUNK):
+        g.den[b, i], g.top[b, i] = t.den[0, i], t.top[0, i]
+        total = g.squares[i, 0]
+        for lane in range(1, g.squares.shape[1]):
+            total += g.squares[i, lane]
+        g.shares[b, i] = total
+        for x in range(t.num.shape[1]):
+            g.num[b * CHUNK + i, x] = t.num[i, x]
+
+
+@jit()
+def join_groups(t, g, count, out, row, spread, batch):
+    """Write the rows of all groups together, their standard errors and effective sample sizes."""
+    for i in range(0, CHUNK, VECTOR_BYTES // g.den.itemsize):
+        higher = nearest(load(g.top, 0, i))
+        for b in range(1, g.den.shape[0]):
+            higher = maximum(higher, nearest(load(g.top, b, i)))
+        den = shares = splat(g.den, 0)
+        for b in range(g.den.shape[0]):
+            weight = exp2(splat(g.den, 0), nearest(load(g.top, b, i)) - higher)
+            store(g.top, b, i, weight)
+            den = fma(weight, load(g.den, b, i), den)
+            shares = fma(weight * weight, load(g.shares, b, i), shares)
+        store(t.den, 0, i, den)
+        store(t.top, 0, i, higher)
+        store(t.part, 0, i, shares)
+    for i in range(count):
+        t.num[i] = 0
+        for b in range(g.den.shape[0]):
+            for x in range(t.num.shape[1]):
+                t.num[i, x] += g.top[b, i] * g.num[b * CHUNK + i, x]
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, row)
+    for i in range(count):
+        compare_groups(t, g, i, out.rows, row + i, spread, batch)
+
+
+@jit()
+def compare_groups(t, g, i, rows, row, spread, batch):
+    """The standard errors of one row: of each column its own and what all have in common."""
+    groups, width = g.den.shape[0], rows.shape[1]
+    errors, variances = spread.errors, spread.variances
+    den, inverse = t.den[0, i], t.den[0, i]
+    spread.sizes[row] = 0
+    if den != 0:
+        inverse = 1 / den
+        spread.sizes[row] = den * (den / t.part[0, i])
+    if t.square[i] == math.inf:
+        inverse *= math.nan
+    t.spare[i] = 0
+    for b in range(groups):
+        scale = g.top[b, i] * inverse
+        share = g.den[b, i] * scale
+        for x in range(width):
+            apart = g.num[b * CHUNK + i, x] * scale - share * rows[row, x]
+            t.spare[i, x] += apart * apart
+    mean = rows.dtype.type(0)
+    for x in range(width):
+        if variances[batch, x] > 0:
+            mean += t.spare[i, x] / variances[batch, x]
+    mean *= spread.common / width
+    factor = spread.wider**2 * groups / ((groups - 1) * (spread.freedom + spread.common))
+    for x in range(width):
+        errors[row, x] = math.sqrt(
+            factor * (spread.freedom * t.spare[i, x] + variances[batch, x] * mean)
+        )

@@ -1,0 +1,171 @@
+"""One token: one key and value more in the tail of a state, read with one query."""
+
+from __future__ import annotations
+
+import math
+
+from favor_np.cpu.kernels.activate import RAISE_KEYS, factor, log_feature
+from favor_np.cpu.kernels.floats import flush_beside
+from favor_np.cpu.kernels.gemm import project_two
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
+from favor_np.cpu.kernels.simd import (
+    VECTOR_BYTES,
+    exp2,
+    fma,
+    highest,
+    load,
+    maximum,
+    nearest,
+    splat,
+    store,
+    sum_lanes,
+)
+from favor_np.cpu.kernels.state import (
+    TAIL,
+    add_pair,
+    fold_tail,
+    scale_row,
+    tail,
+)
+
+
+@jit(fastmath=EXACT)
+def step_token(
+    par,
+    q,
+    q_row,
+    k,
+    k_row,
+    v,
+    v_row,
+    fm,
+    w,
+    features,
+    clock,
+    c,
+    s,
+    z,
+    slot,
+    out,
+    out_row,
+    t,
+):
+    """Add one key and value to the tail of a state, then read with one query."""
+    lanes, width, every = VECTOR_BYTES // q.itemsize, fm.key.shape[2], t.sums.shape[1]
+    half = every // par.signs
+    if c[slot, every] == TAIL:
+        fold_tail(c, s, z, slot)
+    count, state = c[slot, every], s[slot]
+    keys, values = tail(s, z, slot, every)
+    pack(q, q_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
+    pack(k, k_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
+    pack_values(v, v_row, 1, 1, values[count : count + 1], t.square, -1)
+    flush_beside(values[count : count + 1], 1, c, True)
+    if par.affine:
+        center(t.rows[1:2], 1, fm.affine[w, QUERY_CENTER], t.square[1:2])
+    heights(par, fm, w, 1, q.shape[1], t)
+    height = splat(q, min(t.square[0], par.far) - (clock - math.floor(clock)))
+    lift = splat(c, math.floor(clock))
+    raised, spoiled = False, splat(q, math.nan if t.square[0] == math.inf else 0)
+    for b in range(half // width):
+        project_two(t.rows, fm.key[w + b], t.raw, width, q.shape[1])
+        queries = t.raw
+        if par.affine:
+            project_two(t.rows, fm.query[w + b], t.phi, width, q.shape[1])
+            queries = t.phi
+        for side in range(par.signs):
+            turn = splat(q, 1 - 2 * side)
+            for f in range(0, width, lanes):
+                r = side * half + b * width + f
+                x = load(t.raw, 0, f)
+                y = log_feature(par, fma(turn, x, load(fm.bias, w + b, f))) - height
+                old = load(c, slot, r) - lift
+                top, by = old, splat(q, 1)
+                if highest(nearest(y) - old) > RAISE_KEYS:
+                    top, raised = maximum(old, nearest(y)), True
+                    by = exp2(splat(q, 0), old - top)
+                value = exp2(y, nearest(y) - top) * factor(par, x) + spoiled
+                store(c, slot, r, top + lift)
+                store(z, slot, r, load(z, slot, r) * by)
+                store(z, slot, every + r, load(z, slot, every + r) * by)
+                add_pair(z, slot, r, slot, every + r, value)
+                store(keys, count, r, value)
+                store(t.scale, 0, r, by)
+                store(t.token, 0, r, turn * load(queries, 1, f))
+    if raised:
+        for r in range(every):
+            if t.scale[0, r] != 1:
+                scale_row(state, r, t.scale[0, r])
+                scale_row(state, every + r, t.scale[0, r])
+                for j in range(count):
+                    keys[j, r] *= t.scale[0, r]
+    c[slot, every] = count + 1
+    level = splat(c, -(2**31))
+    for side in range(par.signs):
+        for r in range(side * half + features, (side + 1) * half):
+            t.token[0, r] = -math.inf  # padding, no feature
+    for r in range(0, every, lanes):
+        y = log_feature(par, load(t.token, 0, r))
+        level = maximum(level, nearest(y) + load(c, slot, r))
+    shift = splat(c, highest(level))
+    for r in range(0, every, lanes):
+        x = load(t.token, 0, r)
+        y = log_feature(par, x)
+        value = exp2(y, nearest(y) + (load(c, slot, r) - shift))
+        store(t.token, 0, r, value * factor(par, x))
+    for side in range(par.signs):
+        for r in range(side * half + features, (side + 1) * half):
+            t.token[0, r] = 0
+    den = splat(q, 0)
+    for r in range(0, every, lanes):
+        den = fma(load(t.token, 0, r), load(z, slot, r), den)
+    t.den[0, 0] = sum_lanes(den)
+    t.top[0, 0] = highest(level)
+    score_tail(keys, count + 1, t.token, t.scores)
+    read_state(state, every, t.token, count + 1, t.scores, t.num)
+    write_rows(t.num, t.den[0], t.top[0], t.square[1:2], 1, out, out_row)
+
+
+@jit(fastmath=EXACT)
+def score_tail(keys, count, phi, scores):
+    """``scores = phi . keys`` for the tokens of the tail, four at a time."""
+    for j in range(0, count, 4):
+        j1, j2, j3 = min(j + 1, count - 1), min(j + 2, count - 1), min(j + 3, count - 1)
+        a0 = a1 = a2 = a3 = splat(keys, 0)
+        for r in range(0, keys.shape[1], VECTOR_BYTES // keys.itemsize):
+            x = load(phi, 0, r)
+            a0, a1 = fma(x, load(keys, j, r), a0), fma(x, load(keys, j1, r), a1)
+            a2, a3 = fma(x, load(keys, j2, r), a2), fma(x, load(keys, j3, r), a3)
+        scores[0, j], scores[0, j + 1] = sum_lanes(a0), sum_lanes(a1)
+        scores[0, j + 2], scores[0, j + 3] = sum_lanes(a2), sum_lanes(a3)
+
+
+@jit(fastmath=EXACT)
+def read_state(state, features, phi, count, scores, num):
+    """``num = phi . S + scores . values`` of the tail, in one pass over a state."""
+    lanes = VECTOR_BYTES // state.itemsize
+    x = 0
+    while x + 4 * lanes <= state.shape[1]:
+        n0 = n1 = n2 = n3 = splat(state, 0)
+        for part in range(2):
+            weights, first = (phi, 0) if part == 0 else (scores, 2 * features)
+            for r in range(features if part == 0 else count):
+                b, at = splat(state, weights[0, r]), first + r
+                n0 = fma(load(state, at, x), b, n0)
+                n1 = fma(load(state, at, x + lanes), b, n1)
+                n2 = fma(load(state, at, x + 2 * lanes), b, n2)
+                n3 = fma(load(state, at, x + 3 * lanes), b, n3)
+        store(num, 0, x, n0)
+        store(num, 0, x + lanes, n1)
+        store(num, 0, x + 2 * lanes, n2)
+        store(num, 0, x + 3 * lanes, n3)
+        x += 4 * lanes
+    while x < state.shape[1]:
+        n0 = splat(state, 0)
+        for r in range(features):
+            n0 = fma(load(state, r, x), splat(state, phi[0, r]), n0)
+        for j in range(count):
+            n0 = fma(load(state, 2 * features + j, x), splat(state, scores[0, j]), n0)
+        store(num, 0, x, n0)
+        x += lanes

@@ -1,0 +1,523 @@
+"""The seam between checked calls and compiled kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np.call import Call, Cotangents, Forward, StateForm, sum_to
+from favor_np.cpu import memory, scaling, schedule, tuning
+from favor_np.cpu.kernels import bfloat16
+from favor_np.cpu.kernels import exact as exact_kernels
+from favor_np.cpu.kernels import exact_vjp as exact_vjp_kernels
+from favor_np.cpu.kernels import favor as kernels
+from favor_np.cpu.kernels import favor_vjp as vjp
+from favor_np.cpu.kernels.jobs import OVERFLOW, TROUBLE
+from favor_np.cpu.kernels.pack import CHUNK, holds_large
+from favor_np.cpu.kernels.spread import Spread
+from favor_np.cpu.layout import (
+    Layout,
+    exact_parameters,
+    exact_vjp_workspace,
+    exact_workspace,
+    spread_room,
+    vjp_workspace,
+    worth_bf16x3,
+)
+from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
+from favor_np.cpu.threads import POOL, resolve_threads
+from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
+from favor_np.validation import rows_of
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_NO_MASK = np.ones(1, np.bool_)
+_NO_MASK.flags.writeable = False
+_NO_NORMALIZERS = {
+    np.dtype(kind): (np.zeros(0, kind), np.zeros(0, memory.integer_of(np.dtype(kind))))
+    for kind in (np.float32, np.float64)
+}
+
+
+def _mask_rows(mask: Array | None) -> Array:
+    if mask is None:
+        return _NO_MASK
+    flat = mask.reshape(-1)
+    flat.flags.writeable = False
+    return flat
+
+
+def state_sums(form: StateForm, arrays: Any) -> tuple[Array, Array, Array]:
+    """Return copies of (c, S, z) as any machine would have them."""
+    if has_tails(arrays):
+        arrays = copy_states(arrays)
+        fold_tails(form, arrays)
+    layout = layout_of(form)
+    c, s, z = arrays
+    return c[:, layout.real], s[:, layout.real, : form.value_dim], z[:, layout.real]
+
+
+def fold_tails(form: StateForm, arrays: Any) -> None:
+    """Fold the tokens that wait in the tails of states, in place."""
+    layout = layout_of(form)
+    nothing = np.empty((0, form.value_dim), form.dtype)
+    keys = rows_of(np.empty((0, form.feature_map.dim), form.dtype), form.dtype)
+    inputs = (keys, keys, rows_of(nothing, form.dtype), _NO_MASK, *layout.arrays)
+    _Launch(layout, inputs, _result(nothing, None), 1, None, False).fold_tails(arrays)
+
+
+def attend(
+    call: Call, out: Array, state: Any = None, normalizers: tuple[Array, Array] | None = None
+) -> None:
+    """Fold keys and values, read with queries into the C-ordered `out`; on from a state and into it.
+
+    Packed sequences have a slot of the state each.  `normalizers` receive the denominators of the rows
+    as (w, top), w * 2**top.
+    """
+    if state is None and not call.keys:
+        out[...] = 0
+        return
+    q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
+    shapes, group = call.shapes(stateful=state is not None), None if bars is None else bars.group
+    layout, constants, jobs, longest, work = schedule.schedule(
+        call.map, dtype, shapes, call.causal, group, call.bfloat16
+    )
+    if call.decay is not None or call.offsets is not None:
+        jobs = _adapted(jobs, call)
+    inputs = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask),
+              *layout.arrays)  # fmt: skip
+    spread = None if bars is None else Spread(*bars[:-1])
+    launch = _Launch(layout, inputs, _result(out, normalizers),
+                     _threads(work * len(jobs.table), call.num_threads), spread, call.bfloat16)  # fmt: skip
+    tokens = call.causal and (longest == 1 or call.offsets is not None)
+    plain = call.mask is None and bars is None and not call.bfloat16
+    tokens = tokens and plain and jobs.q_rows.shape[1] == 1
+    # What a state has taken in cannot be taken back.  The kernel of tokens looks at them itself.
+    large = state is not None and not (tokens and longest == 1) and holds_large(inputs[2])
+    if not large:
+        launch.attend(constants, jobs, longest, state, call.causal, tokens)
+        large = launch.overflow and holds_large(inputs[2])
+    if large and state is not None:  # for the rows that do not overflow
+        out[...] = np.nan
+        launch.attend(constants, jobs, longest, copy_states(state), call.causal, tokens)
+    if large:
+        _attend_scaled(call, inputs[2], out, state)
+
+
+def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
+    """Fold and read smaller values: fill in what has overflowed in `out`, and bring the state up to date."""
+    power, rows = scaling.POWER[v.itemsize], np.empty_like(out)
+    form, after = StateForm(call.map, v.dtype, v.shape[-1]), None
+    if state is not None:
+        after = copy_states(state)
+        fold_tails(form, after)
+        after[1][...] = scaling.scaled(after[1], -power)
+    small = scaling.scaled(v, -power).reshape(call.v.shape)
+    attend(replace(call, v=small, error_bars=None), rows, after)
+    scaling.fill(out, scaling.means(rows, power))
+    if after is not None:
+        fold_tails(form, after)
+        scaling.keep_in_range(after, power)
+        for array, new in zip(state, after, strict=True):
+            array[...] = new
+
+
+def _adapted(jobs: Jobs, call: Call) -> Jobs:
+    """Return the jobs of packed sequences, and of keys that decay."""
+    if call.decay is not None:
+        clocks = np.stack([call.decay.start, call.decay.rate], axis=1)
+        jobs = Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
+    if call.offsets is not None:
+        jobs = packed(jobs, call.offsets)
+    return jobs
+
+
+def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = None) -> Cotangents:
+    """Pull `grad`, and the cotangent of the last state, back through `attend`."""
+    pulled = _pull(call, forward, grad, final_state, projection=False)
+    batch, inputs = call.out_shape[:-2], (call.q, call.k, call.v)
+    kept = None, *2 * [call.state_shape if call.grouped else None]
+    q, k, v = (
+        _onto(rows.reshape(*batch, *x.shape[-2:]), x, heads)
+        for rows, x, heads in zip(pulled.to[:3], inputs, kept, strict=True)
+    )
+    if pulled.states is None:
+        return Cotangents(q, k, v)
+    # Query heads that share a state have each seen a part of its cotangent.
+    count, slots = len(pulled.slots), pulled.slots
+    parts = [array[:count] for array in pulled.states]
+    sequences = 1 if call.offsets is None else len(call.offsets) - 1
+    first = empty(pulled.layout, math.prod(call.state_shape) * sequences)
+    if final_state is not None:  # without a job (an empty sequence) it is what it was
+        idle = np.setdiff1d(np.arange(len(first[0])), slots)
+        for array, theirs in zip(first, final_state, strict=True):
+            array[idle] = theirs[idle]
+    for i in range(count):
+        merge_states([a[slots[i]] for a in first], [a[i] for a in parts])
+    return Cotangents(q, k, v, first)
+
+
+def projection_vjp(
+    call: Call, forward: Forward, grad: Array, final_state: Any = None
+) -> tuple[Array, Array, Array]:
+    """Return the cotangents of weights and biases for each job, and the head of each job."""
+    pulled = _pull(call, forward, grad, final_state, projection=True)
+    return pulled.to.projection, pulled.to.bias, pulled.jobs.table[:, BLOCK] // pulled.layout.blocks
+
+
+class _Pulled(NamedTuple):
+    """What the kernel of the gradient wrote, for every query head: rows, or sums of each job."""
+
+    layout: Layout
+    jobs: Jobs
+    slots: Array  # of each job of one side
+    to: vjp.Gradients
+    states: Any  # cotangents of states: those of the keys' sides, then those of the queries'
+
+
+def _pull(
+    call: Call, forward: Forward, grad: Array, final_state: Any, *, projection: bool
+) -> _Pulled:
+    """Run the kernel of the gradient: for the inputs or, with `projection`, for the map's weights."""
+    q, k, v, dtype, state = call.q, call.k, call.v, call.compute, forward.state
+    stateful = state is not None or final_state is not None
+    layout, constants, jobs, _, work = schedule.schedule(
+        call.map, dtype, call.shapes(stateful=stateful), call.causal
+    )
+    jobs = _adapted(jobs, call)
+    group = max(jobs.q_rows.shape[1], 1)
+    slots = np.repeat(jobs.table[:, SLOT], jobs.q_rows.shape[1])
+    jobs = schedule.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
+    count = len(jobs.table)
+    heads, sums = (0, count) if projection else (math.prod(call.out_shape[:-2]), 0)
+    dq, dk, dv = (np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v))
+    to = vjp.Gradients(
+        dq,
+        dk,
+        dv,
+        memory.aligned((sums, layout.half, layout.natural.key.shape[-1]), np.float64),
+        memory.aligned((sums, layout.half), np.float64),
+    )
+    states = None
+    if stateful:  # first those of the keys' sides, then those of the queries'
+        states = empty(layout, count)
+        jobs.table[:, SLOT] = np.arange(count)
+        for mine, last, first in zip(states, final_state or states, state or states, strict=True):
+            if final_state is not None:
+                mine[: count // 2 : group] = last[slots[::group]]
+            if state is not None:
+                mine[count // 2 :] = first[slots]
+    inputs = vjp.Inputs(
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask),
+        rows_of(grad, dtype), rows_of(forward.out, dtype),
+        *(array.reshape(-1) for array in forward.normalizers),
+    )  # fmt: skip
+    args = (
+        constants, inputs, layout.map, np.zeros_like(layout.map.bias), layout.natural, jobs.table,
+        jobs.clocks, to, *(states or ()),
+    )  # fmt: skip
+    overflow = False
+    if count and (forward.out.size or final_state is not None):
+        workers = min(_threads(work * count, call.num_threads), count)
+        space = vjp_workspace(layout, stateful=not stateful)
+        overflow = bool(_run(vjp.pull, args, count, workers, space)[OVERFLOW])
+    pulled = _Pulled(layout, jobs, slots, to, states)
+    unseen = (*(to[3:] if projection else ()), *(() if states is None else states[1:]))
+    if overflow or not all(np.isfinite(x).all() for x in unseen):  # the kernel looks at rows only
+        return _pull_scaled(call, forward, grad, final_state, pulled)
+    return pulled
+
+
+def _pull_scaled(
+    call: Call, forward: Forward, grad: Array, final_state: Any, pulled: _Pulled
+) -> _Pulled:
+    """Fill in what has overflowed, from smaller values and cotangents."""
+    v, out, g = (rows_of(x, call.compute) for x in (call.v, forward.out, grad))
+    values, cotangents = scaling.power_of(v, out), scaling.power_of(g)
+    both = values + cotangents
+    if not both:
+        return pulled
+    small = _pull(
+        replace(call, v=scaling.scaled(v, -values).reshape(call.v.shape)),
+        Forward(
+            scaling.scaled(out, -values).reshape(forward.out.shape),
+            forward.normalizers,
+            scaling.scaled_states(forward.state, -values, 0),
+        ),
+        scaling.scaled(g, -cotangents).reshape(grad.shape),
+        scaling.scaled_states(final_state, -cotangents, -both),
+        projection=pulled.to.projection.size > 0,
+    )
+    powers = vjp.Gradients(both, both, cotangents, both, both)
+    for mine, other, power in zip(pulled.to, small.to, powers, strict=True):
+        scaling.fill(mine, scaling.scaled(other, power))
+    if small.states is not None:
+        scaling.keep_in_range(small.states, cotangents, both)
+    return pulled._replace(states=small.states)
+
+
+def _onto(grad: Array, like: Array, heads: tuple[int, ...] | None) -> Array:
+    """Sum over groups of query heads that share those of `heads`, and to the shape of an array."""
+    if heads is not None:
+        batch = grad.shape[:-2]
+        group = batch[-1] // heads[-1]
+        grad = grad.reshape(*batch[:-1], heads[-1], group, *grad.shape[-2:]).sum(-3)
+    return sum_to(grad, like)
+
+
+@dataclass(slots=True, eq=False)
+class _Launch:
+    """What all kernel calls of one attention call share."""
+
+    layout: Layout
+    arrays: tuple[Array, ...]
+    result: tuple[Array, ...]
+    threads: int
+    spread: Spread | None
+    pairs: bool
+    #: Whether something was written that is not finite, or a large token refused.
+    overflow: bool = False
+
+    def attend(
+        self, constants: Array, jobs: Jobs, longest: int, state: Any, causal: bool, tokens: bool
+    ) -> None:
+        """Run all jobs of a call: those of one token by their own kernel, long ones in parts."""
+        if tokens:
+            if longest == 1:
+                self.run(constants, jobs, state, tokens=True)
+                return
+            longer = np.count_nonzero(jobs.table[:, KEYS] > 1)  # these come first
+            self.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
+            jobs = jobs.take(slice(longer))
+        if causal and self.threads > 1:
+            jobs = self.share(constants, jobs, state)
+        if causal or longest <= tuning.SEGMENT_LENGTH:
+            self.run(constants, jobs, state)
+            return
+        long = jobs.table[:, [KEYS, QUERIES]].max(1) > tuning.SEGMENT_LENGTH
+        self.run(constants, jobs.take(~long), state)
+        jobs = jobs.take(long)
+        for first in range(0, len(jobs.table), tuning.MAX_LIVE_STATES):
+            wave = jobs.take(slice(first, first + tuning.MAX_LIVE_STATES))
+            slots = wave.table[:, SLOT]
+            if state is None:
+                totals = empty(self.layout, len(slots))
+            else:
+                totals = tuple(array[slots] for array in state)
+                self.fold_tails(totals)
+            folds, reads = schedule.segments(wave)
+            self.fold(constants, folds, totals)
+            self.run(constants, reads, totals)
+            if state is not None and wave.table[:, KEYS].any():
+                for array, total in zip(state, totals, strict=True):
+                    array[slots] = total
+
+    def run(self, constants: Array, jobs: Jobs, state: Any, *, tokens: bool = False) -> None:
+        """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
+        count = len(jobs.table)
+        if not count:
+            return
+        workers = min(self.threads, count)
+        kernel, args = (
+            self._step(constants, jobs) if tokens else self._kernel(constants, jobs, None, workers)
+        )
+        space = self.layout.stateful if state is None else self.layout.stateless
+        self._watch(_run(kernel, (*args, *(state or ())), count, workers, space))
+
+    def _watch(self, control: Array) -> None:
+        """Note what a kernel has reported."""
+        self.overflow |= bool(control[OVERFLOW])
+
+    def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
+        """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
+        few, space = schedule.shared_count(jobs, self.threads), self.layout.stateful
+        if few and state is not None:
+            self.fold_tails(state)
+        for i in range(few):
+            job = jobs.take(slice(i, i + 1))
+            slot = int(job.table[0, SLOT])
+            relay = schedule.relay(self.layout, int(job.table[0, KEYS]), self.threads)
+            total = relay.states
+            arrays = memory.borrow(space, relay.rows)
+            try:
+                c, s, z = arrays[:3]
+                new = empty(self.layout, 1) if state is None else [a[slot, None] for a in state]
+                for array, mine in zip(arrays, new, strict=False):
+                    array[total] = mine[0]
+                kernel, args = self._kernel(constants, job, relay.words, self.threads)
+                self._watch(POOL.call(kernel, (*args, *arrays), relay.count, self.threads))
+                if state is not None:
+                    after = c[relay.last], s[total], z[total]
+                    for array, mine in zip(state, after, strict=True):
+                        array[slot] = mine
+            finally:
+                memory.give_back(space, relay.rows, arrays)
+        return jobs.take(slice(few, None))
+
+    def fold_tails(self, state: Any) -> None:
+        """Fold the tokens that states keep in their tails."""
+        if state[0][:, self.layout.features].any():
+            jobs = jobs_without_rows(len(state[0]), self.layout.rows)
+            self.run(self.layout.bidirectional, jobs, state)
+
+    def _kernel(
+        self, constants: Array, jobs: Jobs, relay: Array | None, workers: int
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Return the kernel for jobs, or for a relay of the first, and its arguments up to the states."""
+        layout, kernel = self.layout, kernels.attend
+        more: tuple[Any, ...] = ()
+        if self.spread is not None:
+            room = memory.aligned((workers, spread_room(layout)), layout.dtype)
+            kernel, more = kernels.attend_spread, (room, self.spread)
+        if self.pairs:
+            bfloat16.require_amx()
+            kernel = kernels.attend_bf16
+        if layout.map.key_parts is not None:
+            kernel = kernels.attend_bf16x3
+        args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, relay,
+                *self.result, *more)  # fmt: skip
+        return kernel, args
+
+    def _step(self, constants: Array, jobs: Jobs) -> tuple[Any, tuple[Any, ...]]:
+        """Return the kernel for jobs of one token, and its arguments up to the states."""
+        args = (constants, *self.arrays[:3], *self.layout.map[:4], jobs.table, jobs.q_rows, jobs.out_rows,
+                jobs.clocks, *self.result)  # fmt: skip
+        return kernels.attend_tokens, args
+
+    def fold(self, constants: Array, folds: Jobs, totals: Any) -> None:
+        """Fold segments into states of their own, then merge these in order into their totals."""
+        for first in range(0, len(folds.table), tuning.MAX_LIVE_STATES):
+            batch = folds.take(slice(first, first + tuning.MAX_LIVE_STATES))
+            owners = batch.table[:, SLOT].copy()
+            batch.table[:, SLOT] = np.arange(len(owners))
+            parts = empty(self.layout, len(owners))
+            self.run(constants, batch, parts)
+            for i, owner in enumerate(owners):
+                merge_states([a[owner] for a in totals], [a[i] for a in parts])
+
+
+def normalizers(out: Array) -> tuple[Array, Array]:
+    """Return arrays for the denominators of the rows of `out`: zeros, as of rows without keys."""
+    rows = out.shape[:-1]
+    return np.zeros(rows, out.dtype), np.zeros(rows, memory.integer_of(out.dtype))
+
+
+def _result(out: Array, normalizers: tuple[Array, Array] | None) -> tuple[Array, ...]:
+    """Return what a kernel writes to: the arrays of a Result; the normalizers may be left out."""
+    rows = out.reshape(-1, out.shape[-1])
+    if normalizers is None:
+        return (rows, *_NO_NORMALIZERS[out.dtype])
+    return (rows, *(w.reshape(-1) for w in normalizers))
+
+
+def _threads(work: int, threads: int | None) -> int:
+    """Return how many threads that many multiply-adds deserve."""
+    return 1 if work < tuning.MIN_PARALLEL_WORK else resolve_threads(threads)
+
+
+def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None = None) -> bool:
+    """Write softmax attention to the C-ordered `out`, in its dtype; False if a logit may be too large.
+
+    `normalizers` receive the denominators of the rows as (w, top), w * 2**top.
+    """
+    q, k, v, dtype = call.q, call.k, call.v, out.dtype
+    table = schedule.exact_jobs(call.shapes())
+    work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
+    args = (
+        exact_parameters(dtype, call.scale, call.causal),
+        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask), table,
+        *_result(out, normalizers),
+    )  # fmt: skip
+    kernel, pairs = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
+    if pairs:
+        bfloat16.require_amx()
+        kernel, args = exact_kernels.attend_exact_bf16, (*args, bfloat16.TILE_CONFIG)
+    bf16x3 = not pairs and worth_bf16x3(dtype, CHUNK, q.shape[-1])
+    if bf16x3:
+        kernel, args = exact_kernels.attend_exact_bf16x3, (*args, bfloat16.TILE_CONFIG)
+    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], pairs=pairs, bf16x3=bf16x3)
+    workers = min(_threads(work, call.num_threads), len(table))
+    control = _run(kernel, args, len(table), workers, space)
+    if control[OVERFLOW] and holds_large(args[3]):
+        power, rows = scaling.POWER[dtype.itemsize], np.empty_like(out)
+        attend_exact(replace(call, v=scaling.scaled(args[3], -power).reshape(v.shape)), rows)
+        scaling.fill(out, scaling.means(rows, power))
+    return not control[TROUBLE]
+
+
+def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array]) -> None:
+    """Write the gradients to C-ordered arrays over all leading axes: of `out`, of the keys' problems.
+
+    `forward` is what `attend_exact` wrote, in the dtype of the gradients.
+    """
+    q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
+    jobs = schedule.exact_vjp_jobs(call.shapes())
+    values, cotangents = rows_of(v, dtype), rows_of(grad_out, dtype)
+    g, rows = _cotangents(forward, cotangents)
+    queries, dim = q.shape[-2:]
+    dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
+    columns = memory.padded(dim, dtype.itemsize)
+    sums = memory.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
+    args = (
+        exact_parameters(dtype, call.scale, call.causal),
+        rows_of(q, dtype), rows_of(k, dtype), values, g, rows, _mask_rows(call.mask),
+        jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
+        exact_vjp_kernels.Gradients(sums.reshape(-1, columns), dk, dv),
+    )  # fmt: skip
+    work = 4 * math.prod(call.out_shape[:-1]) * k.shape[-2] * dim
+    workers = min(_threads(work, call.num_threads), len(jobs.table))
+    space = exact_vjp_workspace(dtype, dim, v.shape[-1])
+    _run(exact_vjp_kernels.differentiate_exact, args, len(jobs.table), workers, space)
+    for part in sums[1:]:
+        sums[0] += part
+    np.multiply(
+        sums[0, :, :queries, :dim], dtype.type(call.scale), out=dq.reshape(-1, queries, dim)
+    )
+    by_values, by_cotangents = scaling.power_of(values), scaling.power_of(cotangents)
+    both = by_values + by_cotangents
+    if both and not all(np.isfinite(grad).all() for grad in grads):
+        small = [np.empty_like(grad) for grad in grads]
+        out, normalizers, _ = forward
+        exact_vjp(
+            replace(call, v=scaling.scaled(values, -by_values).reshape(v.shape)),
+            Forward(scaling.scaled(out, -by_values), normalizers),
+            scaling.scaled(cotangents, -by_cotangents).reshape(grad_out.shape),
+            small,
+        )
+        for grad, other, power in zip(grads, small, (both, both, by_cotangents), strict=True):
+            scaling.fill(grad, scaling.scaled(other, power))
+
+
+def _cotangents(forward: Forward, g: Array) -> tuple[Array, Any]:
+    """Return the rows of g without NaN and infinity, and what else the kernel knows of a row.
+
+    What is not finite in a row stands in its two numbers, which the kernel keeps from the keys that
+    the row may not see.
+    """
+    w, tops = (array.reshape(-1) for array in forward.normalizers)
+    delta = np.einsum("ix,ix->i", g, forward.out.reshape(g.shape))
+    inverse = np.divide(1, w, where=w != 0, out=np.zeros_like(w))
+    suspects = np.flatnonzero(~np.isfinite(delta))
+    if suspects.size:
+        bad = suspects[~np.isfinite(g[suspects]).all(-1)]
+        g = g.copy()
+        g[bad] = 0
+        inverse[bad] = delta[bad] = np.nan
+        inverse[w == 0] = delta[w == 0] = 0
+        g.flags.writeable = False
+    return g, exact_vjp_kernels.Rows(inverse, delta, tops)
+
+
+def _run(
+    kernel: Any, args: tuple[Any, ...], count: int, workers: int, space: memory.Workspace
+) -> Array:
+    """Run jobs on threads with such a workspace each; the control words."""
+    arrays = memory.borrow(space, workers)
+    try:
+        return POOL.call(kernel, (*args, *arrays), count, workers)
+    finally:
+        memory.give_back(space, workers, arrays)

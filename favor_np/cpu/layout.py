@@ -1,0 +1,295 @@
+"""How a feature map lies in memory for the kernels, and what these are told about it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import numerics
+from favor_np.cpu import memory, tuning
+from favor_np.cpu.kernels import bfloat16, chunk, exact_vjp
+from favor_np.cpu.kernels import exact as exact_kernels
+from favor_np.cpu.kernels import favor as kernels
+from favor_np.cpu.kernels import favor_vjp as vjp_kernels
+from favor_np.cpu.kernels.pack import CHUNK, Map
+from favor_np.cpu.kernels.spread import carve_groups
+from favor_np.cpu.memory import Workspace, aligned_copy, integer_of, padded, sizes_of, workspace
+from favor_np.features import FeatureMap
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A map for one dtype and width of values: what kernels take, and how it is cut.
+
+    Attributes
+    ----------
+    arrays : tuple
+        What kernels take of `map`.
+    blocks, width, half
+        The rows of W are cut into `blocks` of `width`, `half` rows together; feature r of sign s is row
+        ``s * half + r`` of a state.  Padded rows are features of W = 0 that no query reads.
+    real : (M,) ndarray
+        Where the map's features are among all `features`.
+    fresh : (features,) ndarray
+        Exponents c of a state without a key.
+    causal, bidirectional
+        Parameters of the kernels.
+    """
+
+    dtype: np.dtype[Any]
+    map: Any
+    arrays: tuple[Any, ...]
+    natural: Any
+    blocks: int
+    half: int
+    features: int
+    value_columns: int
+    stateless: Workspace
+    stateful: Workspace
+    real: Array
+    fresh: Array
+    causal: Array
+    bidirectional: Array
+    rows: int
+    signs: int
+    width: int
+
+
+class _Blocks:
+    """How the rows of W are cut into blocks: `width` rows each, of which the first `filled` are used."""
+
+    def __init__(self, feature_map: FeatureMap, dtype: np.dtype[Any], group: int | None) -> None:
+        self.heads, self.rows, self.dim = feature_map.key_weight.shape
+        self.count = -(-self.rows // (group or CHUNK))
+        self.width = -(-(group or -(-self.rows // self.count)) // 16) * 16
+        self.filled = group or self.width
+        self.half = self.count * self.width
+        block, row = np.divmod(np.arange(self.rows), self.filled)
+        self.places = block * self.width + row  # of the rows of W among those of all blocks
+        self.dtype, self.columns = dtype, padded(self.dim, dtype.itemsize)
+        self.unit = numerics.LOG2E if feature_map.kind == "positive" else 1.0
+
+    def weight(self, weight: Array) -> tuple[Array, Array]:
+        """Return the blocks of W times `unit` and transposed; and as they are, for gradients."""
+        padding = np.zeros((self.heads, self.half, self.dim))
+        padding[:, self.places] = weight
+        padding = padding.reshape(self.heads * self.count, self.width, self.dim)
+        turned = memory.aligned((len(padding), self.dim, self.width), self.dtype)
+        turned[:] = padding.swapaxes(1, 2) * self.unit
+        natural = memory.aligned((len(padding), self.width, self.columns), self.dtype)
+        natural[..., : self.dim] = padding
+        return turned, natural
+
+    def bias(self, bias: Array) -> Array:
+        """Return the bias, block by block."""
+        new = memory.aligned((self.heads, self.half), self.dtype)
+        new[:, self.places] = bias * self.unit
+        return new.reshape(self.heads * self.count, self.width)
+
+    def repeated(self, array: Array) -> Array:
+        """Return what is of a head for each of its blocks, its last axis padded."""
+        array = np.repeat(array, self.count, axis=0)
+        new = memory.aligned((*array.shape[:-1], self.columns), self.dtype)
+        new[..., : self.dim] = array
+        return new
+
+    def affine(self, of: FeatureMap) -> tuple[Array, Array, Array]:
+        """Return what calibrated maps have besides, for each block: see ``kernels.pack.Map``.
+
+        For gradients also the matrix of the quadratic part, d x d, if there is one; and the linear part.
+        """
+        none = np.zeros((0, 1, self.columns), self.dtype)
+        if of.calibration is None:
+            return none, none, np.zeros((0, self.columns), self.dtype)
+        vectors = (of.query_center, of.key_center, of.key_linear * self.unit)
+        rows = [np.broadcast_to(x, (self.heads, self.dim))[:, None] for x in vectors]
+        hessian, factor = none, of.key_factor
+        if factor is not None:
+            hessian = self.repeated(factor.swapaxes(1, 2) @ factor)
+            turned = factor.swapaxes(1, 2) * math.sqrt(0.5 * self.unit)
+            rows.append(np.broadcast_to(turned, (self.heads, self.dim, self.dim)))
+        return self.repeated(np.concatenate(rows, axis=1)), hessian, self.repeated(of.key_linear)
+
+
+def worth_bf16x3(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
+    """Whether products with a matrix (rows, dim) are faster on the matrix unit, its factors being cut."""
+    if tuning.USE_BF16X3 is not None:
+        return dtype == np.float32 and tuning.USE_BF16X3
+    large = min(rows, dim) >= tuning.MIN_BF16X3_SIDE and rows * dim >= tuning.MIN_BF16X3_SIZE
+    return dtype == np.float32 and large and not bfloat16.amx_unavailable()
+
+
+@tuning.depends_on_tuning
+@functools.lru_cache(maxsize=64)
+def layout(
+    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None,
+    pairs: bool = False,
+) -> Layout:  # fmt: skip
+    """Return the layout, with the map's weights packed for the kernels.
+
+    With `group` every block has so many rows of W; with `pairs` the weights are for bfloat16.
+    """
+    blocks = _Blocks(feature_map, dtype, group)
+    bf16x3 = not pairs and group is None and worth_bf16x3(dtype, blocks.rows, blocks.dim)
+    weights, natural = _weights(feature_map, blocks, pairs=pairs, bf16x3=bf16x3)
+    par = _parameters(feature_map, blocks)
+    signs, half, value_columns = par.signs, blocks.half, padded(value_dim, dtype.itemsize)
+    real = np.concatenate([s * half + blocks.places for s in range(signs)])
+    fresh = np.full(signs * half, par.idle, integer_of(dtype))
+    fresh[real] = par.nothing
+    sizes = sizes_of(
+        chunk.carve, dtype, signs, _if(bf16x3 or pairs), _if(bf16x3), blocks.dim, value_columns,
+        blocks.width, blocks.count,
+    )  # fmt: skip
+    return Layout(
+        dtype=dtype,
+        map=weights,
+        arrays=(
+            *weights[: None if bf16x3 else 4],
+            *([bfloat16.TILE_CONFIG] if bf16x3 or pairs else []),
+        ),
+        natural=natural,
+        blocks=blocks.count,
+        half=half,
+        features=signs * half,
+        value_columns=value_columns,
+        stateless=workspace(dtype, *sizes),
+        stateful=workspace(dtype, *sizes, (signs * half, value_columns)),
+        real=real,
+        fresh=fresh,
+        causal=_constants(par),
+        bidirectional=_constants(par._replace(causal=False, span=2**30)),
+        rows=blocks.rows,
+        signs=signs,
+        width=blocks.width,
+    )
+
+
+def _weights(
+    feature_map: FeatureMap, blocks: _Blocks, *, pairs: bool, bf16x3: bool
+) -> tuple[Any, Any]:
+    """Return what kernels take of a map, and what those of its gradient take besides."""
+    key, natural_key = query, natural_query = blocks.weight(feature_map.key_weight)
+    if feature_map.calibration is not None:
+        query, natural_query = blocks.weight(feature_map.query_weight)
+    query_left = query_right = key_left = key_right = None
+    if bf16x3:
+        query_left, query_right = key_left, key_right = _factors(key)
+        if query is not key:
+            query_left, query_right = _factors(query)
+    if pairs:  # right factors
+        query, key = (
+            aligned_copy(bfloat16.pairs_of(x * np.float32(blocks.unit)).swapaxes(1, 2))
+            for x in (natural_query, natural_key)
+        )
+    affine, hessian, linear = blocks.affine(feature_map)
+    weights = Map(
+        query=query,
+        key=key,
+        bias=blocks.bias(feature_map.bias),
+        affine=affine,
+        query_parts=query_left,
+        key_parts=key_right,
+    )
+    natural = vjp_kernels.Natural(
+        query=natural_query,
+        key=natural_key,
+        hessian=hessian,
+        linear=linear,
+        query_parts=query_right,
+        key_parts=key_left,
+        config=bfloat16.TILE_CONFIG if bf16x3 else None,
+    )
+    return weights, natural
+
+
+def _factors(weight: Array) -> tuple[Array, Array]:
+    """Return blocks of weights (d, width), split into parts, as left and as right factors."""
+    left = bfloat16.parts_of(weight.swapaxes(1, 2))
+    return aligned_copy(left), aligned_copy(left.swapaxes(1, 2))
+
+
+def _parameters(feature_map: FeatureMap, blocks: _Blocks) -> Any:
+    """Return what causal kernels are told about the map."""
+    size = blocks.dtype.itemsize
+    # Features that only pad: no key may reach their exponents and so move those of others.
+    idle = numerics.UNREACHED if feature_map.kind == "positive" else numerics.NOTHING
+    return kernels.Parameters(
+        kind=numerics.KINDS[feature_map.kind],
+        signs=2 if feature_map.antithetic else 1,
+        filled=blocks.filled,
+        key_norm=feature_map.key_norm * numerics.LOG2E,
+        affine=feature_map.calibration is not None,
+        factored=feature_map.key_factor is not None,
+        kernel_epsilon=float(feature_map.kernel_epsilon),
+        limit=numerics.projection_limit(feature_map, size),
+        far=numerics.FAR[size],
+        nothing=numerics.NOTHING[size],
+        idle=idle[size],
+        span=numerics.SPAN[size],
+        causal=True,
+    )
+
+
+def _constants(parameters: Any) -> Array:
+    """Return parameters as kernels take them."""
+    constants = np.zeros(1, kernels.CONSTANTS)
+    for name, value in parameters._asdict().items():
+        constants[name] = value
+    return constants
+
+
+def _if(true: bool) -> bool | None:
+    """Return what stands for an argument that kernels only compare with None."""
+    return True if true else None
+
+
+def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
+    """Return what a thread of the pullback works on."""
+    bf16x3 = _if(of.map.key_parts is not None)
+    dim, columns = of.map.key.shape[1], of.value_columns
+    sizes = sizes_of(
+        vjp_kernels.carve, of.dtype, of.signs, bf16x3, dim, columns, of.width, of.blocks
+    )
+    return workspace(of.dtype, *sizes, (of.features, columns) if stateful else None)
+
+
+def spread_room(of: Layout) -> int:
+    """Return how many floats a thread needs beside its workspace to compare the blocks."""
+    room = np.empty((1, 0), of.dtype)
+    args = ((), room, 0, of.blocks, of.value_columns, of.width)
+    return memory.measure(carve_groups, *args)[of.dtype]
+
+
+def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
+    """Return the constants of exact attention."""
+    far = numerics.EXACT_FAR[dtype.itemsize]
+    return exact_kernels.ExactParameters(
+        kind=numerics.POSITIVE,
+        kernel_epsilon=0.0,
+        scale=scale * numerics.LOG2E,
+        limit=numerics.longest_row(dtype.itemsize, scale),
+        far=far,
+        masked=numerics.MASKED * far,
+        causal=causal,
+    )
+
+
+def exact_workspace(
+    dtype: np.dtype[Any], dim: int, value_dim: int, *, pairs: bool = False, bf16x3: bool = False
+) -> Workspace:
+    """Return what a thread of exact attention works on."""
+    args = (_if(pairs), _if(bf16x3), dim, padded(value_dim, dtype.itemsize))
+    return workspace(dtype, *sizes_of(exact_kernels.carve_exact, dtype, *args))
+
+
+def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace:
+    """Return what a thread of its gradient works on."""
+    return workspace(dtype, *sizes_of(exact_vjp.carve_gradient, dtype, dim, value_dim))

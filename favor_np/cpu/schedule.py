@@ -1,0 +1,212 @@
+"""Who does what in a call, as functions of shapes: schedules, and tables of jobs for each kernel.
+
+Nothing here depends on the number of threads but how a long causal sequence is shared out, of which no bit
+of a result depends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from favor_np.cpu import tuning
+from favor_np.cpu.kernels import exact as exact_kernels
+from favor_np.cpu.kernels import exact_vjp
+from favor_np.cpu.kernels import relay as relay_kernel
+from favor_np.cpu.kernels.chunk import FOLD
+from favor_np.cpu.kernels.pack import CHUNK
+from favor_np.cpu.layout import Layout, layout
+from favor_np.features import FeatureMap
+from favor_np.jobs import (
+    DQ_ROW,
+    GRAD_ROW,
+    KEYS,
+    NUMBER,
+    OUT_ROW,
+    Q_ROW,
+    QUERIES,
+    ROWS,
+    SIDE,
+    SLOT,
+    START,
+    STRIDE,
+    Array,
+    Jobs,
+    Shapes,
+    broadcast_jobs,
+)
+from favor_np.tables import kept
+
+
+class Schedule(NamedTuple):
+    """What depends on the shapes of a call alone."""
+
+    layout: Layout
+    constants: Array
+    jobs: Jobs
+    longest: int
+    work: int  # multiply-adds of a job's projections
+
+
+@tuning.depends_on_tuning
+@kept(64, lambda of: of.jobs.nbytes)
+def schedule(
+    feature_map: FeatureMap,
+    dtype: np.dtype[Any],
+    shapes: Shapes,
+    causal: bool,
+    group: int | None = None,
+    pairs: bool = False,
+) -> Schedule:
+    """Return layout and jobs for arrays of these shapes."""
+    of = layout(feature_map, dtype, shapes.v[-1], group, pairs)
+    to_do = broadcast_jobs(shapes, feature_map.num_heads, of.blocks, of.rows)
+    longest = max(shapes.q[-2], shapes.k[-2])
+    constants = of.causal if causal else of.bidirectional
+    return Schedule(of, constants, to_do, longest, longest * of.features * shapes.q[-1])
+
+
+def segments(of: Jobs) -> tuple[Jobs, Jobs]:
+    """Cut bidirectional jobs into jobs that only fold and jobs that only read, by length.
+
+    Their slots are the numbers of the jobs that they are cut from.
+    """
+
+    def cut(lengths: Array) -> tuple[Jobs, Array, Array]:
+        counts = -(-lengths // tuning.SEGMENT_LENGTH)
+        owner = np.repeat(np.arange(len(lengths)), counts)
+        number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        start = tuning.SEGMENT_LENGTH * number
+        part = of.take(owner)
+        part.table[:, SLOT] = owner
+        return part, start, np.minimum(tuning.SEGMENT_LENGTH, lengths[owner] - start)
+
+    folds, start, length = cut(of.table[:, KEYS])
+    folds.skip_keys(start)
+    folds.table[:, KEYS], folds.table[:, QUERIES] = length, 0
+    nothing = np.empty((len(length), 0), np.int64)
+    reads, start, length = cut(of.table[:, QUERIES])
+    reads.table[:, KEYS], reads.table[:, QUERIES] = 0, length
+    shift = start[:, None]
+    return (
+        Jobs(folds.table, nothing, nothing, folds.clocks),
+        Jobs(reads.table, reads.q_rows + shift, reads.out_rows + shift, reads.clocks),
+    )
+
+
+def shared_count(of: Jobs, threads: int) -> int:
+    """Return how many of the first jobs are long causal ones that threads had better share."""
+    length = of.table[:, KEYS]
+    count = len(length) % threads
+    if length.size and length[0] > length[-1]:  # packed, the longest first
+        count = int(2 * length[0] > length.sum())
+    if not count or 4 * count > 3 * threads or length[:count].min() < tuning.MIN_SHARED_LENGTH:
+        return 0
+    return count
+
+
+@dataclass(frozen=True, eq=False)
+class Relay:
+    """How one long causal problem is shared out: words, how many jobs and states, and where the last one is.
+
+    A workspace has so many rows: states and their sum, and floats for threads and, behind those, for the
+    features of the keys of each state.
+    """
+
+    words: Array
+    count: int
+    states: int
+    last: int
+    rows: int
+
+
+def relay(of: Layout, length: int, threads: int) -> Relay:
+    """Return the plan of a relay: see ``kernels.relay``."""
+    chunks = -(-length // CHUNK)
+    size = of.features * (of.value_columns + CHUNK) * of.dtype.itemsize
+    most = tuning.MAX_GROUP_BYTES // (relay_kernel.RING * size)
+    group = max(min(tuning.CHUNKS_PER_THREAD * threads, most), 1)
+    turns, states = -(-chunks // group), relay_kernel.RING * group
+    words = np.zeros(relay_kernel.LEFT + 3 * (relay_kernel.RING + turns + states + 1), np.int64)
+    words[[relay_kernel.CHUNKS, relay_kernel.GROUP, relay_kernel.THREADS]] = chunks, group, threads
+    left = words[relay_kernel.LEFT :][: 3 * (relay_kernel.RING + turns)].reshape(-1, 3)
+    left[relay_kernel.RING - 1, FOLD] = 1  # the first chunk, which finds c
+    left[relay_kernel.RING :, :] = group, group, 1
+    left[-1, : relay_kernel.SCAN] = chunks - group * (turns - 1)
+    words[-2:] = -1, 1  # at the beginning c has not moved, and there is no key that would not fit
+    behind = -(-states * of.features * CHUNK // of.stateful.floats)
+    rows = max(states + 1, threads + behind)
+    return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states, rows)
+
+
+def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
+    """Turn jobs into those of the pullback: for each query head its own side and that of its keys.
+
+    Gradients of keys and values every query head has for itself.
+    """
+    heads = of.q_rows.shape[1]
+    table = np.repeat(of.table, heads, axis=0)
+    out_rows = of.out_rows.ravel()
+    head, start = np.divmod(out_rows, max(q_length, 1))
+    rows = np.empty((2, len(table), NUMBER + 1), np.int64)
+    rows[:, :, : ROWS + 1] = table
+    rows[:, :, SIDE] = np.array([1, 0])[:, None]
+    rows[:, :, Q_ROW], rows[:, :, OUT_ROW] = of.q_rows.ravel(), out_rows
+    rows[:, :, GRAD_ROW] = head * k_length + start
+    rows[:, :, NUMBER] = np.arange(2 * len(table)).reshape(2, -1)
+    clocks = np.tile(np.repeat(of.clocks, heads, axis=0), (2, 1)) if len(of.clocks) else of.clocks
+    nothing = np.empty((2 * len(table), 0), np.int64)
+    return Jobs(rows.reshape(-1, NUMBER + 1), nothing, nothing, clocks)
+
+
+@tuning.depends_on_tuning
+@kept(256, lambda table: table.nbytes)
+def exact_jobs(shapes: Shapes) -> Array:
+    """Return the jobs of exact attention, a block of queries each."""
+    of, q_length = broadcast_jobs(shapes), shapes.q[-2]
+    block = CHUNK * exact_kernels.GROUP
+    while of.q_rows.size * -(-q_length // block) < tuning.MIN_EXACT_JOBS and block > 4 * CHUNK:
+        block //= 2
+    # The last blocks of a causal problem have the most keys: they go first.
+    starts = np.arange(0, q_length, block, dtype=np.int64)[::-1]
+    heads = of.q_rows.shape[1]
+    table = np.zeros((len(starts), of.q_rows.size, START + 1), np.int64)
+    table[..., : ROWS + 1] = np.repeat(of.table, heads, axis=0)
+    table[..., Q_ROW] = of.q_rows.ravel() + starts[:, None]
+    table[..., OUT_ROW] = of.out_rows.ravel() + starts[:, None]
+    table[..., QUERIES] = np.minimum(block, q_length - starts)[:, None]
+    table[..., START] = starts[:, None]
+    return table.reshape(-1, START + 1)
+
+
+class GradientJobs(NamedTuple):
+    """The jobs of the gradient of exact attention: every `parts`-th block of keys of one problem.
+
+    The queries `q_rows` read a problem; their results are `out_rows` and, with `rows` a head, `dq_rows`.
+    """
+
+    table: Array
+    q_rows: Array
+    out_rows: Array
+    dq_rows: Array
+    parts: int
+    rows: int
+
+
+@tuning.depends_on_tuning
+@kept(256, lambda of: of.table.nbytes + of.q_rows.nbytes + of.out_rows.nbytes + of.dq_rows.nbytes)
+def exact_vjp_jobs(shapes: Shapes) -> GradientJobs:
+    """Return the jobs of the gradient of exact attention."""
+    of, q_length, k_length = broadcast_jobs(shapes), shapes.q[-2], shapes.k[-2]
+    block, count = CHUNK * exact_vjp.GROUP, len(of.table)
+    parts = min(-(-tuning.EXACT_VJP_JOBS // count), -(-k_length // block))
+    rows = -(-q_length // 8) * 8
+    owner, part = np.divmod(np.arange(count * parts), parts)
+    table = np.zeros((count * parts, DQ_ROW + 1), np.int64)
+    table[:, : ROWS + 1] = of.table[owner]
+    table[:, NUMBER], table[:, GRAD_ROW] = owner, owner * k_length
+    table[:, START], table[:, STRIDE] = part * block, parts * block
+    table[:, DQ_ROW] = part * of.out_rows.size * rows
+    return GradientJobs(table, of.q_rows, of.out_rows, of.out_rows // q_length * rows, parts, rows)

@@ -1,0 +1,156 @@
+"""The engine of NVIDIA GPUs: see `favor_np.engine.Engine`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NoReturn, TypeAlias, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np import validation
+from favor_np.call import (
+    Call,
+    Cotangents,
+    Forward,
+    Options,
+    StateForm,
+    StateParts,
+    StateShape,
+    check_call,
+)
+from favor_np.cuda.arrays import Place, place, stand_in
+from favor_np.cuda.launch import Launch, States
+from favor_np.features import FeatureMap
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class CUDA:
+    """Attention on a GPU, in float32, on the stream of the caller's arrays."""
+
+    home = "on a CUDA device"
+    dtype: np.dtype[Any] | None = np.dtype(np.float32)
+    refused = frozenset(
+        ("decay", "window", "precision", "check_finite", "state in a gradient",
+         "return_state in a gradient")
+    )  # fmt: skip
+
+    def __init__(self, where: Place) -> None:
+        self.place = where
+        self._launch = Launch(where)
+        self.new_states = self._launch.new_states
+        self.copy_states = self._launch.copy_states
+        self.merge_states = self._launch.merge_states
+        self.state_sums = self._launch.state_sums
+        self.normalizers = self._launch.normalizers
+        self.views = where.views
+        self.to_host = where.host
+
+    # Arrays of the caller
+
+    def receive(self, **arrays: Any) -> tuple[CUDA, list[Any]]:
+        where = place("cuda", **arrays)
+        assert where is not None
+        if where.device != self.place.device:
+            raise ValueError(
+                f"the state lies on CUDA device {self.place.device.number}, but the current device is "
+                f"{where.device.number}"
+            )
+        views = where.views(**arrays)
+        if where.kind == "numpy":
+            views = [
+                array if array is None or name == "key_mask" else validation.tensor(name, array, 1)
+                for name, array in zip(arrays, views, strict=True)
+            ]
+        return CUDA(where), views
+
+    def check(
+        self, q: Any, k: Any, v: Any, feature_map: FeatureMap | None = None,
+        state: StateShape | None = None, **options: Unpack[Options],
+    ) -> Call:  # fmt: skip
+        mask: Any = options.get("key_mask")
+        options["key_mask"] = stand_in(mask)
+        options["dtype"] = None  # states are float32, as all that is computed
+        call = check_call(
+            self, stand_in(q), stand_in(k), stand_in(v), feature_map, state, **options
+        )
+        if call.compute != np.float32:
+            raise TypeError(
+                "q, k and v must be float32 or 16-bit floats on a CUDA device, which computes in"
+                f" float32: got {call.compute}"
+            )
+        if self.place.kind == "numpy":
+            return call
+        given = [array for array in (q, k, v) if array is not None]
+        result = given[0].dtype if len({array.dtype for array in given}) == 1 else call.compute
+        q, k, v = (
+            self._launch.empty(getattr(call, name).shape, given[0].dtype)
+            if array is None
+            else array
+            for name, array in zip("qkv", (q, k, v), strict=True)
+        )
+        return dataclasses.replace(call, q=q, k=k, v=v, mask=mask, result=result)
+
+    def token(
+        self, q: Any, k: Any, v: Any, batch: tuple[int, ...], _dim: int,
+        sequences: int | None = None, /,
+    ) -> tuple[tuple[Any, Any, Any], bool]:  # fmt: skip
+        if sequences is not None or len(q.shape) != len(batch) + 1:
+            return (q, k, v), False
+        q, k, v = (x.reshape(*x.shape[:-1], 1, x.shape[-1]) for x in (q, k, v))
+        return (q, k, v), True
+
+    def cotangent(self, call: Call, grad_out: Any) -> Any:
+        grad = self.place.taken("grad_out", grad_out)
+        if grad.shape != call.out_shape:
+            raise ValueError(f"grad_out must have shape {call.out_shape}, got {grad.shape}")
+        return grad
+
+    def outputs(self, call: Call, out: Any = None) -> tuple[Any, Any]:
+        result = self.place.room(call, out)
+        return result, result
+
+    def finish(self, call: Call, result: Any, target: Any, out: Any = None, /) -> Any:
+        if target is not result:
+            self._launch.convert(target, result)
+        return self.place.give(result, call.result) if out is None else out
+
+    # States: no decay, and no tokens that wait
+
+    def has_tails(self, _arrays: States, /) -> bool:
+        return False
+
+    def fold_tails(self, _form: StateForm, _arrays: States, /) -> None:
+        pass
+
+    def lower_states(self, _form: StateForm, _arrays: States, _by: Array, /) -> NoReturn:
+        raise ValueError("decay cannot be used on a CUDA device")
+
+    def state_parts(self, form: StateForm, arrays: States) -> StateParts:
+        return StateParts(*self.state_sums(form, arrays))
+
+    def states_of(self, _form: StateForm, _parts: StateParts, /) -> NoReturn:
+        raise ValueError("a state cannot be restored on a CUDA device: load it in main memory")
+
+    # Attention
+
+    def attend(
+        self, call: Call, out: Any, state: Any = None, normalizers: tuple[Any, Any] | None = None
+    ) -> None:
+        self._launch.attend(call, out, state, normalizers)
+
+    def attend_vjp(
+        self, call: Call, forward: Forward, grad: Any, final_state: Any = None
+    ) -> Cotangents:
+        assert forward.state is None
+        assert final_state is None
+        found = self._launch.attend_vjp(call, forward, grad)
+        like = (call.q.dtype, call.k.dtype, call.v.dtype)
+        q, k, v = (self.place.give(x, dtype) for x, dtype in zip(found, like, strict=True))
+        return Cotangents(q, k, v)
+
+    def projection_vjp(
+        self, _call: Call, _forward: Forward, _grad: Any, _final_state: Any = None, /
+    ) -> NoReturn:
+        raise ValueError("the gradient of the projection is not computed on a CUDA device")

@@ -1,0 +1,170 @@
+"""The contract of the engines, and the one place that chooses between them."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np.call import Call, Cotangents, Forward, Options, StateForm, StateParts, StateShape
+
+if TYPE_CHECKING:
+    from favor_np.cpu.engine import CPU
+    from favor_np.features import FeatureMap
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Engine(Protocol):
+    """What computes attention, on arrays that lie in main memory or on a device.
+
+    An engine checks arrays of the caller's, makes those of the result, and gives them back as what
+    the caller has.  States are arrays (c, S, z) in a layout of its own, a row each.
+    """
+
+    @property
+    def home(self) -> str:
+        """Where its arrays lie, for messages: "in main memory", "on a CUDA device"."""
+
+    @property
+    def dtype(self) -> np.dtype[Any] | None:
+        """The one dtype of its states; None if they may be float32 or float64."""
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """Names of options that it does not have."""
+
+    # Arrays of the caller
+
+    def receive(self, **arrays: Any) -> tuple[Engine, list[Any]]:
+        """Return the engine for arrays that come to a state of this one, and the arrays as it reads them."""
+
+    def views(self, **arrays: Any) -> list[Any]:
+        """Return arrays as `check` takes them."""
+
+    def to_host(self, array: Any) -> Any:
+        """Return an array in main memory."""
+
+    def check(
+        self, q: Any, k: Any, v: Any, feature_map: FeatureMap | None = None,
+        state: StateShape | None = None, **options: Unpack[Options],
+    ) -> Call:  # fmt: skip
+        """Check the arguments of a call: see `check_call`."""
+
+    def token(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        batch: tuple[int, ...],
+        dim: int,
+        sequences: int | None = None,
+        /,
+    ) -> tuple[tuple[Any, Any, Any], bool]:
+        """Return one token, or one of each sequence, as rows; and whether it came without their axis."""
+
+    def cotangent(self, call: Call, grad_out: Any) -> Any:
+        """Check the cotangent of a result."""
+
+    def outputs(self, call: Call, out: Any = None) -> tuple[Any, Any]:
+        """Return the array of the result, `out` if given, and the C-ordered one to compute it in.
+
+        The second is the first if that will do.
+        """
+
+    def finish(self, call: Call, result: Any, target: Any, out: Any = None, /) -> Any:
+        """Return the result as the caller gets it, `out` if it was given."""
+
+    # States
+
+    def new_states(self, form: StateForm, count: int) -> Any:
+        """Return so many states of no keys."""
+
+    def copy_states(self, arrays: Any) -> Any:
+        """Return a copy of states."""
+
+    def merge_states(self, into: Any, other: Any) -> None:
+        """Add states `other`, without tails, to the states `into`."""
+
+    def has_tails(self, arrays: Any, /) -> bool:
+        """Whether tokens wait in the states to be folded together."""
+
+    def fold_tails(self, form: StateForm, arrays: Any, /) -> None:
+        """Fold them."""
+
+    def lower_states(self, form: StateForm, arrays: Any, by: Array, /) -> None:
+        """Take so much off the exponents of each state."""
+
+    def state_sums(self, form: StateForm, arrays: Any) -> tuple[Array, Array, Array]:
+        """Return copies of (c, S, z) in main memory, without padding."""
+
+    def state_parts(self, form: StateForm, arrays: Any) -> StateParts:
+        """Return copies of all that states hold, as any machine would have it."""
+
+    def states_of(self, form: StateForm, parts: StateParts, /) -> Any:
+        """Return states from their parts."""
+
+    # Attention
+
+    def normalizers(self, out: Any) -> tuple[Any, Any]:
+        """Return arrays for the denominators of rows, (w, top) for w * 2**top; zeros if there is no key."""
+
+    def attend(
+        self, call: Call, out: Any, state: Any = None, normalizers: tuple[Any, Any] | None = None
+    ) -> None:
+        """Fold keys and values, read with queries into the C-ordered `out`; on from a state and into it."""
+
+    def attend_vjp(
+        self, call: Call, forward: Forward, grad: Any, final_state: Any = None
+    ) -> Cotangents:
+        """Pull `grad`, and the cotangent of the last state, back through `attend`."""
+
+    def projection_vjp(
+        self, call: Call, forward: Forward, grad: Any, final_state: Any = None, /
+    ) -> tuple[Array, Array, Array]:
+        """Return the cotangents of weights and biases for each job, and the head of each job."""
+
+
+def refuse(engine: Engine, **options: object) -> None:
+    """Refuse options that the engine does not have."""
+    for name in engine.refused.intersection(options):
+        if options[name] not in (None, False):
+            raise ValueError(f"{name} cannot be used {engine.home}")
+
+
+@functools.cache
+def processor() -> CPU:
+    """Return the engine of the processor; the first call loads Numba."""
+    from favor_np.cpu.engine import CPU
+
+    return CPU()
+
+
+def engine_on(device: object) -> Engine:
+    """Return the engine for states in main memory, or on the `device` named."""
+    if device is None:
+        return processor()
+    from favor_np.cuda.arrays import place
+
+    found = place(device)
+    if found is None:
+        return processor()
+    from favor_np.cuda.engine import CUDA
+
+    return CUDA(found)
+
+
+def engine_for(device: object, q: Any, k: Any, v: Any, key_mask: Any = None) -> Engine:
+    """Return the engine that computes with these arrays: where they lie, or on the `device` named."""
+    if device is None and type(q) is type(k) is type(v) is np.ndarray:
+        return processor()
+    from favor_np.cuda.arrays import place
+
+    found = place(device, q=q, k=k, v=v, key_mask=key_mask)
+    if found is None:
+        return processor()
+    from favor_np.cuda.engine import CUDA
+
+    return CUDA(found)

@@ -1,0 +1,152 @@
+"""Who attends to whom: tables of jobs, as functions of shapes, for both engines.
+
+A job is a row of integers: its columns have the names below, and every table has them up to the last that
+its kernel reads.  The names are frozen into machine code, so ``kernels.jit`` digests them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np.tables import kept
+
+Array: TypeAlias = npt.NDArray[Any]
+Shape: TypeAlias = tuple[int, ...]
+
+#: Of attention: the first rows of keys, values and mask (-1: there is none), how many keys; the first block of
+#: the map's weights; the slot of the state (-1: there is none); how many queries; the rows of W.
+K_ROW, V_ROW, MASK_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(8)
+#: Of its gradient besides: the side that reads (1: keys), the first rows of the head's queries, of its results
+#: and of its gradients of keys and values, and the number of the job.
+SIDE, Q_ROW, OUT_ROW, GRAD_ROW, NUMBER = range(8, 13)
+#: Of exact attention besides: the position of the first query.  Of its gradient: the number of the problem, the
+#: position of the first key, how many positions further the next block of keys is, the first row of the part's dq.
+START, STRIDE, DQ_ROW = range(13, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Jobs:
+    """One job for each state, with the group of queries that reads it and the rows that these write.
+
+    `clocks` is empty, or has how far each job's first key is raised, in log2, and by how much more every
+    further one.
+    """
+
+    table: Array
+    q_rows: Array
+    out_rows: Array
+    clocks: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in vars(self).values())
+
+    def skip_keys(self, start: Any) -> None:
+        """Let every job begin at its key number `start`, in place."""
+        skip_rows(self.table, start)
+        if len(self.clocks):
+            self.clocks[:, 0] += start * self.clocks[:, 1]
+
+    def take(self, rows: Any) -> Jobs:
+        """Return some of the jobs."""
+        clocks = self.clocks[rows] if len(self.clocks) else self.clocks
+        return Jobs(self.table[rows], self.q_rows[rows], self.out_rows[rows], clocks)
+
+
+def skip_rows(table: Array, start: Any) -> None:
+    """Move the rows of keys, values and mask, where there is one."""
+    table[:, [K_ROW, V_ROW]] += np.reshape(start, (-1, 1))
+    table[:, MASK_ROW] += np.where(table[:, MASK_ROW] < 0, 0, start)
+
+
+_NO_CLOCKS = np.zeros((0, 2))
+
+
+def jobs_without_rows(slots: int, rows: int) -> Jobs:
+    """Return jobs that only fold the tail of each slot."""
+    table = np.zeros((slots, ROWS + 1), np.int64)
+    table[:, MASK_ROW], table[:, SLOT], table[:, ROWS] = -1, np.arange(slots), rows
+    nothing = np.empty((slots, 0), np.int64)
+    return Jobs(table, nothing, nothing, _NO_CLOCKS)
+
+
+class Shapes(NamedTuple):
+    """The shapes of arrays that broadcast (validated before), and of the batch of states, if there are any.
+
+    If they are grouped the last of the leading axes holds the heads, and several query heads share one head
+    of keys and values.
+    """
+
+    q: Shape
+    k: Shape
+    v: Shape
+    mask: Shape | None = None
+    grouped: bool = False
+    state: Shape | None = None
+
+
+@kept(256, lambda of: of.nbytes)
+def broadcast_jobs(
+    shapes: Shapes, heads: int | None = None, blocks: int = 0, rows: int = 0
+) -> Jobs:
+    """Return the jobs for a map of so many heads, or for exact attention.
+
+    Each head has so many blocks of weights, and its projection so many rows.
+    """
+    (q, q_length), (k, k_length) = ((x[:-2], x[-2]) for x in (shapes.q, shapes.k))
+    v, mask = shapes.v[:-2], None if shapes.mask is None else shapes.mask[:-1]
+    state, grouped = shapes.state, shapes.grouped
+    state_shape = np.broadcast_shapes(k, v, mask or (), (heads,) if heads else (), state or ())
+    q_full, state_full = q, state_shape
+    if grouped:
+        q_full = (*q[:-1], state_shape[-1], q[-1] // state_shape[-1])
+        state_full = (*state_shape, 1)
+    full = np.broadcast_shapes(q_full, state_full)
+    count = math.prod(state_shape)
+
+    def index(shape: Shape, into: Shape) -> Array:
+        numbers = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+        return np.broadcast_to(numbers, into).ravel()
+
+    group = math.prod(full) // max(count, 1)
+    order = np.argsort(index(state_full, full), kind="stable").reshape(count, group)
+    head = index((heads,), state_shape) if heads else np.zeros(count, np.int64)
+    table = np.empty((count, ROWS + 1), np.int64)
+    table[:, K_ROW] = index(k, state_shape) * k_length
+    table[:, V_ROW] = index(v, state_shape) * k_length
+    table[:, MASK_ROW] = -1 if mask is None else index(mask, state_shape) * k_length
+    table[:, KEYS], table[:, QUERIES] = k_length, q_length
+    table[:, BLOCK], table[:, ROWS] = head * blocks, rows
+    table[:, SLOT] = -1 if state is None else np.arange(count)
+    return Jobs(
+        table,
+        np.ascontiguousarray(index(q_full, full)[order] * q_length),
+        np.ascontiguousarray(order * max(q_length, 1)),  # without rows the head's number still
+        _NO_CLOCKS,
+    )
+
+
+def packed(of: Jobs, offsets: Array) -> Jobs:
+    """Cut every job into one for each sequence offsets[i]:offsets[i + 1], the longest first.
+
+    Slots are numbered state by state and, within each, sequence by sequence; the clocks of `of` are
+    those of the slots.
+    """
+    count, lengths = len(offsets) - 1, np.diff(offsets)
+    owner, sequence = np.divmod(np.arange(len(of.table) * count), count)
+    start, length = offsets[sequence], lengths[sequence]
+    table = of.table[owner]
+    skip_rows(table, start)
+    for column in (KEYS, QUERIES):  # none where there were none
+        table[:, column] = np.minimum(table[:, column], length)
+    table[:, SLOT] = np.where(table[:, SLOT] < 0, -1, owner * count + sequence)
+    q_rows, out_rows = of.q_rows[owner] + start[:, None], of.out_rows[owner] + start[:, None]
+    cut = Jobs(table, q_rows, out_rows, of.clocks)
+    order = np.argsort(-length, kind="stable")
+    return cut.take(order[length[order] > 0])

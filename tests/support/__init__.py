@@ -1,0 +1,1 @@
+"""What tests share: inputs, the oracle, tolerances, thresholds, child processes."""

@@ -1,0 +1,141 @@
+"""Arrays that begin or end at a page that nobody may touch: one element too far is a fault.
+
+Run as a program (python -m support.guard), it makes every kind of call on such arrays.
+"""
+
+import ctypes
+import functools
+import itertools
+import mmap
+import sys
+
+import numpy as np
+
+from favor_np import (
+    AttentionState,
+    FeatureMap,
+    diagnose,
+    exact_attention,
+    exact_attention_vjp,
+    favor_attention,
+    favor_attention_vjp,
+)
+from favor_np.call import Forward
+from favor_np.cpu.kernels import bfloat16
+from favor_np.engine import processor
+from support.tuning import tuned
+from support.workspaces import forget_workspaces
+
+PAGE = mmap.PAGESIZE
+
+
+def guarded(shape, dtype, front=False):
+    """Zeros of this shape that end (or begin) at a page without access."""
+    count, dtype = int(np.prod(shape)), np.dtype(dtype)
+    size = count * dtype.itemsize
+    pages = -(-max(size, 1) // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for address in (base, base + (pages + 1) * PAGE):
+        if protect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE if front else PAGE + pages * PAGE - size
+    return np.frombuffer(memory, dtype, count, offset).reshape(shape)
+
+
+def inputs(dtype, front):
+    rng = np.random.default_rng(0)
+    for L, Lk, d, dv, rows in [
+        (1, 1, 1, 1, 1),
+        (3, 5, 2, 7, 3),
+        (16, 16, 16, 16, 16),
+        (64, 65, 15, 17, 33),
+        (130, 129, 17, 1, 65),
+        (63, 200, 33, 31, 130),
+    ]:
+        arrays = []
+        for shape in ((2, L, d), (2, Lk, d), (2, Lk, dv)):
+            array = guarded(shape, dtype, front)
+            array[...] = rng.standard_normal(shape)
+            arrays.append(array)
+        mask = guarded((2, Lk), bool, front)
+        mask[...] = rng.random((2, Lk)) < 0.7
+        yield *arrays, mask, guarded((2, L, dv), dtype, front), rng.standard_normal((rows, d))
+
+
+def attend_and_differentiate(q, k, v, mask, out, W, kind, antithetic, front):
+    """Every call with a map."""
+    dtype, fm = q.dtype.type, FeatureMap.from_projection(W, kind, antithetic=antithetic)
+    causal = as_many(q, k, v, front)
+    favor_attention(q, k, v, fm, key_mask=mask, out=out)
+    favor_attention(*causal, fm, causal=True)
+    favor_attention(*causal, fm, causal=True, num_threads=3)
+    favor_attention(*(30 * x for x in causal), fm, causal=True)
+    if dtype == np.float32:
+        half = {"precision": "bfloat16"}
+        favor_attention(q, k, v, fm, key_mask=mask, out=out, **half)
+        favor_attention(*causal, fm, causal=True, **half)
+        favor_attention(*causal, fm, causal=True, num_threads=3, **half)
+    if kind == "positive":
+        diagnose(q, k, v, fm, key_mask=mask)
+        diagnose(*causal, fm, causal=True)
+    state = AttentionState.zeros(fm, v.shape[-1], (2,), dtype=dtype)
+    state.update(k, v, mask)
+    state.attend(q)
+    state.step(q[:, 0], k[:, 0], v[:, 0])
+    gradients = favor_attention_vjp(q, k, v, fm, key_mask=mask)[1](out)
+    gradients.projection  # noqa: B018 (it is computed when it is asked for)
+    for by in (1, 30):
+        arrays = [by * x for x in causal]
+        result, pullback = favor_attention_vjp(*arrays, fm, causal=True)
+        pullback(result)
+
+
+def attend_exactly(q, k, v, mask, out, front):
+    """Every call without a map; also with weights and gradients that are guarded."""
+    causal = as_many(q, k, v, front)
+    exact_attention(q, k, v, key_mask=mask)
+    exact_attention(*causal, causal=True)
+    if q.dtype == np.float32:
+        exact_attention(q, k, v, key_mask=mask, precision="bfloat16")
+        exact_attention(*causal, causal=True, precision="bfloat16")
+    exact_attention_vjp(*causal, causal=True)[1](causal[2])
+    call = processor().check(q, k, v, key_mask=mask, num_threads=1)
+    call.scale = 0.3
+    normalizers = [guarded(x.size, x.dtype, front) for x in call.engine.normalizers(out)]
+    grads = [guarded(x.shape, x.dtype, front) for x in (q, k, v)]
+    call.engine.attend_exact(call, out, normalizers)
+    call.engine.exact_vjp(call, Forward(out, normalizers), out, grads)
+
+
+def as_many(q, k, v, front):
+    """As many queries as keys, at the guarded end."""
+    n = min(q.shape[1], k.shape[1])
+    return [x[:, :n] if front else x[:, -n:] for x in (q, k, v)]
+
+
+def main():
+    bfloat16.amx_unavailable()  # asks the system for the matrix unit
+    kinds = (np.float32, False), (np.float32, True), (np.float64, False)
+    for (dtype, planes), front in itertools.product(kinds, (False, True)):
+        forget_workspaces()
+        with (
+            # Three threads share what is not shorter.
+            tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=2, USE_BF16X3=planes),
+            # The kernels' own arrays too: workspaces, packed weights, states.
+            tuned(aligned=functools.partial(guarded, front=front)),
+        ):
+            for q, k, v, mask, out, W in inputs(dtype, front):
+                for kind, antithetic in (("positive", False), ("positive", True), ("elu", False)):
+                    attend_and_differentiate(q, k, v, mask, out, W, kind, antithetic, front)
+                attend_exactly(q, k, v, mask, out, front)
+    print("no fault")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["fault"]:  # to see that a fault is one
+        np.lib.stride_tricks.as_strided(guarded(3, np.float32), (4,))[3]
+        print("no fault")
+    else:
+        main()

@@ -1,0 +1,134 @@
+"""Time the GPU benchmarks without asv, beside what else is installed: python tools/gpu.py.
+
+Prints a table: the time of each call, and the floor by roofline.py; exact attention of PyTorch and
+linear attention of fla are timed where they are there.  Fails where there is no GPU.
+"""
+
+import functools
+import itertools
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "asv_benchmarks"), str(ROOT)]
+os.environ["FAVOR_NP_BENCH"] = "full"
+
+from benchmarks import bench_cuda
+from benchmarks.common import feature_map, inputs, sized
+
+import favor_np
+
+#: Calls that follow each other.
+ROW = 10
+
+
+class Times(NamedTuple):
+    """Seconds of a call: alone, until the GPU has done it; and of each of many that follow each other."""
+
+    alone: float
+    in_a_row: float
+
+
+def times(call, *, seconds=0.5):
+    """Medians, over at least seven calls alone and five rows."""
+    bench_cuda.finished(call)
+    return Times(
+        _median(lambda: bench_cuda.finished(call), 7, seconds),
+        _median(lambda: bench_cuda.finished(lambda: [call() for _ in range(ROW)]), 5, seconds)
+        / ROW,
+    )
+
+
+def _median(call, least, seconds):
+    found = []
+    begin = time.perf_counter()
+    while len(found) < least or (time.perf_counter() - begin < seconds and len(found) < 1000):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def ours():
+    """Every case of bench_cuda, forwards with `out` as well."""
+    for kind in (bench_cuda.Forward, bench_cuda.Gradient, bench_cuda.RoundTrip, bench_cuda.Decode):
+        (name,) = (name for name in dir(kind) if name.startswith("time_"))
+        for values in itertools.product(*kind.params):
+            benchmark = kind()
+            benchmark.setup(*values)
+            call = functools.partial(getattr(benchmark, name), *values)
+            if kind is not bench_cuda.RoundTrip:
+                call = getattr(benchmark, "call", None) or benchmark.step  # which do not wait
+            yield f"{kind.__name__} {' '.join(map(str, values))}", times(call)
+            if kind is bench_cuda.Forward:
+                room = bench_cuda.cuda().device_array_like(bench_cuda.on_device(values[1])[2])
+                call = bench_cuda.forward(*values, out=room)
+                yield f"Forward {' '.join(values)} out=", times(call)
+
+
+def rivals():
+    """Exact attention of PyTorch, and fla's linear attention, of the same sizes."""
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: no rivals")
+        return
+    if not torch.cuda.is_available():
+        print("this PyTorch has no CUDA: no rivals")
+        return
+    attend = torch.nn.functional.scaled_dot_product_attention
+    for size, causal in itertools.product(bench_cuda.SIZES, (True, False)):
+        n = sized(size)
+        q, k, v = (torch.tensor(x, device="cuda") for x in inputs(n["L"], n["d"], n["H"]))
+        for dtype in (torch.float32, torch.bfloat16):
+            arrays = [x.to(dtype) for x in (q, k, v)]
+            name = f"torch exact {str(dtype)[6:]} {'causal' if causal else 'full'} {size}"
+            yield name, times(functools.partial(attend, *arrays, is_causal=causal))
+        if causal:
+            fm = feature_map(n["m"], n["d"])
+            for dtype in (torch.float32, torch.bfloat16):
+                arrays = [x.to(dtype) for x in (q, k, v)]
+                call = functools.partial(favor_np.favor_attention, *arrays, fm, causal=True)
+                yield f"favor_np of torch {str(dtype)[6:]} causal {size}", times(call)
+            yield from _fla(size, q, k, v)
+
+
+def _fla(size, q, k, v):
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError:
+        print("fla is not installed")
+        return
+    turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    yield (
+        f"fla chunk_linear_attn {size} (its keys are its features)",
+        times(lambda: chunk_linear_attn(*turned)),
+    )
+
+
+def floors():
+    """Seconds that the forward kernels need at least, by the roofline."""
+    import roofline
+
+    for kind, size in itertools.product(bench_cuda.KINDS, bench_cuda.SIZES):
+        n = sized(size)
+        costs = roofline.costs((1, n["H"]), n["L"], causal=kind == "causal")
+        for name, gpu in roofline.GPUS.items():
+            floor = sum(c.floor(gpu) for c in costs.values())
+            yield f"floor {name} {kind} {size}", Times(floor, floor)
+
+
+def main():
+    """Print all."""
+    bench_cuda.cuda()
+    print("   µs: alone    in a row")
+    for name, found in itertools.chain(floors(), ours(), rivals()):
+        print(f"{1e6 * found.alone:12.1f}{1e6 * found.in_a_row:12.1f}  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
