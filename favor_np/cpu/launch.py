@@ -109,7 +109,7 @@ def attend(
 
 
 def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
-    """Fold and read smaller values: fill in what has overflowed in `out`, and bring the state up to date."""
+    """Fill in the rows that have overflowed, and bring the state up to date, by way of smaller values."""
     power, rows = scaling.POWER[v.itemsize], np.empty_like(out)
     form, after = StateForm(call.map, v.dtype, v.shape[-1]), None
     if state is not None:

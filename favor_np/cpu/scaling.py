@@ -1,7 +1,8 @@
 """Numbers near the largest float: what overflows where it is summed is computed anew, scaled.
 
-Attention is linear in the values, so it may be computed from values that are smaller by a power of two, which
-is exact.  Only what has overflowed is replaced: nothing else depends on how large other values are.
+Attention is linear in the values, so it may be computed from values that are smaller by a power of
+two, which is exact.  Only what has overflowed is replaced: nothing else depends on how large other
+values are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ POWER = {4: 96, 8: 768}
 
 
 def power_of(*rows: Array) -> int:
-    """Return by which power of two rows are to be scaled down, as `rows_of` returns them; 0 if none is large."""
+    """Return by which power of two to scale arrays of `rows_of` down: 0 if none holds a large number."""
     return POWER[rows[0].itemsize] if any(map(holds_large, rows)) else 0
 
 
@@ -41,7 +42,7 @@ def scaled_states(arrays: Any, s_power: int, z_power: int) -> Any:
 
 
 def means(small: Array, power: int) -> Array:
-    """Return ``small * 2**power``, means of finite numbers: what only rounding makes infinite is not."""
+    """Return means ``small * 2**power``: the largest float where only rounding makes one infinite."""
     large = scaled(small, power)
     over = np.isinf(large) & np.isfinite(small)
     large[over] = np.copysign(np.finfo(large.dtype).max, large[over])
@@ -54,7 +55,7 @@ def fill(array: Array, other: Array) -> None:
 
 
 def keep_in_range(arrays: Any, s_power: int = 0, z_power: int = 0) -> None:
-    """Multiply S and z of states with powers of two, and raise c where features have large sums then.
+    """Multiply S and z of states with powers of two, and raise c where their sums are large then.
 
     So whatever is folded, merged or read next is far from the largest float.
     """
