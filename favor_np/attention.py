@@ -18,26 +18,46 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @overload
 def favor_attention(
-    q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
-    causal: bool = ..., key_mask: npt.ArrayLike | None = ...,
-    cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
-    decay: npt.ArrayLike | None = ..., window: int | None = ...,
-    state: AttentionState | None = ..., return_state: Literal[False] = ...,
-    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
-    num_threads: int | None = ..., check_finite: bool = ...,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    causal: bool = ...,
+    key_mask: npt.ArrayLike | None = ...,
+    cu_seqlens: npt.ArrayLike | None = ...,
+    enable_gqa: bool = ...,
+    decay: npt.ArrayLike | None = ...,
+    window: int | None = ...,
+    state: AttentionState | None = ...,
+    return_state: Literal[False] = ...,
+    out: Array | None = ...,
+    precision: Literal["full", "bfloat16"] = ...,
+    num_threads: int | None = ...,
+    check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
-) -> Array: ...  # fmt: skip
+) -> Array: ...
 @overload
 def favor_attention(
-    q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, feature_map: FeatureMap, *,
-    causal: bool = ..., key_mask: npt.ArrayLike | None = ...,
-    cu_seqlens: npt.ArrayLike | None = ..., enable_gqa: bool = ...,
-    decay: npt.ArrayLike | None = ..., window: int | None = ...,
-    state: AttentionState | None = ..., return_state: Literal[True],
-    out: Array | None = ..., precision: Literal["full", "bfloat16"] = ...,
-    num_threads: int | None = ..., check_finite: bool = ...,
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    feature_map: FeatureMap,
+    *,
+    causal: bool = ...,
+    key_mask: npt.ArrayLike | None = ...,
+    cu_seqlens: npt.ArrayLike | None = ...,
+    enable_gqa: bool = ...,
+    decay: npt.ArrayLike | None = ...,
+    window: int | None = ...,
+    state: AttentionState | None = ...,
+    return_state: Literal[True],
+    out: Array | None = ...,
+    precision: Literal["full", "bfloat16"] = ...,
+    num_threads: int | None = ...,
+    check_finite: bool = ...,
     device: Literal["cpu", "cuda"] | None = ...,
-) -> tuple[Array, AttentionState]: ...  # fmt: skip
+) -> tuple[Array, AttentionState]: ...
 def favor_attention(
     q: npt.ArrayLike,
     k: npt.ArrayLike,
@@ -104,8 +124,8 @@ def favor_attention(
         "bfloat16", on the CPU only: matrix products of numbers rounded to 8 bits, summed in
         float32; not for float64.  About twice as fast on processors with a matrix unit (AMX), 1.4
         times on others with AVX512_BF16, slower elsewhere (`favor-np info` tells); it adds an error
-        of about 0.003 of the result.  Rounding is relative to each value: subtract a mean of `v` that
-        is much larger than its spread, and add it to the result.
+        of about 0.003 of the result.  Rounding is relative to each value: subtract a mean of `v`
+        that is much larger than its spread, and add it to the result.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
@@ -160,10 +180,23 @@ def favor_attention(
     array([1.        , 0.5       , 0.33333333])
     """
     call = check(
-        q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        enable_gqa=enable_gqa, decay=decay, window=window, state=state, return_state=return_state,
-        precision=precision, num_threads=num_threads, check_finite=check_finite, device=device,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        feature_map,
+        causal=causal,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        enable_gqa=enable_gqa,
+        decay=decay,
+        window=window,
+        state=state,
+        return_state=return_state,
+        precision=precision,
+        num_threads=num_threads,
+        check_finite=check_finite,
+        device=device,
+    )
     result, target = call.engine.outputs(call, out)
     after = state_after(call, state) if return_state or state is not None else None
     attend(call, target, after)
@@ -175,24 +208,37 @@ def favor_attention(
 
 
 def check(
-    q: Any, k: Any, v: Any, feature_map: object, *,
-    cu_seqlens: object = None, decay: object = None, window: object = None, state: object = None,
-    return_state: object = False, precision: object = "full", device: object = None,
+    q: Any,
+    k: Any,
+    v: Any,
+    feature_map: object,
+    *,
+    cu_seqlens: object = None,
+    decay: object = None,
+    window: object = None,
+    state: object = None,
+    return_state: object = False,
+    precision: object = "full",
+    device: object = None,
     **options: Unpack[Options],
-) -> Call:  # fmt: skip
+) -> Call:
     """Check the arguments of `favor_attention`."""
     engine = engine_for(device, q, k, v, options.get("key_mask"))
     if engine.refused:
         refuse(engine, decay=decay, window=window, check_finite=options.get("check_finite"))
-        q, k, v, options["key_mask"] = engine.views(q=q, k=k, v=v, key_mask=options.get("key_mask"))
+        q, k, v, options["key_mask"] = engine.views(q, k, v, options.get("key_mask"))
     fm = checked(feature_map, ATTENTION_KINDS)
     before = None if state is None else _checked_state(state, fm, engine)
     call = engine.check(q, k, v, fm, before, **options)
-    keeps = validation.flag("return_state", return_state) or before is not None
+    keeps = before is not None
+    if return_state is not False:
+        keeps |= validation.flag("return_state", return_state)
     if cu_seqlens is not None:
         cu_seqlens = engine.to_host(cu_seqlens)
         call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
-    rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
+    rates = None
+    if decay is not None:
+        rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
     if before is not None:
         if before.dtype != call.compute:
             raise TypeError(

@@ -1,10 +1,10 @@
-"""One call of attention: what a user asked for, checked once, and carried as one object to an engine."""
+"""One call of attention: what a user asked for, checked once, as one object for an engine."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
+#: Queries, keys, values and mask, as the caller gave them.
+Arrays: TypeAlias = tuple[Any, Any, Any, Any]
 
 
 class DecayOffsets(NamedTuple):
@@ -194,18 +196,21 @@ def check_call(
     v: object,
     feature_map: FeatureMap | None = None,
     state: StateShape | None = None,
-    **options: Unpack[Options],
+    *,
+    key_mask: object = None,
+    causal: object = False,
+    enable_gqa: object = False,
+    check_finite: object = False,
+    num_threads: object = None,
+    dtype: np.dtype[Any] | None = None,
 ) -> Call:
     """Check the arguments that all attention functions take.
 
     With a state, `q` may be None, or `k` and `v`: there are none of them.
     """
-    get = options.get
-    causal, grouped = get("causal", False), get("enable_gqa", False)
-    check = get("check_finite", False)
     # A step is short: what is True or False need not be checked by a call.
     is_causal = causal is True or (causal is not False and validation.flag("causal", causal))
-    is_grouped = grouped is not False and validation.flag("enable_gqa", grouped)
+    is_grouped = enable_gqa is not False and validation.flag("enable_gqa", enable_gqa)
     dim = heads = batch_shape = value_dim = mask = None
     if feature_map is not None:
         dim, heads = feature_map.dim, feature_map.num_heads
@@ -217,7 +222,6 @@ def check_call(
             k = np.empty((*batch_shape, 0, dim or 0), np.float32)
             v = np.empty((*batch_shape, 0, value_dim), np.float32)
     q, k, v = validation.tensor("q", q), validation.tensor("k", k), validation.tensor("v", v)
-    key_mask = get("key_mask")
     if key_mask is not None:
         mask = validation.mask_of(key_mask, k.shape[-2])
     state_shape, out_shape = call_shapes(
@@ -226,14 +230,24 @@ def check_call(
         is_causal,
         is_grouped,
     )
-    dtype = options.get("dtype")
-    if check is not False and validation.flag("check_finite", check):
+    if check_finite is not False and validation.flag("check_finite", check_finite):
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)
     return Call(
-        engine, q, k, v, mask, feature_map, is_causal, is_grouped,
-        validation.thread_count(get("num_threads")), state_shape, out_shape, result, compute,
-    )  # fmt: skip
+        engine,
+        q,
+        k,
+        v,
+        mask,
+        feature_map,
+        is_causal,
+        is_grouped,
+        None if num_threads is None else validation.integer("num_threads", num_threads),
+        state_shape,
+        out_shape,
+        result,
+        compute,
+    )
 
 
 def decay_offsets(rates: Array | None, sequences: int = 1) -> DecayOffsets | None:
@@ -251,9 +265,10 @@ def call_shapes(
     causal: bool,
     grouped: bool,
 ) -> tuple[Shape, Shape]:
-    """Check the shapes of q, k, v and key_mask; those of keys and values together, and of the result.
+    """Check the shapes of q, k, v and key_mask; return those of a state and of the result.
 
-    `wanted` are dimension and heads of a feature map, and the shape and length of values of a state.
+    `wanted` are dimension and heads of a feature map, and the shape and length of values of a
+    state.
     """
     (q, k, v, mask), (dim, heads, state, value_dim) = arrays, wanted
     if dim is None and q[-1] == 0:

@@ -136,11 +136,11 @@ def diagnose(
     rows of one length ("spherical", "sqrt") bring such a bias, some rows are compared with exact
     attention, and all standard errors enlarged by the same factor.
 
-    All rows share one draw of the features, so far more or fewer than 95% of the errors of one call may
-    be within 1.96 standard errors; the share is right in the mean over draws.
+    All rows share one draw of the features, so far more or fewer than 95% of the errors of one call
+    may be within 1.96 standard errors; the share is right in the mean over draws.
 
-    Errors are distances from softmax attention.  A model that was trained with FAVOR+ itself does not
-    approximate that: it is tied to its own projection, see `recommend`.
+    Errors are distances from softmax attention.  A model that was trained with FAVOR+ itself does
+    not approximate that: it is tied to its own projection, see `recommend`.
 
     Examples
     --------
@@ -167,17 +167,20 @@ def diagnose(
     scale = _mean_square(output)
     relative = math.sqrt(_mean_square(error) / scale) if scale else 0.0
     return Diagnosis(
-        output.astype(call.result, copy=False), error, sizes, relative,
+        output.astype(call.result, copy=False),
+        error,
+        sizes,
+        relative,
         _warnings(sizes, relative, feature_map),
-    )  # fmt: skip
+    )
 
 
 @functools.lru_cache(maxsize=64)
 def _groups(fm: FeatureMap) -> tuple[int, int, bool]:
-    """Return how many rows make a group, independent of all others, how many do, and if all err alike.
+    """Return how many rows make an independent group, how many groups, and if all err alike.
 
-    Whole blocks if the rows are orthogonal in blocks; at least eight groups if there are enough rows,
-    and then as large ones as a tile of the kernel takes.
+    Whole blocks if the rows are orthogonal in blocks; at least eight groups if there are enough
+    rows, and then as large ones as a tile of the kernel takes.
     """
     rows, dim = fm.projection.shape[-2:]
     cosine, length = structure(fm.projection.reshape(-1, rows, dim)[0])
@@ -200,9 +203,14 @@ def _error_bars(call: Call, errors: Array, sizes: Array, group: int, dof: int) -
     values = call.v.reshape(-1, call.keys, width)[:, sample].astype(np.float64)
     t_factor = stdtrit(dof * max(1, width), 0.975) / stdtrit(np.inf, 0.975)
     return ErrorBars(
-        errors.reshape(-1, width), sizes.reshape(-1), values.var(1).astype(call.compute),
-        float(dof), COMMON, float(t_factor), group,
-    )  # fmt: skip
+        errors.reshape(-1, width),
+        sizes.reshape(-1),
+        values.var(1).astype(call.compute),
+        float(dof),
+        COMMON,
+        float(t_factor),
+        group,
+    )
 
 
 def _mean_square(array: Array) -> float:

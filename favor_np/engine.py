@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.call import Call, Cotangents, Forward, Options, StateForm, StateParts, StateShape
+from favor_np.call import (
+    Arrays,
+    Call,
+    Cotangents,
+    Forward,
+    Options,
+    StateForm,
+    StateParts,
+    StateShape,
+)
 
 if TYPE_CHECKING:
     from favor_np.cpu.engine import CPU
@@ -38,19 +47,24 @@ class Engine(Protocol):
 
     # Arrays of the caller
 
-    def receive(self, **arrays: Any) -> tuple[Engine, list[Any]]:
-        """Return the engine for arrays that come to a state of this one, and the arrays as it reads them."""
+    def receive(self, q: Any, k: Any, v: Any, key_mask: Any = None) -> tuple[Engine, Arrays]:
+        """Return the engine for arrays given to a state of this one, and the arrays for `check`."""
 
-    def views(self, **arrays: Any) -> list[Any]:
+    def views(self, q: Any, k: Any, v: Any, key_mask: Any) -> Arrays:
         """Return arrays as `check` takes them."""
 
     def to_host(self, array: Any) -> Any:
         """Return an array in main memory."""
 
     def check(
-        self, q: Any, k: Any, v: Any, feature_map: FeatureMap | None = None,
-        state: StateShape | None = None, **options: Unpack[Options],
-    ) -> Call:  # fmt: skip
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        feature_map: FeatureMap | None = None,
+        state: StateShape | None = None,
+        **options: Unpack[Options],
+    ) -> Call:
         """Check the arguments of a call: see `check_call`."""
 
     def token(
@@ -63,10 +77,13 @@ class Engine(Protocol):
         sequences: int | None = None,
         /,
     ) -> tuple[tuple[Any, Any, Any], bool]:
-        """Return one token, or one of each sequence, as rows; and whether it came without their axis."""
+        """Return one token, or one a sequence, as rows; and whether the axis of rows was added."""
 
     def cotangent(self, call: Call, grad_out: Any) -> Any:
         """Check the cotangent of a result."""
+
+    def new_output(self, call: Call) -> Any:
+        """Return a new array for the result, in 32 bits at least."""
 
     def outputs(self, call: Call, out: Any = None) -> tuple[Any, Any]:
         """Return the array of the result, `out` if given, and the C-ordered one to compute it in.
@@ -109,12 +126,12 @@ class Engine(Protocol):
     # Attention
 
     def normalizers(self, out: Any) -> tuple[Any, Any]:
-        """Return arrays for the denominators of rows, (w, top) for w * 2**top; zeros if there is no key."""
+        """Return arrays for the denominators of rows: (w, top) for w * 2**top."""
 
     def attend(
         self, call: Call, out: Any, state: Any = None, normalizers: tuple[Any, Any] | None = None
     ) -> None:
-        """Fold keys and values, read with queries into the C-ordered `out`; on from a state and into it."""
+        """Fold keys and values, into `state` if there is one, and read with queries into `out`."""
 
     def attend_vjp(
         self, call: Call, forward: Forward, grad: Any, final_state: Any = None
@@ -157,7 +174,7 @@ def engine_on(device: object) -> Engine:
 
 
 def engine_for(device: object, q: Any, k: Any, v: Any, key_mask: Any = None) -> Engine:
-    """Return the engine that computes with these arrays: where they lie, or on the `device` named."""
+    """Return the engine for these arrays: where they lie, or on the `device` named."""
     if device is None and type(q) is type(k) is type(v) is np.ndarray:
         return processor()
     from favor_np.cuda.arrays import place

@@ -324,9 +324,13 @@ class FeatureMap:
         if method == "spherical":
             projection = search.spherical(projection.astype(np.float64)).astype(np.float32)
         return FeatureMap(
-            projection.astype(self.projection.dtype), self.kind, self.scale, self.antithetic,
-            self.kernel_epsilon, Calibration(*arrays),
-        )  # fmt: skip
+            projection.astype(self.projection.dtype),
+            self.kind,
+            self.scale,
+            self.antithetic,
+            self.kernel_epsilon,
+            Calibration(*arrays),
+        )
 
     @cached_property
     def dim(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -126,9 +125,9 @@ num_threads, check_finite, device
     refuse(engine, **{"state in a gradient": state, "return_state in a gradient": return_state})
     after = state_after(call, state) if return_state else None
     forward = attend_forward(call, state, after)
-    result, _ = engine.outputs(call)
-    if result.dtype == forward.out.dtype:
-        result = forward.out
+    result = forward.out
+    if call.result is not call.compute:
+        result, _ = engine.outputs(call)
     result = engine.finish(call, result, forward.out)
     if after is None:
         return result, pullback_of(call, forward, state)
@@ -140,9 +139,7 @@ def attend_forward(
 ) -> Forward:
     """Attend, and keep what the pullback needs beside the arguments."""
     engine = call.engine
-    _, out = engine.outputs(
-        replace(call, result=call.compute)
-    )  # what is rounded would round gradients
+    out = engine.new_output(call)  # what is rounded would round the gradients, too
     normalizers = engine.normalizers(out)
     if state is not None and after is None:
         after = state_after(call, state)

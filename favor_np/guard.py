@@ -1,4 +1,4 @@
-"""One call at a time changes an object, whoever else holds it; a call that did not end is noticed."""
+"""One call at a time changes an object; one that did not end is noticed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Guard:
     """Makes the calls that change an object one after the other, and tells if one did not end.
 
-    Threads wait for each other.  A signal handler cannot wait for the call that it interrupts: if that
-    one changes the object, the handler gets the error.
+    Threads wait for each other.  A signal handler cannot wait for the call that it interrupts: if
+    that one changes the object, the handler gets the error.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,13 +42,14 @@ class Guard:
         """Return `ends`; an error if a change has not ended, with the lock in our hands."""
         if self.ends % 2:
             raise RuntimeError(
-                f"this {self.name} is spoiled: a call that changed it was interrupted, so go on from a "
-                "copy or a file (or that call is still running, and this one comes from a signal handler)"
+                f"this {self.name} is spoiled: a call that changed it was interrupted, so go on "
+                "from a copy or a file (or that call is still running, and this one comes from "
+                "a signal handler)"
             )
         return self.ends
 
     def change(self, function: Callable[[A], T], given: A, spoils: bool = True) -> T:
-        """Return ``function(given)``, which changes the object; if it is interrupted, that is spoiled.
+        """Return ``function(given)``, which changes the object, and spoils it if interrupted.
 
         Without `spoils` it is not: what the function has done by then does no harm.
         """

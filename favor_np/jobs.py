@@ -1,7 +1,7 @@
 """Who attends to whom: tables of jobs, as functions of shapes, for both engines.
 
-A job is a row of integers: its columns have the names below, and every table has them up to the last that
-its kernel reads.  The names are frozen into machine code, so ``kernels.jit`` digests them.
+A job is a row of integers.  Its columns have the names below; a table ends with the last column
+that its kernel reads.  They are frozen into machine code, so ``kernels.jit`` digests them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from favor_np.tables import kept
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
-#: Of attention: the first rows of keys, values and mask (-1: there is none), how many keys; the first block of
-#: the map's weights; the slot of the state (-1: there is none); how many queries; the rows of W.
+#: Attention: the first rows of keys, values and mask (-1: there is none), how many keys; the first
+#: block of the map's weights; the slot of the state (-1: there is none); how many queries; the rows
+#: of W.
 K_ROW, V_ROW, MASK_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(8)
-#: Of its gradient besides: the side that reads (1: keys), the first rows of the head's queries, of its results
-#: and of its gradients of keys and values, and the number of the job.
+#: Its gradient besides: the side that reads (1: keys), the first rows of the head's queries, of its
+#: results and of its gradients of keys and values, and the number of the job.
 SIDE, Q_ROW, OUT_ROW, GRAD_ROW, NUMBER = range(8, 13)
-#: Of exact attention besides: the position of the first query.  Of its gradient: the number of the problem, the
-#: position of the first key, how many positions further the next block of keys is, the first row of the part's dq.
+#: Exact attention besides: the position of the first query.  Its gradient: the position of the
+#: first key, how many positions further the next block of keys is, and the first row of the part's
+#: dq; NUMBER is that of the problem.
 START, STRIDE, DQ_ROW = range(13, 16)
 
 
 @dataclass(frozen=True, eq=False)
 class Jobs:
-    """One job for each state, with the group of queries that reads it and the rows that these write.
+    """One job for each state, with the queries that read it and the rows that these write.
 
-    `clocks` is empty, or has how far each job's first key is raised, in log2, and by how much more every
-    further one.
+    `clocks` is empty, or has how far each job's first key is raised, in log2, and by how much more
+    every further one.
     """
 
     table: Array
@@ -77,10 +79,10 @@ def jobs_without_rows(slots: int, rows: int) -> Jobs:
 
 
 class Shapes(NamedTuple):
-    """The shapes of arrays that broadcast (validated before), and of the batch of states, if there are any.
+    """The shapes of arrays that broadcast (validated before), and of the batch of states, if any.
 
-    If they are grouped the last of the leading axes holds the heads, and several query heads share one head
-    of keys and values.
+    If they are grouped the last of the leading axes holds the heads, and several query heads share
+    one head of keys and values.
     """
 
     q: Shape

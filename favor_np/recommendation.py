@@ -103,13 +103,11 @@ def recommend(
         If shapes do not fit, data are not finite, there are fewer than 4 tokens, or
         `target_error` is not positive.
 
-    Notes
-    -----
-    Errors are distances from softmax attention, which is what the weights of most models expect.
-    A model that was trained with FAVOR+ itself is tied to the projection it was trained with, and
-    nearness to softmax is no merit there: one had a loss of 0.0003 with its own map, 0.19 with one of
-    another seed, and 0.081 with exact attention.  The projection belongs to such weights: save it with
-    them (`FeatureMap.projection`, `FeatureMap.from_projection`).
+    Notes ----- Errors are distances from softmax attention, which is what the weights of most
+    models expect. A model that was trained with FAVOR+ itself is tied to the projection it was
+    trained with, and nearness to softmax is no merit there: one had a loss of 0.0003 with its own
+    map, 0.19 with one of another seed, and 0.081 with exact attention.  The projection belongs to
+    such weights: save it with them (`FeatureMap.projection`, `FeatureMap.from_projection`).
 
     Examples
     --------
@@ -176,10 +174,15 @@ def recommend(
         )
     seconds = _seconds(maps[0], q, k, causal)
     return Recommendation(
-        False, maps[0], features, measured, seconds, exact_seconds,
+        False,
+        maps[0],
+        features,
+        measured,
+        seconds,
+        exact_seconds,
         f"an error of {measured:.2g} is expected, in {seconds:.2g} s instead of "
         f"{exact_seconds:.2g} s",
-    )  # fmt: skip
+    )
 
 
 def _halves(x: Array, causal: bool) -> tuple[Array, Array]:
@@ -200,7 +203,8 @@ def _first(fm: FeatureMap) -> FeatureMap:
         return fm
     assert fm.calibration is not None
     parts = [None if x is None else x[:HEADS] for x in fm.calibration]
-    return dataclasses.replace(fm, calibration=type(fm.calibration)(*parts))  # type: ignore[arg-type]  # the change may be None
+    new = type(fm.calibration)(*parts)  # type: ignore[arg-type]  # the change may be None
+    return dataclasses.replace(fm, calibration=new)
 
 
 def _softmax(q: Array, k: Array, scale: float, positions: Array | None) -> F64:

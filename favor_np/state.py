@@ -27,13 +27,13 @@ class AttentionState:
 
     ``S * 2**c = sum_j phi_k(k_j) v_j^T`` and ``z * 2**c = sum_j phi_k(k_j)``, phi_k without its
     factor ``1 / sqrt(M)``, which cancels; with decay key j of n, from 0, counts ``decay**(n - j)``
-    times.  Its size does not depend on how much was folded.  A new one has seen no keys, and a read of
-    it gives zeros; ``favor_attention(..., return_state=True)`` returns one as well.
+    times.  Its size does not depend on how much was folded.  A new one has seen no keys, and a read
+    of it gives zeros; ``favor_attention(..., return_state=True)`` returns one as well.
 
-    Threads may share a state: calls that change it (`update`, `step`, `merge`) are made one after the
-    other, and what reads or copies it finds it as it is between two of them.  Whoever interrupts a
-    call that changes it finds it as it was or, from then on, a RuntimeError that says that it is
-    spoiled; so does a signal handler that uses a state in the midst of such a call.
+    Threads may share a state: calls that change it (`update`, `step`, `merge`) are made one after
+    the other, and what reads or copies it finds it as it is between two of them.  Whoever
+    interrupts a call that changes it finds it as it was or, from then on, a RuntimeError that says
+    that it is spoiled; so does a signal handler that uses a state in the midst of such a call.
 
     Parameters
     ----------
@@ -90,7 +90,8 @@ class AttentionState:
 
     #: -log2 of the decay, a row each; None where nothing decays.
     _rates: Array | None
-    #: Tokens folded: by every row, or an array where rows may differ, which is never changed in place.
+    #: Tokens folded: by every row, or an array where rows may differ, which is never changed in
+    #: place.
     _tokens: int | Array
 
     def __init__(
@@ -175,9 +176,14 @@ class AttentionState:
             As the constructor.
         """
         return cls(
-            feature_map, value_dim, batch_shape,
-            sequences=sequences, decay=decay, dtype=dtype, device=device,
-        )  # fmt: skip
+            feature_map,
+            value_dim,
+            batch_shape,
+            sequences=sequences,
+            decay=decay,
+            dtype=dtype,
+            device=device,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -213,8 +219,8 @@ class AttentionState:
     def _age(self, tokens: int | Array) -> None:
         """Count tokens that were folded; with decay, keep the exponents near zero.
 
-        Key j is raised by ``j * rate``; the integer part of what the last one had is taken off again
-        here, and the fraction is left to `_decay`.
+        Key j is raised by ``j * rate``; the integer part of what the last one had is taken off
+        again here, and the fraction is left to `_decay`.
         """
         if self._rates is None:
             self._tokens = self._tokens + tokens
@@ -224,7 +230,7 @@ class AttentionState:
         self._engine.lower_states(self._form, self._arrays, self._raised()[0] - before)
 
     def _real(self) -> tuple[Array, Array, Array]:
-        """Return copies of c, S and z in C order, without the kernels' padding, with the batch axes."""
+        """Return copies of c, S and z in C order, with the batch axes and without padding."""
         sums, lead = self._engine.state_sums(self._form, self._arrays), self._slots
         c, s, z = (np.ascontiguousarray(x).reshape(*lead, *x.shape[1:]) for x in sums)
         return c, s, z
@@ -307,9 +313,14 @@ class AttentionState:
         """
         validation.given(k=k, v=v)
         self._run(
-            None, k, v, cu_seqlens, key_mask=key_mask,
-            num_threads=num_threads, check_finite=check_finite,
-        )  # fmt: skip
+            None,
+            k,
+            v,
+            cu_seqlens,
+            key_mask=key_mask,
+            num_threads=num_threads,
+            check_finite=check_finite,
+        )
         return self
 
     def attend(
@@ -383,7 +394,7 @@ class AttentionState:
         RuntimeError
             If a call that changed the state was interrupted, and spoiled it.
         """
-        engine, (q, k, v) = self._engine.receive(q=q, k=k, v=v)
+        engine, (q, k, v, _) = self._engine.receive(q, k, v)
         (q, k, v), flat = engine.token(
             q, k, v, self.batch_shape, self.feature_map.dim, self.sequences
         )
@@ -413,14 +424,14 @@ class AttentionState:
     def _run(self, q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Unpack[Options]) -> Array:
         """Fold keys and read with queries, None being none of them."""
         engine, (q, k, v, options["key_mask"]) = self._engine.receive(
-            q=q, k=k, v=v, key_mask=options.get("key_mask")
+            q, k, v, options.get("key_mask")
         )
         return self._attend(engine, q, k, v, cu_seqlens, **options)
 
     def _attend(
         self, engine: Engine, q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Unpack[Options]
     ) -> Array:
-        """Fold keys and read with queries, arrays as `engine` reads them, None being none of them."""
+        """Fold keys and read with queries, as `engine` reads them; None: there are none."""
         if engine.refused:
             refuse(engine, check_finite=options.get("check_finite"))
         options["dtype"] = self.dtype

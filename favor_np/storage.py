@@ -28,10 +28,11 @@ from favor_np.features import Calibration, FeatureMap
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMAT = "favor_np.AttentionState"
-#: Raised when an older reader could no longer understand what is written: 2 has calibrated maps, 3 what
-#: states hold beside (c, S, z).
+#: Raised when an older reader could no longer understand what is written: 2 has calibrated maps, 3
+#: what states hold beside (c, S, z).
 VERSION = 3
-#: The largest that numbers can be: -log2 of the smallest decay; tokens, so that the sum of two fits.
+#: The largest that numbers can be: -log2 of the smallest decay; tokens, so that the sum of two
+#: fits.
 RATE, LONGEST = 1074.0, 2**62
 ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
 REST = ("S_rest", "z_rest", "tail", "tail_features", "tail_values")

@@ -8,16 +8,17 @@ from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Bytes of the tables that one function keeps, if it made them of late: half of them of calls before.
+#: Bytes of the tables that one function keeps, if it made them of late: half of them of calls
+#: before.
 KEPT = 32 << 20
 
 
 def kept(count: int, size: Callable[[Any], int]) -> Callable[[F], F]:
-    """Keep results as `functools.lru_cache` does, the last `count` or more of them, up to KEPT bytes.
+    """Keep results as `functools.lru_cache` does, the last `count` or more, up to KEPT bytes.
 
-    What was used lies in one table and, when that is full, in another one, which goes when the first is
-    full again.  So there is no order to maintain, and no lock: a thread or a signal handler that comes
-    between makes a result once more, at worst.
+    What was used lies in one table and, when that is full, in another one, which goes when the
+    first is full again.  So there is no order to maintain, and no lock: a thread or a signal
+    handler that comes between makes a result once more, at worst.
     """
 
     def decorate(function: F) -> F:

@@ -173,7 +173,8 @@ def calibration_data(
     if {len(queries), len(keys)} - {1, count} or (own and heads not in (None, count)):
         of_map = "" if heads is None else f"; feature_map has {heads}"
         raise ValueError(
-            f"q and k must have the same number of heads, got {len(queries)} and {len(keys)}{of_map}"
+            "q and k must have the same number of heads, "
+            f"got {len(queries)} and {len(keys)}{of_map}"
         )
     shape = (count, -1, dim)
     queries, keys = (np.broadcast_to(x, (count, *x.shape[1:])) for x in (queries, keys))
@@ -205,7 +206,7 @@ def given(**values: object) -> None:
 
 
 def array_of(name: str, value: object) -> Array:
-    """Return `value` as an array of any dtype; refuse what would lose a mask, or is not rectangular."""
+    """Return `value` as an array; refuse what would lose a mask, or is not rectangular."""
     if isinstance(value, np.ma.MaskedArray):
         if np.ma.is_masked(value):
             instead = "fill it" if name == "key_mask" else "use key_mask instead"
@@ -309,7 +310,7 @@ def sequence_offsets(value: object, length: int, queries: int | None = None) -> 
 def token(
     q: object, k: object, v: object, batch: tuple[int, ...], dim: int, sequences: int | None = None
 ) -> tuple[tuple[Any, Any, Any], bool]:
-    """Return one token (..., d) or (..., 1, d) as rows, and whether it was given without their axis.
+    """Return one token (..., d) or (..., 1, d) as rows, and whether their axis was added.
 
     With packed sequences one of each: (..., sequences, d).
     """
@@ -372,8 +373,8 @@ def decay_span(rates: Array, keys: int) -> None:
     """Refuse a call over which weights decay by more than an exponent of 32 bits can say."""
     if rates.max(initial=0.0) * keys > LONGEST_DECAY:
         raise ValueError(
-            f"decay must be larger for {keys} positions in one call, got {2.0 ** -rates.max():.3g}: "
-            "take fewer at a time, each call going on from the state before"
+            f"decay must be larger for {keys} positions in one call, "
+            f"got {2.0 ** -rates.max():.3g}: take fewer at a time, each call going on from the state before"
         )
 
 
@@ -432,11 +433,6 @@ def is_bfloat16(precision: object, compute: np.dtype[Any]) -> bool:
             f"got {compute}"
         )
     return True
-
-
-def thread_count(value: object) -> int | None:
-    """Return ``num_threads`` as a positive int, or None."""
-    return None if value is None else integer("num_threads", value)
 
 
 # ----------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def attention_weights(
     TypeError
         If an array is not real, `positions` are not integers or `key_mask` is not boolean.
     ValueError
-        If shapes do not fit, a position is negative, `positions` come with `causal`, or the map is "trig" or of another
-        dimension.
+        If shapes do not fit, a position is negative, `positions` come with `causal`, or the map is
+        "trig" or of another dimension.
 
     See Also
     --------

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.call import Call, check_call
+from favor_np.call import Arrays, Call, check_call
 from favor_np.cpu import launch, states
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -26,17 +26,20 @@ class CPU:
     check = check_call
     token = staticmethod(validation.token)
 
-    def receive(self, **arrays: Any) -> tuple[CPU, list[Any]]:
-        return self, list(arrays.values())
+    def receive(self, q: Any, k: Any, v: Any, key_mask: Any = None) -> tuple[CPU, Arrays]:
+        return self, (q, k, v, key_mask)
 
-    def views(self, **arrays: Any) -> list[Any]:
-        return list(arrays.values())
+    def views(self, q: Any, k: Any, v: Any, key_mask: Any) -> Arrays:
+        return q, k, v, key_mask
 
     def to_host(self, array: Any) -> Any:
         return array
 
     def cotangent(self, call: Call, grad_out: object) -> Array:
         return validation.cotangent(grad_out, call.out_shape)
+
+    def new_output(self, call: Call) -> Array:
+        return np.empty(call.out_shape, call.compute)
 
     def outputs(self, call: Call, out: object = None) -> tuple[Array, Array]:
         direct = call.result == call.compute

@@ -33,8 +33,8 @@ class Layout:
     arrays : tuple
         What kernels take of `map`.
     blocks, width, half
-        The rows of W are cut into `blocks` of `width`, `half` rows together; feature r of sign s is row
-        ``s * half + r`` of a state.  Padded rows are features of W = 0 that no query reads.
+        The rows of W are cut into `blocks` of `width`, `half` rows together; feature r of sign s is
+        row ``s * half + r`` of a state.  Padded rows are features of W = 0 that no query reads.
     real : (M,) ndarray
         Where the map's features are among all `features`.
     fresh : (features,) ndarray
@@ -63,7 +63,7 @@ class Layout:
 
 
 class _Blocks:
-    """How the rows of W are cut into blocks: `width` rows each, of which the first `filled` are used."""
+    """How the rows of W are cut into blocks of `width`, the first `filled` of which are used."""
 
     def __init__(self, feature_map: FeatureMap, dtype: np.dtype[Any], group: int | None) -> None:
         self.heads, self.rows, self.dim = feature_map.key_weight.shape
@@ -103,7 +103,8 @@ class _Blocks:
     def affine(self, of: FeatureMap) -> tuple[Array, Array, Array]:
         """Return what calibrated maps have besides, for each block: see ``kernels.pack.Map``.
 
-        For gradients also the matrix of the quadratic part, d x d, if there is one; and the linear part.
+        For gradients also the matrix (d, d) of the quadratic part, if there is one, and the linear
+        part.
         """
         none = np.zeros((0, 1, self.columns), self.dtype)
         if of.calibration is None:
@@ -119,7 +120,7 @@ class _Blocks:
 
 
 def worth_bf16x3(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
-    """Whether products with a matrix (rows, dim) are faster on the matrix unit, its factors being cut."""
+    """Whether products with a matrix (rows, dim) are faster in bf16x3, on the matrix unit."""
     if tuning.USE_BF16X3 is not None:
         return dtype == np.float32 and tuning.USE_BF16X3
     large = min(rows, dim) >= tuning.MIN_BF16X3_SIDE and rows * dim >= tuning.MIN_BF16X3_SIZE
@@ -129,9 +130,12 @@ def worth_bf16x3(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
 @tuning.depends_on_tuning
 @functools.lru_cache(maxsize=64)
 def layout(
-    feature_map: FeatureMap, dtype: np.dtype[Any], value_dim: int, group: int | None = None,
+    feature_map: FeatureMap,
+    dtype: np.dtype[Any],
+    value_dim: int,
+    group: int | None = None,
     pairs: bool = False,
-) -> Layout:  # fmt: skip
+) -> Layout:
     """Return the layout, with the map's weights packed for the kernels.
 
     With `group` every block has so many rows of W; with `pairs` the weights are for bfloat16.
@@ -145,9 +149,16 @@ def layout(
     fresh = np.full(signs * half, par.idle, integer_of(dtype))
     fresh[real] = par.nothing
     sizes = sizes_of(
-        chunk.carve, dtype, signs, _if(bf16x3 or pairs), _if(bf16x3), blocks.dim, value_columns,
-        blocks.width, blocks.count,
-    )  # fmt: skip
+        chunk.carve,
+        dtype,
+        signs,
+        _if(bf16x3 or pairs),
+        _if(bf16x3),
+        blocks.dim,
+        value_columns,
+        blocks.width,
+        blocks.count,
+    )
     return Layout(
         dtype=dtype,
         map=weights,

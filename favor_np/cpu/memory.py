@@ -101,7 +101,7 @@ def workspace(
 def measure(carve: Any, *args: Any) -> Counter[np.dtype[Any]]:
     """Return how many numbers of each dtype a kernel's `carve` cuts from the workspaces in `args`.
 
-    Its own source is run, with a `cut` that only counts: what it takes is written down nowhere else.
+    The source of `carve` is run in Python, with a `cut` that only counts.
     """
     sizes: Counter[np.dtype[Any]] = Counter()
 

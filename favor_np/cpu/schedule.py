@@ -1,7 +1,7 @@
 """Who does what in a call, as functions of shapes: schedules, and tables of jobs for each kernel.
 
-Nothing here depends on the number of threads but how a long causal sequence is shared out, of which no bit
-of a result depends.
+Only how a long causal sequence is shared out depends on the number of threads, and no bit of a
+result depends on that.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ def shared_count(of: Jobs, threads: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Relay:
-    """How one long causal problem is shared out: words, how many jobs and states, and where the last one is.
+    """How threads share one long causal problem: words, numbers of jobs and states, the last state.
 
-    A workspace has so many rows: states and their sum, and floats for threads and, behind those, for the
-    features of the keys of each state.
+    A workspace has so many rows: states and their sum, and floats for threads and, behind those,
+    for the features of the keys of each state.
     """
 
     words: Array
@@ -184,7 +184,7 @@ def exact_jobs(shapes: Shapes) -> Array:
 class GradientJobs(NamedTuple):
     """The jobs of the gradient of exact attention: every `parts`-th block of keys of one problem.
 
-    The queries `q_rows` read a problem; their results are `out_rows` and, with `rows` a head, `dq_rows`.
+    The queries `q_rows` read a problem; their results are `out_rows` and, `rows` a head, `dq_rows`.
     """
 
     table: Array

@@ -143,8 +143,8 @@ class TilePool:
         self._queue: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.RLock()  # a signal handler may call while its thread holds it
-        #: The calls that share their jobs now.  No lock, and one step each to come and go: no interrupt
-        #: leaves a call behind that has ended.
+        #: The calls that share their jobs now.  No lock, and one step each to come and go: no
+        #: interrupt leaves a call behind that has ended.
         self._callers: dict[int, bool] = {}
         self._cpu = -1
         self._compiler_lock: Any = None
@@ -272,9 +272,13 @@ class TilePool:
         return control
 
     def _share(
-        self, kernel: Callable[..., int], args: tuple[Any, ...], control: Any, count: int,
+        self,
+        kernel: Callable[..., int],
+        args: tuple[Any, ...],
+        control: Any,
+        count: int,
         helpers: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         types = (kernel, *[a.dtype.char for a in args if isinstance(a, np.ndarray)])
         if types not in self._compiled:  # compile alone: who interrupts that shall not wait for it
             kernel(*args, control, 0)

@@ -36,7 +36,7 @@ class Place(NamedTuple):
         return [self._view(name, array) for name, array in arrays.items()]
 
     def _view(self, name: str, array: Any, *, ordered: bool = True) -> Any:
-        """Return an array as kernels see it; `ordered`, its library may copy it to C order before."""
+        """Return an array as kernels see it; with `ordered` its library may copy it to C order."""
         if self.kind == "numpy" or array is None:
             return array
         if self.kind not in ("numba", "torch", "cupy", "jax"):
@@ -76,13 +76,13 @@ class Place(NamedTuple):
         return array
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
-        """Return a new array of Numba for a result; its memory is of the caller's library if that has a pool."""
+        """Return a new array of Numba, in memory of the caller's library if that has a pool."""
         if self.kind in ("torch", "cupy"):
             return runtime.view(runtime.pooled(self.kind, shape, dtype, self.device.number))
         return runtime.empty(shape, dtype, self.stream)
 
     def room(self, call: Call, out: Any = None) -> Any:
-        """Return an array that kernels write the result of a call to: `out`, checked, or a new one."""
+        """Return the array for the result of a call: `out`, checked, or a new one."""
         dtype = self.held(call.result)
         if out is None:
             return self.empty(call.out_shape, dtype)
@@ -134,7 +134,7 @@ class Place(NamedTuple):
         return array.view(self._dtype("bfloat16")) if words else array
 
     def _dtype(self, name: str) -> Any:
-        """A dtype of the caller's library; NumPy knows bfloat16 as soon as there is an array of it."""
+        """A dtype of the caller's library; NumPy knows bfloat16 once there is an array of it."""
         if self.kind == "torch":
             import torch
 
@@ -170,7 +170,7 @@ def _overlap(one: Any, other: Any) -> bool:
 
 
 def stand_in(array: Any) -> Any:
-    """Return what validation may ask of a device array as a NumPy array: floats for the words of some."""
+    """Return a NumPy array of the same shape and dtype to validate; bfloat16 as float32."""
     if isinstance(array, np.ndarray) or not device.on_device(array):
         return array
     dtype = HELD["float32"] if array.dtype in HELD.values() else array.dtype

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import (
+    Arrays,
     Call,
     Cotangents,
     Forward,
@@ -32,9 +33,15 @@ class CUDA:
     home = "on a CUDA device"
     dtype: np.dtype[Any] | None = np.dtype(np.float32)
     refused = frozenset(
-        ("decay", "window", "precision", "check_finite", "state in a gradient",
-         "return_state in a gradient")
-    )  # fmt: skip
+        (
+            "decay",
+            "window",
+            "precision",
+            "check_finite",
+            "state in a gradient",
+            "return_state in a gradient",
+        )
+    )
 
     def __init__(self, where: Place) -> None:
         self.place = where
@@ -44,31 +51,40 @@ class CUDA:
         self.merge_states = self._launch.merge_states
         self.state_sums = self._launch.state_sums
         self.normalizers = self._launch.normalizers
-        self.views = where.views
         self.to_host = where.host
 
     # Arrays of the caller
 
-    def receive(self, **arrays: Any) -> tuple[CUDA, list[Any]]:
-        where = place("cuda", **arrays)
+    def receive(self, q: Any, k: Any, v: Any, key_mask: Any = None) -> tuple[CUDA, Arrays]:
+        where = place("cuda", q=q, k=k, v=v, key_mask=key_mask)
         assert where is not None
         if where.device != self.place.device:
             raise ValueError(
-                f"the state lies on CUDA device {self.place.device.number}, but the current device is "
-                f"{where.device.number}"
+                f"the state lies on CUDA device {self.place.device.number}, "
+                f"but the current device is {where.device.number}"
             )
-        views = where.views(**arrays)
         if where.kind == "numpy":
-            views = [
-                array if array is None or name == "key_mask" else validation.tensor(name, array, 1)
-                for name, array in zip(arrays, views, strict=True)
-            ]
-        return CUDA(where), views
+            q, k, v = (
+                None if array is None else validation.tensor(name, array, 1)
+                for name, array in zip("qkv", (q, k, v), strict=True)
+            )
+            return CUDA(where), (q, k, v, key_mask)
+        engine = CUDA(where)
+        return engine, engine.views(q, k, v, key_mask)
+
+    def views(self, q: Any, k: Any, v: Any, key_mask: Any) -> Arrays:
+        q, k, v, key_mask = self.place.views(q=q, k=k, v=v, key_mask=key_mask)
+        return q, k, v, key_mask
 
     def check(
-        self, q: Any, k: Any, v: Any, feature_map: FeatureMap | None = None,
-        state: StateShape | None = None, **options: Unpack[Options],
-    ) -> Call:  # fmt: skip
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        feature_map: FeatureMap | None = None,
+        state: StateShape | None = None,
+        **options: Unpack[Options],
+    ) -> Call:
         mask: Any = options.get("key_mask")
         options["key_mask"] = stand_in(mask)
         options["dtype"] = None  # states are float32, as all that is computed
@@ -93,9 +109,15 @@ class CUDA:
         return dataclasses.replace(call, q=q, k=k, v=v, mask=mask, result=result)
 
     def token(
-        self, q: Any, k: Any, v: Any, batch: tuple[int, ...], _dim: int,
-        sequences: int | None = None, /,
-    ) -> tuple[tuple[Any, Any, Any], bool]:  # fmt: skip
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        batch: tuple[int, ...],
+        _dim: int,
+        sequences: int | None = None,
+        /,
+    ) -> tuple[tuple[Any, Any, Any], bool]:
         if sequences is not None or len(q.shape) != len(batch) + 1:
             return (q, k, v), False
         q, k, v = (x.reshape(*x.shape[:-1], 1, x.shape[-1]) for x in (q, k, v))
@@ -106,6 +128,9 @@ class CUDA:
         if grad.shape != call.out_shape:
             raise ValueError(f"grad_out must have shape {call.out_shape}, got {grad.shape}")
         return grad
+
+    def new_output(self, call: Call) -> Any:
+        return self._launch.empty(call.out_shape)
 
     def outputs(self, call: Call, out: Any = None) -> tuple[Any, Any]:
         result = self.place.room(call, out)

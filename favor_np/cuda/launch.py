@@ -57,7 +57,7 @@ class States(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Rows, their heights, vectors and shares (of size 0 if these are 1), and mask, on the device."""
+    """Rows, heights, vectors, shares (of size 0 if all are 1) and mask, on the device."""
 
     rows: Any
     heights: Any
@@ -210,7 +210,7 @@ class Launch:
     def _scan(
         self, grid: tuple[int, ...], table: Any, own: States, sums: Any, into: States
     ) -> None:
-        """Add states `own` to those in `into`; own and `sums`, its exponents, become what was there."""
+        """Add states `own` to those in `into`; own, and `sums` for exponents, get what was there."""
         flat = map(runtime.flat, (own.c, sums, own.s, own.z))
         self._launch(kernels.scan, grid, table, *flat, *into)
 
@@ -243,9 +243,14 @@ class Launch:
         """Fold keys and values, read with queries into `out`: see `Engine.attend`."""
         of = self._map(call)
         how = _attention(
-            self.place.device, self.handle, call.map, call.shapes(stateful=state is not None), _offsets(call),
-            fresh=state is None, causal=call.causal,
-        )  # fmt: skip
+            self.place.device,
+            self.handle,
+            call.map,
+            call.shapes(stateful=state is not None),
+            _offsets(call),
+            fresh=state is None,
+            causal=call.causal,
+        )
         rows, heights = self._pack(of, call.q, 0, how.queries)
         problem = Problem(
             map=of,
@@ -272,9 +277,15 @@ class Launch:
         count = rows.shape[0]
         vectors, shares, heights = self._taken((count, dim)), self._taken(count), self._taken(count)
         self._launch(
-            vjp.cotangents, (-(-count // 8),), runtime.rows(grad), runtime.rows(forward.out),
-            *map(runtime.flat, forward.normalizers), vectors, shares, heights,
-        )  # fmt: skip
+            vjp.cotangents,
+            (-(-count // 8),),
+            runtime.rows(grad),
+            runtime.rows(forward.out),
+            *map(runtime.flat, forward.normalizers),
+            vectors,
+            shares,
+            heights,
+        )
         keys = self._keys(of, call, how.keys)
         queries = Side(rows, heights, vectors, shares, of.unmasked, of.query_bias)
         of_queries, of_keys = (self._room(of, jobs, dim) for jobs in how.jobs)
@@ -332,10 +343,17 @@ class Launch:
         factored = layout.factors[0].size > 0
         norm = np.float32(layout.key_norm if side else 0)
         self._launch(
-            pack, grid, runtime.rows(self.place.put(source)), np.float32(layout.limit),
-            np.float32(0) if factored else norm, of.centers[side],
-            of.linear if side else of.no_linear, table, rows, heights,
-        )  # fmt: skip
+            pack,
+            grid,
+            runtime.rows(self.place.put(source)),
+            np.float32(layout.limit),
+            np.float32(0) if factored else norm,
+            of.centers[side],
+            of.linear if side else of.no_linear,
+            table,
+            rows,
+            heights,
+        )
         if not factored:
             return rows, heights
         new = self._taken((count, layout.columns))
@@ -354,25 +372,54 @@ class Launch:
         layout, (slices, columns), a = p.map.layout, p.shape, p.a
         own = self._room(p.map, span.parts, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs), (span.parts, slices, columns), a.rows,
-            a.heights, a.shares, a.vectors, a.mask, p.map.weight, a.bias, p.epsilon, span.fold, *own,
-        )  # fmt: skip
+            make_fold(layout.kind, layout.signs),
+            (span.parts, slices, columns),
+            a.rows,
+            a.heights,
+            a.shares,
+            a.vectors,
+            a.mask,
+            p.map.weight,
+            a.bias,
+            p.epsilon,
+            span.fold,
+            *own,
+        )
         before = States(self._taken(own.c.shape, np.int32), own.s, own.z)
         self._scan((span.scan.shape[0], layout.features // 4), span.scan, own, before.c, p.states)
         return before
 
     def _read(
-        self, p: Problem, span: plan.Span, states: States, *, out: Any, weights: Any,
+        self,
+        p: Problem,
+        span: plan.Span,
+        states: States,
+        *,
+        out: Any,
+        weights: Any,
         divide: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Read states, a part of side b each."""
         layout, a, b = p.map.layout, p.a, p.b
         self._launch(
             make_read(layout.kind, layout.signs, p.causal, divide),
-            (span.read.shape[0], p.shape[1]), b.rows, b.heights, b.mask, a.rows, a.heights,
-            a.vectors, a.mask, p.map.weight, b.bias, a.bias, p.epsilon, span.read, *states, out,
+            (span.read.shape[0], p.shape[1]),
+            b.rows,
+            b.heights,
+            b.mask,
+            a.rows,
+            a.heights,
+            a.vectors,
+            a.mask,
+            p.map.weight,
+            b.bias,
+            a.bias,
+            p.epsilon,
+            span.read,
+            *states,
+            out,
             *weights,
-        )  # fmt: skip
+        )
 
     def _pull(self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any) -> None:
         """Write the gradients of a span of side b, queries (side 0) or keys (side 1)."""
@@ -382,17 +429,39 @@ class Launch:
             target = self._taken((out.shape[0], layout.columns))
         self._launch(
             make_pull(layout.kind, layout.signs, p.causal),
-            (span.read.shape[0], -(-out.shape[1] // TILE)), b.rows, b.heights, b.vectors, b.shares,
-            b.mask, a.rows, a.heights, a.vectors, a.shares, a.mask, p.map.weight, b.bias, a.bias,
-            p.epsilon, span.read, *states, np.float32(1 / layout.unit),
+            (span.read.shape[0], -(-out.shape[1] // TILE)),
+            b.rows,
+            b.heights,
+            b.vectors,
+            b.shares,
+            b.mask,
+            a.rows,
+            a.heights,
+            a.vectors,
+            a.shares,
+            a.mask,
+            p.map.weight,
+            b.bias,
+            a.bias,
+            p.epsilon,
+            span.read,
+            *states,
+            np.float32(1 / layout.unit),
             np.float32(2 * layout.key_norm / layout.unit if side else 0),
-            p.map.slope if side else p.map.no_linear, target,
-        )  # fmt: skip
+            p.map.slope if side else p.map.no_linear,
+            target,
+        )
         if span.change is not None:
             self._launch(
-                change, (span.change.shape[0],), target, p.map.turned[side], np.float32(0),
-                span.change, out, self._taken(out.shape[0]),
-            )  # fmt: skip
+                change,
+                (span.change.shape[0],),
+                target,
+                p.map.turned[side],
+                np.float32(0),
+                span.change,
+                out,
+                self._taken(out.shape[0]),
+            )
 
 
 def _offsets(call: Call) -> bytes | None:

@@ -31,7 +31,8 @@ from favor_np.numerics import KINDS, LOG2E, POSITIVE, projection_limit
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: Bytes that the states of causal chunks may take at a time: few enough to be kept for the next call.
+#: Bytes that the states of causal chunks may take at a time: few enough to be kept for the next
+#: call.
 ROOM = 2**27
 #: A fold of fewer tiles than this costs more to write and scan than it brings.
 SHORTEST = 4
@@ -78,7 +79,8 @@ class Layout:
     query_bias: Array
     centers: tuple[Array, Array]
     linear: Array
-    #: What centred queries and keys are multiplied with, transposed never; of size 0 if with nothing.
+    #: What centred queries and keys are multiplied with, transposed never; of size 0 if with
+    #: nothing.
     factors: tuple[Array, Array]
     #: The gradient of what is linear in the height of a key, by the multiplied key.
     slope: Array
@@ -198,9 +200,11 @@ def pack_table(rows: int, owners: Owners | None) -> tuple[Array, int]:
     first = np.arange(0, owners.length, TILE)
     count = len(owners.rows)
     table = _table(
-        owners.rows[:, None] + first, np.minimum(TILE, owners.length - first),
-        np.arange(count)[:, None] * owners.length + first, owners.heads[:, None],
-    )  # fmt: skip
+        owners.rows[:, None] + first,
+        np.minimum(TILE, owners.length - first),
+        np.arange(count)[:, None] * owners.length + first,
+        owners.heads[:, None],
+    )
     return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, 4)), count * owners.length
 
 
@@ -209,7 +213,7 @@ def _table(*columns: Any) -> Array:
 
 
 class Sides(NamedTuple):
-    """Who is folded, the keys of the jobs, and who reads; readers have rows of vectors, and of a mask."""
+    """The folding side, the keys of the jobs, and the reading side."""
 
     jobs: Jobs
     vectors: Array
@@ -228,7 +232,7 @@ def keys_and_queries(jobs: Jobs) -> Sides:
 
 
 def queries_and_keys(jobs: Jobs, q_length: int, k_length: int) -> Sides:
-    """Let keys read what queries, packed as the rows of the result, are folded to: each head for itself."""
+    """Let the keys of each head read what its queries are folded to."""
     group = jobs.out_rows.shape[1]
     table = np.repeat(jobs.table, group, axis=0)
     k_row, v_row, mask_row = (table[:, [x]] for x in (K_ROW, V_ROW, MASK_ROW))
@@ -250,7 +254,7 @@ def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
 
 
 def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array] | None:
-    """Return which results belong to each of `count` heads, as offsets and numbers; None: each its own."""
+    """Return which results belong to each of `count` heads; None if each has its own."""
     order = np.lexsort((results, of))
     first = np.searchsorted(of[order], np.arange(count + 1))
     parts = results[order]
@@ -260,7 +264,7 @@ def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array
 
 
 def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
-    """Where stretches begin, counted from the first row of their problem; the step of their rows."""
+    """First rows of stretches, from that of their problem on, and the step of rows."""
     if not backwards:
         return parts.start, 1
     return sides.jobs.table[parts.owner, KEYS] - 1 - parts.start, -1
@@ -294,10 +298,18 @@ def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = F
     way, step = _ways(sides, parts, backwards)
     at = way[:, None]
     table = _table(
-        jobs.q_rows[owner] + at, step, parts.lengths[:, None], sides.masks[owner] + at,
-        jobs.out_rows[owner] + at, k_row + at, v_row + at, mask_row + at, head, slots[:, None],
+        jobs.q_rows[owner] + at,
+        step,
+        parts.lengths[:, None],
+        sides.masks[owner] + at,
+        jobs.out_rows[owner] + at,
+        k_row + at,
+        v_row + at,
+        mask_row + at,
+        head,
+        slots[:, None],
         sides.vectors[owner] + at,
-    )  # fmt: skip
+    )
     return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, table.shape[1]))
 
 
@@ -322,10 +334,16 @@ class Span(NamedTuple):
 
 
 def spans(
-    device: Device, of: Layout, sides: Sides, value_dim: int, *, causal: bool,
-    fresh: bool, backwards: bool = False,
-) -> tuple[Span, ...]:  # fmt: skip
-    """Cut problems: causal ones read their stretches' states, others the whole of all, at the end."""
+    device: Device,
+    of: Layout,
+    sides: Sides,
+    value_dim: int,
+    *,
+    causal: bool,
+    fresh: bool,
+    backwards: bool = False,
+) -> tuple[Span, ...]:
+    """Cut problems: causal ones read the states of their stretches, others the final one."""
     table = sides.jobs.table
     keys, queries = (int(table[:, column].max(initial=0)) for column in (KEYS, QUERIES))
     columns = -(-value_dim // TILE)
@@ -347,7 +365,7 @@ def spans(
 
 
 class Attention(NamedTuple):
-    """How attention is computed: who packs queries and keys, into how many rows; and what then follows."""
+    """How attention is computed: the packing of queries and keys, and the spans that follow."""
 
     queries: tuple[Array, int]
     keys: tuple[Array, int]
@@ -383,8 +401,8 @@ def attention(
 class Gradient(NamedTuple):
     """How gradients are computed: of queries, then of keys and values; and which results are added.
 
-    Every head of the result, `results` of them, has gradients for itself; where heads share an array,
-    `sums` has for it what `sums_over_heads` says.
+    Every head of the result, `results` of them, has gradients for itself; where heads share an
+    array, `sums` has for it what `sums_over_heads` says.
     """
 
     queries: tuple[Array, int]

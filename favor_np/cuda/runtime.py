@@ -25,7 +25,7 @@ def bounds(kernel: Callable[..., Any]) -> tuple[int, int]:
 
 
 class Array:
-    """Memory on the device, in C order, as kernels see it: made in a fraction of the time of Numba's."""
+    """A light view of memory on the device, in C order: cheaper to build than Numba's."""
 
     __slots__ = ("address", "dtype", "fields", "kind", "owner", "shape", "size")
 
@@ -38,7 +38,8 @@ class Array:
         strides = [dtype.itemsize] * len(shape)
         for i in range(len(shape) - 1, 0, -1):
             strides[i - 1] = strides[i] * shape[i]
-        #: As Numba's kernels have them: two pointers that are not used, sizes, the address, the shape.
+        #: As Numba's kernels have them: two pointers that are not used, sizes, the address, the
+        #: shape.
         self.fields = (0, 0, self.size, dtype.itemsize, address, *shape, *strides)
 
 
@@ -98,8 +99,8 @@ def launch(
 ) -> None:
     """Run a kernel, a plain function, on a grid of blocks of THREADS threads.
 
-    Numba's own way takes several times as long: it looks at every argument anew, and it would warn of
-    the few blocks that a decoder's step has.
+    Numba's own way takes several times as long: it looks at every argument anew, and it would warn
+    of the few blocks that a decoder's step has.
     """
     from cuda.core import launch as start
 
@@ -192,7 +193,7 @@ def to_device(array: npt.NDArray[Any], stream: Any) -> Any:
 
 
 def constant(array: npt.NDArray[Any], handle: int | None = None) -> Any:
-    """Copy a NumPy array to the device for good, for work on the stream of this handle; None: on any."""
+    """Copy a NumPy array to the device for good, for one stream or, with None, for any."""
     from numba import cuda
 
     there = plain(to_device(array, cuda.external_stream(handle) if handle else 0))
@@ -250,7 +251,8 @@ def view(array: Any) -> Any:
     if isinstance(array, cuda.devicearray.DeviceNDArray):
         return array
     if hasattr(array, "__cuda_array_interface__"):
-        # CuPy's current stream, which it names there, is the one that we work on: no need to wait for it
+        # CuPy's current stream, which it names there, is the one that we work on: no need to wait
+        # for it
         return cuda.as_cuda_array(array, sync=not type(array).__module__.startswith("cupy"))
     from cuda.core.utils import StridedMemoryView  # numba-cuda needs it as well
 

@@ -74,9 +74,14 @@ def favor_attention(
     ((10, 4), np.float64(40.0))
     """
     attend = bridge.Attend(
-        feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        enable_gqa=enable_gqa, decay=decay, num_threads=num_threads,
-    )  # fmt: skip
+        feature_map,
+        causal=causal,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        enable_gqa=enable_gqa,
+        decay=decay,
+        num_threads=num_threads,
+    )
     return _attend(_Call(attend), q, k, v, *([] if projection is None else [projection]))
 
 

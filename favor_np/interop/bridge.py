@@ -1,8 +1,8 @@
 """What the bridges to the automatic differentiation of other frameworks share.
 
-A bridge hands its framework an *attend*: a function of the arrays that have gradients, which returns
-the result and a pullback whose gradients bear the names of those arrays.  A framework that keeps
-arrays itself, and frees them, is given the two halves of it.
+A bridge hands its framework an *attend*: a function of the arrays that have gradients, which
+returns the result and a pullback whose gradients bear the names of those arrays.  A framework that
+keeps arrays itself, and frees them, is given the two halves of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Attend:
         return favor_attention_vjp(q, k, v, self._map(projection), **self.options, **more)
 
     def forward(self, **arrays: Any) -> tuple[Array, ...]:
-        """Return the result as it was computed, in 32 or 64 bits, and what else `backward` needs."""
+        """Return the result in 32 or 64 bits, and what else `backward` needs."""
         forward = gradients.attend_forward(self._check(**arrays))
         return forward.out, *forward.normalizers
 

@@ -108,12 +108,11 @@ def favor_attention(
     --------
     favor_np.favor_attention : The same on NumPy arrays.
 
-    Notes
-    -----
-    Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks that they are
-    stored in, those of xarray the ones that dask has given them; NumPy arrays become one chunk.
-    What is not chunked alike is rechunked, which moves data: d and dv to one chunk, leading axes as the result, `v`
-    and `key_mask` as `k` along the sequence, and if `causal` all three as `q`.
+    Notes ----- Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks
+    that they are stored in, those of xarray the ones that dask has given them; NumPy arrays become
+    one chunk. What is not chunked alike is rechunked, which moves data: d and dv to one chunk,
+    leading axes as the result, `v` and `key_mask` as `k` along the sequence, and if `causal` all
+    three as `q`.
 
     Examples
     --------
@@ -133,9 +132,14 @@ def favor_attention(
     q, k, v = _wrap("q", q), _wrap("k", k), _wrap("v", v)
     mask = None if key_mask is None else _wrap("key_mask", key_mask)
     call = processor().check(
-        _stand_in(q), _stand_in(k), _stand_in(v), feature_map,
-        causal=causal, enable_gqa=enable_gqa, num_threads=num_threads,
-    )  # fmt: skip
+        _stand_in(q),
+        _stand_in(k),
+        _stand_in(v),
+        feature_map,
+        causal=causal,
+        enable_gqa=enable_gqa,
+        num_threads=num_threads,
+    )
     lead, shape = call.out_shape[:-2], call.state_shape
     if mask is not None:
         _check_mask(mask, call.keys)
@@ -200,9 +204,16 @@ def _read(
         None,
     )
     return favor_np.favor_attention(
-        q, k, v, state.feature_map, causal=tokens is not None, key_mask=mask,
-        enable_gqa=grouped, state=state, num_threads=threads,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        state.feature_map,
+        causal=tokens is not None,
+        key_mask=mask,
+        enable_gqa=grouped,
+        state=state,
+        num_threads=threads,
+    )
 
 
 # -- Layers of the graph: blocks have the keys (name, *leading axes, sequence, 0) -----------------
@@ -227,9 +238,14 @@ def _blockwise(
             pairs += [x, tuple(range(last, last + x.ndim))[::-1]]
     out = tuple(range(max(ind[0] for ind in pairs[1::2]) + 1))[::-1]
     return da.blockwise(
-        task, out, *pairs, name=name, align_arrays=False, meta=np.empty((0,) * len(out), dtype),
+        task,
+        out,
+        *pairs,
+        name=name,
+        align_arrays=False,
+        meta=np.empty((0,) * len(out), dtype),
         adjust_chunks=None if chunks is None else dict(zip(out, chunks, strict=True)),
-    )  # fmt: skip
+    )
 
 
 def _of_heads(fm: FeatureMap, heads: slice) -> FeatureMap:
@@ -347,7 +363,8 @@ def _fit(chunks: Chunks, shape: tuple[int, ...]) -> Chunks:
     return tuple((1,) if n == 1 else c for n, c in zip(shape, last, strict=True))
 
 
-# -- Checks of what only dask arrays have; `validation` does the rest ---------------------------------
+# -- Checks of what only dask arrays have; `validation` does the rest
+# ---------------------------------
 
 
 def _wrap(name: str, value: Any) -> da.Array:

@@ -130,8 +130,11 @@ def _run(
     if "key_mask" in constants:
         constants["key_mask"] = _lift(constants["key_mask"], axes - 1)
     one_call = len(arrays) == 3 and "cu_seqlens" not in constants
-    call = _Call(attend, jax.ShapeDtypeStruct(checked.out_shape, checked.result),
-                 "broadcast_all" if one_call else "sequential")  # fmt: skip
+    call = _Call(
+        attend,
+        jax.ShapeDtypeStruct(checked.out_shape, checked.result),
+        "broadcast_all" if one_call else "sequential",
+    )
     result: jax.Array = _attend(call, arrays, constants)
     return result
 

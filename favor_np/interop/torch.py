@@ -68,11 +68,9 @@ def favor_attention(
     --------
     favor_np.favor_attention_vjp : The same gradients without a framework.
 
-    Notes
-    -----
-    Nothing is copied but bfloat16 and tensors that are not contiguous: arrays share their memory
-    with tensors on the way in and out.  For the backward pass PyTorch keeps the arguments, the result
-    and two numbers a row, and frees them afterwards.
+    Notes ----- Nothing is copied but bfloat16 and tensors that are not contiguous: arrays share
+    their memory with tensors on the way in and out.  For the backward pass PyTorch keeps the
+    arguments, the result and two numbers a row, and frees them afterwards.
 
     ``torch.func.grad``, ``vjp``, ``jacrev`` and ``vmap`` work (``vmap`` is one call after another).
     ``torch.compile`` breaks its graph here, so ``fullgraph=True`` is refused.
@@ -91,10 +89,14 @@ def favor_attention(
     if isinstance(decay, torch.Tensor) and decay.requires_grad:
         raise ValueError("decay has no gradient: pass decay.detach()")
     arrays = {
-        "q": _checked("q", q), "k": _checked("k", k), "v": _checked("v", v),
+        "q": _checked("q", q),
+        "k": _checked("k", k),
+        "v": _checked("v", v),
         "projection": None if projection is None else _checked("projection", projection),
-        "key_mask": key_mask, "cu_seqlens": cu_seqlens, "decay": decay,
-    }  # fmt: skip
+        "key_mask": key_mask,
+        "cu_seqlens": cu_seqlens,
+        "decay": decay,
+    }
     tensors = {n: _checked(n, x) for n, x in arrays.items() if isinstance(x, torch.Tensor)}
     constants = {n: x for n, x in arrays.items() if x is not None and n not in tensors}
     attend = bridge.Attend(

@@ -10,8 +10,8 @@ from favor_np.cpu.kernels.floats import IEEE, float_mode, set_float_mode
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.simd import fetch_add
 
-#: Words with: the next job, the threads that came, the jobs finished, the jobs in trouble, what was found
-#: not to be finite.
+#: Words with: the next job, the threads that came, the jobs finished, the jobs in trouble, and what
+#: was found not to be finite.
 NEXT, CAME, FINISHED, TROUBLE, OVERFLOW = 0, 4, 8, 12, 14
 
 
