@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import Call, DecayOffsets, Options, StateForm, StateParts
-from favor_np.engine import Engine, engine_on, processor, refuse
+from favor_np.engine import Engine, engine_for, processor, refuse
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
 
@@ -105,7 +105,7 @@ class AttentionState:
         dtype: npt.DTypeLike | None = None,
         device: Literal["cpu", "cuda"] | None = None,
     ) -> None:
-        engine = engine_on(device)
+        engine = engine_for(device)
         fm = checked(feature_map, ATTENTION_KINDS)
         if dtype is None:
             dtype = fm.projection.dtype if engine.dtype is None else engine.dtype
