@@ -161,7 +161,7 @@ def refuse(engine: Engine, **options: object) -> None:
 
 @functools.cache
 def processor() -> CPU:
-    """Return the engine of the processor; the first call loads Numba."""
+    """Return the engine of the processor."""
     from favor_np.cpu.engine import CPU
 
     return CPU()

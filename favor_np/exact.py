@@ -236,9 +236,11 @@ def _attend(call: Call, *, keep: bool = False) -> tuple[Array, Forward | None, A
                 large = _too_large(call, 4)[..., None]
                 np.copyto(target, saved, where=large, casting="same_kind")
         if not fits:
+            from favor_np.cpu.scaling import means
+
             rows = np.argwhere(_too_large(call, 8))
             for row in _each_row(call, rows):
-                target[row.at] = row.weights @ row.v
+                target[row.at] = means(row.weights @ (row.v / 2), 1)
     forward = None if normalizers is None else Forward(saved, normalizers)
     return engine.finish(call, result, target), forward, rows
 
@@ -283,12 +285,18 @@ def _add_rows(call: Call, rows: Array, g: Array, grads: list[Array]) -> None:
     """Add what some rows have in the gradients: of all query heads, and of the keys' problems."""
     dq, dk, dv = grads
     for row in _each_row(call, rows):
-        cotangent = g[row.at].astype(np.float64)
-        of_values = row.v @ cotangent
+        (v, by), (cotangent, more) = _small(row.v), _small(g[row.at].astype(np.float64))
+        of_values = v @ cotangent
         of_logits = row.weights * (of_values - row.weights @ of_values) * call.scale
-        dq[row.at] = of_logits @ row.k
-        dk[row.of][row.seen] += np.outer(of_logits, row.q)
-        dv[row.of][row.seen] += np.outer(row.weights, cotangent)
+        dq[row.at] = np.ldexp(of_logits @ row.k, by + more)
+        dk[row.of][row.seen] += np.ldexp(np.outer(of_logits, row.q), by + more)
+        dv[row.of][row.seen] += np.ldexp(np.outer(row.weights, cotangent), more)
+
+
+def _small(x: Array) -> tuple[Array, int]:
+    """Return numbers of at most one, and the power of two by which they are smaller than these."""
+    power = max(0, int(np.frexp(np.abs(x[np.isfinite(x)]).max(initial=0))[1]))
+    return np.ldexp(x, -power), power
 
 
 def _too_large(call: Call, size: int) -> npt.NDArray[np.bool_]:

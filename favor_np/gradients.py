@@ -244,10 +244,9 @@ def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
     if state._rates is not None:
         weight = weight * np.exp2(state._raised()[1])[:, None]
     lead = (*state._slots, state.feature_map.num_features)
-    return StateGradient(
-        (s * weight[..., None]).astype(s.dtype).reshape(*lead, state.value_dim),
-        (z * weight).astype(z.dtype).reshape(lead),
-    )
+    with np.errstate(over="ignore"):  # what is beyond the dtype is infinite
+        s, z = (s * weight[..., None]).astype(s.dtype), (z * weight).astype(z.dtype)
+    return StateGradient(s.reshape(*lead, state.value_dim), z.reshape(lead))
 
 
 def _nothing(c: Array) -> int:

@@ -105,11 +105,16 @@ def _joined(a: Rows, b: Rows) -> Array:
     total = weights[0] + weights[1]
     total[total == 0] = 1  # no key at all: both are zero
     rows, others = a[0], b[0]
-    with np.errstate(invalid="ignore"):  # values may be infinite
-        rows *= (weights[0] / total)[..., None]
-        others *= (weights[1] / total)[..., None]
-        rows += others
-    return rows
+    try:
+        with np.errstate(invalid="ignore", over="raise"):  # values may be infinite
+            rows *= (weights[0] / total)[..., None]
+            others *= (weights[1] / total)[..., None]
+            joined: Array = rows + others
+    except FloatingPointError:
+        from favor_np.cpu.scaling import means
+
+        joined = means(rows / 2 + others / 2, 1)  # only rounding makes them infinite
+    return joined
 
 
 class WindowState:

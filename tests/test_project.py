@@ -263,7 +263,7 @@ def test_table_of_variances_agrees_with_simulation():
                 "positive",
                 d,
                 features,
-                "orthogonal" if orthogonal else "iid",
+                projection="orthogonal" if orthogonal else "iid",
                 antithetic=antithetic,
                 scale=1.0,
                 rng=seed,

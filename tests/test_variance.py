@@ -116,7 +116,7 @@ def test_errors():
     q = np.ones((2, 8))
     with pytest.raises(TypeError, match="feature_map must be a FeatureMap, got 'positive'"):
         kernel_variance(q, q, "positive")
-    with pytest.raises(ValueError, match="must be 'positive' or 'trig', got 'relu'"):
+    with pytest.raises(ValueError, match="must be of kind 'positive' or 'trig', got 'relu'"):
         kernel_variance(q, q, feature_map("relu", 8, 8))
     with pytest.raises(ValueError, match=r"q must have shape \(..., L, 8\)"):
         kernel_variance(q[:, :3], q, feature_map("positive", 8, 8))

@@ -1,15 +1,17 @@
-"""The engine of the processor: see `favor_np.engine.Engine`."""
+"""The engine of the processor: see `favor_np.engine.Engine`.  Numba comes with what computes."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import Arrays, Call, check_call
-from favor_np.cpu import launch, states
+
+if TYPE_CHECKING:
+    from favor_np.cpu import launch, states
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -57,19 +59,30 @@ class CPU:
             result[...] = target
         return result if out is None else out
 
-    new_states = staticmethod(states.new_states)
-    copy_states = staticmethod(states.copy_states)
-    merge_states = staticmethod(states.merge_states)
-    has_tails = staticmethod(states.has_tails)
-    lower_states = staticmethod(states.lower_states)
-    state_sums = staticmethod(launch.state_sums)
-    state_parts = staticmethod(states.state_parts)
-    states_of = staticmethod(states.states_of)
-    fold_tails = staticmethod(launch.fold_tails)
+    if TYPE_CHECKING:
+        new_states = staticmethod(states.new_states)
+        copy_states = staticmethod(states.copy_states)
+        merge_states = staticmethod(states.merge_states)
+        has_tails = staticmethod(states.has_tails)
+        lower_states = staticmethod(states.lower_states)
+        state_sums = staticmethod(launch.state_sums)
+        state_parts = staticmethod(states.state_parts)
+        states_of = staticmethod(states.states_of)
+        fold_tails = staticmethod(launch.fold_tails)
+        normalizers = staticmethod(launch.normalizers)
+        attend = staticmethod(launch.attend)
+        attend_vjp = staticmethod(launch.attend_vjp)
+        projection_vjp = staticmethod(launch.projection_vjp)
+        attend_exact = staticmethod(launch.attend_exact)
+        exact_vjp = staticmethod(launch.exact_vjp)
+    else:
 
-    normalizers = staticmethod(launch.normalizers)
-    attend = staticmethod(launch.attend)
-    attend_vjp = staticmethod(launch.attend_vjp)
-    projection_vjp = staticmethod(launch.projection_vjp)
-    attend_exact = staticmethod(launch.attend_exact)
-    exact_vjp = staticmethod(launch.exact_vjp)
+        def __getattr__(self, name):
+            """Load what computes, and Numba with it, when it is first needed."""
+            if name.startswith("_"):
+                raise AttributeError(name)
+            from favor_np.cpu import launch, states
+
+            function = getattr(launch if hasattr(launch, name) else states, name)
+            setattr(self, name, function)
+            return function

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np.call import Call, Cotangents, Forward, StateForm, sum_to
-from favor_np.cpu import memory, schedule, tuning
+from favor_np.cpu import memory, scaling, schedule, tuning
 from favor_np.cpu.kernels import bfloat16
 from favor_np.cpu.kernels import exact as exact_kernels
 from favor_np.cpu.kernels import exact_vjp as exact_vjp_kernels
 from favor_np.cpu.kernels import favor as kernels
 from favor_np.cpu.kernels import favor_vjp as vjp
-from favor_np.cpu.kernels.jobs import TROUBLE
-from favor_np.cpu.kernels.pack import CHUNK
+from favor_np.cpu.kernels.jobs import OVERFLOW, TROUBLE
+from favor_np.cpu.kernels.pack import CHUNK, holds_large
 from favor_np.cpu.kernels.spread import Spread
 from favor_np.cpu.layout import (
     Layout,
@@ -95,35 +95,35 @@ def attend(
                      _threads(work * len(jobs.table), call.num_threads), spread, call.bfloat16)  # fmt: skip
     tokens = call.causal and (longest == 1 or call.offsets is not None)
     plain = call.mask is None and bars is None and not call.bfloat16
-    if tokens and plain and jobs.q_rows.shape[1] == 1:
-        if longest == 1:
-            launch.run(constants, jobs, state, tokens=True)
-            return
-        longer = np.count_nonzero(jobs.table[:, KEYS] > 1)  # these come first
-        launch.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
-        jobs = jobs.take(slice(longer))
-    if call.causal and launch.threads > 1:
-        jobs = launch.share(constants, jobs, state)
-    if call.causal or longest <= tuning.SEGMENT_LENGTH:
-        launch.run(constants, jobs, state)
-        return
-    long = jobs.table[:, [KEYS, QUERIES]].max(1) > tuning.SEGMENT_LENGTH
-    launch.run(constants, jobs.take(~long), state)
-    jobs = jobs.take(long)
-    for first in range(0, len(jobs.table), tuning.MAX_LIVE_STATES):
-        wave = jobs.take(slice(first, first + tuning.MAX_LIVE_STATES))
-        slots = wave.table[:, SLOT]
-        if state is None:
-            totals = empty(layout, len(slots))
-        else:
-            totals = tuple(array[slots] for array in state)
-            launch.fold_tails(totals)
-        folds, reads = schedule.segments(wave)
-        launch.fold(constants, folds, totals)
-        launch.run(constants, reads, totals)
-        if state is not None and call.keys:
-            for array, total in zip(state, totals, strict=True):
-                array[slots] = total
+    tokens = tokens and plain and jobs.q_rows.shape[1] == 1
+    # What a state has taken in cannot be taken back.  The kernel of tokens looks at them itself.
+    large = state is not None and not (tokens and longest == 1) and holds_large(inputs[2])
+    if not large:
+        launch.attend(constants, jobs, longest, state, call.causal, tokens)
+        large = launch.overflow and holds_large(inputs[2])
+    if large and state is not None:  # for the rows that do not overflow
+        out[...] = np.nan
+        launch.attend(constants, jobs, longest, copy_states(state), call.causal, tokens)
+    if large:
+        _attend_scaled(call, inputs[2], out, state)
+
+
+def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
+    """Fill in the rows that have overflowed, and bring the state up to date, by way of smaller values."""
+    power, rows = scaling.POWER[v.itemsize], np.empty_like(out)
+    form, after = StateForm(call.map, v.dtype, v.shape[-1]), None
+    if state is not None:
+        after = copy_states(state)
+        fold_tails(form, after)
+        after[1][...] = scaling.scaled(after[1], -power)
+    small = scaling.scaled(v, -power).reshape(call.v.shape)
+    attend(replace(call, v=small, error_bars=None), rows, after)
+    scaling.fill(out, scaling.means(rows, power))
+    if after is not None:
+        fold_tails(form, after)
+        scaling.keep_in_range(after, power)
+        for array, new in zip(state, after, strict=True):
+            array[...] = new
 
 
 def _adapted(jobs: Jobs, call: Call) -> Jobs:
@@ -220,10 +220,44 @@ def _pull(
         constants, inputs, layout.map, np.zeros_like(layout.map.bias), layout.natural, jobs.table,
         jobs.clocks, to, *(states or ()),
     )  # fmt: skip
+    overflow = False
     if count and (forward.out.size or final_state is not None):
         workers = min(_threads(work * count, call.num_threads), count)
-        _run(vjp.pull, args, count, workers, vjp_workspace(layout, stateful=not stateful))
-    return _Pulled(layout, jobs, slots, to, states)
+        space = vjp_workspace(layout, stateful=not stateful)
+        overflow = bool(_run(vjp.pull, args, count, workers, space)[OVERFLOW])
+    pulled = _Pulled(layout, jobs, slots, to, states)
+    unseen = (*(to[3:] if projection else ()), *(() if states is None else states[1:]))
+    if overflow or not all(np.isfinite(x).all() for x in unseen):  # the kernel looks at rows only
+        return _pull_scaled(call, forward, grad, final_state, pulled)
+    return pulled
+
+
+def _pull_scaled(
+    call: Call, forward: Forward, grad: Array, final_state: Any, pulled: _Pulled
+) -> _Pulled:
+    """Fill in what has overflowed, from smaller values and cotangents."""
+    v, out, g = (rows_of(x, call.compute) for x in (call.v, forward.out, grad))
+    values, cotangents = scaling.power_of(v, out), scaling.power_of(g)
+    both = values + cotangents
+    if not both:
+        return pulled
+    small = _pull(
+        replace(call, v=scaling.scaled(v, -values).reshape(call.v.shape)),
+        Forward(
+            scaling.scaled(out, -values).reshape(forward.out.shape),
+            forward.normalizers,
+            scaling.scaled_states(forward.state, -values, 0),
+        ),
+        scaling.scaled(g, -cotangents).reshape(grad.shape),
+        scaling.scaled_states(final_state, -cotangents, -both),
+        projection=pulled.to.projection.size > 0,
+    )
+    powers = vjp.Gradients(both, both, cotangents, both, both)
+    for mine, other, power in zip(pulled.to, small.to, powers, strict=True):
+        scaling.fill(mine, scaling.scaled(other, power))
+    if small.states is not None:
+        scaling.keep_in_range(small.states, cotangents, both)
+    return pulled._replace(states=small.states)
 
 
 def _onto(grad: Array, like: Array, heads: tuple[int, ...] | None) -> Array:
@@ -245,6 +279,42 @@ class _Launch:
     threads: int
     spread: Spread | None
     pairs: bool
+    #: Whether something was written that is not finite, or a large token refused.
+    overflow: bool = False
+
+    def attend(
+        self, constants: Array, jobs: Jobs, longest: int, state: Any, causal: bool, tokens: bool
+    ) -> None:
+        """Run all jobs of a call: those of one token by their own kernel, long ones in parts."""
+        if tokens:
+            if longest == 1:
+                self.run(constants, jobs, state, tokens=True)
+                return
+            longer = np.count_nonzero(jobs.table[:, KEYS] > 1)  # these come first
+            self.run(constants, jobs.take(slice(longer, None)), state, tokens=True)
+            jobs = jobs.take(slice(longer))
+        if causal and self.threads > 1:
+            jobs = self.share(constants, jobs, state)
+        if causal or longest <= tuning.SEGMENT_LENGTH:
+            self.run(constants, jobs, state)
+            return
+        long = jobs.table[:, [KEYS, QUERIES]].max(1) > tuning.SEGMENT_LENGTH
+        self.run(constants, jobs.take(~long), state)
+        jobs = jobs.take(long)
+        for first in range(0, len(jobs.table), tuning.MAX_LIVE_STATES):
+            wave = jobs.take(slice(first, first + tuning.MAX_LIVE_STATES))
+            slots = wave.table[:, SLOT]
+            if state is None:
+                totals = empty(self.layout, len(slots))
+            else:
+                totals = tuple(array[slots] for array in state)
+                self.fold_tails(totals)
+            folds, reads = schedule.segments(wave)
+            self.fold(constants, folds, totals)
+            self.run(constants, reads, totals)
+            if state is not None and wave.table[:, KEYS].any():
+                for array, total in zip(state, totals, strict=True):
+                    array[slots] = total
 
     def run(self, constants: Array, jobs: Jobs, state: Any, *, tokens: bool = False) -> None:
         """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
@@ -256,7 +326,11 @@ class _Launch:
             self._step(constants, jobs) if tokens else self._kernel(constants, jobs, None, workers)
         )
         space = self.layout.stateful if state is None else self.layout.stateless
-        _run(kernel, (*args, *(state or ())), count, workers, space)
+        self._watch(_run(kernel, (*args, *(state or ())), count, workers, space))
+
+    def _watch(self, control: Array) -> None:
+        """Note what a kernel has reported."""
+        self.overflow |= bool(control[OVERFLOW])
 
     def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
         """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
@@ -275,7 +349,7 @@ class _Launch:
                 for array, mine in zip(arrays, new, strict=False):
                     array[total] = mine[0]
                 kernel, args = self._kernel(constants, job, relay.words, self.threads)
-                POOL.call(kernel, (*args, *arrays), relay.count, self.threads)
+                self._watch(POOL.call(kernel, (*args, *arrays), relay.count, self.threads))
                 if state is not None:
                     after = c[relay.last], s[total], z[total]
                     for array, mine in zip(state, after, strict=True):
@@ -368,6 +442,10 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     space = exact_workspace(dtype, q.shape[-1], v.shape[-1], pairs=pairs, bf16x3=bf16x3)
     workers = min(_threads(work, call.num_threads), len(table))
     control = _run(kernel, args, len(table), workers, space)
+    if control[OVERFLOW] and holds_large(args[3]):
+        power, rows = scaling.POWER[dtype.itemsize], np.empty_like(out)
+        attend_exact(replace(call, v=scaling.scaled(args[3], -power).reshape(v.shape)), rows)
+        scaling.fill(out, scaling.means(rows, power))
     return not control[TROUBLE]
 
 
@@ -378,14 +456,15 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     """
     q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
     jobs = schedule.exact_vjp_jobs(call.shapes())
-    g, rows = _cotangents(forward, rows_of(grad_out, dtype))
+    values, cotangents = rows_of(v, dtype), rows_of(grad_out, dtype)
+    g, rows = _cotangents(forward, cotangents)
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
     columns = memory.padded(dim, dtype.itemsize)
     sums = memory.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
     args = (
         exact_parameters(dtype, call.scale, call.causal),
-        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), g, rows, _mask_rows(call.mask),
+        rows_of(q, dtype), rows_of(k, dtype), values, g, rows, _mask_rows(call.mask),
         jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
         exact_vjp_kernels.Gradients(sums.reshape(-1, columns), dk, dv),
     )  # fmt: skip
@@ -398,6 +477,19 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     np.multiply(
         sums[0, :, :queries, :dim], dtype.type(call.scale), out=dq.reshape(-1, queries, dim)
     )
+    by_values, by_cotangents = scaling.power_of(values), scaling.power_of(cotangents)
+    both = by_values + by_cotangents
+    if both and not all(np.isfinite(grad).all() for grad in grads):
+        small = [np.empty_like(grad) for grad in grads]
+        out, normalizers, _ = forward
+        exact_vjp(
+            replace(call, v=scaling.scaled(values, -by_values).reshape(v.shape)),
+            Forward(scaling.scaled(out, -by_values), normalizers),
+            scaling.scaled(cotangents, -by_cotangents).reshape(grad_out.shape),
+            small,
+        )
+        for grad, other, power in zip(grads, small, (both, both, by_cotangents), strict=True):
+            scaling.fill(grad, scaling.scaled(other, power))
 
 
 def _cotangents(forward: Forward, g: Array) -> tuple[Array, Any]:

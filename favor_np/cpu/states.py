@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import StateForm, StateParts
-from favor_np.cpu import memory
+from favor_np.cpu import memory, scaling
 from favor_np.cpu.kernels.state import PAD, TAIL
 from favor_np.cpu.layout import Layout, layout
 
@@ -95,6 +95,7 @@ def states_of(form: StateForm, parts: StateParts) -> tuple[Array, ...]:
         keys, values = tail(layout, s, z)
         keys[:, : parts.tail_features.shape[1], real] = parts.tail_features
         values[:, : parts.tail_values.shape[1], :width] = parts.tail_values
+    scaling.keep_in_range(arrays)
     return arrays
 
 
@@ -109,6 +110,7 @@ def merge_states(into: Any, other: Any) -> None:
         _add_pairs(z[..., None], other_z[..., None], keep[..., None], add[..., None])
         _add_pairs(s, other_s, keep[..., None], add[..., None])
     mine[...] = top
+    scaling.keep_in_range(into)
 
 
 def _add_pairs(sums: Array, other: Array, keep: Array, add: Array) -> None:

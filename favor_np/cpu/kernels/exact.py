@@ -37,7 +37,7 @@ from favor_np.cpu.kernels.chunk import own_values
 from favor_np.cpu.kernels.floats import flush_beside
 from favor_np.cpu.kernels.gemm import gemm_t, prefetch_rows, project_t
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.jobs import claim, enter, leave, report
+from favor_np.cpu.kernels.jobs import TROUBLE, claim, enter, leave, report
 from favor_np.cpu.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
 from favor_np.cpu.kernels.products import load_tile_config, release_tiles, seen_by
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, sum_lanes
@@ -357,7 +357,7 @@ def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, i
         if job >= n:
             break
         if not exact_block(par, q, k, v, mask, jobs[job], out, t):
-            report(ctl)
+            report(ctl, TROUBLE)
         finished += 1
     release_tiles(config)
     release_tiles(split_config)
@@ -367,14 +367,14 @@ def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, i
 @jit(cache=True)
 def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
     """In the precision of the arrays."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, None, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), None, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_exact_bf16(par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n):
     """In bfloat16."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), config, None, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), config, None, floats,
                          ints, ctl, n)  # fmt: skip
 
 
@@ -383,5 +383,5 @@ def attend_exact_bf16x3(
     par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n
 ):
     """As `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops), None, config, floats,
+    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), None, config, floats,
                          ints, ctl, n)  # fmt: skip

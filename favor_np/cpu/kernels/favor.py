@@ -9,14 +9,14 @@ import numpy as np
 from favor_np.cpu.kernels.chunk import WHOLE, Problem, attend_chunk, carve, piece, read
 from favor_np.cpu.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mode
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.jobs import claim, enter, leave
-from favor_np.cpu.kernels.pack import CHUNK, Map, Result
+from favor_np.cpu.kernels.jobs import OVERFLOW, claim, enter, leave, report
+from favor_np.cpu.kernels.pack import CHUNK, Map, Result, count_large
 from favor_np.cpu.kernels.products import load_state, load_tile_config, release_tiles
 from favor_np.cpu.kernels.relay import attend_relay
 from favor_np.cpu.kernels.spread import carve_groups
 from favor_np.cpu.kernels.state import PAD, begin, fold_tail
 from favor_np.cpu.kernels.step import step_token
-from favor_np.jobs import BLOCK, K_ROW, KEYS, QUERIES, ROWS, V_ROW
+from favor_np.jobs import BLOCK, K_ROW, KEYS, QUERIES, ROWS, SLOT, V_ROW
 
 #: What a kernel needs to know about the feature map and the call.
 Parameters = namedtuple(
@@ -142,7 +142,7 @@ def attend(constants, q, k, v, mask, query, key, bias, affine, jobs, q_rows, out
     """In the precision of the arrays."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, None, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), None, None, None, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def attend_spread(constants, q, k, v, mask, query, key, bias, affine, jobs, q_ro
     """The same, with standard errors."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), room, spread, None, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), room, spread, None, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def attend_bf16(constants, q, k, v, mask, query, key, bias, affine, config, jobs
     """In bfloat16: `query` and `key` are pairs."""
     fm = Map(query, key, bias, affine, None, None)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), None, None, config, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
@@ -173,15 +173,19 @@ def attend_bf16x3(constants, q, k, v, mask, query, key, bias, affine, query_part
     """As `attend`, its projections products of three parts on the matrix unit: no less exact, and faster."""
     fm = Map(query, key, bias, affine, query_parts, key_parts)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
-                       relay, Result(rows, weights, tops), None, None, config, c, s, z, floats, ints, ctl,
+                       relay, Result(rows, weights, tops, ctl), None, None, config, c, s, z, floats, ints, ctl,
                        n)  # fmt: skip
 
 
 @jit(cache=True)
 def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, out_rows, clocks, rows, weights,
                   tops, c, s, z, floats, ints, ctl, n):  # fmt: skip
-    """As `attend`, for causal problems of one token each, which is not masked."""
+    """As `attend`, for causal problems of one token each, which is not masked.
+
+    States take no large values: if there are any of either, nothing is done.
+    """
     par, finished = parameters(constants), 0
+    refused = jobs[0, SLOT] >= 0 and count_large(v) > 0
     me, mode = enter(ctl)
     fm, width = Map(query, key, bias, affine, None, None), key.shape[2]
     blocks = (c.shape[1] - PAD) // (width * par.signs)
@@ -190,9 +194,12 @@ def attend_tokens(constants, q, k, v, query, key, bias, affine, jobs, q_rows, ou
         job = claim(ctl)
         if job >= n:
             break
+        finished += 1
+        if refused:
+            report(ctl, OVERFLOW)
+            continue
         row, clock = jobs[job], clock_of(clocks, job)[0]
         slot = begin(par, row, me, c, s, z, width)
         step_token(par, q, q_rows[job, 0], k, row[K_ROW], v, row[V_ROW], fm, row[BLOCK], row[ROWS], clock, c, s, z, slot,
-                   Result(rows, weights, tops), out_rows[job, 0], t)  # fmt: skip
-        finished += 1
+                   Result(rows, weights, tops, ctl), out_rows[job, 0], t)  # fmt: skip
     return leave(ctl, finished, mode)

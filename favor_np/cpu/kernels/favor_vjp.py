@@ -25,7 +25,7 @@ from favor_np.cpu.kernels.favor import clock_of, parameters
 from favor_np.cpu.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
 from favor_np.cpu.kernels.gemm import gemm, gemm_t
 from favor_np.cpu.kernels.jit import EXACT, jit
-from favor_np.cpu.kernels.jobs import claim, enter, leave
+from favor_np.cpu.kernels.jobs import OVERFLOW, claim, enter, leave, report
 from favor_np.cpu.kernels.pack import (
     CHUNK,
     across,
@@ -306,7 +306,7 @@ def pair_products(count, cols, rows, d, t):
 
 @jit()
 def pull_chunk(
-    par, x, job, of_keys, at, step, count, clock, rate, clean, fm, bias, natural, c, s, z, slot, to, t,
+    par, x, job, of_keys, at, step, count, clock, rate, clean, fm, bias, natural, c, s, z, slot, to, ctl, t,
 ):  # fmt: skip
     """Gradients of the rows of side B: of queries, or of keys and values."""
     lanes = VECTOR_BYTES // t.rows.itemsize
@@ -362,7 +362,7 @@ def pull_chunk(
         for j in range(rows):
             t.scores[j, : min(j, cols)] = 0
         own_values(t.scores, t.values, clean, count, t.num, t.spare)
-    norm = 2 * par.key_norm / LOG2E
+    norm, spoiled = 2 * par.key_norm / LOG2E, 0
     if par.factored and of_keys:  # the gradient of the heights
         gemm(t.rows, natural.hessian[w], t.stretched, 0, rows, 0, dcols, 0, d, False)
     for i in range(count):  # a factor of zero is no reason to write zero: it may be 0 * NaN
@@ -375,18 +375,24 @@ def pull_chunk(
                 slope = t.stretched[i, y] if par.factored else norm * t.rows[i, y]
                 if par.affine:
                     slope -= natural.linear[w, y]
-                value = t.grad[i, y] - t.total[0, i] * slope
+                value = to.k.dtype.type(t.grad[i, y] - t.total[0, i] * slope)
                 to.k[row, y] = value if seen else 0
+                spoiled += not abs(value) < math.inf
             for y in range(dv):
-                to.v[row, y] = t.num[i, y] * by if seen else 0
+                value = to.v.dtype.type(t.num[i, y] * by)
+                to.v[row, y] = value if seen else 0
+                spoiled += not abs(value) < math.inf
         else:
             row = job[OUT_ROW] + position
             for y in range(d):
                 to.q[row, y] = t.grad[i, y] if x.weights[row] != 0 else 0
+                spoiled += not abs(t.grad[i, y]) < math.inf
+    if spoiled > 0:
+        report(ctl, OVERFLOW)
 
 
 @jit()
-def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
+def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, ctl, t):
     """One side of one problem: the gradient of its queries, or that of its keys and values."""
     of_keys = job[SIDE] == 1
     a_count, b_count = (job[QUERIES], job[KEYS]) if of_keys else (job[KEYS], job[QUERIES])
@@ -406,13 +412,13 @@ def pull_one(par, x, job, clock, rate, fm, none, natural, c, s, z, slot, to, t):
                                    t)  # fmt: skip
         if par.causal:
             pull_chunk(par, x, job, of_keys, at, step, taken, clock, rate, clean, fm, mine,
-                       natural, c, s, z, slot, to, t)  # fmt: skip
+                       natural, c, s, z, slot, to, ctl, t)  # fmt: skip
         flush_beside(t.values, taken, c, True)
         fold_chunk(par, t.pairs, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
         done, split = done + taken, taken < count
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         pull_chunk(par, x, job, of_keys, at, 1, min(CHUNK, b_count - at), clock, rate, True, fm, mine,
-                   natural, c, s, z, slot, to, t)  # fmt: skip
+                   natural, c, s, z, slot, to, ctl, t)  # fmt: skip
 
 
 @jit(cache=True)
@@ -431,7 +437,7 @@ def pull(constants, x, fm, none, natural, jobs, clocks, to, c, s, z, floats, int
         slot = begin(par, jobs[job], me, c, s, z, fm.key.shape[2])
         fold_tail(c, s, z, slot)
         clock, rate = clock_of(clocks, job)
-        pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, t)
+        pull_one(par, x, jobs[job], clock, rate, fm, none, natural, c, s, z, slot, to, ctl, t)
         finished += 1
     release_tiles(natural.config)
     return leave(ctl, finished, mode)

@@ -10,8 +10,9 @@ from favor_np.cpu.kernels.floats import IEEE, float_mode, set_float_mode
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.simd import fetch_add
 
-#: Words with: the next job, the threads that came, the jobs finished, the jobs in trouble.
-NEXT, CAME, FINISHED, TROUBLE = 0, 4, 8, 12
+#: Words with: the next job, the threads that came, the jobs finished, the jobs in trouble, and what
+#: was found not to be finite.
+NEXT, CAME, FINISHED, TROUBLE, OVERFLOW = 0, 4, 8, 12, 14
 
 
 @jit()
@@ -29,9 +30,9 @@ def claim(ctl):
 
 
 @jit()
-def report(ctl):
-    """Count a job that could not be done."""
-    fetch_add(ctl, TROUBLE, 1)
+def report(ctl, what):
+    """Count a job that could not be done, or rows that are not finite."""
+    fetch_add(ctl, what, 1)
 
 
 @jit()

@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
+import numpy as np
+
 from favor_np.cpu.kernels.bfloat16 import round_rows
 from favor_np.cpu.kernels.gemm import project_t
 from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.jobs import OVERFLOW, report
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, transpose, view
 
 #: Positions that kernels take at a time.
 CHUNK = 64
+#: What sums of values may overflow from, in float32 and in float64.
+SINGLE, DOUBLE = 2.0**32, 2.0**256
+#: The largest finite numbers.
+MOST_SINGLE, MOST_DOUBLE = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
 
 #: A feature map, block by block of its weights.  For calibrated ones (par.affine) the rows of `affine`
 #: are the centres of queries and of keys, what is linear in the height of a key and, if par.factored,
@@ -20,7 +27,8 @@ CHUNK = 64
 Map = namedtuple("Map", "query key bias affine query_parts key_parts", defaults=(None, None))
 QUERY_CENTER, KEY_CENTER, LINEAR, FACTOR = range(4)
 #: What attention writes: rows (N, dv) and, unless these are empty, the denominators weights * 2**tops.
-Result = namedtuple("Result", "rows weights tops")
+#: The control words are told of rows that are not finite.
+Result = namedtuple("Result", "rows weights tops ctl")
 
 
 @jit()
@@ -172,6 +180,7 @@ def across(rows, columns):
 def write_rows(num, den, top, square, count, out, row):
     """Rows num / den of a Result: zeros where there is no key, NaN where the query is not finite."""
     rows, one = out.rows, out.rows.dtype.type(1)
+    total = rows.dtype.type(0)
     for i in range(count if out.tops.size > 0 else 0):
         out.weights[row + i], out.tops[row + i] = den[i], top[i]
     for i in range(count):
@@ -181,4 +190,45 @@ def write_rows(num, den, top, square, count, out, row):
         elif inverse != 0:  # it vanishes only where there is no key at all
             inverse = one / inverse
         for x in range(rows.shape[1]):
-            rows[row + i, x] = num[i, x] * inverse
+            value = rows.dtype.type(num[i, x] * inverse)
+            rows[row + i, x] = value
+            total += abs(value)
+    if not total < math.inf:
+        mend_rows(num, count, out, row)
+
+
+@jit(fastmath=EXACT)
+def mend_rows(num, count, out, row):
+    """Report rows that are not finite, but for means that only rounding has made infinite."""
+    rows, spoiled = out.rows, False
+    for i in range(count):
+        for x in range(rows.shape[1]):
+            if math.isinf(rows[row + i, x]) and math.isfinite(num[i, x]):
+                rows[row + i, x] = math.copysign(largest_of(rows), num[i, x])
+            elif not math.isfinite(rows[row + i, x]):
+                spoiled = True
+    if spoiled:
+        report(out.ctl, OVERFLOW)
+
+
+@jit()
+def largest_of(rows):
+    """The largest finite number of an array's dtype."""
+    return MOST_SINGLE if rows.itemsize == 4 else MOST_DOUBLE
+
+
+@jit()
+def count_large(rows):
+    """How many finite numbers there are whose sums may overflow."""
+    limit, count = SINGLE if rows.itemsize == 4 else DOUBLE, 0
+    for i in range(rows.shape[0]):
+        for x in range(rows.shape[1]):
+            size = abs(rows[i, x])
+            count += limit <= size < math.inf
+    return count
+
+
+@jit(cache=True)
+def holds_large(rows):
+    """Whether there is one."""
+    return count_large(rows) > 0
