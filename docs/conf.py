@@ -36,10 +36,11 @@ numpydoc_show_class_members = False
 numpydoc_validation_checks = {"GL03", "PR01", "PR02", "PR03", "PR10", "RT01", "SS03"}
 numpydoc_validation_exclude = {  # classes are told by their attributes
     r"favor_np\.AttentionState$",
-    r"favor_np\.AttentionState\.(copy|same_map)$",
+    r"favor_np\.AttentionState\.copy$",
     r"favor_np\.compare\.[A-Z]",
     r"favor_np\.forecast\.[A-Z]",
-    r"favor_np\.gradients\.[A-Z]",
+    r"favor_np\.(diagnostics|exact|gradients|recommendation)\.[A-Z]",
+    r"favor_np\.features\.Calibration\.",
 }
 
 plot_formats = [("png", 150)]

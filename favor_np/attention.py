@@ -301,6 +301,8 @@ def attend(
         call.decay = after._decay
     if target.size == 0 and (after is None or call.keys == 0):
         pass
+    elif call.keys == 0 and after is None and isinstance(target, np.ndarray):
+        target[...] = 0
     elif call.window is not None and call.window < call.keys:
         from favor_np import window
 

@@ -103,7 +103,9 @@ def recommend(
         If shapes do not fit, data are not finite, there are fewer than 4 tokens, or
         `target_error` is not positive.
 
-    Notes ----- Errors are distances from softmax attention, which is what the weights of most
+    Notes
+    -----
+    Errors are distances from softmax attention, which is what the weights of most
     models expect. A model that was trained with FAVOR+ itself is tied to the projection it was
     trained with, and nearness to softmax is no merit there: one had a loss of 0.0003 with its own
     map, 0.19 with one of another seed, and 0.081 with exact attention.  The projection belongs to

@@ -78,9 +78,6 @@ def attend(
     Packed sequences have a slot of the state each.  `normalizers` receive the denominators of the rows
     as (w, top), w * 2**top.
     """
-    if state is None and not call.keys:
-        out[...] = 0
-        return
     q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
     shapes, group = call.shapes(stateful=state is not None), None if bars is None else bars.group
     layout, constants, jobs, longest, work = schedule.schedule(

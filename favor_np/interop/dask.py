@@ -108,7 +108,9 @@ def favor_attention(
     --------
     favor_np.favor_attention : The same on NumPy arrays.
 
-    Notes ----- Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks
+    Notes
+    -----
+    Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks
     that they are stored in, those of xarray the ones that dask has given them; NumPy arrays become
     one chunk. What is not chunked alike is rechunked, which moves data: d and dv to one chunk,
     leading axes as the result, `v` and `key_mask` as `k` along the sequence, and if `causal` all

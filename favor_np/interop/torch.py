@@ -68,7 +68,9 @@ def favor_attention(
     --------
     favor_np.favor_attention_vjp : The same gradients without a framework.
 
-    Notes ----- Nothing is copied but bfloat16 and tensors that are not contiguous: arrays share
+    Notes
+    -----
+    Nothing is copied but bfloat16 and tensors that are not contiguous: arrays share
     their memory with tensors on the way in and out.  For the backward pass PyTorch keeps the
     arguments, the result and two numbers a row, and frees them afterwards.
 
