@@ -15,8 +15,8 @@ from favor_np.engine import processor
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: Beyond it a logit has an error of about a per cent: from float32 it is computed in float64, and from there
-#: row by row.
+#: Beyond it a logit has an error of about a per cent: from float32 it is computed in float64, and
+#: from there row by row.
 LARGEST_LOGIT = {4: 2.0**19, 8: 2.0**47}
 
 

@@ -89,9 +89,9 @@ num_threads, check_finite, device
     out : ndarray, shape (..., L_q, dv)
         The result of `favor_attention`; a pair (out, state) with `return_state`.
     pullback : callable
-        ``pullback(grad_out, grad_state=None)`` returns `Gradients`.  `grad_out` has the shape of the
-        result; `grad_state`, with `return_state` only, is a pair of arrays shaped like ``S`` and
-        ``z`` of the returned state.  It may be called more than once.
+        ``pullback(grad_out, grad_state=None)`` returns `Gradients`.  `grad_out` has the shape of
+        the result; `grad_state`, with `return_state` only, is a pair of arrays shaped like ``S``
+        and ``z`` of the returned state.  It may be called more than once.
 
     Raises
     ------
@@ -101,9 +101,9 @@ num_threads, check_finite, device
     Notes
     -----
     Kept between the two are the arguments themselves (change none before the pullback), the result
-    and each row's denominator: O(L).  Time is O(L m d).  Features are computed anew tile by tile, keys
-    and values get their gradient from a fold over the queries that runs backwards: nothing is rebuilt
-    by subtraction, and there is no epsilon.
+    and each row's denominator: O(L).  Time is O(L m d).  Features are computed anew tile by tile,
+    keys and values get their gradient from a fold over the queries that runs backwards: nothing is
+    rebuilt by subtraction, and there is no epsilon.
 
     Examples
     --------

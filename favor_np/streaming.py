@@ -47,7 +47,8 @@ def stream_attention(
     ----------
     q : array_like, shape (..., L_q, d)
         Queries.  They, keys and values may be numpy.memmap or anything else that has `shape` and
-        `dtype` and gives arrays for slices, such as data sets of h5py, netCDF4, tensorstore and zarr.
+        `dtype` and gives arrays for slices, such as data sets of h5py, netCDF4, tensorstore and
+        zarr.
     k : array_like, shape (..., L_k, d)
         Keys.  Leading axes of all arrays broadcast as in NumPy.
     v : array_like, shape (..., L_k, dv)
@@ -85,9 +86,9 @@ def stream_attention(
         cannot be written or overlaps an input; if an input has masked values (variables of netCDF4
         are searched for them before anything is computed).
     ValueError
-        If `checkpoint` is damaged, or was not written by this call (one with the same shapes, dtypes,
-        map, `causal` and `chunk_size`), or an array no longer holds the last chunk that was done before;
-        if `out` lies in a file that could not be opened again after a kill.
+        If `checkpoint` is damaged, or was not written by this call (one with the same shapes,
+        dtypes, map, `causal` and `chunk_size`), or an array no longer holds the last chunk that was
+        done before; if `out` lies in a file that could not be opened again after a kill.
     OSError
         If an array or the checkpoint cannot be read or written.
     ImportError

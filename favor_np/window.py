@@ -1,10 +1,10 @@
 """Attention to the last positions only, by two folds and no subtraction.
 
-A sequence is cut into segments as long as the window.  What a query may see is then the beginning of
-its own segment up to itself, and the end of the segment before (van Herk 1992; Gil and Werman 1993).
-Each of the two gives a row and its denominator; their weighted mean is the result.  For whole
-sequences both are causal attention within segments, the second with the rows turned round; a decoder
-keeps a state that grows, and states of the ends of the segment before.
+A sequence is cut into segments as long as the window.  What a query may see is then the beginning
+of its own segment up to itself, and the end of the segment before (van Herk 1992; Gil and Werman
+1993). Each of the two gives a row and its denominator; their weighted mean is the result.  For
+whole sequences both are causal attention within segments, the second with the rows turned round; a
+decoder keeps a state that grows, and states of the ends of the segment before.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ class WindowState:
     """Decoding with a window: what attention to the last `window` positions has to remember.
 
     The result is that of ``favor_attention(..., causal=True, window=window)`` within rounding, for
-    any split of the sequence into calls.  A token costs the folding of three keys and the reading of
-    two states, on average and whatever the window is; the first in ``sqrt(window)`` takes longer, and
-    the first in `window` as long as that many keys.
+    any split of the sequence into calls.  A token costs the folding of three keys and the reading
+    of two states, on average and whatever the window is; the first in ``sqrt(window)`` takes
+    longer, and the first in `window` as long as that many keys.
 
-    Memory does not grow with the sequence: for each batch and head the last `window` keys and values,
-    ``window * (d + dv)`` numbers, and at most ``2 + 2 * sqrt(window)`` states of about
-    ``M * (dv + 2)`` numbers of 4 bytes, or of 8 with float64.
+    Memory does not grow with the sequence: for each batch and head the last `window` keys and
+    values, ``window * (d + dv)`` numbers, and at most ``2 + 2 * sqrt(window)`` states of about ``M
+    * (dv + 2)`` numbers of 4 bytes, or of 8 with float64.
 
     Threads may share a state, as an `AttentionState`: calls are made one after the other, and an
     interrupted `update` or `step` spoils it.
@@ -215,7 +215,8 @@ class WindowState:
 
     def _forget(self) -> None:
         #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window,
-        #: and, beside their number n, of the last ``n * r`` and 0, 1, 2, ... more; made when they are needed.
+        #: and, beside their number n, of the last ``n * r`` and 0, 1, 2, ... more; made when they
+        #: are needed.
         self._wholes: list[Any] = []
         self._parts: tuple[int, list[Any]] = (-1, [])
 

@@ -75,8 +75,8 @@ def attend(
 ) -> None:
     """Fold keys and values, read with queries into the C-ordered `out`; on from a state and into it.
 
-    Packed sequences have a slot of the state each.  `normalizers` receive the denominators of the rows
-    as (w, top), w * 2**top.
+    Packed sequences have a slot of the state each.  `normalizers` receive the denominators of the
+    rows as (w, top), w * 2**top.
     """
     q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
     shapes, group = call.shapes(stateful=state is not None), None if bars is None else bars.group

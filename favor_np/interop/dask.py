@@ -365,8 +365,7 @@ def _fit(chunks: Chunks, shape: tuple[int, ...]) -> Chunks:
     return tuple((1,) if n == 1 else c for n, c in zip(shape, last, strict=True))
 
 
-# -- Checks of what only dask arrays have; `validation` does the rest
-# ---------------------------------
+# -- Checks of what only dask arrays have; `validation` does the rest -------------------------
 
 
 def _wrap(name: str, value: Any) -> da.Array:

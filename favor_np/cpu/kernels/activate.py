@@ -88,10 +88,11 @@ def raise_keys(
 ):  # fmt: skip
     """Raise c of some blocks to the largest log2-feature of the coming keys, rescaling the state.
 
-    Returns how many keys come.  They stay together while they pass the state and the first key among them
-    by at most par.span: beyond it the rows before the tall key would lose theirs to underflow.  Which key
-    is tall depends on the keys before it alone, so cutting there keeps causality exact.  The cut has to be
-    that of all blocks: if these are only some, and there is one, nothing is raised.
+    Returns how many keys come.  They stay together while they pass the state and the first key
+    among them by at most par.span: beyond it the rows before the tall key would lose theirs to
+    underflow.  Which key is tall depends on the keys before it alone, so cutting there keeps
+    causality exact.  The cut has to be that of all blocks: if these are only some, and there is
+    one, nothing is raised.
     """
     lanes = VECTOR_BYTES // z.itemsize
     width = keys.shape[2]
@@ -224,8 +225,8 @@ def turned(sign, raw, i, f):
 def activate_pairs(par, sign, raw, cols, c, z, top, target, part):
     """Projections raw (C, F) of queries to pairs of their features, and z . phi_q by lanes.
 
-    As `activate_queries`, but in bfloat16 queries lie like keys: so their features are left factors as
-    they come, where a transposition would take as long as they do.
+    As `activate_queries`, but in bfloat16 queries lie like keys: so their features are left factors
+    as they come, where a transposition would take as long as they do.
     """
     lanes = VECTOR_BYTES // raw.itemsize
     worst = splat(c, 0)

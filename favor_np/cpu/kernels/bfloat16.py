@@ -1,16 +1,17 @@
 """Matrix products of bfloat16 numbers with sums in float32.
 
-On the matrix unit (AMX) where there is one, or by instructions that multiply vectors of pairs (AVX512_BF16),
-twice as fast as those for float32; elsewhere slowly.
+On the matrix unit (AMX) where there is one, or by instructions that multiply vectors of pairs
+(AVX512_BF16), twice as fast as those for float32; elsewhere slowly.
 
-Matrices of bfloat16 are held in pairs (VNNI format): two numbers that follow each other along the axis that is
-summed over share the 32 bits of one float32, whose own value means nothing.  So a left factor is
-(rows, pairs), a right one (pairs, columns), and the transpose of the one is the other.
+Matrices of bfloat16 are held in pairs (VNNI format): two numbers that follow each other along the
+axis that is summed over share the 32 bits of one float32, whose own value means nothing.  So a left
+factor is (rows, pairs), a right one (pairs, columns), and the transpose of the one is the other.
 
-A float32 is rounded to one such number, or it is split into three parts (bf16x3): the first 8 of its 24 bits,
-the next 8 and the last, whose sum it is.  The pairs of each part stand behind those of the part before, along
-the axis that is summed over, and the six largest of the nine products of two parts are a product of float32: on
-the matrix unit twice as fast as one of vectors, where the factors are pairs already.
+A float32 is rounded to one such number, or it is split into three parts (bf16x3): the first 8 of
+its 24 bits, the next 8 and the last, whose sum it is.  The pairs of each part stand behind those of
+the part before, along the axis that is summed over, and the six largest of the nine products of two
+parts are a product of float32: on the matrix unit twice as fast as one of vectors, where the
+factors are pairs already.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ def pairs_for(numbers: int) -> int:
 register_jitable(pairs_for)
 #: Queries that are read at a time: what is between the products stays in the nearest cache.
 STRIP = 16
-#: The operand of LDTILECFG: palette 1, eight tiles of 16 rows of 64 bytes.  A kernel that gets it computes in
-#: bfloat16, one that gets None does not; its type tells by which instructions, and so does the name of cached
-#: code.
+#: The operand of LDTILECFG: palette 1, eight tiles of 16 rows of 64 bytes.  A kernel that gets it
+#: computes in bfloat16, one that gets None does not; its type tells by which instructions, and so
+#: does the name of cached code.
 TILE_CONFIG = np.zeros(64, np.uint8 if AMX else np.int16 if DOTS else np.int8)
 TILE_CONFIG[0] = 1
 TILE_CONFIG[16:32:2] = 64
@@ -147,8 +148,9 @@ def release(typingctx):
 
 #: The parts of a float32 that is split.
 PARTS = 3
-#: Which parts of the left and of the right factor are multiplied, one product after the other, in rounds
-#: over all pairs: what is small is summed before what is large, so that most sums round little.
+#: Which parts of the left and of the right factor are multiplied, one product after the other, in
+#: rounds over all pairs: what is small is summed before what is large, so that most sums round
+#: little.
 _ROUNDS = {1: (((0, 0),),), PARTS: (((2, 0), (1, 0), (1, 1), (0, 1), (0, 2)), ((0, 0),))}
 
 

@@ -1,9 +1,9 @@
 """One chunk of positions: its keys are mapped and folded into a state, its queries read that.
 
-A state is ``(c, S, z)`` for each feature r: ``S[r] * 2**c[r] = sum_j phi_r(k_j) v_j`` and
-``z[r] * 2**c[r] = sum_j phi_r(k_j)``.  The integer c[r] stays at the largest log2-feature seen or a
-little below, so that nothing overflows and some key contributes at least 1/2 to each feature; moving
-it is exact, and therefore no bit of an earlier output depends on a later key.
+A state is ``(c, S, z)`` for each feature r: ``S[r] * 2**c[r] = sum_j phi_r(k_j) v_j`` and ``z[r] *
+2**c[r] = sum_j phi_r(k_j)``.  The integer c[r] stays at the largest log2-feature seen or a little
+below, so that nothing overflows and some key contributes at least 1/2 to each feature; moving it is
+exact, and therefore no bit of an earlier output depends on a later key.
 
 Everything happens on chunks of CHUNK positions and tiles of up to CHUNK features:
 
@@ -71,7 +71,8 @@ from favor_np.cpu.kernels.spread import (
 from favor_np.cpu.kernels.state import add_rows, add_sums
 from favor_np.jobs import BLOCK, K_ROW, KEYS, MASK_ROW, ROWS, V_ROW
 
-#: Positions of a chunk that are tried together once its keys did not fit together: they may not again.
+#: Positions of a chunk that are tried together once its keys did not fit together: they may not
+#: again.
 PIECE = 8
 #: What is done to a chunk: its keys are folded, its queries read, or both.
 FOLD, READ, WHOLE = range(3)
@@ -236,7 +237,8 @@ def read_pairs(pairs, par, q, row, count, fm, w, clean, out, out_row, t):
 def read(pairs, par, p, g, start, count, c, s, z, slot, keys, clean, distance, next_count, t):
     """Whether `pairs` is None is known to the compiler.
 
-    Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of their outputs.
+    Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of
+    their outputs.
     """
     row, out_row, w, features = (
         p.q_rows[g] + start,
@@ -285,7 +287,8 @@ def own_values(scores, values, clean, count, num, spare):
 def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, slot, keys, t):
     """Pack and map the keys from row on, keeping c above them; how many of them were taken.
 
-    Their log2-features are raised by clock, and from one to the next by rate: so earlier keys decay.
+    Their log2-features are raised by clock, and from one to the next by rate: so earlier keys
+    decay.
     """
     lift = pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t)
     accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_parts, fm.bias, w, c, s, z, slot,
@@ -343,8 +346,8 @@ def piece(start, end, split):
 def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
     """Map the keys of a chunk and fold them, or read the chunk, or both; how many keys were taken.
 
-    A FOLD is into a state of the chunk's own.  `distance`: how many rows on those are that are prefetched
-    meanwhile.
+    A FOLD is into a state of the chunk's own.  `distance`: how many rows on those are that are
+    prefetched meanwhile.
     """
     k_row, v_row, w, features = (
         p.row[K_ROW] + start,

@@ -1,8 +1,8 @@
 """Exact softmax attention by the same read: the keys of a tile are its features.
 
 With one feature a key (phi_q[j] = exp2(q . k_j), S = V, z = 1) the read of ``favor`` is softmax
-attention with a running maximum.  Blocks of queries pass over the keys tile by tile; nothing of size
-L x L exists.
+attention with a running maximum.  Blocks of queries pass over the keys tile by tile; nothing of
+size L x L exists.
 """
 
 from __future__ import annotations
@@ -53,10 +53,11 @@ ExactTiles = namedtuple(
     "rows keys values raw phi across num spare den part ones longest square key_square "
     "c top higher pairs parts",
 )
-#: In bfloat16, query by query: packed queries and features as left factors, keys (first as `rows`) and
-#: values as right ones; the sums of features by lanes, of all tiles of queries and of a strip.
+#: In bfloat16, query by query: packed queries and features as left factors, keys (first as `rows`)
+#: and values as right ones; the sums of features by lanes, of all tiles of queries and of a strip.
 ExactPairs = namedtuple("ExactPairs", "queries rows keys values phi sums part")
-#: For logits from the matrix unit: packed queries as right factors and keys as left one, split into parts.
+#: For logits from the matrix unit: packed queries as right factors and keys as left one, split into
+#: parts.
 ExactParts = namedtuple("ExactParts", "queries keys")
 
 
@@ -323,8 +324,8 @@ def exact_block(par, q, k, v, mask, job, out, t):
 def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, ints, ctl, n):
     """The body of the kernels; how many jobs are finished by now.  Reports where float64 is needed.
 
-    Which of `config` and `split_config` are None the compiler knows: each kernel below is this function with
-    one of them, or with none.
+    Which of `config` and `split_config` are None the compiler knows: each kernel below is this
+    function with one of them, or with none.
 
     Parameters
     ----------

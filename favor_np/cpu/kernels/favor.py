@@ -71,8 +71,8 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
                 config, c, s, z, floats, ints, ctl, n):  # fmt: skip
     """The body of all kernels but `attend_tokens`; how many jobs are finished by now.
 
-    Which of `spread`, `config`, `relay` and the parts of `fm` are None the compiler knows: each kernel below is
-    this function with some of them.
+    Which of `spread`, `config`, `relay` and the parts of `fm` are None the compiler knows: each
+    kernel below is this function with some of them.
 
     Parameters
     ----------
@@ -88,15 +88,18 @@ def attend_jobs(par, q, k, v, mask, fm, jobs, q_rows, out_rows, clocks, relay, o
     q_rows, out_rows : (jobs, group) arrays of int64
         The first row of each run of queries that reads the state of a job, and that of its results.
     clocks : (jobs, 2) or (0, 2) array
-        By how much, in log2, the first key of a job is raised, and by how much more every further one.
+        By how much, in log2, the first key of a job is raised, and by how much more every further
+        one.
     relay : array of int64 or None
-        What threads know of the one problem that they share: then `n` are its jobs.  See ``kernels.relay``.
+        What threads know of the one problem that they share: then `n` are its jobs.  See
+        ``kernels.relay``.
     out : Result
         Rows (N, dv) and, unless these are empty, the denominators (N,) and their exponents.
     room, spread : (threads, floats) array and Spread, or None
         Tiles and results of standard errors: each block of the map is a group of features.
     config : TILE_CONFIG or None
-        Given, products are in bfloat16 or, if the map has weights in three parts, projections are of these.
+        Given, products are in bfloat16 or, if the map has weights in three parts, projections are
+        of these.
     c, s, z : (slots, F + PAD), (slots, 2 F + TAIL, X) and (slots, (2 + TAIL) F) arrays
         States, as ``kernels.state`` describes them: those of the jobs, or one for each thread.
     floats, ints : (threads, ...) arrays

@@ -6,10 +6,10 @@ With o_i = N_i / D_i and the cotangent g_i let y_i = (g_i, -g_i.o_i) / D_i and x
     dphi_k(j) = R_j x_j     R_j = sum_i>=j phi_q(i) y_i^T      a fold of queries, read by keys
     dv_j      = R_j^T phi_k(j)                                 backwards where that is causal
 
-Both are one loop here: side A is folded with its vectors, side B reads with its own, and
-e = phi_B * (state . vectors of B) goes back through the projection.  The divisor 1 / D_i is the height
-of a query: so R has running maxima as S has, and nothing overflows whatever the norms are.
-Nothing is rebuilt by subtraction, and no feature is kept.
+Both are one loop here: side A is folded with its vectors, side B reads with its own, and e = phi_B
+* (state . vectors of B) goes back through the projection.  The divisor 1 / D_i is the height of a
+query: so R has running maxima as S has, and nothing overflows whatever the norms are. Nothing is
+rebuilt by subtraction, and no feature is kept.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ from favor_np.numerics import LOG2E, POSITIVE, RELU
 Inputs = namedtuple("Inputs", "q k v mask grad out weights tops")
 #: What it writes: rows or, if these are not empty, for each job sums over its rows, in float64.
 Gradients = namedtuple("Gradients", "q k v projection bias")
-#: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.  If the
-#: map's weights are split into parts, those of queries as right factor, those of keys as left one, and TILE_CONFIG.
+#: The weights row by row, the matrix of the quadratic part of a key's height, and its linear part.
+#: If the map's weights are split into parts, those of queries as right factor, those of keys as
+#: left one, and TILE_CONFIG.
 Natural = namedtuple("Natural", "query key hessian linear query_parts key_parts config")
 #: The tiles a thread works on.
 Tiles = namedtuple(

@@ -1,9 +1,10 @@
 """The floating-point mode of a thread while it works in a kernel.
 
-Where weights are far apart products fall below the smallest normal number, and a processor may take a hundred
-times as long for those.  They are flushed to zero as a rule: beside ordinary values they are nothing.  Where
-values themselves are tiny (or all zero, for then those before may be) arithmetic is IEEE 754's.  Either way
-the mode does not depend on what the caller's thread, or another library, has set, and is put back at the end.
+Where weights are far apart products fall below the smallest normal number, and a processor may take
+a hundred times as long for those.  They are flushed to zero as a rule: beside ordinary values they
+are nothing.  Where values themselves are tiny (or all zero, for then those before may be)
+arithmetic is IEEE 754's.  Either way the mode does not depend on what the caller's thread, or
+another library, has set, and is put back at the end.
 
 Flushed are results, not inputs: a tiny number of the user's counts.
 """

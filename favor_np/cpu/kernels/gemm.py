@@ -1,7 +1,8 @@
 """Matrix products of tiles: every flop of the library that is not an activation is here.
 
-All matrices are C-ordered; the ranges given must lie inside them, rows in multiples of 8 and columns
-in whole vectors.  ``gemm`` computes ``c (+)= a @ b``, ``gemm_t`` computes ``c (+)= a.T @ b``.
+All matrices are C-ordered; the ranges given must lie inside them, rows in multiples of 8 and
+columns in whole vectors.  ``gemm`` computes ``c (+)= a @ b``, ``gemm_t`` computes ``c (+)= a.T @
+b``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ SLICE = 32
 
 #: Rows that are prefetched, as many of one array of the caller's as of another.
 Prefetch = namedtuple("Prefetch", "a a_row b b_row count")
-#: Bytes of each of them that are prefetched with a tile of a product.  All at once, they would be waited for:
-#: a processor keeps some sixteen lines on their way.
+#: Bytes of each of them that are prefetched with a tile of a product.  All at once, they would be
+#: waited for: a processor keeps some sixteen lines on their way.
 FETCHED = 1024
 
 
@@ -59,7 +60,8 @@ def _tall_end(first, last):
 def tiled_gemm(*, transposed: bool, **product: Any) -> Callable[..., Any]:
     """Make a product that covers the ranges of its result with tiles of `gemm_tile`.
 
-    Meanwhile it prefetches `next_rows`, from number `fetched` on; it returns how many have been then.
+    Meanwhile it prefetches `next_rows`, from number `fetched` on; it returns how many have been
+    then.
     """
     tall, short, narrow = (
         gemm_tile(rows, vectors, transposed=transposed, **product)

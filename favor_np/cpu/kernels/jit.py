@@ -43,7 +43,8 @@ _PACKAGE = Path(__file__).parent
 #: Modules outside this package whose constants kernels freeze into machine code.
 _SHARED = (jobs, numerics)
 _FROZEN = bool(getattr(sys, "frozen", False))
-#: What of this package is on the disk: its folder, the archive it is in, the program it is frozen in.
+#: What of this package is on the disk: its folder, the archive it is in, the program it is frozen
+#: in.
 _PLACE = Path(sys.executable) if _FROZEN else _PACKAGE
 _PLACE = next(path for path in (_PLACE, *_PLACE.parents) if path.exists())
 
@@ -101,10 +102,11 @@ def _folders() -> list[Path]:
     return [*beside, *([home] if home.is_absolute() else [])]
 
 
-#: Modes of what is made here: nobody else may write, whatever the umask; others may read, as who runs a
-#: container does what was compiled when its image was built.
+#: Modes of what is made here: nobody else may write, whatever the umask; others may read, as who
+#: runs a container does what was compiled when its image was built.
 _FOLDER, _FILE = 0o755, 0o644
-#: Versions of the sources whose code is kept for a kernel: programs that use two of them share a cache.
+#: Versions of the sources whose code is kept for a kernel: programs that use two of them share a
+#: cache.
 _VERSIONS = 4
 
 

@@ -1,7 +1,8 @@
 """How the threads of a call share its jobs: by counters in the control words ``ctl``.
 
-`threads.TilePool` calls a kernel on several threads with the same words; each claims jobs until none
-is left and returns how many are finished by then, so that the last one knows that it was the last.
+`threads.TilePool` calls a kernel on several threads with the same words; each claims jobs until
+none is left and returns how many are finished by then, so that the last one knows that it was the
+last.
 """
 
 from __future__ import annotations

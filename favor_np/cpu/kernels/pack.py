@@ -20,14 +20,14 @@ SINGLE, DOUBLE = 2.0**32, 2.0**256
 #: The largest finite numbers.
 MOST_SINGLE, MOST_DOUBLE = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
 
-#: A feature map, block by block of its weights.  For calibrated ones (par.affine) the rows of `affine`
-#: are the centres of queries and of keys, what is linear in the height of a key and, if par.factored,
-#: the columns of its quadratic part.  (One array: each costs a call a tenth of a microsecond.)
-#: The weights may be there once more, split into parts for the matrix unit.
+#: A feature map, block by block of its weights.  For calibrated ones (par.affine) the rows of
+#: `affine` are the centres of queries and of keys, what is linear in the height of a key and, if
+#: par.factored, the columns of its quadratic part.  (One array: each costs a call a tenth of a
+#: microsecond.) The weights may be there once more, split into parts for the matrix unit.
 Map = namedtuple("Map", "query key bias affine query_parts key_parts", defaults=(None, None))
 QUERY_CENTER, KEY_CENTER, LINEAR, FACTOR = range(4)
-#: What attention writes: rows (N, dv) and, unless these are empty, the denominators weights * 2**tops.
-#: The control words are told of rows that are not finite.
+#: What attention writes: rows (N, dv) and, unless these are empty, the denominators weights *
+#: 2**tops. The control words are told of rows that are not finite.
 Result = namedtuple("Result", "rows weights tops ctl")
 
 

@@ -2,9 +2,9 @@
 
 In the arrays' precision projections may be products of parts: `project_keys` and `project_queries`.
 
-Whether `pairs` is None the compiler knows.  If it is not, the map's weights are pairs, and what else a
-product needs in pairs is made of the tiles of float32 as it is due.  Queries are then read strip by strip,
-query by query, for what lies between the products to stay in the nearest cache.
+Whether `pairs` is None the compiler knows.  If it is not, the map's weights are pairs, and what
+else a product needs in pairs is made of the tiles of float32 as it is due.  Queries are then read
+strip by strip, query by query, for what lies between the products to stay in the nearest cache.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import CHUNK, across, cut
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
 
-#: Tiles of pairs: packed rows as left factor; key features as right factor for scores (after `turned`),
-#: and as `folded` for the state; values, of which `finite` are those that are if not all, and state as
-#: right factors, with c and z of the features that queries read.  Of a strip: projections, features, and
-#: their sums by lanes; and the bits that it keeps of the scores with its own keys and those after.
+#: Tiles of pairs: packed rows as left factor; key features as right factor for scores (after
+#: `turned`), and as `folded` for the state; values, of which `finite` are those that are if not
+#: all, and state as right factors, with c and z of the features that queries read.  Of a strip:
+#: projections, features, and their sums by lanes; and the bits that it keeps of the scores with its
+#: own keys and those after.
 Pairs = namedtuple(
     "Pairs", "rows turned keys values finite state folded folded_t raw phi sums part z seen c"
 )

@@ -1,13 +1,14 @@
 """A relay: one long causal problem for all threads of a call.
 
-The chunks are folded each into a state of its own, these are added up in order, and each chunk is read with
-the sum of those before it.  Turn by turn one group of chunks is folded, the states of the group before it
-are added up, and the one before that is read.  So what a job needs was claimed many jobs earlier, threads
-hardly ever wait for each other, and nobody waits for a thread that has claimed nothing.
+The chunks are folded each into a state of its own, these are added up in order, and each chunk is
+read with the sum of those before it.  Turn by turn one group of chunks is folded, the states of the
+group before it are added up, and the one before that is read.  So what a job needs was claimed many
+jobs earlier, threads hardly ever wait for each other, and nobody waits for a thread that has
+claimed nothing.
 
-A chunk is folded before it is known what c is by then, as if it did not move any more.  Where it has moved,
-which is rare, the chunk is folded again when its state is to be added: so every bit is what one thread makes
-of it that goes through all chunks.
+A chunk is folded before it is known what c is by then, as if it did not move any more.  Where it
+has moved, which is rare, the chunk is folded again when its state is to be added: so every bit is
+what one thread makes of it that goes through all chunks.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from favor_np.jobs import KEYS
 SCAN = 2
 #: How many groups have their states in memory: until they are read, and until nobody needs their c.
 RING = 4
-#: For so many groups after c has moved chunks are not folded before their turn: it may well move again.
+#: For so many groups after c has moved chunks are not folded before their turn: it may well move
+#: again.
 CALM = 6
-#: Words of a relay: its chunks, those of a group, its threads; then for each turn, and for RING before the
-#: first, the jobs of each kind that are left; then for each state, and that of the beginning, the last chunk
-#: at which c had moved before this one was folded, that with this one, and whether its keys fit together.
+#: Words of a relay: its chunks, those of a group, its threads; then for each turn, and for RING
+#: before the first, the jobs of each kind that are left; then for each state, and that of the
+#: beginning, the last chunk at which c had moved before this one was folded, that with this one,
+#: and whether its keys fit together.
 CHUNKS, GROUP, THREADS, LEFT = range(4)
 BASE, MOVED, FITS = range(3)
 

@@ -300,8 +300,9 @@ def _exp2(short: tuple[float, ...] | None = None) -> Callable[..., Any]:
     return exp2  # type: ignore[no-any-return]  # intrinsic has no types
 
 
-#: ``exp2(y, n) = 2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never rounds.
-#: Zero where the result might be below the smallest normal number; n must not pass the largest.
+#: ``exp2(y, n) = 2**(y - nearest(y) + n)``: the integer only moves the exponent, so it never
+#: rounds. Zero where the result might be below the smallest normal number; n must not pass the
+#: largest.
 exp2 = _exp2()
 #: The same for float32, as exact as bfloat16 needs.
 exp2_short = _exp2(EXP2_BFLOAT16)
@@ -360,8 +361,8 @@ def gemm_tile(
     """Make ``tile(a, i, b, j, c, first, last, add)``: a tile of ``c (+)= a @ b`` or ``a.T @ b``.
 
     The tile is ``c[i:i + rows, j:j + vectors * lanes]``, summed over first <= k < last.  Its sums
-    stay in registers and are formed in the order of k, each by its own chain of fused multiply-adds:
-    an element's bits depend on nothing but its own row of a and column of b.
+    stay in registers and are formed in the order of k, each by its own chain of fused
+    multiply-adds: an element's bits depend on nothing but its own row of a and column of b.
     """
     # Two steps a turn are 5 to 10% faster; for a row-major `a` they need more address registers
     # than there are.

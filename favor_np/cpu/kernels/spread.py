@@ -1,7 +1,8 @@
 """How far independent groups of features are apart: the standard error of what they have in common.
 
 Each block of the map is a group.  ``read_chunk`` sums numerators and denominators of every group
-apart, as the product with its part of the state gives them; here they are kept, joined and compared.
+apart, as the product with its part of the state gives them; here they are kept, joined and
+compared.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from favor_np.cpu.kernels.simd import (
     transpose,
 )
 
-#: Where standard errors go and what they are made of: errors (N, dv) and effective sample sizes (N,);
-#: the variances of the values (batch of v, dv); the degrees of freedom of one column, those for which
-#: counts what all columns have in common, and a factor for how little so few of them tell.
+#: Where standard errors go and what they are made of: errors (N, dv) and effective sample sizes
+#: (N,); the variances of the values (batch of v, dv); the degrees of freedom of one column, those
+#: for which counts what all columns have in common, and a factor for how little so few of them
+#: tell.
 Spread = namedtuple("Spread", "errors sizes variances freedom common wider")
-#: The sums of each group under its own top, the squares of the shares of its features, and the tiles
-#: in which these are computed.
+#: The sums of each group under its own top, the squares of the shares of its features, and the
+#: tiles in which these are computed.
 Groups = namedtuple("Groups", "den top shares num squares turned")
 
 

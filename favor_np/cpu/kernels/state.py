@@ -6,12 +6,13 @@ With F features, padding included, and X columns of values:
     S (2 F + TAIL, X)       sums over features, what rounding has taken from them, values of the tail
     z (2 F + TAIL F)        the same; features of the tail (TAIL, F)
 
-A sum in float32 that grows by one token, or one chunk, at a time loses up to half a unit in its last place
-each time, and if all keys are equal always on the same side.  So each sum is a pair: what an addition rounds
-off is kept (Knuth's two-sum) and goes in with the next one.  Only the first of the pair is read.
+A sum in float32 that grows by one token, or one chunk, at a time loses up to half a unit in its
+last place each time, and if all keys are equal always on the same side.  So each sum is a pair:
+what an addition rounds off is kept (Knuth's two-sum) and goes in with the next one.  Only the first
+of the pair is read.
 
-A single token would have to read and write all pairs.  It is kept in the tail instead, which is folded when
-it is full: in between a step only reads S.  z holds the tokens of the tail already.
+A single token would have to read and write all pairs.  It is kept in the tail instead, which is
+folded when it is full: in between a step only reads S.  z holds the tokens of the tail already.
 """
 
 from __future__ import annotations

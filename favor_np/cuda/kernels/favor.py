@@ -1,9 +1,9 @@
 """The FAVOR+ kernels: fold keys and values into states, scan the states, read them with queries.
 
-A state is ``(c, S, z)`` as on the CPU, features in slices of 64; with antithetic pairs a slice is 32 rows of
-W and the same with their signs turned, so that one product serves both.  A causal sequence is folded
-chunk by chunk into states of their own, and these are scanned: so a chunk of queries depends on nobody but
-its own keys and one state, and every chunk of every head is a block.
+A state is ``(c, S, z)`` as on the CPU, features in slices of 64; with antithetic pairs a slice is
+32 rows of W and the same with their signs turned, so that one product serves both.  A causal
+sequence is folded chunk by chunk into states of their own, and these are scanned: so a chunk of
+queries depends on nobody but its own keys and one state, and every chunk of every head is a block.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from favor_np.numerics import POSITIVE
 
 #: log2-features of the keys of one chunk may pass its first key by this much.
 SPAN = numerics.SPAN[4]
-#: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which is
-#: folded; a row of -1 steps goes backwards.
+#: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which
+#: is folded; a row of -1 steps goes backwards.
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
 #: Columns of that of the scan.
 SCAN = ("slot", "first", "count", "fresh")
@@ -117,8 +117,9 @@ def highest_of_rows(top, tops, base):
 def part_of_keys(y, start, count, before, level, base, cut, tops):
     """Where the keys from start on pass the first of them, and before, by more than SPAN; else count.
 
-    Raises level from before to the largest of these keys.  Rows before a tall key would lose theirs to underflow.  Which key is tall depends on those before it
-    alone, so cutting there keeps causality exact.
+    Raises level from before to the largest of these keys.  Rows before a tall key would lose theirs
+    to underflow.  Which key is tall depends on those before it alone, so cutting there keeps
+    causality exact.
     """
     tid, ty, tx = lane()
     for i in range(4):
@@ -244,8 +245,8 @@ def load_ahead(own_c, s, z, start, end, features, f, columns, column, own, value
 def scan(table, own_c, c, s, z, total_c, total_s, total_z):
     """Replace states by the sum of all before them; the sum of all to the totals, which came first.
 
-    ``own_c`` are the exponents of the states s, z, and c receives those of the sums; their features lie
-    one after the other, as do their numbers.
+    ``own_c`` are the exponents of the states s, z, and c receives those of the sums; their features
+    lie one after the other, as do their numbers.
     """
     tid = cuda.threadIdx.x & 255
     job, f, x = cuda.blockIdx.x, uint32(cuda.blockIdx.y * 4 + (tid >> 6)), uint32(tid & 63)
@@ -299,7 +300,8 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
 def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
-    It divides by the denominator; or else, for the gradient of values, takes the heights of the rows.
+    It divides by the denominator; or else, for the gradient of values, takes the heights of the
+    rows.
     """
     per_sign = 4 // signs
 

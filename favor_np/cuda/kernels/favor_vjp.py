@@ -1,7 +1,7 @@
 """Gradients: the same fold, read by the other side, as `favor_np.cpu.kernels.favor_vjp` explains.
 
-Here the heights of queries are the exponents of their denominators, and what these leave divides their
-vectors: so both sides have heights, and no row needs a maximum of its own.
+Here the heights of queries are the exponents of their denominators, and what these leave divides
+their vectors: so both sides have heights, and no row needs a maximum of its own.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def highest_of_eight(x):
 def pack(source, limit, key_norm, center, linear, table, target, height):
     """Copy rows to zero-padded ones, centred if the map is, and set the heights of keys.
 
-    A row longer than limit is shortened to it; one that is not finite becomes zeros, its height NaN.
+    A row longer than limit is shortened to it; one that is not finite becomes zeros, its height
+    NaN.
     """
     tid = cuda.threadIdx.x & 255
     # unsigned, or every index is asked whether it counts from behind

@@ -1,7 +1,7 @@
 """Numbers as arrays hold them: float32, float16, and bfloat16 in words of 16 bits.
 
-Whatever is stored, kernels compute in float32.  bfloat16 is the upper half of a float32, so integers do:
-an int16 array holds its words, here and nowhere else.
+Whatever is stored, kernels compute in float32.  bfloat16 is the upper half of a float32, so
+integers do: an int16 array holds its words, here and nowhere else.
 """
 
 from __future__ import annotations

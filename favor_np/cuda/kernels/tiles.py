@@ -1,9 +1,10 @@
 """What the kernels share: a block of 256 threads on tiles of 64 x 64.
 
-Thread (ty, tx) owns 16 entries of a tile: rows ``ty + 16 i`` (``4 ty + i`` where the left factor is turned), and
-columns ``tx + 16 j`` where the product runs along the rows of both factors, else ``4 tx + j``.  In shared memory
-rows are padded so that either way 128 bits are loaded at a time, without bank conflicts.
-Indices are non-negative to the compiler's knowledge (`&`, `>>`): only then it joins the loads.
+Thread (ty, tx) owns 16 entries of a tile: rows ``ty + 16 i`` (``4 ty + i`` where the left factor is
+turned), and columns ``tx + 16 j`` where the product runs along the rows of both factors, else ``4
+tx + j``.  In shared memory rows are padded so that either way 128 bits are loaded at a time,
+without bank conflicts. Indices are non-negative to the compiler's knowledge (`&`, `>>`): only then
+it joins the loads.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ TILE, THREADS = 64, 256
 STRIDE, DEPTH, STAGE = 68, 16, 20
 #: Length of a padded row of a tile whose columns a product runs along.
 PITCH = 72
-#: Sizes of shared arrays: a padded tile, a plain one, the stage of a product or half a tile, a row for each
-#: warp, a number for each row.  None is a power of two: for these the compiler writes the check for negative
-#: indices in a way that it cannot see through later.
+#: Sizes of shared arrays: a padded tile, a plain one, the stage of a product or half a tile, a row
+#: for each warp, a number for each row.  None is a power of two: for these the compiler writes the
+#: check for negative indices in a way that it cannot see through later.
 PADDED, PLAIN, STAGED, WARPS, ROWS = 4352, 4608, 2560, 516, 68
 #: The longest row of a table.
 JOB = 16
 #: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
 EVEN = 8188
-#: Largest |log2-feature|; below -3 FAR there is none.  The height of a masked key, its exponent, and that
-#: of a feature which no key has reached.
+#: Largest |log2-feature|; below -3 FAR there is none.  The height of a masked key, its exponent,
+#: and that of a feature which no key has reached.
 FAR = numerics.FAR[4]
 MASKED, LOWEST, NOTHING = numerics.MASKED * FAR, -(2**25), -4 * int(FAR)
 #: Adding it rounds to an integer; and its bits.
@@ -99,7 +100,8 @@ def factor(kind, epsilon, y):
 def log_features(kind, raw, bias, head, column, high, y):
     """y = the log2-features of a tile, less the heights of its rows, from the projections raw.
 
-    Its columns begin at `column`; where raw has fewer, the others are the same with their sign turned.
+    Its columns begin at `column`; where raw has fewer, the others are the same with their sign
+    turned.
     """
     _, ty, tx = lane()
     for j in range(4):
@@ -148,8 +150,8 @@ def lane():
 def take(table, job):
     """Copy the block's row of a table to shared memory.
 
-    From there it is read when it is needed: in registers its numbers, and the addresses that follow from
-    them, would live through the whole kernel.
+    From there it is read when it is needed: in registers its numbers, and the addresses that follow
+    from them, would live through the whole kernel.
     """
     tid, _, _ = lane()
     if tid < table.shape[1]:
