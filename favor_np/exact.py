@@ -319,7 +319,7 @@ def _too_large(call: Call, size: int) -> npt.NDArray[np.bool_]:
 
 
 def _norms(x: Array) -> Array:
-    """Return the norms of rows, whose squares may be too large for float64; NaN if one is not finite."""
+    """Return the norms of rows, without overflow; NaN where one is not finite."""
     x = x.astype(np.float64)
     with np.errstate(invalid="ignore", under="ignore"):
         largest = abs(x).max(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Progress of long work: one protocol, ``progress(stage, done, total)``, and the bars that follow it."""
+"""Progress of long work: ``progress(stage, done, total)``, and the bars that follow it."""
 
 from __future__ import annotations
 

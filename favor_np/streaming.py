@@ -391,7 +391,7 @@ class _Checkpoint:
         storage.write(self.path, storage.Parts(*state.__reduce__()[1]), extra)
 
     def load(self, steps: int) -> tuple[AttentionState, int, dict[str, str]] | None:
-        """Return what was saved, None if nothing was; ValueError if by another call, of other `steps`."""
+        """Return what was saved, or None; ValueError if another call saved it."""
         try:
             parts, extra = storage.read(self.path)
         except FileNotFoundError:

@@ -428,7 +428,7 @@ class WindowState:
         return kept | rows | {"_own": ((c, s, z), tuple(rest))}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        """Take what `__getstate__` gave, of this version or of one whose states were (c, S, z) alone."""
+        """Take what `__getstate__` gave, now or when states were (c, S, z) alone."""
         vars(self).update(kept)
         sums, rest = self._own if len(self._own) == 2 else (self._own, ())
         self._own = processor().states_of(self._form, StateParts(*sums, *rest))

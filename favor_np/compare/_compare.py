@@ -141,7 +141,7 @@ class CostRow:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured: ``crossings`` has, for each m, the length where the default map wins.
+    """What `compare` measured: ``crossings`` has the length where the default map wins.
 
     ``tokens`` has the shape (heads, L, d) of the queries whose errors were measured.
     """

@@ -73,7 +73,7 @@ def fold_tails(form: StateForm, arrays: Any) -> None:
 def attend(
     call: Call, out: Array, state: Any = None, normalizers: tuple[Array, Array] | None = None
 ) -> None:
-    """Fold keys and values, read with queries into the C-ordered `out`; on from a state and into it.
+    """Fold keys and values, into `state` if there is one, and read with queries into `out`.
 
     Packed sequences have a slot of the state each.  `normalizers` receive the denominators of the
     rows as (w, top), w * 2**top.
@@ -106,7 +106,7 @@ def attend(
 
 
 def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
-    """Fill in the rows that have overflowed, and bring the state up to date, by way of smaller values."""
+    """Fill in the rows that have overflowed, and fold into the state, by smaller values."""
     power, rows = scaling.POWER[v.itemsize], np.empty_like(out)
     form, after = StateForm(call.map, v.dtype, v.shape[-1]), None
     if state is not None:
@@ -179,7 +179,7 @@ class _Pulled(NamedTuple):
 def _pull(
     call: Call, forward: Forward, grad: Array, final_state: Any, *, projection: bool
 ) -> _Pulled:
-    """Run the kernel of the gradient: for the inputs or, with `projection`, for the map's weights."""
+    """Run the kernel of the gradient: by the inputs or, with `projection`, by the weights."""
     q, k, v, dtype, state = call.q, call.k, call.v, call.compute, forward.state
     stateful = state is not None or final_state is not None
     layout, constants, jobs, _, work = schedule.schedule(
@@ -314,7 +314,7 @@ class _Launch:
                     array[slots] = total
 
     def run(self, constants: Array, jobs: Jobs, state: Any, *, tokens: bool = False) -> None:
-        """Run jobs, or jobs of one token; without a state each begins with an empty one of its own."""
+        """Run jobs, or jobs of one token; without a state each begins with an empty one."""
         count = len(jobs.table)
         if not count:
             return
@@ -330,7 +330,7 @@ class _Launch:
         self.overflow |= bool(control[OVERFLOW])
 
     def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
-        """Run the long causal jobs that are fewer than threads, each on all of them; return the others."""
+        """Run the few long causal jobs, each on all threads; return the others."""
         few, space = schedule.shared_count(jobs, self.threads), self.layout.stateful
         if few and state is not None:
             self.fold_tails(state)
@@ -364,7 +364,7 @@ class _Launch:
     def _kernel(
         self, constants: Array, jobs: Jobs, relay: Array | None, workers: int
     ) -> tuple[Any, tuple[Any, ...]]:
-        """Return the kernel for jobs, or for a relay of the first, and its arguments up to the states."""
+        """Return the kernel for jobs, or a relay, and its arguments up to the states."""
         layout, kernel = self.layout, kernels.attend
         more: tuple[Any, ...] = ()
         if self.spread is not None:
@@ -417,7 +417,7 @@ def _threads(work: int, threads: int | None) -> int:
 
 
 def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None = None) -> bool:
-    """Write softmax attention to the C-ordered `out`, in its dtype; False if a logit may be too large.
+    """Write softmax attention to `out`, in its dtype; False if a logit may be too large.
 
     `normalizers` receive the denominators of the rows as (w, top), w * 2**top.
     """
@@ -447,7 +447,7 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
 
 
 def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array]) -> None:
-    """Write the gradients to C-ordered arrays over all leading axes: of `out`, of the keys' problems.
+    """Write gradients over all leading axes: those of `out`, and of the keys' problems.
 
     `forward` is what `attend_exact` wrote, in the dtype of the gradients.
     """

@@ -22,7 +22,7 @@ POWER = {4: 96, 8: 768}
 
 
 def power_of(*rows: Array) -> int:
-    """Return by which power of two to scale arrays of `rows_of` down: 0 if none holds a large number."""
+    """Return the power of two to scale arrays down by: 0 if none holds a large number."""
     return POWER[rows[0].itemsize] if any(map(holds_large, rows)) else 0
 
 
@@ -42,7 +42,7 @@ def scaled_states(arrays: Any, s_power: int, z_power: int) -> Any:
 
 
 def means(small: Array, power: int) -> Array:
-    """Return means ``small * 2**power``: the largest float where only rounding makes one infinite."""
+    """Return ``small * 2**power``; the largest float where only rounding is infinite."""
     large = scaled(small, power)
     over = np.isinf(large) & np.isfinite(small)
     large[over] = np.copysign(np.finfo(large.dtype).max, large[over])

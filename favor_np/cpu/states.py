@@ -1,4 +1,4 @@
-"""States of the processor's engine: arrays (c, S, z) as ``kernels.state`` lays them out, a row each."""
+"""States of the processor's engine: arrays (c, S, z), laid out by ``kernels.state``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def has_tails(arrays: Any) -> bool:
 
 
 def tail(of: Layout, s: Array, z: Array) -> tuple[Array, Array]:
-    """Return the tails of states: features (slots, TAIL, F) and values (slots, TAIL, X), both views."""
+    """Return views of tails: features (slots, TAIL, F) and values (slots, TAIL, X)."""
     return z[:, 2 * of.features :].reshape(len(z), TAIL, of.features), s[:, 2 * of.features :]
 
 
@@ -100,7 +100,7 @@ def states_of(form: StateForm, parts: StateParts) -> tuple[Array, ...]:
 
 
 def merge_states(into: Any, other: Any) -> None:
-    """Add the states `other` to the states `into`: arrays (c, S, z) of equal shapes, without tails."""
+    """Add the states `other` to the states `into`, of equal shapes and without tails."""
     (c, s, z), (other_c, other_s, other_z) = into, other
     features = c.shape[-1] - PAD
     mine, theirs = c[..., :features], other_c[..., :features]

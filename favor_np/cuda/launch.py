@@ -210,7 +210,7 @@ class Launch:
     def _scan(
         self, grid: tuple[int, ...], table: Any, own: States, sums: Any, into: States
     ) -> None:
-        """Add states `own` to those in `into`; own, and `sums` for exponents, get what was there."""
+        """Add states `own` to those in `into`; `own` and `sums` get what was there."""
         flat = map(runtime.flat, (own.c, sums, own.s, own.z))
         self._launch(kernels.scan, grid, table, *flat, *into)
 

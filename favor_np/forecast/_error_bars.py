@@ -1,4 +1,4 @@
-"""What the random features add to the uncertainty of a forecast, estimated without exact attention."""
+"""What random features add to the uncertainty of a forecast, without exact attention."""
 
 from __future__ import annotations
 

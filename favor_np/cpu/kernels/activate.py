@@ -40,7 +40,7 @@ def log_feature(par, y):
 
 @jit(fastmath=EXACT)
 def factor(par, y):
-    """What a feature map multiplies its exponential part with: elu(y) + 1 = e**min(y, 0) (1 + y+)."""
+    """The factor beside a map's exponential: elu(y) + 1 = e**min(y, 0) (1 + y+)."""
     if par.kind == POSITIVE:
         return splat(y, 1)
     if par.kind == ELU:
@@ -140,7 +140,7 @@ def raise_keys(
 
 @jit()
 def activate_block(par, rows, keys, b, t, lift, bias, w, c, slot):
-    """Features of one block of keys, of both signs, in place of their projections; the largest log2-feature."""
+    """Features of a block of keys, of both signs, in place; the largest log2-feature."""
     width, over = keys.shape[2], 0
     for side in range(par.signs - 1, -1, -1):
         r0 = (side * (keys.shape[0] // par.signs) + b) * width
@@ -270,7 +270,7 @@ def lift_rows(new, top, rows):
 
 @jit()
 def strip_features(par, sign, raw, cols, c, z, first, top, higher, sums, num, scores, target, part):
-    """Pairs of the features of a strip of queries; raises top, and what was summed under it, as needed."""
+    """Features of a strip of queries, in pairs; raises top, and the sums under it, as needed."""
     if first:
         measure_pairs(par, sign, raw, cols, c, top)
     if activate_pairs(par, sign, raw, cols, c, z, top, target, part) > RAISE_QUERIES:

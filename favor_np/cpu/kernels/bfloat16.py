@@ -60,7 +60,7 @@ def _has_matrix_unit() -> bool:
 
 
 def _has_products() -> bool:
-    """Whether the processor that code is compiled for has products of bfloat16 among its vectors."""
+    """Whether the target processor has vector products of bfloat16."""
     name, features = numba.config.CPU_NAME or "", numba.config.CPU_FEATURES
     if features is None:  # those of this processor, whatever the name
         return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
@@ -90,7 +90,7 @@ def amx_unavailable() -> str:
 
 
 def require_amx() -> None:
-    """Ask for AMX where kernels are compiled for it; RuntimeError if this process may not use it."""
+    """Ask for AMX where kernels use it; RuntimeError if this process may not."""
     if AMX and amx_unavailable():
         why = amx_unavailable()
         raise RuntimeError(f"the system does not let this process use the matrix unit: {why}")
@@ -101,7 +101,7 @@ STEP = 16
 
 
 def pairs_for(numbers: int) -> int:
-    """Return how many pairs a row of so many numbers takes, in whole steps: in kernels and outside."""
+    """Return how many pairs a row of so many numbers takes, in whole steps."""
     return -(-numbers // (2 * STEP)) * STEP
 
 
@@ -223,7 +223,7 @@ def _block(rows: int, cols: int, parts: int) -> Callable[..., Any]:
 
 
 def _on_unit(parts: int) -> Callable[..., Any]:
-    """Make ``c (+)= a @ b`` of factors of so many parts; rows and cols in sixteens, pairs in steps."""
+    """Make ``c (+)= a @ b`` of split factors; rows and cols in sixteens, pairs in steps."""
     shapes = ((2, 2), (1, 2), (2, 1), (1, 1))
     four, across, down, one = (_block(rows, cols, parts) for rows, cols in shapes)
 
@@ -471,7 +471,7 @@ def _upper_along(typingctx, a, b):
 
 @jit()
 def split_along(source, rows, cols, target):
-    """The parts of source[:rows, :cols] as left factor; cols in whole vectors, zeros behind them."""
+    """The parts of source[:rows, :cols] as left factor, padded with zeros to whole vectors."""
     lanes = VECTOR_BYTES // source.itemsize
     pitch = target.shape[1] // PARTS
     for i in range(rows):
@@ -488,7 +488,7 @@ def split_along(source, rows, cols, target):
 
 @jit()
 def split_down(source, rows, cols, target):
-    """The parts of source[:rows, :cols] as right factor; rows are even, below them there are zeros."""
+    """The parts of source[:rows, :cols] as right factor; rows are even, zeros below them."""
     lanes = VECTOR_BYTES // source.itemsize
     pitch = target.shape[0] // PARTS
     for k in range(pitch):
@@ -503,7 +503,7 @@ def split_down(source, rows, cols, target):
 
 @jit()
 def finite_pairs(values, spare, target):
-    """A tile of values as right factor, without what is not finite: zero times infinity is not zero."""
+    """A tile of values as right factor, without what is not finite."""
     for j in range(values.shape[0]):
         for x in range(values.shape[1]):
             spare[j, x] = values[j, x] if math.isfinite(values[j, x]) else 0
@@ -512,7 +512,7 @@ def finite_pairs(values, spare, target):
 
 @jit()
 def add_nonfinite(left, start, num, diagonal, numbers, values):
-    """Add what `finite_pairs` left out to the rows of a strip, if diagonal only to those that see it.
+    """Add what `finite_pairs` left out to a strip; if diagonal, to the rows that see it.
 
     The strip begins at position `start` of the tile; `left` are the pairs of its weights.
     """
@@ -562,7 +562,7 @@ def parts_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @jit()
 def round_rows(pairs, rows, count, squares):
-    """If `pairs` are what is computed with: round packed rows as these will be, and square them anew.
+    """Round packed rows as `pairs` will be, if there are any, and square them anew.
 
     So the height of a key is that of the vector whose product with a query is estimated.
     """

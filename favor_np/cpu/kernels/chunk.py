@@ -165,7 +165,7 @@ def read_chunk(
     next_rows,
     t,
 ):
-    """One chunk of outputs: the state's part and, where par.causal, that of the chunk's own keys."""
+    """One chunk of outputs, from the state and, if par.causal, the chunk's own keys."""
     lanes = VECTOR_BYTES // q.itemsize
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
@@ -302,7 +302,7 @@ def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, 
 
 @jit()
 def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, keys, t):
-    """Features of the packed keys, of log2 less t.height and above it by lift; how many were taken."""
+    """Features of packed keys of log-norm t.height, raised by lift; how many were taken."""
     rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try

@@ -125,7 +125,7 @@ def carve_exact(floats, ints, config, split_config, d, vcols):
 
 @jit()
 def load_queries(pairs, parts, t, g):
-    """Turn the packed queries of tile g for `read_tile` or `read_pairs`; their sums start at zero."""
+    """Transpose the packed queries of tile g; their sums start at zero."""
     t.den[g] = 0
     t.num[g] = 0
     if pairs is not None:
@@ -172,7 +172,7 @@ def load_values(pairs, t, clean):
 
 @jit()
 def longest_of(squares, limit):
-    """The largest finite squared norm; infinity if a row was longer than limit, and is shortened."""
+    """The largest finite squared norm; infinity if a row was longer than limit."""
     longest = 0.0
     for square in squares:
         if square < math.inf:

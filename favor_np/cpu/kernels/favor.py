@@ -173,7 +173,7 @@ def attend_bf16(constants, q, k, v, mask, query, key, bias, affine, config, jobs
 def attend_bf16x3(constants, q, k, v, mask, query, key, bias, affine, query_parts, key_parts, config,
                   jobs, q_rows, out_rows, clocks, relay, rows, weights, tops, c, s, z, floats,
                   ints, ctl, n):  # fmt: skip
-    """As `attend`, its projections products of three parts on the matrix unit: no less exact, and faster."""
+    """As `attend`, projections in bf16x3 on the matrix unit: no less exact, and faster."""
     fm = Map(query, key, bias, affine, query_parts, key_parts)
     return attend_jobs(parameters(constants), q, k, v, mask, fm, jobs, q_rows, out_rows, clocks,
                        relay, Result(rows, weights, tops, ctl), None, None, config, c, s, z, floats, ints, ctl,

@@ -138,7 +138,7 @@ def dot(a, i, b, j, width):
 
 @jit()
 def map_keys_side(par, x, job, at, count, clock, rate, fm, c, s, z, slot, t):
-    """Keys at positions at, at + 1, ... as side A; how many were taken, and whether all are finite."""
+    """Keys from position at on as side A; how many were taken, and if all are finite."""
     k_row, v_row, mask_row = job[K_ROW], job[V_ROW], job[MASK_ROW]
     m_row = mask_row + at if mask_row >= 0 else -1
     lift = pack_keys(
@@ -204,7 +204,7 @@ def measure_rows(par, cols, raws, features, bias, w, width, c, slot, top):
 
 @jit(fastmath=EXACT)
 def activate_rows(par, sign, cols, raws, first, features, bias, b, c, slot, r0, t):
-    """Features of side B relative to 2**(top - c), and what their derivatives have instead of them."""
+    """Features of side B relative to 2**(top - c), and the factors of their derivatives."""
     lanes = VECTOR_BYTES // raws.itemsize
     turn, zero, one = splat(raws, sign), splat(raws, 0), splat(raws, 1)
     for i in range(0, cols, lanes):
@@ -227,7 +227,7 @@ def activate_rows(par, sign, cols, raws, first, features, bias, b, c, slot, r0, 
 
 @jit(fastmath=EXACT)
 def feature_cotangents(par, side, cols, features, z, slot, r0, bias, row, first, t):
-    """``error (-)= slope * (back + z extra) * factor``; its sums over features and, in bias, rows."""
+    """``error (-)= slope * (back + z extra) * factor``, and its sums."""
     lanes = VECTOR_BYTES // t.back.itemsize
     slope = t.phi if par.kind == POSITIVE else t.slope
     for i in range(0, cols, lanes):

@@ -77,7 +77,7 @@ def set_float_mode(typingctx, mode):
 
 @intrinsic
 def smallness(typingctx, a):
-    """An integer a lane that is the larger the smaller the number, and the smallest of all for zero."""
+    """An integer a lane: the smaller a number the larger, and least for zero."""
 
     def codegen(context, builder, signature, args):
         magnitude = builder.and_(
@@ -91,7 +91,7 @@ def smallness(typingctx, a):
 
 @jit()
 def flush_beside(values, rows, ints, rest):
-    """Flush results beside rows of values (padded with zeros) if these are ordinary, and the rest is."""
+    """Flush results beside rows of values if these are ordinary, and so is the rest."""
     lanes = VECTOR_BYTES // values.itemsize
     tiniest = splat(ints, -(2**31) if values.itemsize == 4 else -(2**63))
     for i in range(rows):

@@ -59,7 +59,7 @@ def _sources() -> str:
 
 
 def _constants(module: ModuleType) -> bytes:
-    """Return the constants of a module as they are frozen: its file may have changed since it was loaded."""
+    """Return the constants of a module as loaded: its file may have changed since."""
     return repr(sorted((name, x) for name, x in vars(module).items() if name.isupper())).encode()
 
 
@@ -118,7 +118,7 @@ def _safe(found: os.stat_result) -> bool:
 
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[int | None]:
-    """Open a folder, itself and no link to it, if it is safe, so that nobody can exchange it; else OSError.
+    """Open a folder, no link, if it is safe, so that nobody can exchange it; else OSError.
 
     None where there are no such descriptors: paths must do.
     """

@@ -18,7 +18,7 @@ NEXT, CAME, FINISHED, TROUBLE, OVERFLOW = 0, 4, 8, 12, 14
 
 @jit()
 def enter(ctl):
-    """The number of this thread, which is that of its workspace, and its floating-point mode, which changes."""
+    """The number of this thread, and of its workspace; its floating-point mode until now."""
     mode = float_mode()
     set_float_mode(IEEE)
     return fetch_add(ctl, CAME, 1), mode
@@ -38,7 +38,7 @@ def report(ctl, what):
 
 @jit()
 def leave(ctl, finished, mode):
-    """Put the floating-point mode back and count the jobs this thread has done; how many are finished by now."""
+    """Put the floating-point mode back, count this thread's jobs; how many are finished."""
     set_float_mode(mode)
     if finished == 0:  # came too late: whoever finished the last job has said so
         return 0

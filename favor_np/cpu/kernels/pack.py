@@ -178,7 +178,7 @@ def across(rows, columns):
 
 @jit()
 def write_rows(num, den, top, square, count, out, row):
-    """Rows num / den of a Result: zeros where there is no key, NaN where the query is not finite."""
+    """Rows num / den of a Result: zeros without a key, NaN for a query that is not finite."""
     rows, one = out.rows, out.rows.dtype.type(1)
     total = rows.dtype.type(0)
     for i in range(count if out.tops.size > 0 else 0):

@@ -171,7 +171,7 @@ def project_queries(parts, t, weight, split_weight, b, target, cols, d):
 
 @jit()
 def load_keys(pairs, reads, keys, t, rows, clean):
-    """Prepare values and features of a chunk of keys for the products below, and for causal reads."""
+    """Stage values and features of a chunk of keys for the products below."""
     if pairs is None:
         return
     pairs_of_values(t.values, clean, pairs.values)

@@ -46,7 +46,7 @@ _give_way = types.ExternalFunction(
 
 @jit()
 def relay_job(relay, number):
-    """What a job does, to which chunk (and the group that begins there), and in which turn that is folded."""
+    """What a job does, the chunk where its group begins, and the turn that folds it."""
     group = relay[GROUP]
     turn, place = divmod(number, 2 * group + 1)
     if place < group:
@@ -58,7 +58,7 @@ def relay_job(relay, number):
 
 @jit()
 def await_all(relay, what, turn):
-    """Wait until no job of that kind of a turn is left; who has no processor gets ours meanwhile."""
+    """Wait until no job of that kind of a turn is left, yielding the processor."""
     while fetch_add(relay, LEFT + 3 * (turn + RING) + what, 0) > 0:
         _give_way()
 
@@ -128,7 +128,7 @@ def note_fold(relay, chunk, basis, fits, c):
 
 @jit()
 def scan_state(relay, chunk, c, s, z, scale):
-    """Add the state of a chunk to the sum of those before it, and put in its place what that was."""
+    """Add a chunk's state to the sum of those before it, and put that sum in its place."""
     slot, before, total = slot_of(relay, chunk), slot_of(relay, chunk - 1), slot_of(relay, -1)
     features, moved = c.shape[1] - PAD, relay[note(relay, slot) + MOVED] == chunk
     for r in range(0, features if moved else 0, VECTOR_BYTES // z.itemsize):
@@ -138,7 +138,7 @@ def scan_state(relay, chunk, c, s, z, scale):
 
 @jit()
 def attend_relay(par, p, relay, number, c, s, z, floats, t):
-    """One job.  After the states of chunks is the sum of those added, with the c of the beginning."""
+    """One job.  Behind the states of chunks lies the sum of those added."""
     what, chunk, turn = relay_job(relay, number)
     if not 0 <= chunk < relay[CHUNKS]:
         return

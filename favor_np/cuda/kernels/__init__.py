@@ -1,1 +1,1 @@
-"""CUDA kernels: plain functions made for a feature map's kind; `favor_np.cuda.launch` compiles them."""
+"""CUDA kernels: plain functions for each kind of map, which `cuda.launch` compiles."""

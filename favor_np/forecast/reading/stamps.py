@@ -31,7 +31,7 @@ UNITS = ("seconds", "milliseconds", "microseconds", "nanoseconds")
 
 
 def stamp_readings(texts: Sequence[str], name: str) -> dict[str, Reading] | None:
-    """The ways to read a column of numbers as times, none perhaps; None if they hardly are numbers."""
+    """The ways to read numbers as times, perhaps none; None if they hardly are numbers."""
     some = [cell for cell in spread(texts) if not is_missing(cell)]
     if 2 * sum(_NUMBER.fullmatch(cell) is not None for cell in some) <= len(some):
         if 2 * sum(_CUT.fullmatch(cell) is not None for cell in some) > len(some):
