@@ -225,7 +225,7 @@ def check(
     """Check the arguments of `favor_attention`."""
     engine = engine_for(device, q, k, v, options.get("key_mask"))
     if engine.refused:
-        refuse(engine, decay=decay, window=window, check_finite=options.get("check_finite"))
+        refuse(engine, decay=decay, window=window)
         q, k, v, options["key_mask"] = engine.views(q, k, v, options.get("key_mask"))
     fm = checked(feature_map, ATTENTION_KINDS)
     before = None if state is None else _checked_state(state, fm, engine)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Literal, TypeAlias, Unpack
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.call import Call, DecayOffsets, Options, StateForm, StateParts
+from favor_np.call import Call, DecayOffsets, StateForm, StateParts
 from favor_np.engine import Engine, engine_for, processor, refuse
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
@@ -312,15 +312,19 @@ class AttentionState:
             If a call that changed the state was interrupted, and spoiled it.
         """
         validation.given(k=k, v=v)
-        self._run(
+        engine, (_, k, v, key_mask) = self._engine.receive(None, k, v, key_mask)
+        call = engine.check(
             None,
             k,
             v,
-            cu_seqlens,
+            self.feature_map,
+            self,
             key_mask=key_mask,
             num_threads=num_threads,
             check_finite=check_finite,
+            dtype=self.dtype,
         )
+        self._run(call, cu_seqlens)
         return self
 
     def attend(
@@ -354,7 +358,11 @@ class AttentionState:
             If a call that changed the state was interrupted, and spoiled it.
         """
         validation.given(q=q)
-        return self._run(q, None, None, cu_seqlens, num_threads=num_threads)
+        engine, (q, *_) = self._engine.receive(q, None, None)
+        call = engine.check(
+            q, None, None, self.feature_map, self, num_threads=num_threads, dtype=self.dtype
+        )
+        return self._run(call, cu_seqlens)
 
     def step(
         self,
@@ -398,10 +406,19 @@ class AttentionState:
         (q, k, v), flat = engine.token(
             q, k, v, self.batch_shape, self.feature_map.dim, self.sequences
         )
-        ends = None if self.sequences is None else np.arange(self.sequences + 1)
-        out = self._attend(
-            engine, q, k, v, ends, causal=True, num_threads=num_threads, check_finite=check_finite
+        call = engine.check(
+            q,
+            k,
+            v,
+            self.feature_map,
+            self,
+            causal=True,
+            num_threads=num_threads,
+            check_finite=check_finite,
+            dtype=self.dtype,
         )
+        ends = None if self.sequences is None else np.arange(self.sequences + 1)
+        out = self._run(call, ends)
         return out.reshape(*out.shape[:-2], out.shape[-1]) if flat else out
 
     def _fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
@@ -421,21 +438,8 @@ class AttentionState:
             if not _same(rates, self._rates):
                 raise ValueError(f"decay must be that of the state, {self.decay}, got {decay}")
 
-    def _run(self, q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Unpack[Options]) -> Array:
-        """Fold keys and read with queries, None being none of them."""
-        engine, (q, k, v, options["key_mask"]) = self._engine.receive(
-            q, k, v, options.get("key_mask")
-        )
-        return self._attend(engine, q, k, v, cu_seqlens, **options)
-
-    def _attend(
-        self, engine: Engine, q: Any, k: Any, v: Any, cu_seqlens: Any, **options: Unpack[Options]
-    ) -> Array:
-        """Fold keys and read with queries, as `engine` reads them; None: there are none."""
-        if engine.refused:
-            refuse(engine, check_finite=options.get("check_finite"))
-        options["dtype"] = self.dtype
-        call = engine.check(q, k, v, self.feature_map, self, **options)
+    def _run(self, call: Call, cu_seqlens: Any) -> Array:
+        """Fold the keys of a call and read with its queries."""
         keys = call.keys
         if cu_seqlens is not None:
             call.offsets = validation.sequence_offsets(cu_seqlens, max(keys, call.q.shape[-2]))
@@ -457,7 +461,7 @@ class AttentionState:
         result, target = engine.outputs(call)
         arrays = self._arrays
         if not keys and engine.has_tails(arrays):
-            # A token came since `_attend` looked: what only reads changes nothing.
+            # A token came since `_run` looked: what only reads changes nothing.
             arrays = self._copy()._without_tail()._arrays
         if len(arrays[0]) and (target.size or keys):
             if self._rates is not None:

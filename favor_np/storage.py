@@ -127,15 +127,15 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
 
 
 def _write_archive(file: Any, arrays: dict[str, Any]) -> None:
+    """Write what `numpy.savez` does."""
+    archive = zipfile.ZipFile(file, "w", allowZip64=True)
     try:
-        np.savez(file, **arrays)
-    except (
-        ValueError
-    ) as error:  # an interrupt leaves a handle open, of which zipfile complains instead
-        cause = error.__context__
-        if cause is None or isinstance(cause, Exception):
-            raise
-        raise cause from None
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+        archive.close()
+    finally:
+        archive.fp = None  # or it complains, now and when it is deleted, of what an interrupt left
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:

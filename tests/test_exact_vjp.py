@@ -17,8 +17,11 @@ def gradients(q, k, v, g, **options):
 
 
 def error(grads, expected):
-    """The largest deviation, relative to each gradient unless that vanishes."""
-    floor = [np.maximum(np.abs(x).max(initial=0), 0.1) for x in expected]
+    """The largest deviation, relative to each gradient.
+
+    One that vanishes is the difference of products of about 10: of these it has the rounding.
+    """
+    floor = [np.maximum(np.abs(x).max(initial=0), 0.5) for x in expected]
     pairs = zip(grads, expected, floor, strict=True)
     return max(float(np.abs(x - y).max(initial=0) / size) for x, y, size in pairs)
 
@@ -329,8 +332,8 @@ def test_a_pullback_may_be_called_again():
 @pytest.mark.parametrize(
     ("g", "kind", "message"),
     [
-        (np.ones((6, 4)), ValueError, r"grad_out must have shape \(2, 6, 3\) .* got \(6, 4\)"),
-        (np.ones((6, 3)), ValueError, r"grad_out must have shape \(2, 6, 3\) .* got \(6, 3\)"),
+        (np.ones((6, 4)), ValueError, r"grad_out must have shape \(2, 6, 3\), got \(6, 4\)"),
+        (np.ones((6, 3)), ValueError, r"grad_out must have shape \(2, 6, 3\), got \(6, 3\)"),
         (1.0, ValueError, "grad_out must have at least 2 axes"),
         (np.ones((2, 6, 3), complex), TypeError, "grad_out must hold real numbers"),
         (np.full((2, 6, 3), np.nan), ValueError, "grad_out must be finite"),

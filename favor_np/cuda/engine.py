@@ -37,7 +37,6 @@ class CUDA:
             "decay",
             "window",
             "precision",
-            "check_finite",
             "state in a gradient",
             "return_state in a gradient",
         )
@@ -85,6 +84,8 @@ class CUDA:
         state: StateShape | None = None,
         **options: Unpack[Options],
     ) -> Call:
+        if options.get("check_finite") not in (None, False):
+            raise ValueError("check_finite cannot be used on a CUDA device")
         mask: Any = options.get("key_mask")
         options["key_mask"] = stand_in(mask)
         options["dtype"] = None  # states are float32, as all that is computed
