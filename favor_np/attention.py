@@ -259,7 +259,7 @@ def check(
             raise ValueError("window cannot be used with state or return_state: see WindowState")
     if precision != "full":
         call.bfloat16 = validation.is_bfloat16(precision, call.compute)
-        refuse(engine, precision=call.bfloat16)
+        refuse(engine, **{f"precision={precision!r}": call.bfloat16})
         if call.bfloat16 and window is not None:
             raise ValueError("precision='bfloat16' cannot be used with window")
     return call

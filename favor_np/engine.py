@@ -153,10 +153,11 @@ class Engine(Protocol):
 
 
 def refuse(engine: Engine, **options: object) -> None:
-    """Refuse options that the engine does not have."""
+    """Refuse options that the engine does not have: "state in a gradient" is one."""
     for name in engine.refused.intersection(options):
         if options[name] not in (None, False):
-            raise ValueError(f"{name} cannot be used {engine.home}")
+            option, _, where = name.partition(" ")
+            raise ValueError(f"{option} cannot be used {where} {engine.home}".replace("  ", " "))
 
 
 @functools.cache

@@ -36,7 +36,7 @@ class CUDA:
         (
             "decay",
             "window",
-            "precision",
+            "precision='bfloat16'",
             "state in a gradient",
             "return_state in a gradient",
         )
