@@ -787,23 +787,3 @@ def test_too_much_decay_for_one_call():
     state = AttentionState.zeros(fm, 1, decay=1e-2)
     with pytest.raises(ValueError, match="decay must be larger"):
         state.update(x, x)
-
-
-@settings(max_examples=25)
-@given(st.data())
-def test_merges_over_random_trees(data):
-    """Parts of any size, merged pair by pair in any order and grouping, are the whole."""
-    rng = np.random.default_rng(data.draw(st.integers(0, 100)))
-    k, v, q = (rng.standard_normal((2, 150, n)) for n in (6, 4, 6))
-    k[:, rng.integers(150)] *= 5  # the parts have different exponents
-    fm = feature_map("positive", 6, 24)
-    cuts = sorted(data.draw(st.lists(st.integers(0, 150), min_size=1, max_size=8)))
-    states = [
-        AttentionState.zeros(fm, 4, 2, dtype=float).update(k[:, a:b], v[:, a:b])
-        for a, b in itertools.pairwise([0, *cuts, 150])
-    ]
-    while len(states) > 1:
-        one = states.pop(data.draw(st.integers(0, len(states) - 1)))
-        states[data.draw(st.integers(0, len(states) - 1))].merge(one)
-    whole = favor_attention(q, k, v, fm)
-    assert np.allclose(states[0].attend(q), whole, rtol=1e-12, atol=1e-13)
