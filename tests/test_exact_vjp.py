@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import oracle
 from support.inputs import CHANGES, draw, lay_out, masks, random_inputs
@@ -16,12 +16,9 @@ def gradients(q, k, v, g, **options):
     return exact_attention_vjp(q, k, v, **options)[1](g)
 
 
-def error(grads, expected):
-    """The largest deviation, relative to each gradient.
-
-    One that vanishes is the difference of products of about 10: of these it has the rounding.
-    """
-    floor = [np.maximum(np.abs(x).max(initial=0), 0.5) for x in expected]
+def error(grads, expected, least=(0.1, 0.1, 0.1)):
+    """The largest deviation, relative to each gradient, or to `least` where that is smaller."""
+    floor = [np.maximum(np.abs(x).max(initial=0), y) for x, y in zip(expected, least, strict=True)]
     pairs = zip(grads, expected, floor, strict=True)
     return max(float(np.abs(x - y).max(initial=0) / size) for x, y, size in pairs)
 
@@ -31,6 +28,10 @@ def same(grads, others):
 
 
 @settings(max_examples=150)
+@example(  # one key: the gradients of q and k vanish
+    L=9, Lk=1, d=1, dv=33, dtype=np.float32, causal=False, masked=False, scale=None,
+    layout=("C", "C", "C", "C"), seed=0,
+)  # fmt: skip
 @given(
     L=sizes,
     Lk=sizes,
@@ -57,7 +58,10 @@ def test_differential(L, Lk, d, dv, dtype, causal, masked, scale, layout, seed):
     assert np.array_equal(out, exact_attention(q, k, v, **options))
     assert [x.dtype for x in grads] == [dtype] * 3
     expected = oracle.exact_attention_vjp(*arrays, **options)
-    assert error(grads, expected) < (2e-5 if dtype == np.float32 else 1e-13)
+    # Those of q and k are differences of such products: where they vanish that rounding is left.
+    products = max(0.1, 0.05 * np.abs(arrays[3] @ arrays[2].T).max(initial=0))
+    limit = 2e-5 if dtype == np.float32 else 1e-13
+    assert error(grads, expected, (products, products, 0.1)) < limit
     assert same(grads, gradients(*arrays, **options))  # the layout changes no bit
     assert same((q, k, v, g), arrays)  # inputs are untouched
 

@@ -67,7 +67,6 @@ class CUDA:
                 None if array is None else validation.tensor(name, array, 1)
                 for name, array in zip("qkv", (q, k, v), strict=True)
             )
-            return CUDA(where), (q, k, v, key_mask)
         engine = CUDA(where)
         return engine, engine.views(q, k, v, key_mask)
 
