@@ -214,7 +214,7 @@ def _rest(
     file: zipfile.ZipFile, size: int, slots: int, features: int, value_dim: int
 ) -> tuple[Array, ...]:
     """Return what a state holds beside (c, S, z): see ``kernels.state``."""
-    from favor_np.cpu.kernels.state import TAIL
+    from favor_np.cpu.tiles import TAIL
 
     kind, count = f"<f{size}", _array(file, "tail", f"<i{size}", shape=(slots,))
     if not ((count >= 0) & (count <= TAIL)).all():

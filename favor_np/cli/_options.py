@@ -116,27 +116,24 @@ def picture_format(path: str | None) -> str:
 @contextlib.contextmanager
 def compilation_told() -> Iterator[None]:
     """Say on standard error, once, that kernels are being compiled, if any are."""
-    from numba.core import event
+    from favor_np.cpu import code, store
 
-    from favor_np.cpu.kernels import favor
+    told = []
 
-    class Told(event.Listener):  # type: ignore[misc]  # Numba's classes have no types
-        told = False
+    def tell(kernel: object) -> None:
+        if not told:
+            told.append(kernel)
+            folder = store.cache_path()
+            kept = f"kept in {folder}" if folder else "not kept, as there is no cache"
+            print(
+                "favor-np: compiling the kernels of attention for this processor, up to a "
+                f"minute; they are {kept}",
+                file=sys.stderr,
+                flush=True,
+            )
 
-        def on_start(self, compiled: object) -> None:  # noqa: ARG002
-            if not self.told:
-                self.told = True
-                folder = getattr(getattr(favor.attend, "_cache", None), "cache_path", None)
-                kept = f"kept in {folder}" if folder else "not kept, as there is no cache"
-                print(
-                    "favor-np: compiling the kernels of attention for this processor, up to a "
-                    f"minute; they are {kept}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-        def on_end(self, compiled: object) -> None:
-            pass
-
-    with event.install_listener("numba:compile", Told()):
+    code.LISTENERS.append(tell)
+    try:
         yield
+    finally:
+        code.LISTENERS.remove(tell)

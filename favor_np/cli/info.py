@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import favor_np
 from favor_np.cuda import device
@@ -54,34 +54,40 @@ def _version(package: str) -> str:
 
 
 def _kernels() -> dict[str, str]:
-    """What the compiled side is set to: vectors, matrix unit, threads, cache."""
-    import llvmlite.binding
-
-    from favor_np.cpu.kernels import favor, simd
+    """What the compiled side is set to: code, vectors, matrix unit, threads, cache."""
+    from favor_np.cpu import code, store
+    from favor_np.cpu.processor import TARGET, VECTOR_BYTES
     from favor_np.cpu.threads import default_threads
 
     return {
-        "processor": f"{llvmlite.binding.get_host_cpu_name()}, {os.cpu_count()} CPUs",
-        "vectors": f"{simd.ISA}, {simd.VECTOR_BYTES} bytes",
-        "matrix-unit": _matrix_unit(),
+        "processor": f"{_processor()}, {os.cpu_count()} CPUs",
+        "code": code.described(),
+        "vectors": f"{TARGET.isa}, {VECTOR_BYTES} bytes",
+        "bfloat16": _bfloat16(),
         "threads": str(default_threads()),
-        "cache": _cache_path(favor.attend) or "none: every process compiles its kernels anew",
+        "cache": store.cache_path() or "none: every process compiles its kernels anew",
     }
 
 
-def _matrix_unit() -> str:
+def _processor() -> str:
+    """Return what the system calls the processor, or what it is."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _bfloat16() -> str:
     """What there is to multiply bfloat16, and float32 that is cut into it."""
-    from favor_np.cpu.kernels import bfloat16
+    from favor_np.cpu.processor import TARGET, amx_unavailable
 
-    if bfloat16.AMX:
-        why_not = bfloat16.amx_unavailable()
-        return f"AMX, but the system refuses it: {why_not}" if why_not else "AMX"
-    return "none: bfloat16 " + ("by AVX512_BF16" if bfloat16.DOTS else "is slow")
-
-
-def _cache_path(kernel: Any) -> str | None:
-    """Directory in which a kernel's machine code is kept; None without a cache."""
-    return getattr(getattr(kernel, "_cache", None), "cache_path", None)
+    if TARGET.amx and amx_unavailable():
+        return f"as float32: the system refuses the matrix unit (AMX): {amx_unavailable()}"
+    if TARGET.amx:
+        return "by the matrix unit (AMX)"
+    return "by AVX512_BF16" if TARGET.dots else "as float32: nothing here is faster"
 
 
 def _gpu() -> dict[str, str]:

@@ -9,32 +9,30 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.call import Call, Cotangents, Forward, StateForm, sum_to
+from favor_np.call import Call, Cotangents, ErrorBars, Forward, StateForm, sum_to
 from favor_np.cpu import memory, scaling, schedule, tuning
-from favor_np.cpu.kernels import bfloat16
-from favor_np.cpu.kernels import exact as exact_kernels
-from favor_np.cpu.kernels import exact_vjp as exact_vjp_kernels
-from favor_np.cpu.kernels import favor as kernels
-from favor_np.cpu.kernels import favor_vjp as vjp
-from favor_np.cpu.kernels.jobs import OVERFLOW, TROUBLE
-from favor_np.cpu.kernels.pack import CHUNK, holds_large
-from favor_np.cpu.kernels.spread import Spread
+from favor_np.cpu.code import Kernel, kernel
 from favor_np.cpu.layout import (
     Layout,
     exact_parameters,
     exact_vjp_workspace,
     exact_workspace,
-    spread_room,
     vjp_workspace,
     worth_bf16x3,
+    worth_bfloat16,
 )
+from favor_np.cpu.pairs import TILE_CONFIG
+from favor_np.cpu.records import OVERFLOW, TROUBLE
+from favor_np.cpu.scaling import holds_large
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
+from favor_np.cpu.tiles import CHUNK, padded
 from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
 from favor_np.validation import rows_of
 
 Array: TypeAlias = npt.NDArray[Any]
 
+_PLAIN, _PAIRS, _PARTS = frozenset[str](), frozenset(["pairs"]), frozenset(["parts"])
 _NO_MASK = np.ones(1, np.bool_)
 _NO_MASK.flags.writeable = False
 _NO_NORMALIZERS = {
@@ -66,8 +64,8 @@ def fold_tails(form: StateForm, arrays: Any) -> None:
     layout = layout_of(form)
     nothing = np.empty((0, form.value_dim), form.dtype)
     keys = rows_of(np.empty((0, form.feature_map.dim), form.dtype), form.dtype)
-    inputs = (keys, keys, rows_of(nothing, form.dtype), _NO_MASK, *layout.arrays)
-    _Launch(layout, inputs, _result(nothing, None), 1, None, False).fold_tails(arrays)
+    inputs = (keys, keys, rows_of(nothing, form.dtype), _NO_MASK)
+    _Launch(layout, inputs, _result(nothing, None), 1, None).fold_tails(arrays)
 
 
 def attend(
@@ -80,18 +78,17 @@ def attend(
     """
     q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
     shapes, group = call.shapes(stateful=state is not None), None if bars is None else bars.group
+    bfloat16 = call.bfloat16 and worth_bfloat16()
     layout, constants, jobs, longest, work = schedule.schedule(
-        call.map, dtype, shapes, call.causal, group, call.bfloat16
+        call.map, dtype, shapes, call.causal, group, bfloat16
     )
     if call.decay is not None or call.offsets is not None:
         jobs = _adapted(jobs, call)
-    inputs = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask),
-              *layout.arrays)  # fmt: skip
-    spread = None if bars is None else Spread(*bars[:-1])
-    launch = _Launch(layout, inputs, _result(out, normalizers),
-                     _threads(work * len(jobs.table), call.num_threads), spread, call.bfloat16)  # fmt: skip
+    inputs = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask))
+    threads = _threads(work * len(jobs.table), call.num_threads)
+    launch = _Launch(layout, inputs, _result(out, normalizers), threads, bars)
     tokens = call.causal and (longest == 1 or call.offsets is not None)
-    plain = call.mask is None and bars is None and not call.bfloat16
+    plain = call.mask is None and bars is None and not bfloat16
     tokens = tokens and plain and jobs.q_rows.shape[1] == 1
     # What a state has taken in cannot be taken back.  The kernel of tokens looks at them itself.
     large = state is not None and not (tokens and longest == 1) and holds_large(inputs[2])
@@ -166,13 +163,23 @@ def projection_vjp(
     return pulled.to.projection, pulled.to.bias, pulled.jobs.table[:, BLOCK] // pulled.layout.blocks
 
 
+class _Gradients(NamedTuple):
+    """Rows or, if these are not empty, for each job sums over its rows, in float64."""
+
+    q: Array
+    k: Array
+    v: Array
+    projection: Array
+    bias: Array
+
+
 class _Pulled(NamedTuple):
     """What the kernel of the gradient wrote, for every query head: rows, or sums of each job."""
 
     layout: Layout
     jobs: Jobs
     slots: Array  # of each job of one side
-    to: vjp.Gradients
+    to: _Gradients
     states: Any  # cotangents of states: those of the keys' sides, then those of the queries'
 
 
@@ -192,11 +199,11 @@ def _pull(
     count = len(jobs.table)
     heads, sums = (0, count) if projection else (math.prod(call.out_shape[:-2]), 0)
     dq, dk, dv = (np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v))
-    to = vjp.Gradients(
+    to = _Gradients(
         dq,
         dk,
         dv,
-        memory.aligned((sums, layout.half, layout.natural.key.shape[-1]), np.float64),
+        memory.aligned((sums, layout.half, layout.natural.key_rows.shape[-1]), np.float64),
         memory.aligned((sums, layout.half), np.float64),
     )
     states = None
@@ -208,20 +215,21 @@ def _pull(
                 mine[: count // 2 : group] = last[slots[::group]]
             if state is not None:
                 mine[count // 2 :] = first[slots]
-    inputs = vjp.Inputs(
-        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask),
-        rows_of(grad, dtype), rows_of(forward.out, dtype),
-        *(array.reshape(-1) for array in forward.normalizers),
-    )  # fmt: skip
-    args = (
-        constants, inputs, layout.map, np.zeros_like(layout.map.bias), layout.natural, jobs.table,
-        jobs.clocks, to, *(states or ()),
-    )  # fmt: skip
     overflow = False
     if count and (forward.out.size or final_state is not None):
         workers = min(_threads(work * count, call.num_threads), count)
         space = vjp_workspace(layout, stateful=not stateful)
-        overflow = bool(_run(vjp.pull, args, count, workers, space)[OVERFLOW])
+        weights = *layout.weights, *layout.natural
+        mask, w, tops = _mask_rows(call.mask), *(x.reshape(-1) for x in forward.normalizers)
+        inputs = (
+            constants, rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), mask,
+            rows_of(grad, dtype), rows_of(forward.out, dtype), w, tops,
+        )  # fmt: skip
+        variant = layout.variant & {"parts"}
+        more = (*layout.parts, TILE_CONFIG) if layout.parts is not None else ()
+        record = (*inputs, *weights, jobs.table, jobs.clocks, *to, *(states or ()))
+        known = kernel("pull", dtype, variant)
+        overflow = bool(_run(known, record, more, count, workers, space)[OVERFLOW])
     pulled = _Pulled(layout, jobs, slots, to, states)
     unseen = (*(to[3:] if projection else ()), *(() if states is None else states[1:]))
     if overflow or not all(np.isfinite(x).all() for x in unseen):  # the kernel looks at rows only
@@ -249,7 +257,7 @@ def _pull_scaled(
         scaling.scaled_states(final_state, -cotangents, -both),
         projection=pulled.to.projection.size > 0,
     )
-    powers = vjp.Gradients(both, both, cotangents, both, both)
+    powers = _Gradients(both, both, cotangents, both, both)
     for mine, other, power in zip(pulled.to, small.to, powers, strict=True):
         scaling.fill(mine, scaling.scaled(other, power))
     if small.states is not None:
@@ -271,11 +279,10 @@ class _Launch:
     """What all kernel calls of one attention call share."""
 
     layout: Layout
-    arrays: tuple[Array, ...]
+    inputs: tuple[Array, ...]
     result: tuple[Array, ...]
     threads: int
-    spread: Spread | None
-    pairs: bool
+    bars: ErrorBars | None
     #: Whether something was written that is not finite, or a large token refused.
     overflow: bool = False
 
@@ -318,12 +325,14 @@ class _Launch:
         count = len(jobs.table)
         if not count:
             return
-        workers = min(self.threads, count)
-        kernel, args = (
-            self._step(constants, jobs) if tokens else self._kernel(constants, jobs, None, workers)
-        )
-        space = self.layout.stateful if state is None else self.layout.stateless
-        self._watch(_run(kernel, (*args, *(state or ())), count, workers, space))
+        layout = self.layout
+        space = layout.stateful if state is None else layout.stateless
+        record = self._record(constants, jobs) + tuple(state or ())
+        if tokens:
+            known, more = kernel("attend_tokens", layout.dtype), ()
+        else:
+            known, more = kernel("attend", layout.dtype, layout.variant), self._more()
+        self._watch(_run(known, record, more, count, min(self.threads, count), space))
 
     def _watch(self, control: Array) -> None:
         """Note what a kernel has reported."""
@@ -331,28 +340,31 @@ class _Launch:
 
     def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
         """Run the few long causal jobs, each on all threads; return the others."""
-        few, space = schedule.shared_count(jobs, self.threads), self.layout.stateful
+        layout, threads = self.layout, self.threads
+        few, space = schedule.shared_count(jobs, threads), layout.stateful
         if few and state is not None:
             self.fold_tails(state)
+        known = kernel("attend", layout.dtype, layout.variant | {"relay"})
         for i in range(few):
             job = jobs.take(slice(i, i + 1))
             slot = int(job.table[0, SLOT])
-            relay = schedule.relay(self.layout, int(job.table[0, KEYS]), self.threads)
+            relay = schedule.relay(layout, int(job.table[0, KEYS]), threads)
             total = relay.states
-            arrays = memory.borrow(space, relay.rows)
+            arrays = memory.borrow(space, threads, total + 1)
             try:
-                c, s, z = arrays[:3]
-                new = empty(self.layout, 1) if state is None else [a[slot, None] for a in state]
+                c, s, z, room, keys = arrays
+                new = empty(layout, 1) if state is None else [a[slot, None] for a in state]
                 for array, mine in zip(arrays, new, strict=False):
                     array[total] = mine[0]
-                kernel, args = self._kernel(constants, job, relay.words, self.threads)
-                self._watch(POOL.call(kernel, (*args, *arrays), relay.count, self.threads))
+                record = (*self._record(constants, job), c, s, z, room)
+                more = self._more(relay.words, keys)
+                self._watch(POOL.call(known, record, more, relay.count, threads))
                 if state is not None:
                     after = c[relay.last], s[total], z[total]
                     for array, mine in zip(state, after, strict=True):
                         array[slot] = mine
             finally:
-                memory.give_back(space, relay.rows, arrays)
+                memory.give_back(space, threads, arrays, total + 1)
         return jobs.take(slice(few, None))
 
     def fold_tails(self, state: Any) -> None:
@@ -361,29 +373,24 @@ class _Launch:
             jobs = jobs_without_rows(len(state[0]), self.layout.rows)
             self.run(self.layout.bidirectional, jobs, state)
 
-    def _kernel(
-        self, constants: Array, jobs: Jobs, relay: Array | None, workers: int
-    ) -> tuple[Any, tuple[Any, ...]]:
-        """Return the kernel for jobs, or a relay, and its arguments up to the states."""
-        layout, kernel = self.layout, kernels.attend
-        more: tuple[Any, ...] = ()
-        if self.spread is not None:
-            room = memory.aligned((workers, spread_room(layout)), layout.dtype)
-            kernel, more = kernels.attend_spread, (room, self.spread)
-        if self.pairs:
-            bfloat16.require_amx()
-            kernel = kernels.attend_bf16
-        if layout.map.key_parts is not None:
-            kernel = kernels.attend_bf16x3
-        args = (constants, *self.arrays, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, relay,
-                *self.result, *more)  # fmt: skip
-        return kernel, args
+    def _record(self, constants: Array, jobs: Jobs) -> tuple[Array, ...]:
+        """Return the fields of `Attend` up to the states."""
+        return (
+            constants, *self.inputs, *self.layout.weights, jobs.table, jobs.q_rows, jobs.out_rows,
+            jobs.clocks, *self.result,
+        )  # fmt: skip
 
-    def _step(self, constants: Array, jobs: Jobs) -> tuple[Any, tuple[Any, ...]]:
-        """Return the kernel for jobs of one token, and its arguments up to the states."""
-        args = (constants, *self.arrays[:3], *self.layout.map[:4], jobs.table, jobs.q_rows, jobs.out_rows,
-                jobs.clocks, *self.result)  # fmt: skip
-        return kernels.attend_tokens, args
+    def _more(self, words: Array | None = None, keys: Array | None = None) -> tuple[Any, ...]:
+        """Return the fields of `Attend` of which there are variants."""
+        bars, layout, none = self.bars, self.layout, (None, None)
+        if words is None and not layout.variant:
+            return ()
+        spread: tuple[Any, ...] = (*none, *none)
+        if bars is not None:
+            numbers = np.array([bars.dof, bars.prior_dof, bars.t_factor])
+            spread = (bars.errors, bars.sizes, bars.variances, numbers)
+        parts = none if layout.parts is None else layout.parts[:2]
+        return words, keys, *spread, *parts, TILE_CONFIG
 
     def fold(self, constants: Array, folds: Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
@@ -424,24 +431,23 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     q, k, v, dtype = call.q, call.k, call.v, out.dtype
     table = schedule.exact_jobs(call.shapes())
     work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
-    args = (
-        exact_parameters(dtype, call.scale, call.causal),
-        rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask), table,
-        *_result(out, normalizers),
+    values = rows_of(v, dtype)
+    record = (
+        exact_parameters(dtype, call.scale, call.causal), rows_of(q, dtype), rows_of(k, dtype),
+        values, _mask_rows(call.mask), table, *_result(out, normalizers),
     )  # fmt: skip
-    kernel, pairs = exact_kernels.attend_exact, call.bfloat16 and dtype == np.float32
-    if pairs:
-        bfloat16.require_amx()
-        kernel, args = exact_kernels.attend_exact_bf16, (*args, bfloat16.TILE_CONFIG)
-    bf16x3 = not pairs and worth_bf16x3(dtype, CHUNK, q.shape[-1])
-    if bf16x3:
-        kernel, args = exact_kernels.attend_exact_bf16x3, (*args, bfloat16.TILE_CONFIG)
-    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], pairs=pairs, bf16x3=bf16x3)
+    variant, more = _PLAIN, ()
+    if call.bfloat16 and dtype == np.float32 and worth_bfloat16():
+        variant, more = _PAIRS, (TILE_CONFIG,)
+    elif worth_bf16x3(dtype, CHUNK, q.shape[-1]):
+        variant, more = _PARTS, (TILE_CONFIG,)
+    space = exact_workspace(dtype, q.shape[-1], v.shape[-1], variant)
     workers = min(_threads(work, call.num_threads), len(table))
-    control = _run(kernel, args, len(table), workers, space)
-    if control[OVERFLOW] and holds_large(args[3]):
+    known = kernel("attend_exact", dtype, variant)
+    control = _run(known, record, more, len(table), workers, space)
+    if control[OVERFLOW] and holds_large(values):
         power, rows = scaling.POWER[dtype.itemsize], np.empty_like(out)
-        attend_exact(replace(call, v=scaling.scaled(args[3], -power).reshape(v.shape)), rows)
+        attend_exact(replace(call, v=scaling.scaled(values, -power).reshape(v.shape)), rows)
         scaling.fill(out, scaling.means(rows, power))
     return not control[TROUBLE]
 
@@ -454,21 +460,21 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
     jobs = schedule.exact_vjp_jobs(call.shapes())
     values, cotangents = rows_of(v, dtype), rows_of(grad_out, dtype)
-    g, rows = _cotangents(forward, cotangents)
+    g, inverse, delta, tops = _cotangents(forward, cotangents)
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
-    columns = memory.padded(dim, dtype.itemsize)
+    columns = padded(dim, dtype.itemsize)
     sums = memory.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
-    args = (
-        exact_parameters(dtype, call.scale, call.causal),
-        rows_of(q, dtype), rows_of(k, dtype), values, g, rows, _mask_rows(call.mask),
-        jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows,
-        exact_vjp_kernels.Gradients(sums.reshape(-1, columns), dk, dv),
+    record = (
+        exact_parameters(dtype, call.scale, call.causal), rows_of(q, dtype), rows_of(k, dtype),
+        values, g, inverse, delta, tops, _mask_rows(call.mask), jobs.table, jobs.q_rows,
+        jobs.out_rows, jobs.dq_rows, sums.reshape(-1, columns), dk, dv,
     )  # fmt: skip
     work = 4 * math.prod(call.out_shape[:-1]) * k.shape[-2] * dim
     workers = min(_threads(work, call.num_threads), len(jobs.table))
     space = exact_vjp_workspace(dtype, dim, v.shape[-1])
-    _run(exact_vjp_kernels.differentiate_exact, args, len(jobs.table), workers, space)
+    known = kernel("differentiate_exact", dtype)
+    _run(known, record, (), len(jobs.table), workers, space)
     for part in sums[1:]:
         sums[0] += part
     np.multiply(
@@ -489,7 +495,7 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
             scaling.fill(grad, scaling.scaled(other, power))
 
 
-def _cotangents(forward: Forward, g: Array) -> tuple[Array, Any]:
+def _cotangents(forward: Forward, g: Array) -> tuple[Array, ...]:
     """Return the rows of g without NaN and infinity, and what else the kernel knows of a row.
 
     What is not finite in a row stands in its two numbers, which the kernel keeps from the keys that
@@ -506,15 +512,23 @@ def _cotangents(forward: Forward, g: Array) -> tuple[Array, Any]:
         inverse[bad] = delta[bad] = np.nan
         inverse[w == 0] = delta[w == 0] = 0
         g.flags.writeable = False
-    return g, exact_vjp_kernels.Rows(inverse, delta, tops)
+    return g, inverse, delta, tops
 
 
 def _run(
-    kernel: Any, args: tuple[Any, ...], count: int, workers: int, space: memory.Workspace
+    known: Kernel,
+    record: tuple[Array, ...],
+    more: tuple[Any, ...],
+    count: int,
+    workers: int,
+    space: memory.Workspace,
 ) -> Array:
-    """Run jobs on threads with such a workspace each; the control words."""
+    """Run jobs on threads with such a workspace each; the control words.
+
+    `record` are the fields up to the states or the room, `more` those behind the control words.
+    """
     arrays = memory.borrow(space, workers)
     try:
-        return POOL.call(kernel, (*args, *arrays), count, workers)
+        return POOL.call(known, (*record, *arrays), more, count, workers)
     finally:
         memory.give_back(space, workers, arrays)

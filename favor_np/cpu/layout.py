@@ -5,23 +5,47 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import numerics
-from favor_np.cpu import memory, tuning
-from favor_np.cpu.kernels import bfloat16, chunk, exact_vjp
-from favor_np.cpu.kernels import exact as exact_kernels
-from favor_np.cpu.kernels import favor as kernels
-from favor_np.cpu.kernels import favor_vjp as vjp_kernels
-from favor_np.cpu.kernels.pack import CHUNK, Map
-from favor_np.cpu.kernels.spread import carve_groups
-from favor_np.cpu.memory import Workspace, aligned_copy, integer_of, padded, sizes_of, workspace
+from favor_np.cpu import memory, pairs, records, tiles, tuning
+from favor_np.cpu.memory import Workspace, aligned_copy, integer_of, workspace
+from favor_np.cpu.processor import TARGET, amx_unavailable
+from favor_np.cpu.tiles import CHUNK, Sizes, padded
 from favor_np.features import FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
+
+
+class Weights(NamedTuple):
+    """What kernels take of a map, block by block: see `records.Attend`."""
+
+    query: Array
+    key: Array
+    bias: Array
+    affine: Array
+
+
+class Parts(NamedTuple):
+    """Weights split into parts: see `records.Attend` and `records.Pull`."""
+
+    query_parts: Array
+    key_parts: Array
+    query_rows_parts: Array
+    key_rows_parts: Array
+
+
+class Natural(NamedTuple):
+    """What kernels of the gradient take besides: see `records.Pull`."""
+
+    none: Array
+    query_rows: Array
+    key_rows: Array
+    hessian: Array
+    linear: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +54,12 @@ class Layout:
 
     Attributes
     ----------
-    arrays : tuple
-        What kernels take of `map`.
+    weights, natural : Weights, Natural
+        What kernels, and those of the gradient, take of `map`.
+    parts : Parts or None
+        Weights in three parts, where products with them are faster.
+    variant : frozenset
+        The variant of the kernels: with "pairs", "parts" or "spread", or with none of them.
     blocks, width, half
         The rows of W are cut into `blocks` of `width`, `half` rows together; feature r of sign s is
         row ``s * half + r`` of a state.  Padded rows are features of W = 0 that no query reads.
@@ -44,9 +72,11 @@ class Layout:
     """
 
     dtype: np.dtype[Any]
-    map: Any
-    arrays: tuple[Any, ...]
-    natural: Any
+    sizes: Sizes
+    weights: Weights
+    natural: Natural
+    parts: Parts | None
+    variant: frozenset[str]
     blocks: int
     half: int
     features: int
@@ -101,7 +131,7 @@ class _Blocks:
         return new
 
     def affine(self, of: FeatureMap) -> tuple[Array, Array, Array]:
-        """Return what calibrated maps have besides, for each block: see ``kernels.pack.Map``.
+        """Return what calibrated maps have besides, for each block: see `records.Attend`.
 
         For gradients also the matrix (d, d) of the quadratic part, if there is one, and the linear
         part.
@@ -124,7 +154,14 @@ def worth_bf16x3(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
     if tuning.USE_BF16X3 is not None:
         return dtype == np.float32 and tuning.USE_BF16X3
     large = min(rows, dim) >= tuning.MIN_BF16X3_SIDE and rows * dim >= tuning.MIN_BF16X3_SIZE
-    return dtype == np.float32 and large and not bfloat16.amx_unavailable()
+    return dtype == np.float32 and large and not amx_unavailable()
+
+
+def worth_bfloat16() -> bool:
+    """Whether products of bfloat16 are faster than those of float32 here."""
+    if tuning.USE_BFLOAT16 is not None:
+        return tuning.USE_BFLOAT16
+    return TARGET.dots or not amx_unavailable()
 
 
 @tuning.depends_on_tuning
@@ -134,49 +171,42 @@ def layout(
     dtype: np.dtype[Any],
     value_dim: int,
     group: int | None = None,
-    pairs: bool = False,
+    bfloat16: bool = False,
 ) -> Layout:
     """Return the layout, with the map's weights packed for the kernels.
 
-    With `group` every block has so many rows of W; with `pairs` the weights are for bfloat16.
+    With `group` every block has so many rows of W; with `bfloat16` the weights are pairs.
     """
     blocks = _Blocks(feature_map, dtype, group)
-    bf16x3 = not pairs and group is None and worth_bf16x3(dtype, blocks.rows, blocks.dim)
-    weights, natural = _weights(feature_map, blocks, pairs=pairs, bf16x3=bf16x3)
+    split = not bfloat16 and group is None and worth_bf16x3(dtype, blocks.rows, blocks.dim)
+    weights, natural, parts = _weights(feature_map, blocks, bfloat16=bfloat16, split=split)
     par = _parameters(feature_map, blocks)
     signs, half, value_columns = par.signs, blocks.half, padded(value_dim, dtype.itemsize)
     real = np.concatenate([s * half + blocks.places for s in range(signs)])
     fresh = np.full(signs * half, par.idle, integer_of(dtype))
     fresh[real] = par.nothing
-    sizes = sizes_of(
-        chunk.carve,
-        dtype,
-        signs,
-        _if(bf16x3 or pairs),
-        _if(bf16x3),
-        blocks.dim,
-        value_columns,
-        blocks.width,
-        blocks.count,
-    )
+    chosen = {"spread": group is not None, "pairs": bfloat16, "parts": split}
+    variant = frozenset(name for name, there in chosen.items() if there)
+    sizes = Sizes(dtype, blocks.dim, value_columns, signs, blocks.count, blocks.width)
+    room, state = tiles.chunk_room(sizes, variant), (signs * half, value_columns)
+    keys = (blocks.count * signs, CHUNK, blocks.width)
     return Layout(
         dtype=dtype,
-        map=weights,
-        arrays=(
-            *weights[: None if bf16x3 else 4],
-            *([bfloat16.TILE_CONFIG] if bf16x3 or pairs else []),
-        ),
+        sizes=sizes,
+        weights=weights,
         natural=natural,
+        parts=parts,
+        variant=variant,
         blocks=blocks.count,
         half=half,
         features=signs * half,
         value_columns=value_columns,
-        stateless=workspace(dtype, *sizes),
-        stateful=workspace(dtype, *sizes, (signs * half, value_columns)),
+        stateless=workspace(dtype, room),
+        stateful=workspace(dtype, room, state, keys),
         real=real,
         fresh=fresh,
-        causal=_constants(par),
-        bidirectional=_constants(par._replace(causal=False, span=2**30)),
+        causal=records.constants(par),
+        bidirectional=records.constants(par._replace(causal=False, span=2**30)),
         rows=blocks.rows,
         signs=signs,
         width=blocks.width,
@@ -184,55 +214,41 @@ def layout(
 
 
 def _weights(
-    feature_map: FeatureMap, blocks: _Blocks, *, pairs: bool, bf16x3: bool
-) -> tuple[Any, Any]:
+    feature_map: FeatureMap, blocks: _Blocks, *, bfloat16: bool, split: bool
+) -> tuple[Weights, Natural, Parts | None]:
     """Return what kernels take of a map, and what those of its gradient take besides."""
-    key, natural_key = query, natural_query = blocks.weight(feature_map.key_weight)
+    key, key_rows = query, query_rows = blocks.weight(feature_map.key_weight)
     if feature_map.calibration is not None:
-        query, natural_query = blocks.weight(feature_map.query_weight)
-    query_left = query_right = key_left = key_right = None
-    if bf16x3:
+        query, query_rows = blocks.weight(feature_map.query_weight)
+    parts = None
+    if split:
         query_left, query_right = key_left, key_right = _factors(key)
         if query is not key:
             query_left, query_right = _factors(query)
-    if pairs:  # right factors
+        parts = Parts(query_left, key_right, query_right, key_left)
+    if bfloat16:  # right factors
         query, key = (
-            aligned_copy(bfloat16.pairs_of(x * np.float32(blocks.unit)).swapaxes(1, 2))
-            for x in (natural_query, natural_key)
+            aligned_copy(pairs.pairs_of(x * np.float32(blocks.unit)).swapaxes(1, 2))
+            for x in (query_rows, key_rows)
         )
     affine, hessian, linear = blocks.affine(feature_map)
-    weights = Map(
-        query=query,
-        key=key,
-        bias=blocks.bias(feature_map.bias),
-        affine=affine,
-        query_parts=query_left,
-        key_parts=key_right,
-    )
-    natural = vjp_kernels.Natural(
-        query=natural_query,
-        key=natural_key,
-        hessian=hessian,
-        linear=linear,
-        query_parts=query_right,
-        key_parts=key_left,
-        config=bfloat16.TILE_CONFIG if bf16x3 else None,
-    )
-    return weights, natural
+    weights = Weights(query, key, blocks.bias(feature_map.bias), affine)
+    none = np.zeros_like(weights.bias)
+    return weights, Natural(none, query_rows, key_rows, hessian, linear), parts
 
 
 def _factors(weight: Array) -> tuple[Array, Array]:
     """Return blocks of weights (d, width), split into parts, as left and as right factors."""
-    left = bfloat16.parts_of(weight.swapaxes(1, 2))
+    left = pairs.parts_of(weight.swapaxes(1, 2))
     return aligned_copy(left), aligned_copy(left.swapaxes(1, 2))
 
 
-def _parameters(feature_map: FeatureMap, blocks: _Blocks) -> Any:
+def _parameters(feature_map: FeatureMap, blocks: _Blocks) -> records.Parameters:
     """Return what causal kernels are told about the map."""
     size = blocks.dtype.itemsize
     # Features that only pad: no key may reach their exponents and so move those of others.
     idle = numerics.UNREACHED if feature_map.kind == "positive" else numerics.NOTHING
-    return kernels.Parameters(
+    return records.Parameters(
         kind=numerics.KINDS[feature_map.kind],
         signs=2 if feature_map.antithetic else 1,
         filled=blocks.filled,
@@ -249,58 +265,41 @@ def _parameters(feature_map: FeatureMap, blocks: _Blocks) -> Any:
     )
 
 
-def _constants(parameters: Any) -> Array:
-    """Return parameters as kernels take them."""
-    constants = np.zeros(1, kernels.CONSTANTS)
-    for name, value in parameters._asdict().items():
-        constants[name] = value
-    return constants
-
-
-def _if(true: bool) -> bool | None:
-    """Return what stands for an argument that kernels only compare with None."""
-    return True if true else None
-
-
+@functools.lru_cache(maxsize=64)
 def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
     """Return what a thread of the pullback works on."""
-    bf16x3 = _if(of.map.key_parts is not None)
-    dim, columns = of.map.key.shape[1], of.value_columns
-    sizes = sizes_of(
-        vjp_kernels.carve, of.dtype, of.signs, bf16x3, dim, columns, of.width, of.blocks
-    )
-    return workspace(of.dtype, *sizes, (of.features, columns) if stateful else None)
+    room = tiles.gradient_room(of.sizes, of.variant)
+    return workspace(of.dtype, room, (of.features, of.value_columns) if stateful else None)
 
 
-def spread_room(of: Layout) -> int:
-    """Return how many floats a thread needs beside its workspace to compare the blocks."""
-    room = np.empty((1, 0), of.dtype)
-    args = ((), room, 0, of.blocks, of.value_columns, of.width)
-    return memory.measure(carve_groups, *args)[of.dtype]
-
-
-def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Any:
+@functools.lru_cache(maxsize=64)
+def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Array:
     """Return the constants of exact attention."""
     far = numerics.EXACT_FAR[dtype.itemsize]
-    return exact_kernels.ExactParameters(
-        kind=numerics.POSITIVE,
-        kernel_epsilon=0.0,
-        scale=scale * numerics.LOG2E,
-        limit=numerics.longest_row(dtype.itemsize, scale),
-        far=far,
-        masked=numerics.MASKED * far,
-        causal=causal,
+    return records.constants(
+        records.ExactParameters(
+            kind=numerics.POSITIVE,
+            kernel_epsilon=0.0,
+            scale=scale * numerics.LOG2E,
+            limit=numerics.longest_row(dtype.itemsize, scale),
+            far=far,
+            masked=numerics.MASKED * far,
+            causal=causal,
+        )
     )
 
 
+@functools.lru_cache(maxsize=64)
 def exact_workspace(
-    dtype: np.dtype[Any], dim: int, value_dim: int, *, pairs: bool = False, bf16x3: bool = False
+    dtype: np.dtype[Any], dim: int, value_dim: int, variant: frozenset[str]
 ) -> Workspace:
     """Return what a thread of exact attention works on."""
-    args = (_if(pairs), _if(bf16x3), dim, padded(value_dim, dtype.itemsize))
-    return workspace(dtype, *sizes_of(exact_kernels.carve_exact, dtype, *args))
+    sizes = Sizes(dtype, dim, padded(value_dim, dtype.itemsize))
+    return workspace(dtype, tiles.exact_room(sizes, variant))
 
 
+@functools.lru_cache(maxsize=64)
 def exact_vjp_workspace(dtype: np.dtype[Any], dim: int, value_dim: int) -> Workspace:
     """Return what a thread of its gradient works on."""
-    return workspace(dtype, *sizes_of(exact_vjp.carve_gradient, dtype, dim, value_dim))
+    sizes = Sizes(dtype, dim, padded(value_dim, dtype.itemsize))
+    return workspace(dtype, tiles.exact_gradient_room(sizes))

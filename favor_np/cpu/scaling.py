@@ -12,13 +12,19 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.cpu.kernels.pack import holds_large
-from favor_np.cpu.kernels.state import PAD
+from favor_np.cpu.code import kernel
+from favor_np.cpu.record import pack
+from favor_np.cpu.tiles import PAD
 
 Array: TypeAlias = npt.NDArray[Any]
 
 #: By which power of two large values are scaled down: sums of what is not large do not overflow.
 POWER = {4: 96, 8: 768}
+
+
+def holds_large(rows: Array) -> bool:
+    """Whether sums of these numbers may overflow."""
+    return kernel("holds_large", rows.dtype)(pack((rows,))) > 0
 
 
 def power_of(*rows: Array) -> int:

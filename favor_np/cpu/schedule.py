@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from favor_np.cpu import records as names
 from favor_np.cpu import tuning
-from favor_np.cpu.kernels import exact as exact_kernels
-from favor_np.cpu.kernels import exact_vjp
-from favor_np.cpu.kernels import relay as relay_kernel
-from favor_np.cpu.kernels.chunk import FOLD
-from favor_np.cpu.kernels.pack import CHUNK
 from favor_np.cpu.layout import Layout, layout
+from favor_np.cpu.threads import give_way
+from favor_np.cpu.tiles import CHUNK, KEY_TILES, QUERY_TILES
 from favor_np.features import FeatureMap
 from favor_np.jobs import (
     DQ_ROW,
@@ -111,34 +109,30 @@ def shared_count(of: Jobs, threads: int) -> int:
 class Relay:
     """How threads share one long causal problem: words, numbers of jobs and states, the last state.
 
-    A workspace has so many rows: states and their sum, and floats for threads and, behind those,
-    for the features of the keys of each state.
+    The sum of the states is one more.
     """
 
     words: Array
     count: int
     states: int
     last: int
-    rows: int
 
 
 def relay(of: Layout, length: int, threads: int) -> Relay:
     """Return the plan of a relay: see ``kernels.relay``."""
     chunks = -(-length // CHUNK)
     size = of.features * (of.value_columns + CHUNK) * of.dtype.itemsize
-    most = tuning.MAX_GROUP_BYTES // (relay_kernel.RING * size)
+    most = tuning.MAX_GROUP_BYTES // (names.RING * size)
     group = max(min(tuning.CHUNKS_PER_THREAD * threads, most), 1)
-    turns, states = -(-chunks // group), relay_kernel.RING * group
-    words = np.zeros(relay_kernel.LEFT + 3 * (relay_kernel.RING + turns + states + 1), np.int64)
-    words[[relay_kernel.CHUNKS, relay_kernel.GROUP, relay_kernel.THREADS]] = chunks, group, threads
-    left = words[relay_kernel.LEFT :][: 3 * (relay_kernel.RING + turns)].reshape(-1, 3)
-    left[relay_kernel.RING - 1, FOLD] = 1  # the first chunk, which finds c
-    left[relay_kernel.RING :, :] = group, group, 1
-    left[-1, : relay_kernel.SCAN] = chunks - group * (turns - 1)
+    turns, states = -(-chunks // group), names.RING * group
+    words = np.zeros(names.LEFT + 3 * (names.RING + turns + states + 1), np.int64)
+    words[: names.LEFT] = chunks, group, threads, give_way()
+    left = words[names.LEFT :][: 3 * (names.RING + turns)].reshape(-1, 3)
+    left[names.RING - 1, names.FOLD] = 1  # the first chunk, which finds c
+    left[names.RING :, :] = group, group, 1
+    left[-1, : names.SCAN] = chunks - group * (turns - 1)
     words[-2:] = -1, 1  # at the beginning c has not moved, and there is no key that would not fit
-    behind = -(-states * of.features * CHUNK // of.stateful.floats)
-    rows = max(states + 1, threads + behind)
-    return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states, rows)
+    return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states)
 
 
 def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
@@ -166,7 +160,7 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
 def exact_jobs(shapes: Shapes) -> Array:
     """Return the jobs of exact attention, a block of queries each."""
     of, q_length = broadcast_jobs(shapes), shapes.q[-2]
-    block = CHUNK * exact_kernels.GROUP
+    block = CHUNK * QUERY_TILES
     while of.q_rows.size * -(-q_length // block) < tuning.MIN_EXACT_JOBS and block > 4 * CHUNK:
         block //= 2
     # The last blocks of a causal problem have the most keys: they go first.
@@ -200,7 +194,7 @@ class GradientJobs(NamedTuple):
 def exact_vjp_jobs(shapes: Shapes) -> GradientJobs:
     """Return the jobs of the gradient of exact attention."""
     of, q_length, k_length = broadcast_jobs(shapes), shapes.q[-2], shapes.k[-2]
-    block, count = CHUNK * exact_vjp.GROUP, len(of.table)
+    block, count = CHUNK * KEY_TILES, len(of.table)
     parts = min(-(-tuning.EXACT_VJP_JOBS // count), -(-k_length // block))
     rows = -(-q_length // 8) * 8
     owner, part = np.divmod(np.arange(count * parts), parts)

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from favor_np import validation
 from favor_np.call import StateForm, StateParts
 from favor_np.cpu import memory, scaling
-from favor_np.cpu.kernels.state import PAD, TAIL
 from favor_np.cpu.layout import Layout, layout
+from favor_np.cpu.tiles import PAD, TAIL
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 import os
 import queue
@@ -22,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-#: int64 control words of a call: [0] next job, [4] next workspace, [8] finished jobs, [12] free.
-CONTROL = 16
+from favor_np.cpu import code
+from favor_np.cpu.record import pack
+from favor_np.cpu.records import CONTROL, COUNT, FINISHED
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
     "favor_np_threads", default=None
@@ -51,6 +53,10 @@ def thread_limit(count: int) -> Iterator[None]:
     Examples
     --------
     >>> import numpy as np
+
+from favor_np.cpu import code
+from favor_np.cpu.record import pack
+from favor_np.cpu.records import CONTROL, COUNT, FINISHED
     >>> import favor_np
     >>> with favor_np.thread_limit(1):
     ...     favor_np.exact_attention(np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 1))).ravel()
@@ -135,7 +141,6 @@ class TilePool:
     def __init__(self) -> None:
         self._getcpu: Callable[[], int] | None = None
         self._steered = sys.platform.startswith("linux")
-        self._compiled: set[tuple[Any, ...]] = set()
         self._watches = False
         self._reset()
 
@@ -147,7 +152,7 @@ class TilePool:
         #: interrupt leaves a call behind that has ended.
         self._callers: dict[int, bool] = {}
         self._cpu = -1
-        self._compiler_lock: Any = None
+        self._held: list[Any] = []
 
     @property
     def _active(self) -> int:
@@ -169,12 +174,12 @@ class TilePool:
     def stop(self) -> None:
         """Send the helpers home and hold all locks: done before a fork."""
         # The child could never take a lock that another thread held: let that one compile first.
-        module = sys.modules.get("numba.core.compiler_lock")
-        compiler_lock = getattr(module, "global_compiler_lock", None)
-        if compiler_lock is not None:
-            compiler_lock.acquire()
-        self._lock.acquire()
-        self._compiler_lock = compiler_lock
+        numba = sys.modules.get("numba.core.compiler_lock")
+        compiler = getattr(numba, "global_compiler_lock", None)
+        held = [lock for lock in (code.LOCK, compiler, self._lock) if lock is not None]
+        for lock in held:
+            lock.acquire()
+        self._held = held
         for _ in self._threads:
             self._queue.put(None)
         patience = time.monotonic() + 0.2  # for those without a job
@@ -184,17 +189,16 @@ class TilePool:
 
     def release(self) -> None:
         """Go on in the parent after a fork."""
-        compiler_lock, self._compiler_lock = self._compiler_lock, None
-        self._lock.release()
-        if compiler_lock is not None:
-            compiler_lock.release()
+        held, self._held = self._held, []
+        for lock in reversed(held):
+            lock.release()
 
     def restart(self) -> None:
         """Begin anew in the child of a fork, where no helper lives."""
-        compiler_lock = self._compiler_lock
+        held = [lock for lock in self._held if lock is not self._lock]
         self._reset()
-        if compiler_lock is not None:
-            compiler_lock.release()
+        for lock in reversed(held):
+            lock.release()
 
     def _grow(self, count: int) -> None:
         with self._lock:
@@ -216,16 +220,16 @@ class TilePool:
             if job is None:
                 return
             try:
-                kernel, args, count, done, errors = job
+                run, block, _arrays, count, done, errors = job
             except ValueError:  # emptied: that call is over
                 continue
             try:
-                if kernel(*args) == count:
+                if run(block) == count:
                     done.release()
             except BaseException as error:  # the caller must not wait for ever
                 errors.append(error)
             # Do not keep the caller's arrays alive until the next job.
-            job = kernel = args = done = errors = None
+            job = run = block = _arrays = done = errors = None
 
     def _steer(self) -> None:
         """Keep the helpers off the caller's processor: the scheduler likes to put them there."""
@@ -249,57 +253,60 @@ class TilePool:
             raise
 
     def call(
-        self, kernel: Callable[..., int], args: tuple[Any, ...], count: int, threads: int
+        self,
+        kernel: code.Kernel,
+        arrays: tuple[Any, ...],
+        more: tuple[Any, ...],
+        count: int,
+        threads: int,
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Run the `count` jobs of ``kernel(*args, control, count)`` on up to `threads` threads.
+        """Run `count` jobs of a kernel, on up to `threads` threads, and return its control words.
 
-        Returns the control words.  An interrupt is raised when all jobs are finished: they work on
-        the caller's arrays.
+        Its record is (*arrays, control words, *more).  An interrupt is raised when all jobs are
+        finished: they work on the caller's arrays.
         """
         if not self._watches:
             self._watch_forks()
+        run = kernel.load()  # compile alone: who interrupts that shall not wait for it
         control = np.zeros(CONTROL, np.int64)
+        control[COUNT] = count
+        arrays = (*arrays, control, *more)
+        block = pack(arrays)
         if threads <= 1 or count <= 1:
-            kernel(*args, control, count)
+            run(block)
             return control
         callers, me = self._callers, id(control)
         try:
             callers[me] = True
             helpers = min(threads - len(callers), count - 1)  # other callers fill the machine too
-            self._share(kernel, args, control, count, helpers)
+            self._share(run, block, arrays, control, helpers)
         finally:
             callers.pop(me, None)
         return control
 
     def _share(
         self,
-        kernel: Callable[..., int],
-        args: tuple[Any, ...],
+        run: Callable[[bytes], int],
+        block: bytes,
+        arrays: tuple[Any, ...],
         control: Any,
-        count: int,
         helpers: int,
     ) -> None:
-        types = (kernel, *[a.dtype.char for a in args if isinstance(a, np.ndarray)])
-        if types not in self._compiled:  # compile alone: who interrupts that shall not wait for it
-            kernel(*args, control, 0)
-            control[:] = 0
-            self._compiled.add(types)
         if helpers > len(self._threads):
             self._grow(helpers)
         helpers = min(helpers, len(self._threads))
         if helpers > 0 and self._steered:
             self._steer()
-        args = (*args, control, count)
-        done, errors = threading.Lock(), list[BaseException]()
+        count, done, errors = int(control[COUNT]), threading.Lock(), list[BaseException]()
         done.acquire()
-        job: list[Any] = [kernel, args, count, done, errors]
+        job: list[Any] = [run, block, arrays, count, done, errors]
         finished = 0
         try:
             try:
                 for _ in range(helpers):
                     self._queue.put(job)
             finally:
-                finished = kernel(*args)
+                finished = run(block)
         finally:
             if finished != count and helpers > 0:  # one of them still works on what it has claimed
                 self._wait(control, count, done, errors)
@@ -313,7 +320,7 @@ class TilePool:
         while True:
             try:
                 # The timeout is for errors, and for interrupts that lost what the kernel returned.
-                if done.acquire(timeout=0.05) or control[8] >= count or errors:
+                if done.acquire(timeout=0.05) or control[FINISHED] >= count or errors:
                     break
             except BaseException as error:
                 interrupt = error
@@ -322,3 +329,15 @@ class TilePool:
 
 
 POOL = TilePool()
+
+
+@functools.cache
+def give_way() -> int:
+    """Return the address of the system's function by which a thread lets others run."""
+    import ctypes
+
+    if sys.platform == "win32":
+        function = ctypes.WinDLL("kernel32").SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -35,6 +35,8 @@ EXACT_VJP_JOBS = 8
 MIN_BF16X3_SIDE, MIN_BF16X3_SIZE = 32, 64 * 32
 #: True or False: compute all products of float32 that way, or none, whatever the processor.
 USE_BF16X3: bool | None = None
+#: The same of products of bfloat16, where a caller allows them.
+USE_BFLOAT16: bool | None = None
 
 #: Workspaces that each Python thread keeps for its next calls, if they take so many bytes at most.
 MAX_SPARE, MAX_SPARE_BYTES = 4, 128 << 20

@@ -16,28 +16,19 @@ factors are pairs already.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
-import os
-import platform
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
-import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
 from favor_np.cpu.kernels.gemm import tiled_gemm
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.simd import (
-    ISA,
     VECTOR_BYTES,
     address,
     fma,
@@ -46,75 +37,12 @@ from favor_np.cpu.kernels.simd import (
     store,
     transpose,
 )
+from favor_np.cpu.processor import TARGET
+from favor_np.cpu.tiles import PARTS, STEP
 
 _BYTE, _I64 = ir.IntType(8), ir.IntType(64)
-_PRODUCTS_NAMES = ("cooper", "sapphire", "emerald", "granite", "diamond", "znver4", "znver5")
-
-
-def _has_matrix_unit() -> bool:
-    """Whether code is compiled for this very processor, and it has AMX."""
-    named = numba.config.CPU_NAME not in (None, "", "host") or numba.config.CPU_FEATURES
-    features = llvmlite.binding.get_host_cpu_features()
-    known = sys.platform == "linux" and platform.machine() == "x86_64" and ISA == "avx512"
-    return bool(known and not named and features.get("amx-tile") and features.get("amx-bf16"))
-
-
-def _has_products() -> bool:
-    """Whether the target processor has vector products of bfloat16."""
-    name, features = numba.config.CPU_NAME or "", numba.config.CPU_FEATURES
-    if features is None:  # those of this processor, whatever the name
-        return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
-    if features:
-        return "+avx512bf16" in features.split(",")
-    return any(part in name for part in _PRODUCTS_NAMES)
-
-
 #: Which way pairs are multiplied, if either.
-AMX = _has_matrix_unit()
-DOTS = not AMX and ISA == "avx512" and _has_products()
-
-
-@functools.cache
-def amx_unavailable() -> str:
-    """Ask the system for AMX, and return why this process may not use it, or "" if it may.
-
-    A process must ask before it, or a child of it, uses the unit.
-    """
-    if not AMX:
-        return "there is none"
-    arch_prctl, request, tile_data = 158, 0x1023, 18
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(arch_prctl, request, tile_data):
-        return os.strerror(ctypes.get_errno())
-    return ""
-
-
-def require_amx() -> None:
-    """Ask for AMX where kernels use it; RuntimeError if this process may not."""
-    if AMX and amx_unavailable():
-        why = amx_unavailable()
-        raise RuntimeError(f"the system does not let this process use the matrix unit: {why}")
-
-
-#: Pairs that the matrix unit sums over at a time; the buffers of pairs are padded to it with zeros.
-STEP = 16
-
-
-def pairs_for(numbers: int) -> int:
-    """Return how many pairs a row of so many numbers takes, in whole steps."""
-    return -(-numbers // (2 * STEP)) * STEP
-
-
-register_jitable(pairs_for)
-#: Queries that are read at a time: what is between the products stays in the nearest cache.
-STRIP = 16
-#: The operand of LDTILECFG: palette 1, eight tiles of 16 rows of 64 bytes.  A kernel that gets it
-#: computes in bfloat16, one that gets None does not; its type tells by which instructions, and so
-#: does the name of cached code.
-TILE_CONFIG = np.zeros(64, np.uint8 if AMX else np.int16 if DOTS else np.int8)
-TILE_CONFIG[0] = 1
-TILE_CONFIG[16:32:2] = 64
-TILE_CONFIG[48:56] = 16
+AMX, DOTS = TARGET.amx, TARGET.dots
 
 
 def _amx(builder: Any, name: str, *args: Any) -> None:
@@ -146,8 +74,6 @@ def release(typingctx):
     return types.void(), codegen
 
 
-#: The parts of a float32 that is split.
-PARTS = 3
 #: Which parts of the left and of the right factor are multiplied, one product after the other, in
 #: rounds over all pairs: what is small is summed before what is large, so that most sums round
 #: little.
@@ -530,34 +456,6 @@ def turn_rows(rows, left, right):
     """The pairs of packed rows as left factor and, turned, as right factor."""
     pairs_along(rows, rows.shape[0], rows.shape[1], left)
     transpose_pairs(left, left.shape[0], left.shape[1], right)
-
-
-def _numbers(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the matrix in float32, its rows filled up with zeros to whole steps."""
-    columns = matrix.shape[-1]
-    padding = [(0, 0)] * (matrix.ndim - 1) + [(0, 2 * pairs_for(columns) - columns)]
-    return np.pad(np.asarray(matrix, np.float32), padding)
-
-
-def _pairs(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the pairs of the upper halves of numbers, along the last axis."""
-    pairs = (bits[..., 0::2] >> 16) | (bits[..., 1::2] & np.uint32(0xFFFF0000))
-    return np.asarray(pairs.view(np.float32))
-
-
-def pairs_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the rows of a matrix, or of many, as left factors: outside kernels."""
-    return _pairs(_numbers(matrix).view(np.uint32) + np.uint32(0x8000))
-
-
-def parts_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The same, split into three parts."""
-    rest, found = _numbers(matrix), []
-    for _ in range(PARTS):
-        bits = rest.view(np.uint32)
-        found.append(_pairs(bits))
-        rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)
-    return np.concatenate(found, axis=-1)
 
 
 @jit()

@@ -21,8 +21,6 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 
-import numpy as np
-
 from favor_np.cpu.kernels.activate import (
     RAISE_KEYS,
     RAISE_QUERIES,
@@ -36,17 +34,8 @@ from favor_np.cpu.kernels.bfloat16 import pairs_along
 from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
 from favor_np.cpu.kernels.gemm import Prefetch, gemm, gemm_t, gemm_t_fetching, prefetch_rows
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.pack import (
-    CHUNK,
-    cut,
-    pack_keys,
-    pack_queries,
-    pack_values,
-    write_rows,
-)
+from favor_np.cpu.kernels.pack import pack_keys, pack_queries, pack_values, write_rows
 from favor_np.cpu.kernels.products import (
-    carve_pairs,
-    carve_parts,
     fold_keys,
     load_keys,
     load_state,
@@ -69,57 +58,15 @@ from favor_np.cpu.kernels.spread import (
     lift_squares,
 )
 from favor_np.cpu.kernels.state import add_rows, add_sums
+from favor_np.cpu.records import READ, WHOLE
+from favor_np.cpu.tiles import CHUNK
 from favor_np.jobs import BLOCK, K_ROW, KEYS, MASK_ROW, ROWS, V_ROW
 
 #: Positions of a chunk that are tried together once its keys did not fit together: they may not
 #: again.
 PIECE = 8
-#: What is done to a chunk: its keys are folded, its queries read, or both.
-FOLD, READ, WHOLE = range(3)
-#: A problem, which is a row of the table of jobs, and where its results go.
-Problem = namedtuple("Problem", "q k v mask fm row q_rows out_rows clock rate out spread groups")
-#: The tiles a thread works on, cut from its workspace.
-Tiles = namedtuple(
-    "Tiles",
-    "rows columns raw phi values num spare scores keys height share den part others sums scale token "
-    "square stretched top higher excess pairs parts",
-)
-
-
-@jit()
-def carve(floats, ints, signs, config, split_weight, d, vcols, width, blocks):
-    """Cut the tiles from one thread's workspace, which `measure` makes large enough for this."""
-    lanes = VECTOR_BYTES // floats.itemsize
-    dcols = -(-d // lanes) * lanes
-    tiles = blocks * signs
-    rows, at = cut(floats, 0, CHUNK, dcols)
-    columns, at = cut(floats, at, dcols, CHUNK)
-    raw, at = cut(floats, at, width, CHUNK)
-    phi, at = cut(floats, at, width, CHUNK)
-    values, at = cut(floats, at, CHUNK, vcols)
-    num, at = cut(floats, at, CHUNK, vcols)
-    spare, at = cut(floats, at, CHUNK, vcols)
-    scores, at = cut(floats, at, CHUNK, CHUNK)
-    flat, at = cut(floats, at, tiles * CHUNK, width)
-    height, at = cut(floats, at, 1, CHUNK)
-    share, at = cut(floats, at, 1, CHUNK)
-    den, at = cut(floats, at, 1, CHUNK)
-    part, at = cut(floats, at, 1, CHUNK)
-    others, at = cut(floats, at, 1, CHUNK)
-    sums, at = cut(floats, at, 1, tiles * width)
-    scale, at = cut(floats, at, 1, tiles * width)
-    token, at = cut(floats, at, 1, tiles * width)
-    square, at = cut(floats, at, 1, CHUNK * 8 // floats.itemsize)
-    stretched, at = cut(floats, at, CHUNK, dcols)
-    top, mark = cut(ints, 0, 1, CHUNK)
-    higher, mark = cut(ints, mark, 1, CHUNK)
-    excess, mark = cut(ints, mark, CHUNK, lanes)
-    pairs = carve_pairs(config, split_weight, floats, at, ints, mark, d, vcols, width, tiles)
-    parts = carve_parts(split_weight, floats, at, d)
-    keys = flat.reshape(tiles, CHUNK, width)
-    return Tiles(rows, columns, raw, phi, values, num, spare, scores, keys, height[0], share[0], den, part, others,
-                 sums, scale, token, square[0].view(np.float64), stretched, top, higher, excess, pairs,
-                 parts)  # fmt: skip
+#: A problem: the row of a job in the table, and what belongs to it.
+Problem = namedtuple("Problem", "call row q_rows out_rows clock rate")
 
 
 @jit()
@@ -142,42 +89,21 @@ def fold_chunk(par, pairs, keys, values, count, s, z, slot, sums, add, next_rows
 
 
 @jit()
-def read_chunk(
-    par,
-    q,
-    row,
-    count,
-    fm,
-    w,
-    features_count,
-    c,
-    s,
-    z,
-    slot,
-    keys,
-    values,
-    clean,
-    out,
-    out_row,
-    spread,
-    batch,
-    groups,
-    next_rows,
-    t,
-):
+def read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, groups, clean, next_rows, t):
     """One chunk of outputs, from the state and, if par.causal, the chunk's own keys."""
-    lanes = VECTOR_BYTES // q.itemsize
+    call, values, w, features_count = p.call, t.values, p.row[BLOCK], p.row[ROWS]
+    lanes = VECTOR_BYTES // values.itemsize
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
-    d = q.shape[1]
+    d = call.q.shape[1]
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
-    pack_queries(par, q, row, 1, count, fm, w, t)
+    pack_queries(par, call, row, 1, count, w, t)
     turn_queries(t.parts, t)
     first, fetched = True, 0
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
-        project_queries(t.parts, t, fm.query, fm.query_parts, w + b, t.raw, cols, d)
+        project_queries(t.parts, t, call.query, call.query_parts, w + b, t.raw, cols, d)
         for side in range(par.signs):
             sign, r0 = 1 - 2 * side, side * half + b * width
             if first:
@@ -187,17 +113,20 @@ def read_chunk(
             )
             if over > RAISE_QUERIES:
                 measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.higher)
-                if spread is not None:
+                if groups is not None:
                     lift_squares(t.higher, t.top, cols, groups.squares)
                 lift_queries(t.higher, t.top, cols, rows, t.den, t.num, t.scores)
                 activate_queries(
                     par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
                 )
+            den, part = t.den, t.part
             for i in range(cols):
-                t.den[0, i] = t.part[0, i] if first else t.den[0, i] + t.part[0, i]
+                den[0, i] = part[0, i] if first else den[0, i] + part[0, i]
             state = s[slot, r0 : r0 + width]
-            fetched = gemm_t_fetching(t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width,
-                                   not first, next_rows, fetched)  # fmt: skip
+            fetched = gemm_t_fetching(
+                t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width, not first, next_rows,
+                fetched,
+            )  # fmt: skip
             if par.causal:
                 tile = keys[b * par.signs + side]
                 for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
@@ -206,31 +135,33 @@ def read_chunk(
                     last = min(-(-end // 8) * 8, rows)
                     gemm(tile, t.phi, t.scores, 0, middle, i, end, 0, width, not first)
                     gemm(tile, t.phi, t.scores, middle, last, i + lanes, end, 0, width, not first)
-            if spread is not None:
+            if groups is not None:
                 count_shares(
                     par, count, first, keys[b * par.signs + side], t.phi, z, slot, r0, groups
                 )
             first = False
-        if spread is not None:
+        if groups is not None:
             if par.causal:
                 own_keys(count, cols, rows, values, clean, t)
             keep_group(t, groups, b)
             first = True
-    if spread is not None:
-        join_groups(t, groups, count, out, out_row, spread, batch)
+    if groups is not None:
+        batch = batch_of(call.variances, call.v, p.row[V_ROW])
+        join_groups(t, groups, count, call, out_row, batch)
         return
     if par.causal:
         own_keys(count, cols, rows, values, clean, t)
-    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, call, out_row)
 
 
 @jit()
-def read_pairs(pairs, par, q, row, count, fm, w, clean, out, out_row, t):
+def read_pairs(pairs, par, p, row, out_row, count, clean, t):
     """The same in bfloat16, without error bars."""
-    pack_queries(par, q, row, 1, count, fm, w, t)
+    call, w = p.call, p.row[BLOCK]
+    pack_queries(par, call, row, 1, count, w, t)
     pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.rows)
-    read_blocks(pairs, par, count, fm.query, w, t.keys.shape[0] // par.signs, clean, t)
-    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, out_row)
+    read_blocks(pairs, par, count, call.query, w, t.keys.shape[0] // par.signs, clean, t)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, call, out_row)
 
 
 @jit()
@@ -240,19 +171,13 @@ def read(pairs, par, p, g, start, count, c, s, z, slot, keys, clean, distance, n
     Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of
     their outputs.
     """
-    row, out_row, w, features = (
-        p.q_rows[g] + start,
-        p.out_rows[g] + start,
-        p.row[BLOCK],
-        p.row[ROWS],
-    )
+    row, out_row, call = p.q_rows[g] + start, p.out_rows[g] + start, p.call
     if pairs is None:
-        next_rows = Prefetch(p.q, row + distance, p.out.rows, out_row + distance, next_count)
-        read_chunk(par, p.q, row, count, p.fm, w, features, c, s, z, slot, keys, t.values, clean, p.out,
-                   out_row, p.spread, batch_of(p.spread, p.v, p.row[V_ROW]), p.groups, next_rows, t)  # fmt: skip
+        next_rows = Prefetch(call.q, row + distance, call.out, out_row + distance, next_count)
+        read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, t.groups, clean, next_rows, t)
     else:
-        prefetch_rows(p.q, row + distance, next_count)
-        read_pairs(pairs, par, p.q, row, count, p.fm, w, clean, p.out, out_row, t)
+        prefetch_rows(call.q, row + distance, next_count)
+        read_pairs(pairs, par, p, row, out_row, count, clean, t)
 
 
 @jit()
@@ -284,26 +209,29 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def keys_chunk(par, k, row, count, mask, mask_row, fm, w, clock, rate, c, s, z, slot, keys, t):
+def keys_chunk(par, call, row, count, mask_row, w, clock, rate, c, s, z, slot, keys, t):
     """Pack and map the keys from row on, keeping c above them; how many of them were taken.
 
     Their log2-features are raised by clock, and from one to the next by rate: so earlier keys
     decay.
     """
-    lift = pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t)
-    accepted = map_keys(par, count, k.shape[1], lift, fm.key, fm.key_parts, fm.bias, w, c, s, z, slot,
-                        keys, t)  # fmt: skip
+    mask, sums = call.mask, t.sums
+    lift = pack_keys(par, call, row, count, mask_row, w, clock, rate, t)
+    accepted = map_keys(
+        par, count, call.k.shape[1], lift, call.key, call.key_parts, call.bias, w, c, s, z, slot,
+        keys, t,
+    )  # fmt: skip
     for i in range(accepted):
         if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
             keys[:, i] = math.nan
-            t.sums[:] = math.nan
+            sums[:] = math.nan
     return accepted
 
 
 @jit()
 def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, keys, t):
     """Features of packed keys of log-norm t.height, raised by lift; how many were taken."""
-    rows, blocks = -(-count // 8) * 8, keys.shape[0] // par.signs
+    rows, blocks, height = -(-count // 8) * 8, keys.shape[0] // par.signs, t.height
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
     turn_keys(t.pairs, t.parts, t)
@@ -311,20 +239,27 @@ def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, 
         known = attempt == 1 or fresh  # else block by block, while it is in the nearest cache
         if known:
             for b in range(blocks):
-                project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
-                             keys[b * par.signs], rows, d)  # fmt: skip
-            accepted = raise_keys(par, rows, count, keys, 0, blocks, t.height, lift, bias, w, c, s, z, slot,
-                                  t.excess, t.scale)  # fmt: skip
+                project_keys(
+                    t.pairs, t.parts, t, weight, split_weight, w + b, keys[b * par.signs], rows, d
+                )
+            accepted = raise_keys(
+                par, rows, count, keys, 0, blocks, height, lift, bias, w, c, s, z, slot,
+                t.excess, t.scale,
+            )  # fmt: skip
             for i in range(accepted, rows):
-                t.height[i] = math.inf
+                height[i] = math.inf
         over = 0
         for b in range(blocks):
             for again in range(1 if known else 2):
                 if not known:
-                    project_keys(t.pairs, t.parts, t, weight, split_weight, w + b,
-                                 keys[b * par.signs], rows, d)  # fmt: skip
-                if again == 1 and raise_keys(par, rows, count, keys, b, b + 1, t.height, lift, bias, w, c, s,
-                                             z, slot, t.excess, t.scale) < count:  # fmt: skip
+                    project_keys(
+                        t.pairs, t.parts, t, weight, split_weight, w + b, keys[b * par.signs],
+                        rows, d,
+                    )  # fmt: skip
+                if again == 1 and raise_keys(
+                    par, rows, count, keys, b, b + 1, height, lift, bias, w, c, s, z, slot,
+                    t.excess, t.scale,
+                ) < count:  # fmt: skip
                     break
                 reach = activate_block(par, rows, keys, b, t, lift, bias, w, c, slot)
                 if reach <= RAISE_KEYS:
@@ -349,33 +284,35 @@ def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
     A FOLD is into a state of the chunk's own.  `distance`: how many rows on those are that are
     prefetched meanwhile.
     """
-    k_row, v_row, w, features = (
-        p.row[K_ROW] + start,
-        p.row[V_ROW] + start,
-        p.row[BLOCK],
-        p.row[ROWS],
-    )
-    mask_row = p.row[MASK_ROW] + start if p.row[MASK_ROW] >= 0 else -1
+    call, row = p.call, p.row
+    k_row, v_row, w = row[K_ROW] + start, row[V_ROW] + start, row[BLOCK]
+    mask_row = row[MASK_ROW] + start if row[MASK_ROW] >= 0 else -1
     reads = what == READ or (what == WHOLE and par.causal)
-    next_count = min(CHUNK, p.row[KEYS] - start - distance)
+    next_count = min(CHUNK, row[KEYS] - start - distance)
     taken = count
     set_float_mode(IEEE)
     if what != READ:
-        taken = keys_chunk(par, p.k, k_row, count, p.mask, mask_row, p.fm, w, p.clock + start * p.rate,
-                           p.rate, c, s, z, slot, keys, t)  # fmt: skip
-    next_rows = Prefetch(p.k, k_row + distance, p.v, v_row + distance, next_count)
+        clock = p.clock + start * p.rate
+        taken = keys_chunk(
+            par, call, k_row, count, mask_row, w, clock, p.rate, c, s, z, slot, keys, t
+        )
+    next_rows = Prefetch(call.k, k_row + distance, call.v, v_row + distance, next_count)
     if t.pairs is not None:  # nothing below fetches
-        prefetch_rows(p.k, next_rows.a_row, next_count)
-        prefetch_rows(p.v, next_rows.b_row, next_count)
-    clean = pack_values(p.v, v_row, 1, taken, t.values, p.mask, mask_row)
+        prefetch_rows(call.k, next_rows.a_row, next_count)
+        prefetch_rows(call.v, next_rows.b_row, next_count)
+    clean = pack_values(call.v, v_row, 1, taken, t.values, call.mask, mask_row)
     flush_beside(t.values, taken, c, True)
     load_keys(t.pairs, reads, keys, t, -(-count // 8) * 8, clean)
     if reads:
-        load_state(t.pairs, par, features, c, s, z, slot, keys.shape[2])
+        load_state(t.pairs, par, row[ROWS], c, s, z, slot, keys.shape[2])
         for g in range(p.q_rows.size):
-            read(t.pairs, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
-                 t)  # fmt: skip
+            read(
+                t.pairs, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
+                t,
+            )  # fmt: skip
     if what != READ:
-        fold_chunk(par, t.pairs, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
-                   t.spare)  # fmt: skip
+        fold_chunk(
+            par, t.pairs, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
+            t.spare,
+        )  # fmt: skip
     return taken

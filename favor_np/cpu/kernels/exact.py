@@ -8,9 +8,6 @@ size L x L exists.
 from __future__ import annotations
 
 import math
-from collections import namedtuple
-
-import numpy as np
 
 from favor_np.cpu.kernels.activate import (
     RAISE_QUERIES,
@@ -20,118 +17,59 @@ from favor_np.cpu.kernels.activate import (
     strip_features,
 )
 from favor_np.cpu.kernels.bfloat16 import (
-    PARTS,
-    STRIP,
     add_nonfinite,
     finite_pairs,
     gemm_bf16x3,
     gemm_pairs,
     pairs_along,
     pairs_down,
-    pairs_for,
     split_along,
     split_down,
     turn_rows,
 )
+from favor_np.cpu.kernels.block import room_of
 from favor_np.cpu.kernels.chunk import own_values
+from favor_np.cpu.kernels.counters import claim, enter, leave, report
 from favor_np.cpu.kernels.floats import flush_beside
 from favor_np.cpu.kernels.gemm import gemm_t, prefetch_rows, project_t
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.jobs import TROUBLE, claim, enter, leave, report
-from favor_np.cpu.kernels.pack import CHUNK, Result, across, cut, pack, pack_values, write_rows
+from favor_np.cpu.kernels.pack import across, pack, pack_values, write_rows
 from favor_np.cpu.kernels.products import load_tile_config, release_tiles, seen_by
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, sum_lanes
+from favor_np.cpu.records import TROUBLE, ExactParameters
+from favor_np.cpu.tiles import CHUNK, PARTS, STRIP
 from favor_np.jobs import K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
-#: Query tiles that share one packed tile of keys.
-GROUP = 16
 
-#: ``kind`` and ``kernel_epsilon`` are what the activation of a positive map expects.
-ExactParameters = namedtuple("ExactParameters", "kind kernel_epsilon scale limit far masked causal")
-ExactTiles = namedtuple(
-    "ExactTiles",
-    "rows keys values raw phi across num spare den part ones longest square key_square "
-    "c top higher pairs parts",
-)
-#: In bfloat16, query by query: packed queries and features as left factors, keys (first as `rows`)
-#: and values as right ones; the sums of features by lanes, of all tiles of queries and of a strip.
-ExactPairs = namedtuple("ExactPairs", "queries rows keys values phi sums part")
-#: For logits from the matrix unit: packed queries as right factors and keys as left one, split into
-#: parts.
-ExactParts = namedtuple("ExactParts", "queries keys")
+@jit()
+def parameters(constants):
+    """The parameters that an array of EXACT_PARAMETERS holds."""
+    p = constants[0]
+    return ExactParameters(
+        p.kind, p.kernel_epsilon, p.scale, p.limit, p.far, p.masked, p.causal
+    )
 
 
 @jit()
-def carve_exact_pairs(config, floats, at, d, vcols):
-    """Cut the tiles for pairs, or none."""
-    if config is None:
-        return None
-    lanes = VECTOR_BYTES // floats.itemsize
-    depth = pairs_for(d)
-    queries, at = cut(floats, at, GROUP * CHUNK, depth)
-    rows, at = cut(floats, at, CHUNK, depth)
-    keys, at = cut(floats, at, depth, CHUNK)
-    values, at = cut(floats, at, CHUNK // 2, vcols)
-    phi, at = cut(floats, at, STRIP, CHUNK // 2)
-    sums, at = cut(floats, at, GROUP * CHUNK, lanes)
-    part, at = cut(floats, at, STRIP, lanes)
-    queries[:], rows[:] = 0, 0  # what is not written to, and another call may have
-    return ExactPairs(queries, rows, keys, values, phi, sums, part)
-
-
-@jit()
-def carve_exact_parts(split_config, floats, at, d):
-    """Cut the tiles for parts, or none."""
-    if split_config is None:
-        return None
-    depth = PARTS * pairs_for(d)
-    queries, at = cut(floats, at, GROUP * depth, CHUNK)
-    keys, at = cut(floats, at, CHUNK, depth)
-    return ExactParts(queries.reshape(GROUP, depth, CHUNK), keys)
-
-
-@jit()
-def carve_exact(floats, ints, config, split_config, d, vcols):
-    """Cut the tiles from one thread's workspace."""
-    lanes = VECTOR_BYTES // floats.itemsize
-    dcols = -(-d // lanes) * lanes
-    doubles = 8 // floats.itemsize
-    rows, at = cut(floats, 0, CHUNK, dcols)
-    keys, at = cut(floats, at, dcols, CHUNK)
-    values, at = cut(floats, at, CHUNK, vcols)
-    raw, at = cut(floats, at, CHUNK, CHUNK)
-    phi, at = cut(floats, at, CHUNK, CHUNK)
-    across, at = cut(floats, at, GROUP * dcols, CHUNK)
-    num, at = cut(floats, at, GROUP * CHUNK, vcols)
-    spare, at = cut(floats, at, CHUNK, vcols)
-    den, at = cut(floats, at, GROUP, CHUNK)
-    part, at = cut(floats, at, 1, CHUNK)
-    ones, at = cut(floats, at, 1, CHUNK)
-    longest, at = cut(floats, at, 1, CHUNK * doubles)  # in whole cache lines, as all the rest
-    square, at = cut(floats, at, 1, GROUP * CHUNK * doubles)
-    key_square, at = cut(floats, at, 1, CHUNK * doubles)
-    pairs = carve_exact_pairs(config, floats, at, d, vcols)
-    parts = carve_exact_parts(split_config, floats, at, d)
-    c, mark = cut(ints, 0, 1, CHUNK)
-    top, mark = cut(ints, mark, GROUP, CHUNK)
-    higher, mark = cut(ints, mark, 1, CHUNK)
-    return ExactTiles(
-        rows, keys, values, raw, phi, across.reshape(GROUP, dcols, CHUNK),
-        num.reshape(GROUP, CHUNK, vcols), spare, den, part, ones,
-        longest[0].view(np.float64), square.view(np.float64).reshape(GROUP, CHUNK),
-        key_square[0].view(np.float64), c, top, higher, pairs, parts,
-    )  # fmt: skip
+def prepare_pairs(pairs):
+    """Make the tiles of pairs ready, if there are any, whatever another call has left in them."""
+    if pairs is None:
+        return
+    for padded in (pairs.queries, pairs.rows):  # not all is written to
+        padded[:] = 0
 
 
 @jit()
 def load_queries(pairs, parts, t, g):
     """Transpose the packed queries of tile g; their sums start at zero."""
-    t.den[g] = 0
-    t.num[g] = 0
+    den, num = t.den, t.num
+    den[g] = 0
+    num[g] = 0
     if pairs is not None:
         rows = slice(g * CHUNK, (g + 1) * CHUNK)
         pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.queries[rows])
-        pairs.sums[rows] = 0
+        sums = pairs.sums
+        sums[rows] = 0
     else:
         across(t.rows, t.across[g])
     if parts is not None:
@@ -183,34 +121,34 @@ def longest_of(squares, limit):
 @jit()
 def pack_queries(par, q, row, count, t):
     """Pack a block of queries, scaled and transposed; its sums start at zero."""
-    factor = q.dtype.type(par.scale)
+    factor, longest, rows = q.dtype.type(par.scale), t.longest, t.rows
     for g in range(-(-count // CHUNK)):
         here = min(CHUNK, count - g * CHUNK)
-        pack(q, row + g * CHUNK, 1, here, t.rows, par.limit, t.square[g])
-        t.longest[g] = longest_of(t.square[g, :here], par.limit) * par.scale * par.scale
+        pack(q, row + g * CHUNK, 1, here, rows, par.limit, t.square[g])
+        longest[g] = longest_of(t.square[g, :here], par.limit) * par.scale * par.scale
         for i in range(here):
-            for x in range(t.rows.shape[1]):
-                t.rows[i, x] *= factor
+            for x in range(rows.shape[1]):
+                rows[i, x] *= factor
         load_queries(t.pairs, t.parts, t, g)
 
 
 @jit()
 def pack_keys(par, k, row, count, mask, mask_row, t):
     """Pack a tile of keys; the longest squared norm and the first key that is not finite."""
-    pack(k, row, 1, count, t.rows, par.limit, t.key_square)
-    bad = CHUNK
+    rows, square, ones, c, bad = t.rows, t.key_square, t.ones, t.c, CHUNK
+    pack(k, row, 1, count, rows, par.limit, square)
     for j in range(CHUNK):
         seen = j < count and (mask_row < 0 or mask[mask_row + j])
         if j < count and not seen:  # whatever it is: no logit of it may be large
-            t.key_square[j] = 0
+            square[j] = 0
             for x in range(k.shape[1]):
-                t.rows[j, x] = 0
-        if seen and t.key_square[j] == math.inf:
+                rows[j, x] = 0
+        if seen and square[j] == math.inf:
             seen, bad = False, min(bad, j)
-        t.ones[0, j] = 1 if seen else 0
-        t.c[0, j] = 0 if seen else -4 * int(par.far)
+        ones[0, j] = 1 if seen else 0
+        c[0, j] = 0 if seen else -4 * int(par.far)
     load_keys(t.pairs, t.parts, t)
-    return longest_of(t.key_square[:count], par.limit), bad
+    return longest_of(square[:count], par.limit), bad
 
 
 @jit()
@@ -278,15 +216,15 @@ def add_lanes(pairs, count, g, t):
 
 
 @jit()
-def exact_block(par, q, k, v, mask, job, out, t):
-    """One block of up to GROUP tiles of queries against all keys they may see.
+def exact_block(par, call, job, t):
+    """One block of up to QUERY_TILES tiles of queries against all keys they may see.
 
     False if a logit may be too large for this precision: the rows it belongs to are then wrong.
     """
-    fits = True
+    fits, k, v, mask = True, call.k, call.v, call.mask
     q_row, k_row, v_row, mask_row = job[Q_ROW], job[K_ROW], job[V_ROW], job[MASK_ROW]
     out_row, count, keys_count, offset = job[OUT_ROW], job[QUERIES], job[KEYS], job[START]
-    pack_queries(par, q, q_row, count, t)
+    pack_queries(par, call.q, q_row, count, t)
     bad = keys_count
     end = min(keys_count, offset + count) if par.causal else keys_count
     for start in range(0, end, CHUNK):
@@ -306,83 +244,38 @@ def exact_block(par, q, k, v, mask, job, out, t):
             if par.causal and position < start:
                 continue
             fits = fits and t.longest[g] * longest <= par.far * par.far
-            read(t.pairs, par, g, min(CHUNK, count - g * CHUNK), k.shape[1], start == 0,
-                 par.causal and position == start, clean, t)  # fmt: skip
+            diagonal, queries = par.causal and position == start, min(CHUNK, count - g * CHUNK)
+            read(t.pairs, par, g, queries, k.shape[1], start == 0, diagonal, clean, t)
+    square, den = t.square, t.den
     for g in range(-(-count // CHUNK)):
         here = min(CHUNK, count - g * CHUNK)
         add_lanes(t.pairs, here, g, t)
         for i in range(here):
             if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
-                t.square[g, i] = math.inf
-            if t.square[g, i] == math.inf:  # in the gradient NaN passes through the denominator
-                t.den[g, i] = math.nan
-        write_rows(t.num[g], t.den[g], t.top[g], t.square[g], here, out, out_row + g * CHUNK)
+                square[g, i] = math.inf
+            if square[g, i] == math.inf:  # in the gradient NaN passes through the denominator
+                den[g, i] = math.nan
+        write_rows(t.num[g], den[g], t.top[g], square[g], here, call, out_row + g * CHUNK)
     return fits
 
 
 @jit()
-def attend_blocks(par, q, k, v, mask, jobs, out, config, split_config, floats, ints, ctl, n):
-    """The body of the kernels; how many jobs are finished by now.  Reports where float64 is needed.
+def attend_exact(call):
+    """Take jobs of `records.Exact` until none is left; how many are finished by now.
 
-    Which of `config` and `split_config` are None the compiler knows: each kernel below is this
-    function with one of them, or with none.
-
-    Parameters
-    ----------
-    par : ExactParameters
-    q, k, v : (N, d), (N_k, d) and (N_k, dv) arrays
-        The rows of all problems, one behind the other: where those of a job begin says the table.
-    mask : (N_k,) array of bool
-        Which keys take part, in jobs that have a MASK_ROW.
-    jobs : (jobs, 14) array of int64
-        Blocks of up to ``GROUP * CHUNK`` queries.  The columns are named in ``favor_np.jobs``.
-    out : Result
-        Rows (N, dv) and, unless these are empty, the denominators (N,) and their exponents.
-    config, split_config : TILE_CONFIG or None
-        With the first products are in bfloat16, with the second logits are products of three parts.
-    floats, ints : (threads, ...) arrays
-        Workspaces.
-    ctl, n : array of int64, int
-        The counters by which threads share the jobs, and how many jobs there are.
+    Reports where float64 is needed.  Variants: with products of pairs, or logits of parts.
     """
-    me, mode = enter(ctl)
-    lanes = VECTOR_BYTES // q.itemsize
-    t = carve_exact(
-        floats[me], ints[me], config, split_config, q.shape[1], -(-v.shape[1] // lanes) * lanes
-    )
-    load_tile_config(config)
-    load_tile_config(split_config)
+    me, mode = enter(call.control)
+    par, t = parameters(call.constants), room_of(call, me)
+    prepare_pairs(t.pairs)
+    load_tile_config(call.config)
     finished = 0
     while True:
-        job = claim(ctl)
-        if job >= n:
+        job = claim(call.control)
+        if job < 0:
             break
-        if not exact_block(par, q, k, v, mask, jobs[job], out, t):
-            report(ctl, TROUBLE)
+        if not exact_block(par, call, call.jobs[job], t):
+            report(call.control, TROUBLE)
         finished += 1
-    release_tiles(config)
-    release_tiles(split_config)
-    return leave(ctl, finished, mode)
-
-
-@jit(cache=True)
-def attend_exact(par, q, k, v, mask, jobs, rows, weights, tops, floats, ints, ctl, n):
-    """In the precision of the arrays."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), None, None, floats,
-                         ints, ctl, n)  # fmt: skip
-
-
-@jit(cache=True)
-def attend_exact_bf16(par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n):
-    """In bfloat16."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), config, None, floats,
-                         ints, ctl, n)  # fmt: skip
-
-
-@jit(cache=True)
-def attend_exact_bf16x3(
-    par, q, k, v, mask, jobs, rows, weights, tops, config, floats, ints, ctl, n
-):
-    """As `attend_exact`, with logits from the matrix unit: no less exact, and faster."""
-    return attend_blocks(par, q, k, v, mask, jobs, Result(rows, weights, tops, ctl), None, config, floats,
-                         ints, ctl, n)  # fmt: skip
+    release_tiles(call.config)
+    return leave(call.control, finished, mode)

@@ -7,16 +7,15 @@ dk = scale dS^T q and, into rows that its job alone adds to, dq = scale dS k.
 
 from __future__ import annotations
 
-from collections import namedtuple
-
-import numpy as np
-
+from favor_np.cpu.kernels.block import room_of
+from favor_np.cpu.kernels.counters import claim, enter, leave
+from favor_np.cpu.kernels.exact import parameters
 from favor_np.cpu.kernels.floats import flush_beside
 from favor_np.cpu.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.cpu.kernels.jit import EXACT, jit
-from favor_np.cpu.kernels.jobs import claim, enter, leave
-from favor_np.cpu.kernels.pack import CHUNK, across, cut, pack, pack_values
+from favor_np.cpu.kernels.pack import across, pack, pack_values
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, load, nearest, splat, store, view
+from favor_np.cpu.tiles import CHUNK, KEY_TILES
 from favor_np.jobs import (
     DQ_ROW,
     GRAD_ROW,
@@ -31,89 +30,54 @@ from favor_np.jobs import (
 )
 from favor_np.numerics import LN2
 
-#: Key tiles of a block, which share one packed tile of queries.
-GROUP = 8
-
-#: What is known of a query besides q and g, one number a row; inverse = 1 / w.
-Rows = namedtuple("Rows", "inverse delta tops")
-#: dq is padded: whole vectors, rows in multiples of 8; it still lacks the scale.
-Gradients = namedtuple("Gradients", "q k v")
-GradientTiles = namedtuple(
-    "GradientTiles", "q g q_columns g_columns k k_columns v v_columns p ds dk dv square c"
-)
-
-
-@jit()
-def carve_gradient(floats, ints, d, dv):
-    """Cut the tiles from one thread's workspace."""
-    lanes = VECTOR_BYTES // floats.itemsize
-    d, dv = -(-d // lanes) * lanes, -(-dv // lanes) * lanes
-    q, at = cut(floats, 0, CHUNK, d)
-    g, at = cut(floats, at, CHUNK, dv)
-    q_columns, at = cut(floats, at, d, CHUNK)
-    g_columns, at = cut(floats, at, dv, CHUNK)
-    k, at = cut(floats, at, GROUP * CHUNK, d)
-    k_columns, at = cut(floats, at, GROUP * d, CHUNK)
-    v, at = cut(floats, at, CHUNK, dv)
-    v_columns, at = cut(floats, at, GROUP * dv, CHUNK)
-    p, at = cut(floats, at, CHUNK, CHUNK)
-    ds, at = cut(floats, at, CHUNK, CHUNK)
-    dk, at = cut(floats, at, GROUP * CHUNK, d)
-    sums, at = cut(floats, at, GROUP * CHUNK, dv)
-    square, at = cut(floats, at, 1, CHUNK * (8 // floats.itemsize))
-    c, _ = cut(ints, 0, GROUP, CHUNK)
-    return GradientTiles(
-        q, g, q_columns, g_columns, k.reshape(GROUP, CHUNK, d), k_columns.reshape(GROUP, d, CHUNK),
-        v, v_columns.reshape(GROUP, dv, CHUNK), p, ds, dk.reshape(GROUP, CHUNK, d),
-        sums.reshape(GROUP, CHUNK, dv), square[0].view(np.float64), c,
-    )  # fmt: skip
-
 
 @jit()
 def pack_key_block(par, k, k_row, v, v_row, count, mask, mask_row, t):
     """Pack a block of keys and values; its sums start at zero."""
+    keys, c, dk, dv = t.k, t.c, t.dk, t.dv
     for b in range(-(-count // CHUNK)):
         start = b * CHUNK
         here = min(CHUNK, count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
-        pack(k, k_row + start, 1, here, t.k[b], par.limit, t.square)
+        pack(k, k_row + start, 1, here, keys[b], par.limit, t.square)
         for j in range(here if mask_row >= 0 else 0):
             for x in range(k.shape[1] if not mask[m_row + j] else 0):
-                t.k[b, j, x] = 0
-        across(t.k[b], t.k_columns[b])
+                keys[b, j, x] = 0
+        across(keys[b], t.k_columns[b])
         pack_values(v, v_row + start, 1, here, t.v, mask, m_row)
         across(t.v, t.v_columns[b])
         for j in range(CHUNK):
             alive = j < here and (m_row < 0 or mask[m_row + j])
-            t.c[b, j] = 0 if alive else -4 * int(par.far)
-        t.dk[b], t.dv[b] = 0, 0
+            c[b, j] = 0 if alive else -4 * int(par.far)
+        dk[b], dv[b] = 0, 0
 
 
 @jit()
 def pack_query_tile(par, q, q_row, g, g_row, count, mask, t):
     """Pack queries, scaled as in the forward pass, and their cotangents."""
-    factor = q.dtype.type(par.scale)
-    pack(q, q_row, 1, count, t.q, par.limit, t.square)
+    factor, rows = q.dtype.type(par.scale), t.q
+    pack(q, q_row, 1, count, rows, par.limit, t.square)
     for i in range(count):
-        for x in range(t.q.shape[1]):
-            t.q[i, x] *= factor
-    across(t.q, t.q_columns)
+        for x in range(rows.shape[1]):
+            rows[i, x] *= factor
+    across(rows, t.q_columns)
     pack_values(g, g_row, 1, count, t.g, mask, -1)
     flush_beside(t.g, count, t.c, True)
     across(t.g, t.g_columns)
 
 
 @jit(fastmath=EXACT)
-def weigh(rows, row, count, diagonal, c, b, p, ds):
+def weigh(call, row, count, diagonal, c, b, p, ds):
     """Logits in p and g v^T in ds become probabilities and dS, queries by keys.
 
     Exact zeros where a query may not see a key: its cotangent may be NaN.
     """
+    inverses, deltas, tops = call.inverse, call.delta, call.tops
     lanes = VECTOR_BYTES // p.itemsize
     for i in range(count):
         end = i + 1 if diagonal else CHUNK
-        inverse, delta = splat(p, rows.inverse[row + i]), splat(p, rows.delta[row + i])
-        top = splat(c, rows.tops[row + i])
+        inverse, delta = splat(p, inverses[row + i]), splat(p, deltas[row + i])
+        top = splat(c, tops[row + i])
         for j in range(0, end, lanes):
             y = load(p, i, j)
             weight = exp2(y, nearest(y) + (load(c, b, j) - top)) * inverse
@@ -124,13 +88,13 @@ def weigh(rows, row, count, diagonal, c, b, p, ds):
 
 
 @jit()
-def differentiate_tile(rows, row, count, keys, d, dv, diagonal, b, dq, t):
+def differentiate_tile(call, row, count, keys, d, dv, diagonal, b, dq, t):
     """Add what the packed queries and key tile b give to dq, dk and dv."""
     q_rows, k_rows = -(-count // 8) * 8, -(-keys // 8) * 8
     d_cols, dv_cols = t.q.shape[1], t.g.shape[1]
     project_t(t.q_columns, t.k_columns[b], t.p, q_rows, CHUNK, d)
     gemm_t(t.g_columns, t.v_columns[b], t.ds, 0, q_rows, 0, CHUNK, 0, dv, False)
-    weigh(rows, row, count, diagonal, t.c, b, t.p, t.ds)
+    weigh(call, row, count, diagonal, t.c, b, t.p, t.ds)
     if diagonal:
         for i in range(0, count, 8):
             gemm_t(t.p, t.g, t.dv[b], i, i + 8, 0, dv_cols, i, count, True)
@@ -143,33 +107,36 @@ def differentiate_tile(rows, row, count, keys, d, dv, diagonal, b, dq, t):
 
 
 @jit()
-def write_key_block(mask, mask_row, count, out, row, t):
+def write_key_block(call, mask_row, count, row, t):
     """Write the rows of dk and dv, zeros for masked keys."""
-    factor = out.k.dtype.type(LN2)  # the packed q has the scale and log2(e)
+    mask, dk, dv, dk_tiles, dv_tiles = call.mask, call.dk, call.dv, t.dk, t.dv
+    factor = dk.dtype.type(LN2)  # the packed q has the scale and log2(e)
     for j in range(count):
         alive = mask_row < 0 or mask[mask_row + j]
         b, at = j // CHUNK, j % CHUNK
-        for x in range(out.k.shape[1]):
-            out.k[row + j, x] = t.dk[b, at, x] * factor if alive else 0
-        for x in range(out.v.shape[1]):
-            out.v[row + j, x] = t.dv[b, at, x] if alive else 0
+        for x in range(dk.shape[1]):
+            dk[row + j, x] = dk_tiles[b, at, x] * factor if alive else 0
+        for x in range(dv.shape[1]):
+            dv[row + j, x] = dv_tiles[b, at, x] if alive else 0
 
 
 @jit()
-def differentiate_keys(par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows, offset, out, t):
+def differentiate_keys(par, call, job, offset, t):
     """One block of keys, from offset on, over all queries that may see them."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    q_rows, g_rows, dq_rows = call.q_rows, call.out_rows, call.dq_rows
     owner, mask_row, queries = job[NUMBER], job[MASK_ROW], job[QUERIES]
-    count = min(GROUP * CHUNK, job[KEYS] - offset)
+    count = min(KEY_TILES * CHUNK, job[KEYS] - offset)
     m_row = mask_row + offset if mask_row >= 0 else -1
     pack_key_block(par, k, job[K_ROW] + offset, v, job[V_ROW] + offset, count, mask, m_row, t)
     for h in range(q_rows.shape[1]):
         for start in range(offset if par.causal else 0, queries, CHUNK):
             here = min(CHUNK, queries - start)
             row = g_rows[owner, h] + start
-            pack_query_tile(par, q, q_rows[owner, h] + start, g, row, here, mask, t)
-            width = out.q.shape[1]
+            pack_query_tile(par, q, q_rows[owner, h] + start, call.g, row, here, mask, t)
+            width = call.dq.shape[1]
             first = job[DQ_ROW] + dq_rows[owner, h] + start
-            dq = view(out.q, first * width, -(-here // 8) * 8, width)
+            dq = view(call.dq, first * width, -(-here // 8) * 8, width)
             for b in range(-(-count // CHUNK)):
                 position = offset + b * CHUNK
                 if par.causal and start < position:
@@ -177,27 +144,23 @@ def differentiate_keys(par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows
                 keys = min(CHUNK, count - b * CHUNK)
                 diagonal = par.causal and start == position
                 differentiate_tile(
-                    rows, row, here, keys, q.shape[1], v.shape[1], diagonal, b, dq, t
+                    call, row, here, keys, q.shape[1], v.shape[1], diagonal, b, dq, t
                 )
-    write_key_block(mask, m_row, count, out, job[GRAD_ROW] + offset, t)
+    write_key_block(call, m_row, count, job[GRAD_ROW] + offset, t)
 
 
-@jit(cache=True)
-def differentiate_exact(
-    par, q, k, v, g, rows, mask, jobs, q_rows, g_rows, dq_rows, out, floats, ints, ctl, n
-):
-    """Take jobs until none is left; how many are finished by now."""
-    me, mode = enter(ctl)
-    t = carve_gradient(floats[me], ints[me], q.shape[1], v.shape[1])
+@jit()
+def differentiate_exact(call):
+    """Take jobs of `records.ExactPull` until none is left; how many are finished by now."""
+    me, mode = enter(call.control)
+    par, t = parameters(call.constants), room_of(call, me)
     finished = 0
     while True:
-        index = claim(ctl)
-        if index >= n:
+        index = claim(call.control)
+        if index < 0:
             break
-        job = jobs[index]
+        job = call.jobs[index]
         for offset in range(job[START], job[KEYS], job[STRIDE]):
-            differentiate_keys(
-                par, q, k, v, g, rows, mask, job, q_rows, g_rows, dq_rows, offset, out, t
-            )
+            differentiate_keys(par, call, job, offset, t)
         finished += 1
-    return leave(ctl, finished, mode)
+    return leave(call.control, finished, mode)

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import namedtuple
 
 import numpy as np
 
 from favor_np.cpu.kernels.bfloat16 import round_rows
+from favor_np.cpu.kernels.counters import report
 from favor_np.cpu.kernels.gemm import project_t
 from favor_np.cpu.kernels.jit import EXACT, jit
-from favor_np.cpu.kernels.jobs import OVERFLOW, report
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, transpose, view
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, transpose
+from favor_np.cpu.records import OVERFLOW
+from favor_np.cpu.tiles import CHUNK
 
-#: Positions that kernels take at a time.
-CHUNK = 64
 #: What sums of values may overflow from, in float32 and in float64.
 SINGLE, DOUBLE = 2.0**32, 2.0**256
 #: The largest finite numbers.
 MOST_SINGLE, MOST_DOUBLE = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
 
-#: A feature map, block by block of its weights.  For calibrated ones (par.affine) the rows of
-#: `affine` are the centres of queries and of keys, what is linear in the height of a key and, if
-#: par.factored, the columns of its quadratic part.  (One array: each costs a call a tenth of a
-#: microsecond.) The weights may be there once more, split into parts for the matrix unit.
-Map = namedtuple("Map", "query key bias affine query_parts key_parts", defaults=(None, None))
+#: The rows of ``call.affine`` of a block of a calibrated map (par.affine): the centres of queries
+#: and of keys, what is linear in the height of a key and, if par.factored, the columns of its
+#: quadratic part.
 QUERY_CENTER, KEY_CENTER, LINEAR, FACTOR = range(4)
-#: What attention writes: rows (N, dv) and, unless these are empty, the denominators weights *
-#: 2**tops. The control words are told of rows that are not finite.
-Result = namedtuple("Result", "rows weights tops ctl")
-
-
-@jit()
-def cut(floats, start, rows, cols):
-    """The next matrix of a workspace, and where the one after it starts."""
-    end = start + rows * cols
-    return view(floats, start, rows, cols), end
 
 
 @jit(fastmath=EXACT)
@@ -98,44 +85,46 @@ def center(rows, count, middle, squares):
 
 
 @jit()
-def pack_queries(par, q, row, step, count, fm, w, t):
+def pack_queries(par, call, row, step, count, w, t):
     """Pack queries, centred if the map is."""
-    pack(q, row, step, count, t.rows, par.limit, t.square)
+    pack(call.q, row, step, count, t.rows, par.limit, t.square)
     if par.affine:
-        center(t.rows, count, fm.affine[w, QUERY_CENTER], t.square)
+        center(t.rows, count, call.affine[w, QUERY_CENTER], t.square)
 
 
 @jit()
-def pack_keys(par, k, row, count, mask, mask_row, fm, w, clock, rate, t):
+def pack_keys(par, call, row, count, mask_row, w, clock, rate, t):
     """Pack keys and set their heights, less the integer by which clock raises all: its value.
 
     Masked keys, and those that are not finite, are infinitely high: they have no feature.
     """
-    pack(k, row, 1, count, t.rows, par.limit, t.square)
-    heights(par, fm, w, count, k.shape[1], t)
+    mask, height, share = call.mask, t.height, t.share
+    pack(call.k, row, 1, count, t.rows, par.limit, t.square)
+    heights(par, call, w, count, t)
     lift = math.floor(clock)
     for i in range(CHUNK):
-        t.height[i], t.share[i] = math.inf, 1
+        height[i], share[i] = math.inf, 1
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
             ahead = clock - lift + i * rate
-            t.height[i] = t.square[i] - ahead
+            height[i] = t.square[i] - ahead
     return lift
 
 
 @jit()
-def heights(par, fm, w, count, d, t):
+def heights(par, call, w, count, t):
     """What is subtracted from all log2-features of each packed key, in place of its square.
 
     Infinite for a key that is not finite; the keys of a calibrated map are centred.
     """
+    affine, d = call.affine, call.k.shape[1]
     if par.affine:
-        center(t.rows, count, fm.affine[w, KEY_CENTER], t.square)
+        center(t.rows, count, affine[w, KEY_CENTER], t.square)
     round_rows(t.pairs, t.rows, count, t.square)
     if par.factored:
         across(t.rows, t.columns)
         rows, cols = -(-count // 8) * 8, t.stretched.shape[1]
-        project_t(t.columns, fm.affine[w, FACTOR:], t.stretched, rows, cols, d)
+        project_t(t.columns, affine[w, FACTOR:], t.stretched, rows, cols, d)
     for i in range(count):
         if t.square[i] < math.inf:
             height = par.key_norm * t.square[i]
@@ -145,7 +134,7 @@ def heights(par, fm, w, count, d, t):
                     height += float(t.stretched[i, x]) ** 2
             if par.affine:
                 for x in range(d):
-                    height -= float(fm.affine[w, LINEAR, x]) * t.rows[i, x]
+                    height -= float(affine[w, LINEAR, x]) * t.rows[i, x]
             t.square[i] = max(min(height, par.far), -par.far)
 
 
@@ -177,12 +166,12 @@ def across(rows, columns):
 
 
 @jit()
-def write_rows(num, den, top, square, count, out, row):
-    """Rows num / den of a Result: zeros without a key, NaN for a query that is not finite."""
-    rows, one = out.rows, out.rows.dtype.type(1)
-    total = rows.dtype.type(0)
-    for i in range(count if out.tops.size > 0 else 0):
-        out.weights[row + i], out.tops[row + i] = den[i], top[i]
+def write_rows(num, den, top, square, count, call, row):
+    """Rows num / den of the result: zeros without a key, NaN for a query that is not finite."""
+    rows, weights, tops = call.out, call.weights, call.tops
+    one, total = rows.dtype.type(1), rows.dtype.type(0)
+    for i in range(count if tops.size > 0 else 0):
+        weights[row + i], tops[row + i] = den[i], top[i]
     for i in range(count):
         inverse = den[i]
         if square[i] == math.inf:
@@ -194,13 +183,13 @@ def write_rows(num, den, top, square, count, out, row):
             rows[row + i, x] = value
             total += abs(value)
     if not total < math.inf:
-        mend_rows(num, count, out, row)
+        mend_rows(num, count, call, row)
 
 
 @jit(fastmath=EXACT)
-def mend_rows(num, count, out, row):
+def mend_rows(num, count, call, row):
     """Report rows that are not finite, but for means that only rounding has made infinite."""
-    rows, spoiled = out.rows, False
+    rows, spoiled = call.out, False
     for i in range(count):
         for x in range(rows.shape[1]):
             if math.isinf(rows[row + i, x]) and math.isfinite(num[i, x]):
@@ -208,7 +197,7 @@ def mend_rows(num, count, out, row):
             elif not math.isfinite(rows[row + i, x]):
                 spoiled = True
     if spoiled:
-        report(out.ctl, OVERFLOW)
+        report(call.control, OVERFLOW)
 
 
 @jit()
@@ -228,7 +217,7 @@ def count_large(rows):
     return count
 
 
-@jit(cache=True)
-def holds_large(rows):
-    """Whether there is one."""
-    return count_large(rows) > 0
+@jit()
+def holds_large(call):
+    """Whether there is one in the rows of `records.Rows`."""
+    return 1 if count_large(call.rows) > 0 else 0

@@ -10,15 +10,12 @@ strip by strip, query by query, for what lies between the products to stay in th
 from __future__ import annotations
 
 import math
-from collections import namedtuple
 
 import numpy as np
 
 from favor_np.cpu.kernels.activate import strip_features
 from favor_np.cpu.kernels.bfloat16 import (
     AMX,
-    PARTS,
-    STRIP,
     add_nonfinite,
     bitwise_and,
     configure,
@@ -27,7 +24,6 @@ from favor_np.cpu.kernels.bfloat16 import (
     gemm_pairs,
     pairs_along,
     pairs_down,
-    pairs_for,
     release,
     split_along,
     split_down,
@@ -36,66 +32,22 @@ from favor_np.cpu.kernels.bfloat16 import (
 )
 from favor_np.cpu.kernels.gemm import gemm_t_fetching, project_t
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.pack import CHUNK, across, cut
+from favor_np.cpu.kernels.pack import across
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
-
-#: Tiles of pairs: packed rows as left factor; key features as right factor for scores (after
-#: `turned`), and as `folded` for the state; values, of which `finite` are those that are if not
-#: all, and state as right factors, with c and z of the features that queries read.  Of a strip:
-#: projections, features, and their sums by lanes; and the bits that it keeps of the scores with its
-#: own keys and those after.
-Pairs = namedtuple(
-    "Pairs", "rows turned keys values finite state folded folded_t raw phi sums part z seen c"
-)
-
-
-#: Packed rows split into parts, as left and as right factor.
-Parts = namedtuple("Parts", "left right")
+from favor_np.cpu.tiles import CHUNK, PARTS, STEP, STRIP
 
 
 @jit()
-def carve_parts(split_weight, floats, at, d):
-    """Cut the tiles for products with weights that are split into parts, if they are."""
-    if split_weight is None:
-        return None
-    depth = PARTS * pairs_for(d)
-    left, at = cut(floats, at, CHUNK, depth)
-    right, at = cut(floats, at, depth, CHUNK)
-    return Parts(left, right)
-
-
-@jit()
-def carve_pairs(config, split_weight, floats, at, ints, mark, d, vcols, width, tiles):
-    """Cut the tiles for pairs, if products are of these."""
-    if config is None:
-        return None
-    if split_weight is not None:
-        return None
-    lanes = VECTOR_BYTES // floats.itemsize
-    depth, features = pairs_for(d), pairs_for(width)
-    rows, at = cut(floats, at, CHUNK, depth)
-    turned, at = cut(floats, at, CHUNK, features)
-    keys, at = cut(floats, at, tiles * features, CHUNK)
-    values, at = cut(floats, at, CHUNK // 2, vcols)
-    finite, at = cut(floats, at, CHUNK // 2, vcols)
-    state, at = cut(floats, at, tiles * features, vcols)
-    folded, at = cut(floats, at, CHUNK // 2, width)
-    folded_t, at = cut(floats, at, width, CHUNK // 2)
-    raw, at = cut(floats, at, STRIP, CHUNK)
-    phi, at = cut(floats, at, STRIP, CHUNK // 2)
-    sums, at = cut(floats, at, CHUNK, lanes)
-    part, at = cut(floats, at, STRIP, lanes)
-    z, at = cut(floats, at, tiles, CHUNK)
-    seen, at = cut(floats, at, STRIP, 2 * STRIP)
-    c, mark = cut(ints, mark, tiles, CHUNK)
-    for padded in (rows, turned, state, raw):  # what is not written to, and another call may have
+def prepare_pairs(pairs):
+    """Make the tiles of pairs ready, if there are any, whatever another call has left in them."""
+    if pairs is None:
+        return
+    for padded in (pairs.rows, pairs.turned, pairs.state, pairs.raw):  # not all is written to
         padded[:] = 0
-    bits = seen.view(np.int32)
+    bits = pairs.seen.view(np.int32)
     for i in range(STRIP):
         for j in range(2 * STRIP):
             bits[i, j] = -1 if j <= i else 0
-    return Pairs(rows, turned, keys, values, finite, state, folded, folded_t, raw, phi, sums, part, z, seen,
-                 c)  # fmt: skip
 
 
 @jit()
@@ -235,7 +187,7 @@ def read_strip(pairs, par, i, query, b, new, t):
 @jit()
 def seen_by(i):
     """How many of the keys of its chunk the strip that begins there sees, in steps of the unit."""
-    return min(CHUNK, 2 * pairs_for(i + STRIP))
+    return min(CHUNK, -(-(i + STRIP) // (2 * STEP)) * 2 * STEP)
 
 
 @jit()

@@ -13,35 +13,32 @@ what one thread makes of it that goes through all chunks.
 
 from __future__ import annotations
 
-import sys
-
-from numba import types
-
-from favor_np.cpu.kernels.chunk import FOLD, READ, WHOLE, attend_chunk, piece
+from favor_np.cpu.kernels.chunk import attend_chunk, piece
 from favor_np.cpu.kernels.floats import IEEE, set_float_mode
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.pack import CHUNK, cut
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, fetch_add, load
-from favor_np.cpu.kernels.state import PAD, add_state, copy_state, raise_state
+from favor_np.cpu.kernels.simd import VECTOR_BYTES, call_function, fetch_add, load
+from favor_np.cpu.kernels.state import add_state, copy_state, raise_state
+from favor_np.cpu.records import (
+    BASE,
+    CHUNKS,
+    FITS,
+    FOLD,
+    GIVE_WAY,
+    GROUP,
+    LEFT,
+    MOVED,
+    READ,
+    RING,
+    SCAN,
+    THREADS,
+    WHOLE,
+)
+from favor_np.cpu.tiles import CHUNK, PAD
 from favor_np.jobs import KEYS
 
-#: The third kind of job, beside FOLD and READ: the states of a group are added up.
-SCAN = 2
-#: How many groups have their states in memory: until they are read, and until nobody needs their c.
-RING = 4
 #: For so many groups after c has moved chunks are not folded before their turn: it may well move
 #: again.
 CALM = 6
-#: Words of a relay: its chunks, those of a group, its threads; then for each turn, and for RING
-#: before the first, the jobs of each kind that are left; then for each state, and that of the
-#: beginning, the last chunk at which c had moved before this one was folded, that with this one,
-#: and whether its keys fit together.
-CHUNKS, GROUP, THREADS, LEFT = range(4)
-BASE, MOVED, FITS = range(3)
-
-_give_way = types.ExternalFunction(
-    "SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32()
-)
 
 
 @jit()
@@ -60,7 +57,7 @@ def relay_job(relay, number):
 def await_all(relay, what, turn):
     """Wait until no job of that kind of a turn is left, yielding the processor."""
     while fetch_add(relay, LEFT + 3 * (turn + RING) + what, 0) > 0:
-        _give_way()
+        call_function(relay[GIVE_WAY])
 
 
 @jit()
@@ -137,26 +134,26 @@ def scan_state(relay, chunk, c, s, z, scale):
 
 
 @jit()
-def attend_relay(par, p, relay, number, c, s, z, floats, t):
+def attend_relay(par, p, relay, features, number, c, s, z, t):
     """One job.  Behind the states of chunks lies the sum of those added."""
     what, chunk, turn = relay_job(relay, number)
     if not 0 <= chunk < relay[CHUNKS]:
         return
     await_turn(relay, what, chunk, turn)
-    last, total, width = chunk + 1, slot_of(relay, -1), t.keys.shape[2]
+    last, total, distance = chunk + 1, slot_of(relay, -1), relay[THREADS] * CHUNK
     if what == SCAN:
         last = min(chunk + relay[GROUP], relay[CHUNKS])
     for i in range(chunk, last):
         slot, at, end = slot_of(relay, i), i * CHUNK, min(i * CHUNK + CHUNK, p.row[KEYS])
-        flat, _ = cut(floats[relay[THREADS]], slot * t.keys.size, t.keys.size // width, width)
-        keys = flat.reshape(t.keys.shape)
+        keys = features[slot]
         own, basis = note(relay, slot), basis_of(relay, what, i, turn)
         if basis >= 0:
             for r in range(c.shape[1]):
                 c[slot, r] = c[basis, r]
         if basis >= 0 or (what == READ and relay[own + FITS]):
-            taken = attend_chunk(par, p, READ if what == READ else FOLD, at, end - at, relay[THREADS] * CHUNK,
-                                 c, s, z, slot, keys, t)  # fmt: skip
+            taken = attend_chunk(
+                par, p, READ if what == READ else FOLD, at, end - at, distance, c, s, z, slot, keys, t
+            )
             if what != READ:
                 note_fold(relay, i, basis, taken == end - at, c)
         set_float_mode(IEEE)

@@ -12,45 +12,16 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 from numba.np.arrayobj import make_array, populate_array
 
+from favor_np.cpu.processor import TARGET, VECTOR_BYTES
 from favor_np.numerics import EXP2, EXP2_BFLOAT16, ROUNDER
 
-_AVX512_NAMES = ("avx512", "lake-server", "cascade", "cooper", "cannon", "icelake", "tigerlake",
-                 "rocketlake", "sapphire", "emerald", "granite", "diamond", "znver4", "znver5",
-                 "x86-64-v4")  # fmt: skip
-_AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "alderlake",
-               "raptorlake", "meteorlake", "x86-64-v3")  # fmt: skip
-
-
-def host_isa() -> str:
-    """Name the widest vectors the code is compiled for: avx512, avx2, neon or plain.
-
-    ``NUMBA_CPU_NAME`` (and ``NUMBA_CPU_FEATURES``) decide where they are set, as for Numba.
-    """
-    name = numba.config.CPU_NAME
-    if name and name not in ("host", llvmlite.binding.get_host_cpu_name()):
-        if any(part in name for part in _AVX512_NAMES):
-            return "avx512"
-        if any(part in name for part in _AVX2_NAMES):
-            return "avx2"
-        return "neon" if name.startswith(("cortex", "neoverse", "apple", "armv8")) else "plain"
-    features = llvmlite.binding.get_host_cpu_features()
-    if features.get("avx512f") and features.get("avx512dq"):
-        return "avx512"
-    if features.get("avx2") and features.get("fma"):
-        return "avx2"
-    return "neon" if features.get("neon") else "plain"
-
-
-ISA = host_isa()
-VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "plain": 16}[ISA]
+ISA = TARGET.isa
 #: Rows of the two GEMM tiles, each two vectors wide: as many sums as the registers hold.
 TALL, SHORT = (14, 8) if ISA in ("avx512", "neon") else (6, 4)
 
@@ -526,3 +497,15 @@ def fetch_add(typingctx, array, index, value):
         return builder.atomic_rmw("add", pointer, args[2], "acq_rel")
 
     return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def call_function(typingctx, function):
+    """Call the C function at an address; it takes nothing."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen

@@ -8,10 +8,9 @@ compared.
 from __future__ import annotations
 
 import math
-from collections import namedtuple
 
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.pack import CHUNK, cut, write_rows
+from favor_np.cpu.kernels.pack import write_rows
 from favor_np.cpu.kernels.simd import (
     VECTOR_BYTES,
     exp2,
@@ -23,39 +22,15 @@ from favor_np.cpu.kernels.simd import (
     store,
     transpose,
 )
-
-#: Where standard errors go and what they are made of: errors (N, dv) and effective sample sizes
-#: (N,); the variances of the values (batch of v, dv); the degrees of freedom of one column, those
-#: for which counts what all columns have in common, and a factor for how little so few of them
-#: tell.
-Spread = namedtuple("Spread", "errors sizes variances freedom common wider")
-#: The sums of each group under its own top, the squares of the shares of its features, and the
-#: tiles in which these are computed.
-Groups = namedtuple("Groups", "den top shares num squares turned")
+from favor_np.cpu.tiles import CHUNK
 
 
 @jit()
-def carve_groups(spread, room, me, blocks, vcols, width):
-    """Cut the tiles from this thread's row of `room`."""
-    if spread is None:
-        return None
-    lanes = VECTOR_BYTES // room.itemsize
-    floats = room[me]
-    den, at = cut(floats, 0, blocks, CHUNK)
-    top, at = cut(floats, at, blocks, CHUNK)
-    shares, at = cut(floats, at, blocks, CHUNK)
-    num, at = cut(floats, at, blocks * CHUNK, vcols)
-    squares, at = cut(floats, at, CHUNK, lanes)
-    turned, at = cut(floats, at, CHUNK, width)
-    return Groups(den, top, shares, num, squares, turned)
-
-
-@jit()
-def batch_of(spread, v, row):
+def batch_of(variances, v, row):
     """To which row of the variances values from this row on belong."""
-    if spread is None:
+    if variances is None:
         return 0
-    return row // (v.shape[0] // spread.variances.shape[0])
+    return row // (v.shape[0] // variances.shape[0])
 
 
 @jit()
@@ -101,7 +76,7 @@ def keep_group(t, g, b):
 
 
 @jit()
-def join_groups(t, g, count, out, row, spread, batch):
+def join_groups(t, g, count, call, row, batch):
     """Write the rows of all groups together, their standard errors and effective sample sizes."""
     for i in range(0, CHUNK, VECTOR_BYTES // g.den.itemsize):
         higher = nearest(load(g.top, 0, i))
@@ -121,21 +96,22 @@ def join_groups(t, g, count, out, row, spread, batch):
         for b in range(g.den.shape[0]):
             for x in range(t.num.shape[1]):
                 t.num[i, x] += g.top[b, i] * g.num[b * CHUNK + i, x]
-    write_rows(t.num, t.den[0], t.top[0], t.square, count, out, row)
+    write_rows(t.num, t.den[0], t.top[0], t.square, count, call, row)
     for i in range(count):
-        compare_groups(t, g, i, out.rows, row + i, spread, batch)
+        compare_groups(t, g, i, call, row + i, batch)
 
 
 @jit()
-def compare_groups(t, g, i, rows, row, spread, batch):
+def compare_groups(t, g, i, call, row, batch):
     """The standard errors of one row: of each column its own and what all have in common."""
+    rows, errors, sizes, variances = call.out, call.errors, call.sizes, call.variances
     groups, width = g.den.shape[0], rows.shape[1]
-    errors, variances = spread.errors, spread.variances
+    dof, prior_dof, t_factor = call.spread[0], call.spread[1], call.spread[2]
     den, inverse = t.den[0, i], t.den[0, i]
-    spread.sizes[row] = 0
+    sizes[row] = 0
     if den != 0:
         inverse = 1 / den
-        spread.sizes[row] = den * (den / t.part[0, i])
+        sizes[row] = den * (den / t.part[0, i])
     if t.square[i] == math.inf:
         inverse *= math.nan
     t.spare[i] = 0
@@ -149,9 +125,9 @@ def compare_groups(t, g, i, rows, row, spread, batch):
     for x in range(width):
         if variances[batch, x] > 0:
             mean += t.spare[i, x] / variances[batch, x]
-    mean *= spread.common / width
-    factor = spread.wider**2 * groups / ((groups - 1) * (spread.freedom + spread.common))
+    mean *= prior_dof / width
+    factor = t_factor**2 * groups / ((groups - 1) * (dof + prior_dof))
     for x in range(width):
         errors[row, x] = math.sqrt(
-            factor * (spread.freedom * t.spare[i, x] + variances[batch, x] * mean)
+            factor * (dof * t.spare[i, x] + variances[batch, x] * mean)
         )

@@ -19,12 +19,8 @@ from __future__ import annotations
 
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, fma, load, splat, store, view
+from favor_np.cpu.tiles import PAD, TAIL
 from favor_np.jobs import ROWS, SLOT
-
-#: Tokens that a state keeps before it folds them together.
-TAIL = 16
-#: Integers behind the exponents, of which the first is used: rows begin on cache lines.
-PAD = 16
 
 
 @jit()

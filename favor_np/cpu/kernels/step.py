@@ -21,65 +21,47 @@ from favor_np.cpu.kernels.simd import (
     store,
     sum_lanes,
 )
-from favor_np.cpu.kernels.state import (
-    TAIL,
-    add_pair,
-    fold_tail,
-    scale_row,
-    tail,
-)
+from favor_np.cpu.kernels.state import add_pair, begin, fold_tail, scale_row, tail
+from favor_np.cpu.tiles import TAIL
+from favor_np.jobs import BLOCK, K_ROW, ROWS, V_ROW
 
 
 @jit(fastmath=EXACT)
-def step_token(
-    par,
-    q,
-    q_row,
-    k,
-    k_row,
-    v,
-    v_row,
-    fm,
-    w,
-    features,
-    clock,
-    c,
-    s,
-    z,
-    slot,
-    out,
-    out_row,
-    t,
-):
-    """Add one key and value to the tail of a state, then read with one query."""
-    lanes, width, every = VECTOR_BYTES // q.itemsize, fm.key.shape[2], t.sums.shape[1]
+def step_token(par, call, job, me, clock, t):
+    """Add the key and value of a job to the tail of a state, then read with its query."""
+    row, c, s, z, sums = call.jobs[job], call.c, call.s, call.z, t.sums
+    slot = begin(par, row, me, c, s, z, call.key.shape[2])
+    w, features, d = row[BLOCK], row[ROWS], call.q.shape[1]
+    key, query, bias, affine = call.key, call.query, call.bias, call.affine
+    rows, square, raw, scale, token = t.rows, t.square, t.raw, t.scale, t.token
+    q, lanes, width, every = call.q, VECTOR_BYTES // c.itemsize, key.shape[2], sums.shape[1]
     half = every // par.signs
     if c[slot, every] == TAIL:
         fold_tail(c, s, z, slot)
     count, state = c[slot, every], s[slot]
     keys, values = tail(s, z, slot, every)
-    pack(q, q_row, 1, 1, t.rows[1:2], par.limit, t.square[1:2])
-    pack(k, k_row, 1, 1, t.rows[0:1], par.limit, t.square[0:1])
-    pack_values(v, v_row, 1, 1, values[count : count + 1], t.square, -1)
+    pack(q, call.q_rows[job, 0], 1, 1, rows[1:2], par.limit, square[1:2])
+    pack(call.k, row[K_ROW], 1, 1, rows[0:1], par.limit, square[0:1])
+    pack_values(call.v, row[V_ROW], 1, 1, values[count : count + 1], call.mask, -1)
     flush_beside(values[count : count + 1], 1, c, True)
     if par.affine:
-        center(t.rows[1:2], 1, fm.affine[w, QUERY_CENTER], t.square[1:2])
-    heights(par, fm, w, 1, q.shape[1], t)
-    height = splat(q, min(t.square[0], par.far) - (clock - math.floor(clock)))
+        center(rows[1:2], 1, affine[w, QUERY_CENTER], square[1:2])
+    heights(par, call, w, 1, t)
+    height = splat(q, min(square[0], par.far) - (clock - math.floor(clock)))
     lift = splat(c, math.floor(clock))
-    raised, spoiled = False, splat(q, math.nan if t.square[0] == math.inf else 0)
+    raised, spoiled = False, splat(q, math.nan if square[0] == math.inf else 0)
     for b in range(half // width):
-        project_two(t.rows, fm.key[w + b], t.raw, width, q.shape[1])
-        queries = t.raw
+        project_two(rows, key[w + b], raw, width, d)
+        queries = raw
         if par.affine:
-            project_two(t.rows, fm.query[w + b], t.phi, width, q.shape[1])
+            project_two(rows, query[w + b], t.phi, width, d)
             queries = t.phi
         for side in range(par.signs):
             turn = splat(q, 1 - 2 * side)
             for f in range(0, width, lanes):
                 r = side * half + b * width + f
-                x = load(t.raw, 0, f)
-                y = log_feature(par, fma(turn, x, load(fm.bias, w + b, f))) - height
+                x = load(raw, 0, f)
+                y = log_feature(par, fma(turn, x, load(bias, w + b, f))) - height
                 old = load(c, slot, r) - lift
                 top, by = old, splat(q, 1)
                 if highest(nearest(y) - old) > RAISE_KEYS:
@@ -91,40 +73,40 @@ def step_token(
                 store(z, slot, every + r, load(z, slot, every + r) * by)
                 add_pair(z, slot, r, slot, every + r, value)
                 store(keys, count, r, value)
-                store(t.scale, 0, r, by)
-                store(t.token, 0, r, turn * load(queries, 1, f))
+                store(scale, 0, r, by)
+                store(token, 0, r, turn * load(queries, 1, f))
     if raised:
         for r in range(every):
-            if t.scale[0, r] != 1:
-                scale_row(state, r, t.scale[0, r])
-                scale_row(state, every + r, t.scale[0, r])
+            if scale[0, r] != 1:
+                scale_row(state, r, scale[0, r])
+                scale_row(state, every + r, scale[0, r])
                 for j in range(count):
-                    keys[j, r] *= t.scale[0, r]
+                    keys[j, r] *= scale[0, r]
     c[slot, every] = count + 1
     level = splat(c, -(2**31))
     for side in range(par.signs):
         for r in range(side * half + features, (side + 1) * half):
-            t.token[0, r] = -math.inf  # padding, no feature
+            token[0, r] = -math.inf  # padding, no feature
     for r in range(0, every, lanes):
-        y = log_feature(par, load(t.token, 0, r))
+        y = log_feature(par, load(token, 0, r))
         level = maximum(level, nearest(y) + load(c, slot, r))
     shift = splat(c, highest(level))
     for r in range(0, every, lanes):
-        x = load(t.token, 0, r)
+        x = load(token, 0, r)
         y = log_feature(par, x)
         value = exp2(y, nearest(y) + (load(c, slot, r) - shift))
-        store(t.token, 0, r, value * factor(par, x))
+        store(token, 0, r, value * factor(par, x))
     for side in range(par.signs):
         for r in range(side * half + features, (side + 1) * half):
-            t.token[0, r] = 0
+            token[0, r] = 0
     den = splat(q, 0)
     for r in range(0, every, lanes):
-        den = fma(load(t.token, 0, r), load(z, slot, r), den)
+        den = fma(load(token, 0, r), load(z, slot, r), den)
     t.den[0, 0] = sum_lanes(den)
     t.top[0, 0] = highest(level)
-    score_tail(keys, count + 1, t.token, t.scores)
-    read_state(state, every, t.token, count + 1, t.scores, t.num)
-    write_rows(t.num, t.den[0], t.top[0], t.square[1:2], 1, out, out_row)
+    score_tail(keys, count + 1, token, t.scores)
+    read_state(state, every, token, count + 1, t.scores, t.num)
+    write_rows(t.num, t.den[0], t.top[0], square[1:2], 1, call, call.out_rows[job, 0])
 
 
 @jit(fastmath=EXACT)

@@ -1,0 +1,270 @@
+"""The records of the kernels: what each of them takes, by name.
+
+The rows of all problems lie one behind the other in `q`, `k`, `v` and `out`: where those of a job
+begin says the table `jobs`, whose columns are named in ``favor_np.jobs``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from favor_np.cpu.record import (
+    Array,
+    Bytes2,
+    Doubles2,
+    Doubles3,
+    Field,
+    Floats1,
+    Floats2,
+    Floats3,
+    Ints1,
+    Ints2,
+    Mask,
+    Whole1,
+    Whole2,
+)
+
+#: Words of `control`, by which threads share the jobs of a call: the next job, the threads that
+#: came, the jobs finished, those in trouble, what was found not to be finite, and the jobs in all.
+NEXT, CAME, FINISHED, TROUBLE, OVERFLOW, COUNT = 0, 4, 8, 12, 14, 15
+CONTROL = 16
+
+#: What is done to a chunk by a job of a relay: its keys are folded, its queries read, or both; and
+#: the job that adds up the states of a group.
+FOLD, READ, WHOLE, SCAN = 0, 1, 2, 2
+#: How many groups of a relay have their states in memory: until they are read, and until nobody
+#: needs their c.
+RING = 4
+#: Words of a relay: its chunks, those of a group, its threads, the address of the function by
+#: which a thread gives way to others; then for each turn, and for RING
+#: before the first, the jobs of each kind that are left; then for each state, and that of the
+#: beginning, the last chunk at which c had moved before this one was folded, that with this one,
+#: and whether its keys fit together.
+CHUNKS, GROUP, THREADS, GIVE_WAY, LEFT = range(5)
+BASE, MOVED, FITS = range(3)
+
+
+class Parameters(NamedTuple):
+    """What a kernel needs to know about the feature map and the call."""
+
+    kind: int
+    signs: int
+    filled: int
+    nothing: int
+    idle: int
+    span: int
+    key_norm: float
+    kernel_epsilon: float
+    limit: float
+    far: float
+    affine: bool
+    factored: bool
+    causal: bool
+
+
+class ExactParameters(NamedTuple):
+    """The same for exact attention; the first two are what the activation expects of a map."""
+
+    kind: int
+    kernel_epsilon: float
+    scale: float
+    limit: float
+    far: float
+    masked: float
+    causal: bool
+
+
+_KINDS = {int: np.int64, float: np.float64, bool: np.bool_}
+PARAMETERS, EXACT_PARAMETERS = (
+    np.dtype([(name, _KINDS[kind]) for name, kind in get_type_hints(cls).items()], align=True)
+    for cls in (Parameters, ExactParameters)
+)
+
+
+def constants(parameters: Parameters | ExactParameters) -> Array:
+    """Return parameters as kernels take them."""
+    kind = PARAMETERS if isinstance(parameters, Parameters) else EXACT_PARAMETERS
+    return np.array([tuple(parameters)], kind)
+
+
+Optional: TypeAlias = npt.NDArray[Any] | None
+
+
+class Attend(NamedTuple):
+    """What attention takes.
+
+    Attributes
+    ----------
+    mask
+        Which keys take part, in jobs that have a MASK_ROW.
+    query, key, bias, affine
+        Of each block of the map, the weights (d, width), the bias and, if it is calibrated, rows:
+        the centres of queries and of keys, what is linear in the height of a key and, if it has a
+        quadratic part, the columns of its factor.
+    q_rows, out_rows
+        The first row of each run of queries that reads the state of a job, and that of its results.
+    clocks
+        By how much, in log2, the first key of a job is raised, and by how much more every further
+        one; or no row.
+    out, weights, tops
+        Results and, unless these are empty, their denominators weights * 2**tops.
+    c, s, z
+        States, as ``kernels.state`` describes them: those of the jobs, or one for each thread.
+    room
+        A row of bytes for each thread: see ``cpu.tiles``.
+    relay, features
+        What threads know of the one problem that they share, and the features of the keys of its
+        states: see ``kernels.relay``.
+    errors, sizes, variances, spread
+        Where standard errors and effective sample sizes go; the variances of the values (batch of
+        v, dv); and the last three numbers of `call.ErrorBars`.
+    query_parts, key_parts
+        The weights, split into parts.
+    config
+        The operand of LDTILECFG.
+    """
+
+    constants: Annotated[Array, Field(PARAMETERS)]
+    q: Floats2
+    k: Floats2
+    v: Floats2
+    mask: Mask
+    query: Floats3
+    key: Floats3
+    bias: Floats2
+    affine: Floats3
+    jobs: Ints2
+    q_rows: Ints2
+    out_rows: Ints2
+    clocks: Doubles2
+    out: Floats2
+    weights: Floats1
+    tops: Whole1
+    c: Whole2
+    s: Floats3
+    z: Floats2
+    room: Bytes2
+    control: Ints1
+    relay: Annotated[Optional, Field("i8", 1, ("relay",))] = None
+    features: Annotated[Optional, Field(ndim=4, variants=("relay",))] = None
+    errors: Annotated[Optional, Field(ndim=2, variants=("spread",))] = None
+    sizes: Annotated[Optional, Field(variants=("spread",))] = None
+    variances: Annotated[Optional, Field(ndim=2, variants=("spread",))] = None
+    spread: Annotated[Optional, Field("f8", variants=("spread",))] = None
+    query_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
+    key_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
+    config: Annotated[Optional, Field("u1", variants=("pairs", "parts"))] = None
+
+
+class Pull(NamedTuple):
+    """What the pullback takes; `out`, `weights` and `tops` are what the forward pass wrote.
+
+    Attributes
+    ----------
+    none
+        The bias of queries: zeros.
+    query_rows, key_rows
+        The weights (blocks, width, d) row by row.
+    hessian, linear
+        The matrix of the quadratic part of a key's height, and its linear part.
+    dq, dk, dv, projection, bias_sums
+        What is written: rows or, if these are not empty, for each job sums over its rows.
+    query_parts, key_parts, query_rows_parts, key_rows_parts
+        Weights split into parts: of queries as left and right factor, of keys as right and left.
+    """
+
+    constants: Annotated[Array, Field(PARAMETERS)]
+    q: Floats2
+    k: Floats2
+    v: Floats2
+    mask: Mask
+    grad: Floats2
+    out: Floats2
+    weights: Floats1
+    tops: Whole1
+    query: Floats3
+    key: Floats3
+    bias: Floats2
+    affine: Floats3
+    none: Floats2
+    query_rows: Floats3
+    key_rows: Floats3
+    hessian: Floats3
+    linear: Floats2
+    jobs: Ints2
+    clocks: Doubles2
+    dq: Floats2
+    dk: Floats2
+    dv: Floats2
+    projection: Doubles3
+    bias_sums: Doubles2
+    c: Whole2
+    s: Floats3
+    z: Floats2
+    room: Bytes2
+    control: Ints1
+    query_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
+    key_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
+    query_rows_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
+    key_rows_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
+    config: Annotated[Optional, Field("u1", variants=("pairs", "parts"))] = None
+
+
+class Exact(NamedTuple):
+    """What exact attention takes: as `Attend`, its jobs being blocks of tiles of queries."""
+
+    constants: Annotated[Array, Field(EXACT_PARAMETERS)]
+    q: Floats2
+    k: Floats2
+    v: Floats2
+    mask: Mask
+    jobs: Ints2
+    out: Floats2
+    weights: Floats1
+    tops: Whole1
+    room: Bytes2
+    control: Ints1
+    config: Annotated[Optional, Field("u1", variants=("pairs", "parts"))] = None
+
+
+class ExactPull(NamedTuple):
+    """What the gradient of exact attention takes.
+
+    Attributes
+    ----------
+    inverse, delta, tops
+        What is known of a query besides q and g: one over its denominator, and g . out.
+    q_rows, out_rows, dq_rows
+        The first rows of the queries of each head that reads a problem, of their results, and of
+        their dq in each part.
+    dq
+        Padded: whole vectors, rows in multiples of 8; it still lacks the scale.
+    """
+
+    constants: Annotated[Array, Field(EXACT_PARAMETERS)]
+    q: Floats2
+    k: Floats2
+    v: Floats2
+    g: Floats2
+    inverse: Floats1
+    delta: Floats1
+    tops: Whole1
+    mask: Mask
+    jobs: Ints2
+    q_rows: Ints2
+    out_rows: Ints2
+    dq_rows: Ints2
+    dq: Floats2
+    dk: Floats2
+    dv: Floats2
+    room: Bytes2
+    control: Ints1
+
+
+class Rows(NamedTuple):
+    """Rows of numbers."""
+
+    rows: Floats2
