@@ -34,49 +34,35 @@ if _X86:
     if sys.platform == "linux":
         LIBRARIES["x86-64-v4-amx"] = ("x86-64-v4", "+avx512bf16,+amx-tile,+amx-bf16")
 
-#: What asks a processor what it can do: in C's words
-#: ``void favor_np_cpuid(int64_t leaf, int64_t subleaf, uint32_t *registers)`` and
-#: ``int64_t favor_np_xgetbv(void)``.
+#: What asks a processor what it can do.
 _PROCESSOR = """
-target triple = "{triple}"
-define void @favor_np_cpuid(i64 %leaf, i64 %subleaf, ptr %out) {{
-  %a = trunc i64 %leaf to i32
-  %c = trunc i64 %subleaf to i32
-  %found = call {{ i32, i32, i32, i32 }} asm sideeffect "cpuid",
-    "={{ax}},={{bx}},={{cx}},={{dx}},0,2"(i32 %a, i32 %c)
-  %r0 = extractvalue {{ i32, i32, i32, i32 }} %found, 0
-  %r1 = extractvalue {{ i32, i32, i32, i32 }} %found, 1
-  %r2 = extractvalue {{ i32, i32, i32, i32 }} %found, 2
-  %r3 = extractvalue {{ i32, i32, i32, i32 }} %found, 3
-  %p1 = getelementptr i32, ptr %out, i64 1
-  %p2 = getelementptr i32, ptr %out, i64 2
-  %p3 = getelementptr i32, ptr %out, i64 3
-  store i32 %r0, ptr %out
-  store i32 %r1, ptr %p1
-  store i32 %r2, ptr %p2
-  store i32 %r3, ptr %p3
-  ret void
-}}
-define i64 @favor_np_xgetbv() {{
-  %found = call {{ i32, i32 }} asm sideeffect "xgetbv", "={{ax}},={{dx}},{{cx}}"(i32 0)
-  %low = extractvalue {{ i32, i32 }} %found, 0
-  %mask = zext i32 %low to i64
-  ret i64 %mask
-}}
+#include <cpuid.h>
+#include <stdint.h>
+
+void favor_np_cpuid(int64_t leaf, int64_t subleaf, uint32_t *r) {
+  __cpuid_count((uint32_t)leaf, (uint32_t)subleaf, r[0], r[1], r[2], r[3]);
+}
+
+int64_t favor_np_xgetbv(void) {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
 """
 
 
 def compile_processor(folder: Path) -> list[str]:
     """Write the object code of what asks the processor; return its symbols."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    module = llvm.parse_assembly(_PROCESSOR.format(triple=llvm.get_process_triple()))
-    target = llvm.Target.from_triple(llvm.get_process_triple())
-    machine = target.create_target_machine(cpu="x86-64", reloc="pic", codemodel="default")
-    (folder / "processor.o").write_bytes(machine.emit_object(module))
+    source = folder / "processor.c"
+    source.write_text(_PROCESSOR)
+    options = ["-O1", "-c"] if sys.platform == "win32" else ["-O1", "-fPIC", "-c"]
+    command = [*_compiler(), *options, str(source), "-o", str(source.with_suffix(".o"))]
+    subprocess.run(command, check=True)
     return ["favor_np_cpuid", "favor_np_xgetbv"]
+
+
+def _compiler() -> list[str]:
+    return os.environ.get("CC", "clang" if sys.platform == "win32" else "cc").split()
 
 
 def compile_library(folder: Path, name: str) -> list[str]:
@@ -92,13 +78,12 @@ def compile_library(folder: Path, name: str) -> list[str]:
 
 def link(objects: list[Path], symbols: list[str], target: Path) -> None:
     """Link a shared library that needs nothing but what every Python process has loaded."""
-    compiler = os.environ.get("CC", "clang" if sys.platform == "win32" else "cc").split()
     options = {
         "linux": ["-shared", "-nostdlib", "-s", "-Wl,--gc-sections", "-Wl,-z,noexecstack"],
         "darwin": ["-dynamiclib", "-Wl,-x"],
         "win32": ["-shared", *(f"-Wl,/EXPORT:{symbol}" for symbol in symbols)],
     }[sys.platform]
-    subprocess.run([*compiler, *options, "-o", str(target), *map(str, objects)], check=True)
+    subprocess.run([*_compiler(), *options, "-o", str(target), *map(str, objects)], check=True)
 
 
 def build(folder: Path) -> dict[str, Any]:
