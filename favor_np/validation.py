@@ -259,14 +259,15 @@ def dtypes(q: Array, k: Array, v: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
     return result, result if result in _FLOATS else _FLOATS[0]
 
 
-def rows_of(array: Array, dtype: np.dtype[Any]) -> Array:
-    """Return (..., L, d) as a read-only, aligned, C-ordered matrix of all its rows."""
-    flags, shape = array.flags, array.shape
-    if array.dtype != dtype or not (flags.c_contiguous and flags.aligned):
-        array = np.require(array, dtype, ("C", "A"))
-    rows = array.reshape(-1 if array.size else math.prod(shape[:-1]), shape[-1])
-    rows.setflags(False)  # type: ignore[call-arg]  # NumPy takes it, in half the time of a keyword
-    return rows
+def contiguous(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Return an array as kernels read it: in this dtype, in C order, aligned."""
+    if array.dtype is dtype and array.flags.num & _CONTIGUOUS == _CONTIGUOUS:
+        return array
+    return np.require(array, dtype, ("C", "A"))
+
+
+#: Bits of an array's flags: C order, aligned.
+_CONTIGUOUS = 0x0101
 
 
 def last_axis(name: str, shape: Shape, length: int, of: str) -> None:

@@ -1,6 +1,6 @@
 """Compile the kernels for every level of this platform, into shared libraries beside the package.
 
-    python tools/prebuild.py [FOLDER]
+    python tools/prebuild.py [FOLDER] [--only LIBRARY ...]
 
 It needs Numba and a C compiler that links, and takes some minutes.  A wheel gets the libraries by
 ``FAVOR_NP_PREBUILD=1 python -m build --wheel``; in a checkout they lie in favor_np/cpu/libraries,
@@ -86,13 +86,13 @@ def link(objects: list[Path], symbols: list[str], target: Path) -> None:
     subprocess.run([*_compiler(), *options, "-o", str(target), *map(str, objects)], check=True)
 
 
-def build(folder: Path) -> dict[str, Any]:
-    """Build all libraries and their manifest in a folder; return the manifest."""
+def build(folder: Path, wanted: list[str]) -> dict[str, Any]:
+    """Build libraries and their manifest in a folder; return the manifest."""
     from favor_np.cpu.sources import SOURCES
 
     folder.mkdir(parents=True, exist_ok=True)
     libraries: dict[str, Any] = {}
-    names = [*(["processor"] if _X86 else []), *LIBRARIES]
+    names = [*(["processor"] if _X86 else []), *wanted]
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             if name == "processor":
@@ -120,16 +120,17 @@ def _in_a_process(name: str, work: Path) -> list[str]:
     return sorted(path.stem for path in work.glob("*.o"))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?", default=str(ROOT / "favor_np/cpu/libraries"))
+    parser.add_argument("--only", nargs="+", choices=LIBRARIES, help="these libraries alone")
     parser.add_argument("--library", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     if args.library:
         compile_library(Path(args.folder), args.library)
         return
-    manifest = build(Path(args.folder))
+    manifest = build(Path(args.folder), args.only or list(LIBRARIES))
     sizes = {name: (Path(args.folder) / entry["file"]).stat().st_size
              for name, entry in manifest["libraries"].items()}  # fmt: skip
     for name, size in sizes.items():

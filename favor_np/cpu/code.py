@@ -35,7 +35,7 @@ KERNELS: dict[str, tuple[str, Any, Any, list[str], list[str]]] = {
     "pull": ("favor_vjp", records.Pull, tiles.GradientTiles, [""], ["parts"]),
     "attend_exact": ("exact", records.Exact, tiles.ExactTiles, [""], ["pairs", "parts"]),
     "differentiate_exact": ("exact_vjp", records.ExactPull, tiles.ExactGradientTiles, [""], []),
-    "holds_large": ("pack", records.Rows, None, [""], []),
+    "holds_large": ("pack", records.Numbers, None, [""], []),
 }  # fmt: skip
 
 
@@ -53,7 +53,9 @@ class Kernel:
         self.name, self.dtype, self.variant = name, dtype, variant
         self.symbol = "_".join(("favor_np", name, *sorted(variant), dtype.name))
         #: How products of bfloat16 are computed, if there are any.
-        self.way = TARGET.way if variant & {"pairs", "parts"} else ""
+        self.way = TARGET.way if "pairs" in variant else ""
+        if "parts" in variant:
+            self.way = "amx" if TARGET.amx else "plain"
         self.origin = ""
         self._function: Callable[[bytes], int] | None = None
 

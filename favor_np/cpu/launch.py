@@ -22,13 +22,14 @@ from favor_np.cpu.layout import (
     worth_bfloat16,
 )
 from favor_np.cpu.pairs import TILE_CONFIG
+from favor_np.cpu.record import Fixed, fixed
 from favor_np.cpu.records import OVERFLOW, TROUBLE
 from favor_np.cpu.scaling import holds_large
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.cpu.tiles import CHUNK, padded
 from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
-from favor_np.validation import rows_of
+from favor_np.validation import contiguous
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -39,14 +40,6 @@ _NO_NORMALIZERS = {
     np.dtype(kind): (np.zeros(0, kind), np.zeros(0, memory.integer_of(np.dtype(kind))))
     for kind in (np.float32, np.float64)
 }
-
-
-def _mask_rows(mask: Array | None) -> Array:
-    if mask is None:
-        return _NO_MASK
-    flat = mask.reshape(-1)
-    flat.flags.writeable = False
-    return flat
 
 
 def state_sums(form: StateForm, arrays: Any) -> tuple[Array, Array, Array]:
@@ -63,9 +56,9 @@ def fold_tails(form: StateForm, arrays: Any) -> None:
     """Fold the tokens that wait in the tails of states, in place."""
     layout = layout_of(form)
     nothing = np.empty((0, form.value_dim), form.dtype)
-    keys = rows_of(np.empty((0, form.feature_map.dim), form.dtype), form.dtype)
-    inputs = (keys, keys, rows_of(nothing, form.dtype), _NO_MASK)
-    _Launch(layout, inputs, _result(nothing, None), 1, None).fold_tails(arrays)
+    keys = np.empty((0, form.feature_map.dim), form.dtype)
+    arrays_of_call = (keys, keys, nothing, _NO_MASK, nothing, *_NO_NORMALIZERS[form.dtype])
+    _Launch(layout, arrays_of_call, 1).fold_tails(arrays)
 
 
 def attend(
@@ -76,30 +69,36 @@ def attend(
     Packed sequences have a slot of the state each.  `normalizers` receive the denominators of the
     rows as (w, top), w * 2**top.
     """
-    q, k, v, bars, dtype = call.q, call.k, call.v, call.error_bars, call.compute
+    bars, dtype = call.error_bars, call.compute
     shapes, group = call.shapes(stateful=state is not None), None if bars is None else bars.group
     bfloat16 = call.bfloat16 and worth_bfloat16()
-    layout, constants, jobs, longest, work = schedule.schedule(
-        call.map, dtype, shapes, call.causal, group, bfloat16
-    )
+    plan = schedule.schedule(call.map, dtype, shapes, call.causal, group, bfloat16)
+    jobs, longest, v = plan.jobs, plan.longest, contiguous(call.v, dtype)
     if call.decay is not None or call.offsets is not None:
         jobs = _adapted(jobs, call)
-    inputs = (rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), _mask_rows(call.mask))
-    threads = _threads(work * len(jobs.table), call.num_threads)
-    launch = _Launch(layout, inputs, _result(out, normalizers), threads, bars)
+    arrays = (
+        contiguous(call.q, dtype), contiguous(call.k, dtype), v, _mask(call), out,
+        *_flat(normalizers, dtype),
+    )  # fmt: skip
+    threads = _threads(plan.work * len(jobs.table), call.num_threads)
+    launch = _Launch(plan.layout, arrays, threads, bars, plan)
     tokens = call.causal and (longest == 1 or call.offsets is not None)
-    plain = call.mask is None and bars is None and not bfloat16
-    tokens = tokens and plain and jobs.q_rows.shape[1] == 1
+    if tokens:
+        tokens = call.mask is None and bars is None and not bfloat16 and jobs.q_rows.shape[1] == 1
     # What a state has taken in cannot be taken back.  The kernel of tokens looks at them itself.
-    large = state is not None and not (tokens and longest == 1) and holds_large(inputs[2])
+    large = state is not None and not (tokens and longest == 1) and holds_large(v)
     if not large:
-        launch.attend(constants, jobs, longest, state, call.causal, tokens)
-        large = launch.overflow and holds_large(inputs[2])
+        launch.attend(plan.constants, jobs, longest, state, call.causal, tokens)
+        large = launch.overflow and holds_large(v)
     if large and state is not None:  # for the rows that do not overflow
         out[...] = np.nan
-        launch.attend(constants, jobs, longest, copy_states(state), call.causal, tokens)
+        launch.attend(plan.constants, jobs, longest, copy_states(state), call.causal, tokens)
     if large:
-        _attend_scaled(call, inputs[2], out, state)
+        _attend_scaled(call, v, out, state)
+
+
+def _mask(call: Call) -> Array:
+    return _NO_MASK if call.mask is None else call.mask
 
 
 def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
@@ -110,8 +109,7 @@ def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
         after = copy_states(state)
         fold_tails(form, after)
         after[1][...] = scaling.scaled(after[1], -power)
-    small = scaling.scaled(v, -power).reshape(call.v.shape)
-    attend(replace(call, v=small, error_bars=None), rows, after)
+    attend(replace(call, v=scaling.scaled(v, -power), error_bars=None), rows, after)
     scaling.fill(out, scaling.means(rows, power))
     if after is not None:
         fold_tails(form, after)
@@ -189,7 +187,7 @@ def _pull(
     """Run the kernel of the gradient: by the inputs or, with `projection`, by the weights."""
     q, k, v, dtype, state = call.q, call.k, call.v, call.compute, forward.state
     stateful = state is not None or final_state is not None
-    layout, constants, jobs, _, work = schedule.schedule(
+    layout, constants, jobs, _, work, _ = schedule.schedule(
         call.map, dtype, call.shapes(stateful=stateful), call.causal
     )
     jobs = _adapted(jobs, call)
@@ -217,19 +215,17 @@ def _pull(
                 mine[count // 2 :] = first[slots]
     overflow = False
     if count and (forward.out.size or final_state is not None):
-        workers = min(_threads(work * count, call.num_threads), count)
+        workers = _threads(work * count, call.num_threads)
         space = vjp_workspace(layout, stateful=not stateful)
-        weights = *layout.weights, *layout.natural
-        mask, w, tops = _mask_rows(call.mask), *(x.reshape(-1) for x in forward.normalizers)
-        inputs = (
-            constants, rows_of(q, dtype), rows_of(k, dtype), rows_of(v, dtype), mask,
-            rows_of(grad, dtype), rows_of(forward.out, dtype), w, tops,
+        arrays = (
+            contiguous(q, dtype), contiguous(k, dtype), contiguous(v, dtype), _mask(call),
+            contiguous(grad, dtype), contiguous(forward.out, dtype),
+            *_flat(forward.normalizers, dtype), *to, *(states or ()),
         )  # fmt: skip
-        variant = layout.variant & {"parts"}
-        more = (*layout.parts, TILE_CONFIG) if layout.parts is not None else ()
-        record = (*inputs, *weights, jobs.table, jobs.clocks, *to, *(states or ()))
-        known = kernel("pull", dtype, variant)
-        overflow = bool(_run(known, record, more, count, workers, space)[OVERFLOW])
+        more = () if layout.parts is None else (*layout.parts, TILE_CONFIG)
+        fields = constants, jobs.table, jobs.clocks, *layout.weights, *layout.natural, *more
+        known = kernel("pull", dtype, layout.variant & {"parts"})
+        overflow = bool(_run(known, arrays, fixed(fields), count, workers, space)[OVERFLOW])
     pulled = _Pulled(layout, jobs, slots, to, states)
     unseen = (*(to[3:] if projection else ()), *(() if states is None else states[1:]))
     if overflow or not all(np.isfinite(x).all() for x in unseen):  # the kernel looks at rows only
@@ -241,19 +237,19 @@ def _pull_scaled(
     call: Call, forward: Forward, grad: Array, final_state: Any, pulled: _Pulled
 ) -> _Pulled:
     """Fill in what has overflowed, from smaller values and cotangents."""
-    v, out, g = (rows_of(x, call.compute) for x in (call.v, forward.out, grad))
+    v, out, g = (contiguous(x, call.compute) for x in (call.v, forward.out, grad))
     values, cotangents = scaling.power_of(v, out), scaling.power_of(g)
     both = values + cotangents
     if not both:
         return pulled
     small = _pull(
-        replace(call, v=scaling.scaled(v, -values).reshape(call.v.shape)),
+        replace(call, v=scaling.scaled(v, -values)),
         Forward(
-            scaling.scaled(out, -values).reshape(forward.out.shape),
+            scaling.scaled(out, -values),
             forward.normalizers,
             scaling.scaled_states(forward.state, -values, 0),
         ),
-        scaling.scaled(g, -cotangents).reshape(grad.shape),
+        scaling.scaled(g, -cotangents),
         scaling.scaled_states(final_state, -cotangents, -both),
         projection=pulled.to.projection.size > 0,
     )
@@ -279,10 +275,10 @@ class _Launch:
     """What all kernel calls of one attention call share."""
 
     layout: Layout
-    inputs: tuple[Array, ...]
-    result: tuple[Array, ...]
+    arrays: tuple[Array, ...]  # the fields of `Attend` up to the states
     threads: int
-    bars: ErrorBars | None
+    bars: ErrorBars | None = None
+    plan: schedule.Schedule | None = None
     #: Whether something was written that is not finite, or a large token refused.
     overflow: bool = False
 
@@ -326,17 +322,18 @@ class _Launch:
         if not count:
             return
         layout = self.layout
-        space = layout.stateful if state is None else layout.stateless
-        record = self._record(constants, jobs) + tuple(state or ())
-        if tokens:
-            known, more = kernel("attend_tokens", layout.dtype), ()
+        space, arrays = layout.stateful, self.arrays
+        if state is not None:
+            space, arrays = layout.stateless, (*arrays, *state)
+        known = layout.attend_tokens if tokens else layout.attend
+        if self.plan is not None and jobs is self.plan.jobs and not layout.variant:
+            rest = self.plan.fixed
         else:
-            known, more = kernel("attend", layout.dtype, layout.variant), self._more()
-        self._watch(_run(known, record, more, count, min(self.threads, count), space))
-
-    def _watch(self, control: Array) -> None:
-        """Note what a kernel has reported."""
-        self.overflow |= bool(control[OVERFLOW])
+            more = () if tokens else self._more()
+            rest = schedule.fixed_of(layout, constants, jobs, more)
+        control = _run(known, arrays, rest, count, self.threads, space)
+        if control[OVERFLOW]:
+            self.overflow = True
 
     def share(self, constants: Array, jobs: Jobs, state: Any) -> Jobs:
         """Run the few long causal jobs, each on all threads; return the others."""
@@ -356,9 +353,11 @@ class _Launch:
                 new = empty(layout, 1) if state is None else [a[slot, None] for a in state]
                 for array, mine in zip(arrays, new, strict=False):
                     array[total] = mine[0]
-                record = (*self._record(constants, job), c, s, z, room)
                 more = self._more(relay.words, keys)
-                self._watch(POOL.call(known, record, more, relay.count, threads))
+                rest = schedule.fixed_of(layout, constants, job, more)
+                mine = (*self.arrays, c, s, z, room)
+                if POOL.call(known, mine, rest, relay.count, threads)[OVERFLOW]:
+                    self.overflow = True
                 if state is not None:
                     after = c[relay.last], s[total], z[total]
                     for array, mine in zip(state, after, strict=True):
@@ -373,13 +372,6 @@ class _Launch:
             jobs = jobs_without_rows(len(state[0]), self.layout.rows)
             self.run(self.layout.bidirectional, jobs, state)
 
-    def _record(self, constants: Array, jobs: Jobs) -> tuple[Array, ...]:
-        """Return the fields of `Attend` up to the states."""
-        return (
-            constants, *self.inputs, *self.layout.weights, jobs.table, jobs.q_rows, jobs.out_rows,
-            jobs.clocks, *self.result,
-        )  # fmt: skip
-
     def _more(self, words: Array | None = None, keys: Array | None = None) -> tuple[Any, ...]:
         """Return the fields of `Attend` of which there are variants."""
         bars, layout, none = self.bars, self.layout, (None, None)
@@ -387,7 +379,9 @@ class _Launch:
             return ()
         spread: tuple[Any, ...] = (*none, *none)
         if bars is not None:
-            numbers = np.array([bars.dof, bars.prior_dof, bars.t_factor])
+            v = self.arrays[2]
+            rows = v.size // v.shape[-1] // len(bars.variances)
+            numbers = np.array([bars.dof, bars.prior_dof, bars.t_factor, rows])
             spread = (bars.errors, bars.sizes, bars.variances, numbers)
         parts = none if layout.parts is None else layout.parts[:2]
         return words, keys, *spread, *parts, TILE_CONFIG
@@ -410,12 +404,11 @@ def normalizers(out: Array) -> tuple[Array, Array]:
     return np.zeros(rows, out.dtype), np.zeros(rows, memory.integer_of(out.dtype))
 
 
-def _result(out: Array, normalizers: tuple[Array, Array] | None) -> tuple[Array, ...]:
-    """Return what a kernel writes to: the arrays of a Result; the normalizers may be left out."""
-    rows = out.reshape(-1, out.shape[-1])
+def _flat(normalizers: tuple[Array, Array] | None, dtype: np.dtype[Any]) -> tuple[Array, ...]:
+    """Return the denominators of rows, one after the other; none if there are none."""
     if normalizers is None:
-        return (rows, *_NO_NORMALIZERS[out.dtype])
-    return (rows, *(w.reshape(-1) for w in normalizers))
+        return _NO_NORMALIZERS[dtype]
+    return tuple(w.reshape(-1) for w in normalizers)
 
 
 def _threads(work: int, threads: int | None) -> int:
@@ -431,23 +424,24 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     q, k, v, dtype = call.q, call.k, call.v, out.dtype
     table = schedule.exact_jobs(call.shapes())
     work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
-    values = rows_of(v, dtype)
-    record = (
-        exact_parameters(dtype, call.scale, call.causal), rows_of(q, dtype), rows_of(k, dtype),
-        values, _mask_rows(call.mask), table, *_result(out, normalizers),
+    values = contiguous(v, dtype)
+    arrays = (
+        contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), out,
+        *_flat(normalizers, dtype),
     )  # fmt: skip
-    variant, more = _PLAIN, ()
+    fields: tuple[Array, ...] = (exact_parameters(dtype, call.scale, call.causal), table)
+    variant = _PLAIN
     if call.bfloat16 and dtype == np.float32 and worth_bfloat16():
-        variant, more = _PAIRS, (TILE_CONFIG,)
+        variant, fields = _PAIRS, (*fields, TILE_CONFIG)
     elif worth_bf16x3(dtype, CHUNK, q.shape[-1]):
-        variant, more = _PARTS, (TILE_CONFIG,)
+        variant, fields = _PARTS, (*fields, TILE_CONFIG)
     space = exact_workspace(dtype, q.shape[-1], v.shape[-1], variant)
-    workers = min(_threads(work, call.num_threads), len(table))
+    workers = _threads(work, call.num_threads)
     known = kernel("attend_exact", dtype, variant)
-    control = _run(known, record, more, len(table), workers, space)
+    control = _run(known, arrays, fixed(fields), len(table), workers, space)
     if control[OVERFLOW] and holds_large(values):
         power, rows = scaling.POWER[dtype.itemsize], np.empty_like(out)
-        attend_exact(replace(call, v=scaling.scaled(values, -power).reshape(v.shape)), rows)
+        attend_exact(replace(call, v=scaling.scaled(values, -power)), rows)
         scaling.fill(out, scaling.means(rows, power))
     return not control[TROUBLE]
 
@@ -459,22 +453,23 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     """
     q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
     jobs = schedule.exact_vjp_jobs(call.shapes())
-    values, cotangents = rows_of(v, dtype), rows_of(grad_out, dtype)
+    values, cotangents = contiguous(v, dtype), contiguous(grad_out, dtype)
     g, inverse, delta, tops = _cotangents(forward, cotangents)
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
     columns = padded(dim, dtype.itemsize)
     sums = memory.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
-    record = (
-        exact_parameters(dtype, call.scale, call.causal), rows_of(q, dtype), rows_of(k, dtype),
-        values, g, inverse, delta, tops, _mask_rows(call.mask), jobs.table, jobs.q_rows,
-        jobs.out_rows, jobs.dq_rows, sums.reshape(-1, columns), dk, dv,
+    arrays = (
+        contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), g, inverse, delta, tops,
+        sums.reshape(-1, columns), dk, dv,
     )  # fmt: skip
+    constants = exact_parameters(dtype, call.scale, call.causal)
+    fields = (constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows)
     work = 4 * math.prod(call.out_shape[:-1]) * k.shape[-2] * dim
-    workers = min(_threads(work, call.num_threads), len(jobs.table))
+    workers = _threads(work, call.num_threads)
     space = exact_vjp_workspace(dtype, dim, v.shape[-1])
     known = kernel("differentiate_exact", dtype)
-    _run(known, record, (), len(jobs.table), workers, space)
+    _run(known, arrays, fixed(fields), len(jobs.table), workers, space)
     for part in sums[1:]:
         sums[0] += part
     np.multiply(
@@ -486,9 +481,9 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
         small = [np.empty_like(grad) for grad in grads]
         out, normalizers, _ = forward
         exact_vjp(
-            replace(call, v=scaling.scaled(values, -by_values).reshape(v.shape)),
+            replace(call, v=scaling.scaled(values, -by_values)),
             Forward(scaling.scaled(out, -by_values), normalizers),
-            scaling.scaled(cotangents, -by_cotangents).reshape(grad_out.shape),
+            scaling.scaled(cotangents, -by_cotangents),
             small,
         )
         for grad, other, power in zip(grads, small, (both, both, by_cotangents), strict=True):
@@ -502,6 +497,7 @@ def _cotangents(forward: Forward, g: Array) -> tuple[Array, ...]:
     the row may not see.
     """
     w, tops = (array.reshape(-1) for array in forward.normalizers)
+    g = g.reshape(-1, g.shape[-1])
     delta = np.einsum("ix,ix->i", g, forward.out.reshape(g.shape))
     inverse = np.divide(1, w, where=w != 0, out=np.zeros_like(w))
     suspects = np.flatnonzero(~np.isfinite(delta))
@@ -511,24 +507,24 @@ def _cotangents(forward: Forward, g: Array) -> tuple[Array, ...]:
         g[bad] = 0
         inverse[bad] = delta[bad] = np.nan
         inverse[w == 0] = delta[w == 0] = 0
-        g.flags.writeable = False
     return g, inverse, delta, tops
 
 
 def _run(
     known: Kernel,
-    record: tuple[Array, ...],
-    more: tuple[Any, ...],
+    arrays: tuple[Array, ...],
+    rest: Fixed,
     count: int,
     workers: int,
     space: memory.Workspace,
 ) -> Array:
     """Run jobs on threads with such a workspace each; the control words.
 
-    `record` are the fields up to the states or the room, `more` those behind the control words.
+    `arrays` are the fields up to the workspace, `rest` those behind the control words.
     """
-    arrays = memory.borrow(space, workers)
+    workers = min(workers, count)
+    mine = memory.borrow(space, workers)
     try:
-        return POOL.call(known, (*record, *arrays), more, count, workers)
+        return POOL.call(known, arrays + mine, rest, count, workers)
     finally:
-        memory.give_back(space, workers, arrays)
+        memory.give_back(space, workers, mine)

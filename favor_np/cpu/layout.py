@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from favor_np import numerics
 from favor_np.cpu import memory, pairs, records, tiles, tuning
+from favor_np.cpu.code import Kernel, kernel
 from favor_np.cpu.memory import Workspace, aligned_copy, integer_of, workspace
 from favor_np.cpu.processor import TARGET, amx_unavailable
 from favor_np.cpu.tiles import CHUNK, Sizes, padded
@@ -90,6 +91,16 @@ class Layout:
     rows: int
     signs: int
     width: int
+
+    @functools.cached_property
+    def attend(self) -> Kernel:
+        """The kernel for attention of one thread a job."""
+        return kernel("attend", self.dtype, self.variant)
+
+    @functools.cached_property
+    def attend_tokens(self) -> Kernel:
+        """The kernel for jobs of one token."""
+        return kernel("attend_tokens", self.dtype)
 
 
 class _Blocks:

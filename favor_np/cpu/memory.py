@@ -67,6 +67,14 @@ class Workspace:
     state: tuple[int, int] | None = None
     keys: Shape = ()
 
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes for one thread, as far as every call has them."""
+        size = self.room.nbytes
+        if self.state is not None:
+            size += self.dtype.itemsize * sum(map(math.prod, state_shapes(1, *self.state)))
+        return size
+
     def make(self, threads: int, relay: int = 0) -> tuple[Array, ...]:
         """Return rooms and, if there are any, states: one a thread, or those of a relay.
 
@@ -121,7 +129,8 @@ def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...], relay: int
     kept[of, threads, relay] = arrays
     if (
         len(kept) <= tuning.MAX_SPARE
-        and _nbytes(arrays) <= tuning.MAX_SPARE_BYTES // tuning.MAX_SPARE
+        and of.nbytes * threads <= tuning.MAX_SPARE_BYTES // tuning.MAX_SPARE
+        and not relay
     ):
         return
     # A signal handler may have called since, or call now: no iterator may be open.

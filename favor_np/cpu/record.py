@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeAlias, get_args, get_type_hints
 
@@ -39,6 +39,8 @@ class Field:
     ndim: int = 1
     variants: tuple[str, ...] = ()
     block: Any = None
+    #: Whether any number of leading axes counts as the first, whose length the kernel does not ask.
+    rows: bool = False
 
     def dtype(self, float_dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return the dtype in kernels of this precision."""
@@ -59,7 +61,8 @@ Doubles2 = Annotated[Array, Field("f8", 2)]
 Doubles3 = Annotated[Array, Field("f8", 3)]
 Ints1 = Annotated[Array, Field("i8")]
 Ints2 = Annotated[Array, Field("i8", 2)]
-Mask = Annotated[Array, Field("bool")]
+Rows = Annotated[Array, Field(ndim=2, rows=True)]
+Mask = Annotated[Array, Field("bool", rows=True)]
 Bytes2 = Annotated[Array, Field("u1", 2)]
 
 
@@ -70,18 +73,27 @@ def fields(cls: Any) -> dict[str, Field]:
     return {name: get_args(hint)[1] for name, hint in hints.items()}
 
 
-#: Where NumPy's fields begin in an array object: behind what every Python object has.
-_HEADER = object.__basicsize__
-
-
-@functools.cache
-def _packer(count: int) -> Callable[..., bytes]:
-    return struct.Struct(f"={count + 1}q").pack
+#: How a block begins: with where NumPy's fields are in an array object, behind what every Python
+#: object has.
+HEAD = struct.pack("=q", object.__basicsize__)
+_PACK = [struct.Struct(f"={count}q").pack for count in range(64)]
 
 
 def pack(arrays: tuple[Any, ...]) -> bytes:
-    """Return the block of a record, or of its first fields; the arrays must outlive it."""
-    return _packer(len(arrays))(_HEADER, *map(id, arrays))
+    """Return the addresses of arrays, which must outlive the block that begins with HEAD."""
+    return _PACK[len(arrays)](*map(id, arrays))
+
+
+class Fixed(NamedTuple):
+    """The last arrays of a record, and their part of the block."""
+
+    arrays: tuple[Any, ...]
+    block: bytes
+
+
+def fixed(arrays: tuple[Any, ...]) -> Fixed:
+    """Prepare the last arrays of records for any number of calls."""
+    return Fixed(arrays, pack(arrays))
 
 
 #: Words of a tile in the block of a room: where it begins, and its axes.

@@ -1,7 +1,8 @@
 """The records of the kernels: what each of them takes, by name.
 
 The rows of all problems lie one behind the other in `q`, `k`, `v` and `out`: where those of a job
-begin says the table `jobs`, whose columns are named in ``favor_np.jobs``.
+begin says the table `jobs`, whose columns are named in ``favor_np.jobs``.  Up to `control` the
+fields are those of one call; behind it they are of all calls of these shapes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from favor_np.cpu.record import (
     Ints1,
     Ints2,
     Mask,
+    Rows,
     Whole1,
     Whole2,
 )
@@ -120,27 +122,19 @@ class Attend(NamedTuple):
         states: see ``kernels.relay``.
     errors, sizes, variances, spread
         Where standard errors and effective sample sizes go; the variances of the values (batch of
-        v, dv); and the last three numbers of `call.ErrorBars`.
+        v, dv); and three numbers of `call.ErrorBars` (dof, prior_dof, t_factor), and how many rows
+        of values share variances.
     query_parts, key_parts
         The weights, split into parts.
     config
         The operand of LDTILECFG.
     """
 
-    constants: Annotated[Array, Field(PARAMETERS)]
-    q: Floats2
-    k: Floats2
-    v: Floats2
+    q: Rows
+    k: Rows
+    v: Rows
     mask: Mask
-    query: Floats3
-    key: Floats3
-    bias: Floats2
-    affine: Floats3
-    jobs: Ints2
-    q_rows: Ints2
-    out_rows: Ints2
-    clocks: Doubles2
-    out: Floats2
+    out: Rows
     weights: Floats1
     tops: Whole1
     c: Whole2
@@ -148,6 +142,15 @@ class Attend(NamedTuple):
     z: Floats2
     room: Bytes2
     control: Ints1
+    constants: Annotated[Array, Field(PARAMETERS)]
+    jobs: Ints2
+    q_rows: Ints2
+    out_rows: Ints2
+    clocks: Doubles2
+    query: Floats3
+    key: Floats3
+    bias: Floats2
+    affine: Floats3
     relay: Annotated[Optional, Field("i8", 1, ("relay",))] = None
     features: Annotated[Optional, Field(ndim=4, variants=("relay",))] = None
     errors: Annotated[Optional, Field(ndim=2, variants=("spread",))] = None
@@ -176,26 +179,14 @@ class Pull(NamedTuple):
         Weights split into parts: of queries as left and right factor, of keys as right and left.
     """
 
-    constants: Annotated[Array, Field(PARAMETERS)]
-    q: Floats2
-    k: Floats2
-    v: Floats2
+    q: Rows
+    k: Rows
+    v: Rows
     mask: Mask
-    grad: Floats2
-    out: Floats2
+    grad: Rows
+    out: Rows
     weights: Floats1
     tops: Whole1
-    query: Floats3
-    key: Floats3
-    bias: Floats2
-    affine: Floats3
-    none: Floats2
-    query_rows: Floats3
-    key_rows: Floats3
-    hessian: Floats3
-    linear: Floats2
-    jobs: Ints2
-    clocks: Doubles2
     dq: Floats2
     dk: Floats2
     dv: Floats2
@@ -206,6 +197,18 @@ class Pull(NamedTuple):
     z: Floats2
     room: Bytes2
     control: Ints1
+    constants: Annotated[Array, Field(PARAMETERS)]
+    jobs: Ints2
+    clocks: Doubles2
+    query: Floats3
+    key: Floats3
+    bias: Floats2
+    affine: Floats3
+    none: Floats2
+    query_rows: Floats3
+    key_rows: Floats3
+    hessian: Floats3
+    linear: Floats2
     query_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
     key_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
     query_rows_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
@@ -216,17 +219,17 @@ class Pull(NamedTuple):
 class Exact(NamedTuple):
     """What exact attention takes: as `Attend`, its jobs being blocks of tiles of queries."""
 
-    constants: Annotated[Array, Field(EXACT_PARAMETERS)]
-    q: Floats2
-    k: Floats2
-    v: Floats2
+    q: Rows
+    k: Rows
+    v: Rows
     mask: Mask
-    jobs: Ints2
-    out: Floats2
+    out: Rows
     weights: Floats1
     tops: Whole1
     room: Bytes2
     control: Ints1
+    constants: Annotated[Array, Field(EXACT_PARAMETERS)]
+    jobs: Ints2
     config: Annotated[Optional, Field("u1", variants=("pairs", "parts"))] = None
 
 
@@ -244,27 +247,27 @@ class ExactPull(NamedTuple):
         Padded: whole vectors, rows in multiples of 8; it still lacks the scale.
     """
 
-    constants: Annotated[Array, Field(EXACT_PARAMETERS)]
-    q: Floats2
-    k: Floats2
-    v: Floats2
-    g: Floats2
+    q: Rows
+    k: Rows
+    v: Rows
+    mask: Mask
+    g: Rows
     inverse: Floats1
     delta: Floats1
     tops: Whole1
-    mask: Mask
-    jobs: Ints2
-    q_rows: Ints2
-    out_rows: Ints2
-    dq_rows: Ints2
     dq: Floats2
     dk: Floats2
     dv: Floats2
     room: Bytes2
     control: Ints1
+    constants: Annotated[Array, Field(EXACT_PARAMETERS)]
+    jobs: Ints2
+    q_rows: Ints2
+    out_rows: Ints2
+    dq_rows: Ints2
 
 
-class Rows(NamedTuple):
-    """Rows of numbers."""
+class Numbers(NamedTuple):
+    """What `holds_large` takes."""
 
     rows: Floats2

@@ -14,6 +14,7 @@ import numpy as np
 from favor_np.cpu import records as names
 from favor_np.cpu import tuning
 from favor_np.cpu.layout import Layout, layout
+from favor_np.cpu.record import Fixed, fixed
 from favor_np.cpu.threads import give_way
 from favor_np.cpu.tiles import CHUNK, KEY_TILES, QUERY_TILES
 from favor_np.features import FeatureMap
@@ -46,6 +47,7 @@ class Schedule(NamedTuple):
     jobs: Jobs
     longest: int
     work: int  # multiply-adds of a job's projections
+    fixed: Fixed
 
 
 @tuning.depends_on_tuning
@@ -63,7 +65,17 @@ def schedule(
     to_do = broadcast_jobs(shapes, feature_map.num_heads, of.blocks, of.rows)
     longest = max(shapes.q[-2], shapes.k[-2])
     constants = of.causal if causal else of.bidirectional
-    return Schedule(of, constants, to_do, longest, longest * of.features * shapes.q[-1])
+    work = longest * of.features * shapes.q[-1]
+    return Schedule(of, constants, to_do, longest, work, fixed_of(of, constants, to_do))
+
+
+def fixed_of(of: Layout, constants: Array, jobs: Jobs, more: tuple[Any, ...] = ()) -> Fixed:
+    """Return the fields of `records.Attend` behind the control words.
+
+    `more` are those of variants.
+    """
+    arrays = constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, *of.weights
+    return fixed((*arrays, *more))
 
 
 def segments(of: Jobs) -> tuple[Jobs, Jobs]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from favor_np.cpu import code
-from favor_np.cpu.record import pack
+from favor_np.cpu.record import HEAD, Fixed, pack
 from favor_np.cpu.records import CONTROL, COUNT, FINISHED
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
@@ -55,7 +55,7 @@ def thread_limit(count: int) -> Iterator[None]:
     >>> import numpy as np
 
 from favor_np.cpu import code
-from favor_np.cpu.record import pack
+from favor_np.cpu.record import HEAD, Fixed, pack
 from favor_np.cpu.records import CONTROL, COUNT, FINISHED
     >>> import favor_np
     >>> with favor_np.thread_limit(1):
@@ -256,13 +256,13 @@ class TilePool:
         self,
         kernel: code.Kernel,
         arrays: tuple[Any, ...],
-        more: tuple[Any, ...],
+        rest: Fixed,
         count: int,
         threads: int,
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Run `count` jobs of a kernel, on up to `threads` threads, and return its control words.
 
-        Its record is (*arrays, control words, *more).  An interrupt is raised when all jobs are
+        Its record is (*arrays, control words, *rest).  An interrupt is raised when all jobs are
         finished: they work on the caller's arrays.
         """
         if not self._watches:
@@ -270,8 +270,8 @@ class TilePool:
         run = kernel.load()  # compile alone: who interrupts that shall not wait for it
         control = np.zeros(CONTROL, np.int64)
         control[COUNT] = count
-        arrays = (*arrays, control, *more)
-        block = pack(arrays)
+        arrays = (*arrays, control)
+        block = HEAD + pack(arrays) + rest.block
         if threads <= 1 or count <= 1:
             run(block)
             return control
@@ -279,7 +279,7 @@ class TilePool:
         try:
             callers[me] = True
             helpers = min(threads - len(callers), count - 1)  # other callers fill the machine too
-            self._share(run, block, arrays, control, helpers)
+            self._share(run, block, (arrays, rest), control, helpers)
         finally:
             callers.pop(me, None)
         return control
@@ -288,7 +288,7 @@ class TilePool:
         self,
         run: Callable[[bytes], int],
         block: bytes,
-        arrays: tuple[Any, ...],
+        kept: tuple[Any, ...],
         control: Any,
         helpers: int,
     ) -> None:
@@ -299,7 +299,7 @@ class TilePool:
             self._steer()
         count, done, errors = int(control[COUNT]), threading.Lock(), list[BaseException]()
         done.acquire()
-        job: list[Any] = [run, block, arrays, count, done, errors]
+        job: list[Any] = [run, block, kept, count, done, errors]
         finished = 0
         try:
             try:

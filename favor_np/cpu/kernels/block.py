@@ -25,8 +25,9 @@ from numba.np.numpy_support import from_dtype
 from favor_np.cpu import record
 
 _I64 = ir.IntType(64)
-#: Where a NumPy array has its data and its shape, behind what every Python object has.
-_DATA, _SHAPE = 0, 16
+#: Where a NumPy array has its data, its number of axes (32 bits) and their lengths, behind what every
+#: Python object has.
+_DATA, _NDIM, _SHAPE = 0, 8, 16
 
 
 class Block(types.Type):  # type: ignore[misc]  # Numba's classes have no types
@@ -94,14 +95,20 @@ def _get_field(context, builder, block, value, name):
         data = builder.inttoptr(_word(builder, fields, _number(_DATA // 8)), _I64.as_pointer())
         shape = _word(builder, fields, _number(_SHAPE // 8))
         shape = builder.inttoptr(shape, _I64.as_pointer())
-    return _array(context, builder, kind, data, shape)
+        if block.fields[name].rows:
+            axes = [_number(0)] * kind.ndim
+            if kind.ndim > 1:
+                count = builder.and_(_word(builder, fields, _number(_NDIM // 8)), _number(2**32 - 1))
+                axes[-1] = _word(builder, shape, builder.sub(count, _number(1)))
+            return _array(context, builder, kind, data, axes)
+    axes = [_word(builder, shape, _number(axis)) for axis in range(kind.ndim)]
+    return _array(context, builder, kind, data, axes)
 
 
-def _array(context: Any, builder: Any, kind: Any, data: Any, shape: Any) -> Any:
-    """Make the array of a type whose axes are the words at `shape`."""
+def _array(context: Any, builder: Any, kind: Any, data: Any, axes: Any) -> Any:
+    """Make the array of a type whose axes have these lengths."""
     result = make_array(kind)(context, builder)
     size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-    axes = [_word(builder, shape, _number(axis)) for axis in range(kind.ndim)]
     strides = [_number(size)]
     for axis in reversed(axes[1:]):
         strides.insert(0, builder.mul(strides[0], axis, flags=("nsw",)))

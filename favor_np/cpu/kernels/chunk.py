@@ -51,7 +51,6 @@ from favor_np.cpu.kernels.simd import (
     store,
 )
 from favor_np.cpu.kernels.spread import (
-    batch_of,
     count_shares,
     join_groups,
     keep_group,
@@ -146,7 +145,7 @@ def read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, groups, clean, 
             keep_group(t, groups, b)
             first = True
     if groups is not None:
-        batch = batch_of(call.variances, call.v, p.row[V_ROW])
+        batch = p.row[V_ROW] // int(call.spread[3])  # values that share variances
         join_groups(t, groups, count, call, out_row, batch)
         return
     if par.causal:

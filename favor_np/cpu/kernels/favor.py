@@ -19,7 +19,7 @@ from favor_np.cpu.kernels.state import begin, fold_tail
 from favor_np.cpu.kernels.step import step_token
 from favor_np.cpu.records import OVERFLOW, WHOLE, Parameters
 from favor_np.cpu.tiles import CHUNK, PAD
-from favor_np.jobs import KEYS, QUERIES, ROWS, SLOT
+from favor_np.jobs import KEYS, QUERIES, ROWS, SLOT, V_ROW
 
 
 @jit()
@@ -102,13 +102,22 @@ def attend(call):
 
 
 @jit()
+def hold_large(v, jobs):
+    """Whether there is a large value among those of jobs of one token."""
+    count = 0
+    for job in range(jobs.shape[0]):
+        count += count_large(v, jobs[job, V_ROW], jobs[job, V_ROW] + 1)
+    return count > 0
+
+
+@jit()
 def attend_tokens(call):
     """As `attend`, for causal problems of one token each, which is not masked.
 
     States take no large values: if there are any of either, nothing is done.
     """
     par, jobs, finished = parameters(call.constants), call.jobs, 0
-    refused = jobs[0, SLOT] >= 0 and count_large(call.v) > 0
+    refused = jobs[0, SLOT] >= 0 and hold_large(call.v, jobs)
     me, mode = enter(call.control)
     t = room_of(call, me)
     while True:

@@ -207,10 +207,10 @@ def largest_of(rows):
 
 
 @jit()
-def count_large(rows):
-    """How many finite numbers there are whose sums may overflow."""
+def count_large(rows, first, last):
+    """How many finite numbers there are, in rows first:last, whose sums may overflow."""
     limit, count = SINGLE if rows.itemsize == 4 else DOUBLE, 0
-    for i in range(rows.shape[0]):
+    for i in range(first, last):
         for x in range(rows.shape[1]):
             size = abs(rows[i, x])
             count += limit <= size < math.inf
@@ -219,5 +219,5 @@ def count_large(rows):
 
 @jit()
 def holds_large(call):
-    """Whether there is one in the rows of `records.Rows`."""
-    return 1 if count_large(call.rows) > 0 else 0
+    """Whether there is one in the rows of `records.Numbers`."""
+    return 1 if count_large(call.rows, 0, call.rows.shape[0]) > 0 else 0

@@ -26,14 +26,6 @@ from favor_np.cpu.tiles import CHUNK
 
 
 @jit()
-def batch_of(variances, v, row):
-    """To which row of the variances values from this row on belong."""
-    if variances is None:
-        return 0
-    return row // (v.shape[0] // variances.shape[0])
-
-
-@jit()
 def count_shares(par, count, first, keys, phi, z, slot, r0, g):
     """Add the squares of what each feature of a tile has in the denominators."""
     lanes = VECTOR_BYTES // phi.itemsize
