@@ -41,5 +41,3 @@ def parts_of(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         found.append(_pairs(bits))
         rest = rest - (bits & np.uint32(0xFFFF0000)).view(np.float32)
     return np.concatenate(found, axis=-1)
-
-

@@ -59,6 +59,8 @@ _FOLDER, _FILE = 0o755, 0o644
 #: Versions of the sources whose code is kept for a kernel: programs that use two of them share a
 #: cache.
 _VERSIONS = 4
+
+
 def _safe(found: os.stat_result) -> bool:
     """Tell if nobody can write there who could not change this package itself."""
     owners = (os.geteuid(), 0, _PLACE.stat().st_uid)
@@ -137,8 +139,6 @@ def _write(folder: Path, name: str, data: bytes) -> None:
                 os.unlink(draft, dir_fd=at)
 
 
-
-
 def cache_path() -> str | None:
     """Return the folder that is written to; None if there is none."""
     if not enabled():
@@ -189,8 +189,7 @@ def _forget(folder: Path, symbol: str, current: str) -> None:
     """Remove the code of all but these sources and the versions that were compiled last."""
     written: dict[str, float] = {}
     entries = [
-        (path, path.name[len(symbol) + 1 :][:16])
-        for path in folder.glob(f"{symbol}-*.code")
+        (path, path.name[len(symbol) + 1 :][:16]) for path in folder.glob(f"{symbol}-*.code")
     ]
     for path, sources in entries:
         written[sources] = max(written.get(sources, 0), path.stat().st_mtime)

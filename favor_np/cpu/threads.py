@@ -36,31 +36,31 @@ _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
 def thread_limit(count: int) -> Iterator[None]:
     """Use `count` threads for the calls inside a ``with`` block.
 
-    It holds for the current context only (thread or asyncio task).  An argument ``num_threads``
-    overrides it; it overrides the environment variables FAVOR_NP_NUM_THREADS,
-    NUMBA_NUM_THREADS and OMP_NUM_THREADS, in this order.
+        It holds for the current context only (thread or asyncio task).  An argument ``num_threads``
+        overrides it; it overrides the environment variables FAVOR_NP_NUM_THREADS,
+        NUMBA_NUM_THREADS and OMP_NUM_THREADS, in this order.
 
-    Parameters
-    ----------
-    count : int
-        At least 1.
+        Parameters
+        ----------
+        count : int
+            At least 1.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If `count` is not an integer, or is below 1.
+        Raises
+        ------
+        TypeError, ValueError
+            If `count` is not an integer, or is below 1.
 
-    Examples
-    --------
-    >>> import numpy as np
+        Examples
+        --------
+        >>> import numpy as np
 
-from favor_np.cpu import code
-from favor_np.cpu.record import HEAD, Fixed, pack
-from favor_np.cpu.records import CONTROL, COUNT, FINISHED
-    >>> import favor_np
-    >>> with favor_np.thread_limit(1):
-    ...     favor_np.exact_attention(np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 1))).ravel()
-    array([1., 1.])
+    from favor_np.cpu import code
+    from favor_np.cpu.record import HEAD, Fixed, pack
+    from favor_np.cpu.records import CONTROL, COUNT, FINISHED
+        >>> import favor_np
+        >>> with favor_np.thread_limit(1):
+        ...     favor_np.exact_attention(np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 1))).ravel()
+        array([1., 1.])
     """
     from favor_np.validation import integer
 

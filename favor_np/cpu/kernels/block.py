@@ -95,10 +95,12 @@ def _get_field(context, builder, block, value, name):
         data = builder.inttoptr(_word(builder, fields, _number(_DATA // 8)), _I64.as_pointer())
         shape = _word(builder, fields, _number(_SHAPE // 8))
         shape = builder.inttoptr(shape, _I64.as_pointer())
-        if block.fields[name].rows:
-            axes = [_number(0)] * kind.ndim
+        if block.fields[name].rows:  # the first length is not asked, and may be any axis'
+            axes = [_word(builder, shape, _number(0))] * kind.ndim
             if kind.ndim > 1:
-                count = builder.and_(_word(builder, fields, _number(_NDIM // 8)), _number(2**32 - 1))
+                count = builder.and_(
+                    _word(builder, fields, _number(_NDIM // 8)), _number(2**32 - 1)
+                )
                 axes[-1] = _word(builder, shape, builder.sub(count, _number(1)))
             return _array(context, builder, kind, data, axes)
     axes = [_word(builder, shape, _number(axis)) for axis in range(kind.ndim)]
@@ -129,10 +131,11 @@ def room_of(typingctx, call, me):
 
     def codegen(context, builder, signature, args):
         kind = call.type_of("room")
-        rows = make_array(kind)(context, builder, _get_field(context, builder, call, args[0], "room"))
+        rows = make_array(kind)(
+            context, builder, _get_field(context, builder, call, args[0], "room")
+        )
         width = builder.extract_value(rows.shape, 1)
         start = builder.gep(rows.data, [builder.mul(args[1], width)])
         return builder.bitcast(start, _I64.as_pointer())
 
     return call.room(call, types.intp), codegen
-

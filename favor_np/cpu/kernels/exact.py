@@ -45,9 +45,7 @@ from favor_np.jobs import K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START,
 def parameters(constants):
     """The parameters that an array of EXACT_PARAMETERS holds."""
     p = constants[0]
-    return ExactParameters(
-        p.kind, p.kernel_epsilon, p.scale, p.limit, p.far, p.masked, p.causal
-    )
+    return ExactParameters(p.kind, p.kernel_epsilon, p.scale, p.limit, p.far, p.masked, p.causal)
 
 
 @jit()

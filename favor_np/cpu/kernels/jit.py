@@ -7,16 +7,21 @@ raises no exceptions, allocates nothing, and needs nothing of Numba when it runs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import compiler, cpu, registry
+from numba.core import compiler, compiler_machinery, cpu, registry
+from numba.core import typed_passes as typed
+from numba.core import untyped_passes as untyped
 from numba.core.codegen import AOTCodeLibrary, AOTCPUCodegen
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.compiler_machinery import PassManager
 
 from favor_np.cpu.processor import TARGET
 
@@ -37,14 +42,57 @@ class _Codegen(AOTCPUCodegen):  # type: ignore[misc]  # Numba's classes have no 
         return TARGET.features_for(self._way)
 
 
-class _Part(AOTCodeLibrary):  # type: ignore[misc]  # Numba's classes have no types
+class _Passes(PassManager):  # type: ignore[misc]  # Numba's classes have no types
+    """The passes that kernels need: no closures, no literals, no checks of other passes."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__("kernels")
+        state.type_annotation = None
+        for each in (
+            untyped.TranslateByteCode, untyped.FixupArgs, untyped.IRProcessing,
+            untyped.DeadBranchPrune, untyped.GenericRewrites, untyped.ReconstructSSA,
+            untyped.DeadBranchPrune, typed.NopythonTypeInference, typed.PreLowerStripPhis,
+            typed.IRLegalization, typed.NativeLowering, typed.NoPythonBackend,
+        ):  # fmt: skip
+            self.add_pass(each)
+        self.finalize()
+
+    def run(self, state: Any) -> None:
+        """Run them."""
+        for each, _ in self.passes:
+            one = compiler_machinery._pass_registry.get(each).pass_inst
+            one.analysis = self._analysis
+            one.run_pass(state)
+
+
+class _Compiler(Compiler):  # type: ignore[misc]  # Numba's classes have no types
+    def define_pipelines(self) -> list[_Passes]:
+        """Return the only pipeline."""
+        return [_Passes(self.state)]
+
+
+class _Library(AOTCodeLibrary):  # type: ignore[misc]  # Numba's classes have no types
+    """Code that is optimised once before it is linked, function by function, and once as a whole."""
+
+    def _optimize_functions(self, module: Any) -> None:
+        module.data_layout = self._codegen._data_layout
+        manager, builder = self._codegen._function_pass_manager()
+        for function in module.functions:
+            if not function.is_declaration:
+                manager.run(function, builder)
+
+
+class _Part(_Library):
     """Code that is only ever linked into a kernel, and optimised there: none of its own runs."""
 
     def _optimize_final_module(self) -> None:
         pass
 
     def _finalize_final_module(self) -> None:
-        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def finalize(self) -> None:
+        """Leave what it calls to the kernel, which links each part once."""
         self._finalized = True
 
     def get_pointer_to_function(self, name: str) -> int:  # noqa: ARG002
@@ -59,7 +107,7 @@ class _Part(AOTCodeLibrary):  # type: ignore[misc]  # Numba's classes have no ty
         """Do nothing: there is no machine code that could look for it."""
 
 
-class _PartCompiler(Compiler):  # type: ignore[misc]  # Numba's classes have no types
+class _PartCompiler(_Compiler):
     def __init__(self, typingctx: Any, targetctx: Any, library: Any, *args: Any) -> None:
         library = _Part(codegen_for(""), "part")
         super().__init__(typingctx, targetctx, library, *args)
@@ -95,17 +143,46 @@ def jit(*, fastmath: frozenset[str] = FAST) -> Callable[..., Any]:
     return decorate
 
 
-class _Kernel(AOTCodeLibrary):  # type: ignore[misc]  # Numba's classes have no types
+class _Kernel(_Library):
     """A kernel with all that it calls, of which only the kernel itself can be seen."""
 
     symbol = ""
+
+    def finalize(self) -> None:
+        """Link all that it calls, and what that calls, and compile it."""
+        parts: list[Any] = []
+        _collect(self, parts)
+        self._linking_libraries = parts[::-1]  # those first that call the others
+        super().finalize()
 
     def _optimize_final_module(self) -> None:
         module = self._final_module
         for value in (*module.functions, *module.global_variables):
             if not value.is_declaration and value.name != self.symbol:
                 value.linkage = "internal"
-        super()._optimize_final_module()
+        manager, builder = self._codegen._module_pass_manager()
+        manager.run(module, builder)
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Let Python's garbage collector rest: what a compiler makes is mostly kept, or freed at once."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _collect(library: Any, found: list[Any]) -> None:
+    """Add the libraries that one needs, those first that need no other."""
+    for each in library._linking_libraries:
+        if each not in found:
+            _collect(each, found)
+            if each not in found:
+                found.append(each)
 
 
 def _flags() -> Any:
@@ -121,7 +198,7 @@ def compile_kernel(body: Any, kind: Any, symbol: str, way: str) -> bytes:
 
     It returns what the body does, or -1 if that has raised an error.
     """
-    with global_compiler_lock:
+    with global_compiler_lock, _no_collector():
         target = registry.cpu_target
         target.typing_context.refresh()
         target.target_context.refresh()
@@ -129,7 +206,7 @@ def compile_kernel(body: Any, kind: Any, symbol: str, way: str) -> bytes:
         library.symbol = symbol
         result = compiler.compile_extra(
             target.typing_context, target.target_context, body.py_func, (kind,), types.int64,
-            _flags(), {}, library=library,
+            _flags(), {}, library=library, pipeline_class=_Compiler,
         )  # fmt: skip
         library.add_ir_module(_door(target.target_context, library, result.fndesc, symbol))
         library.finalize()

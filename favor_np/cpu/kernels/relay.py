@@ -152,7 +152,18 @@ def attend_relay(par, p, relay, features, number, c, s, z, t):
                 c[slot, r] = c[basis, r]
         if basis >= 0 or (what == READ and relay[own + FITS]):
             taken = attend_chunk(
-                par, p, READ if what == READ else FOLD, at, end - at, distance, c, s, z, slot, keys, t
+                par,
+                p,
+                READ if what == READ else FOLD,
+                at,
+                end - at,
+                distance,
+                c,
+                s,
+                z,
+                slot,
+                keys,
+                t,
             )
             if what != READ:
                 note_fold(relay, i, basis, taken == end - at, c)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 from favor_np.cpu.processor import TARGET, VECTOR_BYTES
@@ -134,36 +135,25 @@ def splat(typingctx, like, scalar):
     return vector(like, scalar), codegen
 
 
-def _elementwise(name: str, floats: str, integers: str) -> Callable[..., Any]:
-    @intrinsic
-    def operation(typingctx, a, b):
-        method = floats if isinstance(a.dtype, types.Float) else integers
+def _operator(symbol: Callable[..., Any], floats: str, integers: str) -> None:
+    """Give vectors an operator, lane by lane."""
 
-        def codegen(context, builder, signature, args):
-            return getattr(builder, method)(*args)
+    @infer_global(symbol)
+    class VectorOperator(ConcreteTemplate):  # type: ignore[misc]  # Numba's classes have no types
+        cases: ClassVar = [
+            signature(Vector(kind), Vector(kind), Vector(kind))
+            for kind in (types.float32, types.float64, types.int32, types.int64)
+        ]
 
-        return a(a, b), codegen
-
-    operation.__name__ = name
-    return operation  # type: ignore[no-any-return]  # intrinsic has no types
-
-
-_add = _elementwise("add", "fadd", "add")
-_sub = _elementwise("sub", "fsub", "sub")
-_mul = _elementwise("mul", "fmul", "mul")
+    @lower_builtin(symbol, Vector, Vector)
+    def operate(context, builder, sig, args):
+        method = floats if isinstance(sig.return_type.dtype, types.Float) else integers
+        return getattr(builder, method)(*args)
 
 
-def _operator(symbol: Callable[..., Any], operation: Callable[..., Any]) -> None:
-    @overload(symbol)
-    def vector_operator(a, b):
-        if isinstance(a, Vector) and a == b:
-            return lambda a, b: operation(a, b)  # noqa: PLW0108 (Numba compiles what is returned)
-        return None
-
-
-_operator(operator.add, _add)
-_operator(operator.sub, _sub)
-_operator(operator.mul, _mul)
+_operator(operator.add, "fadd", "add")
+_operator(operator.sub, "fsub", "sub")
+_operator(operator.mul, "fmul", "mul")
 
 
 @intrinsic

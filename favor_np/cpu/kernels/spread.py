@@ -120,6 +120,4 @@ def compare_groups(t, g, i, call, row, batch):
     mean *= prior_dof / width
     factor = t_factor**2 * groups / ((groups - 1) * (dof + prior_dof))
     for x in range(width):
-        errors[row, x] = math.sqrt(
-            factor * (dof * t.spare[i, x] + variances[batch, x] * mean)
-        )
+        errors[row, x] = math.sqrt(factor * (dof * t.spare[i, x] + variances[batch, x] * mean))
