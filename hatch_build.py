@@ -1,6 +1,6 @@
 """Wheels with machine code: with FAVOR_NP_PREBUILD=1 the kernels are compiled while one is built.
 
-Without it, and for editable installs, the wheel is pure Python, and kernels are compiled where it
+With FAVOR_NP_PREBUILD=here they are compiled for this processor alone.  Without the variable, and for editable installs, the wheel is pure Python, and kernels are compiled where it
 runs.  See tools/prebuild.py.
 """
 
@@ -20,30 +20,33 @@ class Prebuild(BuildHookInterface):  # type: ignore[type-arg]
 
     PLUGIN_NAME = "custom"
 
-    def _wanted(self, version: str) -> bool:
-        return version == "standard" and os.environ.get("FAVOR_NP_PREBUILD", "0") == "1"
-
     def dependencies(self) -> list[str]:
         """Return what compiling needs beside the build backend."""
-        if os.environ.get("FAVOR_NP_PREBUILD", "0") != "1":
-            return []
-        return list(self.metadata.core.dependencies)
+        return list(self.metadata.core.dependencies) if _wanted() else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and name the platform."""
-        if not self._wanted(version):
+        if version != "standard" or not _wanted():
             return
         path = Path(self.root) / "tools" / "prebuild.py"
         spec = importlib.util.spec_from_file_location("prebuild", path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         prebuild = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(prebuild)
         folder = Path(self.directory) / "libraries"
-        prebuild.main([str(folder)])
+        prebuild.main([str(folder), *(["--only", "here"] if _wanted() == "here" else [])])
         for file in folder.iterdir():
             build_data["force_include"][str(file)] = f"favor_np/cpu/libraries/{file.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform()}"
+
+
+def _wanted() -> str:
+    wanted = os.environ.get("FAVOR_NP_PREBUILD", "0")
+    if wanted not in ("0", "1", "here"):
+        raise ValueError(f"FAVOR_NP_PREBUILD must be 0, 1 or here, got {wanted!r}")
+    return wanted if wanted != "0" else ""
 
 
 def _platform() -> str:

@@ -4,6 +4,7 @@
 # dependencies = ["nox>=2025.5"]
 # ///
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -81,6 +82,25 @@ def frozen(session: nox.Session) -> None:
     environ = {"XDG_CACHE_HOME": f"{folder}/cache", "NUMBA_CACHE_DIR": ""}
     for expected in ("compiled", "loaded"):
         session.run(f"{folder}/dist/frozen/frozen", expected, env=environ, external=True)
+
+
+@nox.session(default=False)
+def wheel(session: nox.Session) -> None:
+    """Build a wheel with machine code for this processor, and use it where Numba is not."""
+    folder = Path(session.create_tmp()).absolute() / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    build = ("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), ".")
+    session.run(*build, env={"FAVOR_NP_PREBUILD": "here"})
+    (path,) = folder.glob("*.whl")
+    size = path.stat().st_size / 1e6
+    if size > 15:
+        session.error(f"{path.name} has {size:.1f} MB; it should stay below 15")
+    session.log(f"{path.name}: {size:.1f} MB")
+    session.install("numpy>=2.0", "scipy>=1.13")
+    session.install("--no-deps", "--force-reinstall", str(path))
+    program = str(Path("tests/shipped.py").absolute())
+    session.chdir(session.create_tmp())  # not where the sources are
+    session.run("python", program)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tools/prebuild.py [FOLDER] [--only LIBRARY ...]
 
 It needs Numba and a C compiler that links, and takes some minutes.  A wheel gets the libraries by
-``FAVOR_NP_PREBUILD=1 python -m build --wheel``; in a checkout they lie in favor_np/cpu/libraries,
+``FAVOR_NP_PREBUILD=1 python -m build --wheel`` (or ``=here``: for this processor alone); in a checkout they lie in favor_np/cpu/libraries,
 which git ignores, and serve until a source that kernels depend on is changed.
 """
 
@@ -123,14 +123,20 @@ def _in_a_process(name: str, work: Path) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", nargs="?", default=str(ROOT / "favor_np/cpu/libraries"))
-    parser.add_argument("--only", nargs="+", choices=LIBRARIES, help="these libraries alone")
+    parser.add_argument("--only", nargs="+", choices=("here", *LIBRARIES),
+                        help="these libraries alone; here: those for this processor")  # fmt: skip
     parser.add_argument("--library", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     if args.library:
         compile_library(Path(args.folder), args.library)
         return
-    manifest = build(Path(args.folder), args.only or list(LIBRARIES))
+    wanted = args.only or list(LIBRARIES)
+    if "here" in wanted:
+        from favor_np.cpu.code import useful_kernels
+
+        wanted = sorted({kernel.library for kernel in useful_kernels()})
+    manifest = build(Path(args.folder), wanted)
     sizes = {name: (Path(args.folder) / entry["file"]).stat().st_size
              for name, entry in manifest["libraries"].items()}  # fmt: skip
     for name, size in sizes.items():

@@ -1,5 +1,8 @@
 """Start-up, each in a process of its own."""
 
+import subprocess
+import sys
+
 from .common import favor, full_only
 
 FIRST_CALL = """
@@ -42,3 +45,19 @@ class Cold:
 
     def timeraw_first_call(self):
         return "import os; os.environ['FAVOR_NP_CACHE'] = '0'" + FIRST_CALL
+
+
+class Memory:
+    """What a first call adds to the memory that a process holds once it has imported NumPy."""
+
+    unit = "MB"
+
+    def setup(self):
+        """Fill the cache."""
+        favor("L=64 d=32 m=32", kind="antithetic", heads=1)()
+
+    def track_first_call(self):
+        held = "import resource; r = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        code = "import numpy\n" + held + "before = r\n" + FIRST_CALL + held + "print(r - before)"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return int(found.stdout) / 1024

@@ -60,6 +60,7 @@ class Kernel:
         self._function: Callable[[bytes], int] | None = None
 
     def __repr__(self) -> str:
+        """Name it."""
         return f"<Kernel {self.symbol}>"
 
     @property

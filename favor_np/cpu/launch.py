@@ -253,7 +253,7 @@ def _pull_scaled(
         scaling.scaled_states(final_state, -cotangents, -both),
         projection=pulled.to.projection.size > 0,
     )
-    powers = _Gradients(both, both, cotangents, both, both)
+    powers = both, both, cotangents, both, both
     for mine, other, power in zip(pulled.to, small.to, powers, strict=True):
         scaling.fill(mine, scaling.scaled(other, power))
     if small.states is not None:

@@ -20,8 +20,8 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _ARM = platform.machine().lower() in ("aarch64", "arm64")  # with NEON, whatever LLVM reports
 
 #: What x86-64-v3 and -v4 have, as far as compilers use it.
-_V3 = frozenset("avx avx2 bmi bmi2 f16c fma lzcnt movbe".split())
-_V4 = _V3 | frozenset("avx512bw avx512cd avx512dq avx512f avx512vl".split())
+_V3 = frozenset(["avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"])
+_V4 = _V3 | frozenset(["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"])
 
 _LEVELS = {"x86-64-v3": _V3, "x86-64-v4": _V4}
 _AVX512_NAMES = ("avx512", "lake-server", "cascade", "cooper", "cannon", "icelake", "tigerlake",

@@ -40,18 +40,18 @@ def thread_limit(count: int) -> Iterator[None]:
         overrides it; it overrides the environment variables FAVOR_NP_NUM_THREADS,
         NUMBA_NUM_THREADS and OMP_NUM_THREADS, in this order.
 
-        Parameters
-        ----------
+    Parameters
+    ----------
         count : int
             At least 1.
 
-        Raises
-        ------
+    Raises
+    ------
         TypeError, ValueError
             If `count` is not an integer, or is below 1.
 
-        Examples
-        --------
+    Examples
+    --------
         >>> import numpy as np
 
     from favor_np.cpu import code

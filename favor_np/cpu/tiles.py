@@ -90,8 +90,9 @@ class PartTiles(NamedTuple):
 
 
 class GroupTiles(NamedTuple):
-    """The sums of each group of features under its own top, the squares of the shares of its
-    features, and the tiles in which these are computed.
+    """The sums of each group of features under its own top.
+
+    Besides, the squares of the shares of its features, and the tiles in which these are computed.
     """
 
     den: Floats2
@@ -166,9 +167,10 @@ class GradientTiles(NamedTuple):
 
 
 class ExactPairTiles(NamedTuple):
-    """In bfloat16, query by query: packed queries and features as left factors, keys (first as
-    `rows`) and values as right ones; the sums of features by lanes, of all tiles of queries and of
-    a strip.
+    """The same in bfloat16, query by query.
+
+    Packed queries and features are left factors, keys (first as `rows`) and values right ones.  The
+    sums of features by lanes are those of all tiles of queries and, in `part`, of a strip.
     """
 
     queries: Floats2
@@ -247,7 +249,7 @@ def chunk_room(of: Sizes, variants: frozenset[str]) -> Room:
     blocks, width = of.blocks, of.width
     tiles, lanes = blocks * of.signs, padded(1, of.dtype.itemsize)
     line, features, chunk = (1, CHUNK), (1, tiles * width), (CHUNK, CHUNK)
-    shapes = {
+    shapes: dict[str, Any] = {
         "rows": (CHUNK, dim),
         "columns": (dim, CHUNK),
         "raw": (width, CHUNK),
@@ -310,7 +312,7 @@ def gradient_room(of: Sizes, variants: frozenset[str]) -> Room:
     blocks, width = of.blocks, of.width
     tiles, lanes = blocks * of.signs, padded(1, of.dtype.itemsize)
     line, features, chunk = (1, CHUNK), (1, tiles * width), (CHUNK, CHUNK)
-    shapes = {
+    shapes: dict[str, Any] = {
         "rows": (CHUNK, dim),
         "columns": (dim, CHUNK),
         "raws": (blocks * width, CHUNK),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from favor_np.cpu.kernels.bfloat16 import pair_along
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.simd import (
-    VECTOR_BYTES,
     exp2,
     exp2_short,
     fma,
@@ -21,6 +20,7 @@ from favor_np.cpu.kernels.simd import (
     store,
 )
 from favor_np.cpu.kernels.state import raise_state
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.numerics import ELU, LOG2E, POSITIVE
 
 #: log2 head-room over the running maxima before they are moved.

@@ -29,7 +29,6 @@ from numba.np.arrayobj import make_array
 from favor_np.cpu.kernels.gemm import tiled_gemm
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.simd import (
-    VECTOR_BYTES,
     address,
     fma,
     load,
@@ -37,7 +36,7 @@ from favor_np.cpu.kernels.simd import (
     store,
     transpose,
 )
-from favor_np.cpu.processor import TARGET
+from favor_np.cpu.processor import TARGET, VECTOR_BYTES
 from favor_np.cpu.tiles import PARTS, STEP
 
 _BYTE, _I64 = ir.IntType(8), ir.IntType(64)

@@ -46,7 +46,6 @@ from favor_np.cpu.kernels.products import (
     turn_queries,
 )
 from favor_np.cpu.kernels.simd import (
-    VECTOR_BYTES,
     load,
     store,
 )
@@ -57,6 +56,7 @@ from favor_np.cpu.kernels.spread import (
     lift_squares,
 )
 from favor_np.cpu.kernels.state import add_rows, add_sums
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import READ, WHOLE
 from favor_np.cpu.tiles import CHUNK
 from favor_np.jobs import BLOCK, K_ROW, KEYS, MASK_ROW, ROWS, V_ROW

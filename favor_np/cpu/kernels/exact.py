@@ -35,7 +35,8 @@ from favor_np.cpu.kernels.gemm import gemm_t, prefetch_rows, project_t
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import across, pack, pack_values, write_rows
 from favor_np.cpu.kernels.products import load_tile_config, release_tiles, seen_by
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, sum_lanes
+from favor_np.cpu.kernels.simd import load, sum_lanes
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import TROUBLE, ExactParameters
 from favor_np.cpu.tiles import CHUNK, PARTS, STRIP
 from favor_np.jobs import K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW

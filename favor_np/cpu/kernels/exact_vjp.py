@@ -14,7 +14,8 @@ from favor_np.cpu.kernels.floats import flush_beside
 from favor_np.cpu.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.pack import across, pack, pack_values
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, load, nearest, splat, store, view
+from favor_np.cpu.kernels.simd import exp2, load, nearest, splat, store, view
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import CHUNK, KEY_TILES
 from favor_np.jobs import (
     DQ_ROW,

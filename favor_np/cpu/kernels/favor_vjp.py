@@ -39,7 +39,6 @@ from favor_np.cpu.kernels.products import (
     turn_queries,
 )
 from favor_np.cpu.kernels.simd import (
-    VECTOR_BYTES,
     exp2,
     fma,
     load,
@@ -50,6 +49,7 @@ from favor_np.cpu.kernels.simd import (
     sum_lanes,
 )
 from favor_np.cpu.kernels.state import begin, fold_tail
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import OVERFLOW
 from favor_np.cpu.tiles import CHUNK, PAD
 from favor_np.jobs import (

@@ -20,7 +20,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, highest, load, maximum, splat
+from favor_np.cpu.kernels.simd import highest, load, maximum, splat
+from favor_np.cpu.processor import VECTOR_BYTES
 
 _MACHINE = platform.machine().lower()
 X86, ARM = _MACHINE in ("x86_64", "amd64", "i686"), _MACHINE in ("aarch64", "arm64")

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.simd import SHORT, TALL, VECTOR_BYTES, gemm_tile, prefetch
+from favor_np.cpu.kernels.simd import SHORT, TALL, gemm_tile, prefetch
+from favor_np.cpu.processor import VECTOR_BYTES
 
 _two, _two_one = gemm_tile(2, 4, transposed=False), gemm_tile(2, 1, transposed=False)
 

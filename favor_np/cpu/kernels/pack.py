@@ -10,7 +10,8 @@ from favor_np.cpu.kernels.bfloat16 import round_rows
 from favor_np.cpu.kernels.counters import report
 from favor_np.cpu.kernels.gemm import project_t
 from favor_np.cpu.kernels.jit import EXACT, jit
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, transpose
+from favor_np.cpu.kernels.simd import transpose
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import OVERFLOW
 from favor_np.cpu.tiles import CHUNK
 

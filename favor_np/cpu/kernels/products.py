@@ -33,7 +33,8 @@ from favor_np.cpu.kernels.bfloat16 import (
 from favor_np.cpu.kernels.gemm import gemm_t_fetching, project_t
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import across
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, load, store, sum_lanes
+from favor_np.cpu.kernels.simd import load, store, sum_lanes
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import CHUNK, PARTS, STEP, STRIP
 
 

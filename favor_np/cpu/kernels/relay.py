@@ -16,8 +16,9 @@ from __future__ import annotations
 from favor_np.cpu.kernels.chunk import attend_chunk, piece
 from favor_np.cpu.kernels.floats import IEEE, set_float_mode
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, call_function, fetch_add, load
+from favor_np.cpu.kernels.simd import call_function, fetch_add, load
 from favor_np.cpu.kernels.state import add_state, copy_state, raise_state
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import (
     BASE,
     CHUNKS,

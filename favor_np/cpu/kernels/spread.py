@@ -12,7 +12,6 @@ import math
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import write_rows
 from favor_np.cpu.kernels.simd import (
-    VECTOR_BYTES,
     exp2,
     fma,
     load,
@@ -22,6 +21,7 @@ from favor_np.cpu.kernels.simd import (
     store,
     transpose,
 )
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import CHUNK
 
 

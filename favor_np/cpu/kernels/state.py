@@ -18,7 +18,8 @@ folded when it is full: in between a step only reads S.  z holds the tokens of t
 from __future__ import annotations
 
 from favor_np.cpu.kernels.jit import EXACT, jit
-from favor_np.cpu.kernels.simd import VECTOR_BYTES, exp2, fma, load, splat, store, view
+from favor_np.cpu.kernels.simd import exp2, fma, load, splat, store, view
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import PAD, TAIL
 from favor_np.jobs import ROWS, SLOT
 

@@ -10,7 +10,6 @@ from favor_np.cpu.kernels.gemm import project_two
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
 from favor_np.cpu.kernels.simd import (
-    VECTOR_BYTES,
     exp2,
     fma,
     highest,
@@ -22,6 +21,7 @@ from favor_np.cpu.kernels.simd import (
     sum_lanes,
 )
 from favor_np.cpu.kernels.state import add_pair, begin, fold_tail, scale_row, tail
+from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import TAIL
 from favor_np.jobs import BLOCK, K_ROW, ROWS, V_ROW
 
