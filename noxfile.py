@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import nox
+import nox.command
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -40,6 +41,76 @@ def cuda(session: nox.Session) -> None:
     install(session, "cuda")
     files = session.posargs or ["tests/cuda", "tools/cuda_on_cpu"]
     session.run("pytest", *files, env={"FAVOR_NP_TEST_CUDA": "require"})
+
+
+#: What `arm64` tests.  An emulated compiler takes up to two minutes a kernel, so there are few: of
+#: those for float64 only attention and steps.
+ON_ARM64 = [
+    "tests/test_projection.py",  # the same bits on every machine
+    "tests/test_golden.py",
+    "tests/test_storage.py::test_files_of_older_versions_go_on",  # written on x86-64
+    "tests/test_state.py::test_steps_are_causal_attention",
+    "tests/test_attention.py::test_every_length_around_the_tiles",
+    "tests/test_exact.py::test_every_length_around_the_tiles[True-float32]",
+    "tests/test_exact_vjp.py::test_every_length_around_the_tiles_and_blocks[True-float32]",
+    "tests/test_exact.py::test_threads_change_no_bit[lead0-200-True-float32]",
+    "-k=not f64 or not (vjp or exact)",
+]
+
+#: What apt reads after the machine's own settings: packages for arm64, and its own folder.
+APT = """
+APT::Architecture "arm64";
+APT::Architectures {{ "arm64"; "amd64"; }};
+APT::Install-Recommends "false";
+APT::Sandbox::User "";
+Dir::State "{0}";
+Dir::State::status "{0}/status";
+Dir::Cache "{0}";
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+"""
+
+
+@nox.session(default=False, reuse_venv=True)
+def arm64(session: nox.Session) -> None:
+    """Test the kernels of 64-bit ARM by emulation, on x86-64 with Debian; -R downloads nothing."""
+    folder = Path(session.create_tmp()).absolute()
+    root, wheels = folder / "root", folder / "wheels"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        session.error("emulator and Python come from Debian's packages: there is no apt-get here")
+    (folder / "archives/partial").mkdir(parents=True, exist_ok=True)
+    (folder / "status").touch()
+    (folder / "apt.conf").write_text(APT.format(folder))
+    apt = ("apt-get", "--quiet", f"--config-file={folder}/apt.conf")
+    packages = ("python3", "libstdc++6", "qemu-user-static:amd64")
+    try:
+        session.run_install(*apt, "update", external=True)
+        session.run_install(*apt, "autoclean", external=True)  # what is out of date
+        session.run_install(*apt, "install", "--download-only", "--yes", *packages, external=True)
+    except nox.command.CommandFailed:
+        session.error(f"these packages could not be got from Debian: {', '.join(packages)}")
+    for package in folder.glob("archives/*.deb"):
+        session.run_install("dpkg-deb", "-x", str(package), str(root), log=False, external=True)
+    python = (root / "usr/bin/python3").resolve()  # python3.11
+    session.install("pip>=25.1")
+    session.run_install(
+        *("python", "-m", "pip", "install", "--quiet", "--upgrade", f"--target={wheels}"),
+        *("--platform=manylinux_2_28_aarch64", "--only-binary=:all:"),
+        f"--python-version={python.name.removeprefix('python')}",
+        *PROJECT["project"]["dependencies"],
+        *nox.project.dependency_groups(PROJECT, "arm64"),
+    )
+    processor = "neoverse-n1"
+    session.run(
+        *(f"{root}/usr/bin/qemu-aarch64-static", "-cpu", processor, "-L", str(root), str(python)),
+        *("-m", "pytest", *(session.posargs or ON_ARM64)),
+        external=True,
+        env={
+            "PYTHONPATH": f"{wheels}:{Path.cwd()}",
+            "NUMBA_CACHE_DIR": f"{folder}/kernels",  # kept for the next time
+            "NUMBA_CPU_NAME": processor,  # LLVM does not know an emulated one
+        },
+    )
 
 
 @nox.session
