@@ -118,7 +118,7 @@ def compilation_told() -> Iterator[None]:
     """Say on standard error, once, that kernels are being compiled, if any are."""
     from favor_np.cpu import code, store
 
-    told = []
+    told: list[object] = []
 
     def tell(kernel: object) -> None:
         if not told:
