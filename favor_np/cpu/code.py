@@ -135,9 +135,9 @@ class Kernel:
 
 
 @functools.cache
-def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] = frozenset()) -> Kernel:
-    """Return the kernel of this name."""
-    return Kernel(name, dtype, variant)
+def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] | None = None) -> Kernel:
+    """Return the kernel of this name: one object, however it is asked for."""
+    return kernel(name, dtype, frozenset()) if variant is None else Kernel(name, dtype, variant)
 
 
 def every_kernel() -> Iterator[Kernel]:
