@@ -15,7 +15,7 @@ hypothesis.settings.load_profile("favor_np")
 
 @pytest.fixture(scope="session")
 def shipped_package(tmp_path_factory):
-    """A copy of the package with libraries of machine code, in a folder for the path of a process."""
+    """A copy of the package with libraries of machine code, in a folder that processes import from."""
     from support import shipped
 
     if shutil.which(shipped.PREBUILD["compiler"]()[0]) is None:
@@ -31,6 +31,7 @@ def each_way(request, monkeypatch):
         package = str(request.getfixturevalue("shipped_package"))
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         monkeypatch.setenv("PYTHONPATH", path)
+        monkeypatch.chdir(package)  # where a process looks first
         monkeypatch.delenv("FAVOR_NP_PREBUILT", raising=False)
     else:
         monkeypatch.setenv("FAVOR_NP_PREBUILT", "0")

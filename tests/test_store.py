@@ -131,8 +131,10 @@ def test_old_versions_are_forgotten(path):
 
 def sealed(header, code=CODE):
     """A file with this header, whatever it says."""
-    return store._MAGIC + (header if isinstance(header, bytes) else json.dumps(header).encode()) + (
-        b"\n" + code
+    return (
+        store._MAGIC
+        + (header if isinstance(header, bytes) else json.dumps(header).encode())
+        + (b"\n" + code)
     )
 
 
@@ -208,7 +210,9 @@ def test_only_files_are_read(kind, path):
 def test_full_disk(place):
     """Files may not pass 10 kB: writing more raises OSError, as on a full disk."""
     script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
-    script += "store.save(SYMBOL, HEADER, CODE); print(store.cache_path(), store.load(SYMBOL, HEADER))"
+    script += (
+        "store.save(SYMBOL, HEADER, CODE); print(store.cache_path(), store.load(SYMBOL, HEADER))"
+    )
     assert process(script) == f"{place} None\n"
     assert files(place) == []
 
@@ -247,9 +251,7 @@ def test_read_only_package_uses_the_home_folder(tmp_path):
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
     script = UNPRIVILEGED + "from favor_np.cpu import store\nprint(store.cache_path())"
     try:
-        found = python(
-            script, "-B", cwd=folder, unset=["NUMBA_CACHE_DIR"], PYTHONPATH=str(folder), **home
-        )
+        found = python(script, "-B", cwd=folder, unset=["NUMBA_CACHE_DIR"], **home)
     finally:
         inside.chmod(0o755)
     assert found.startswith(str(tmp_path / "home"))
@@ -340,7 +342,6 @@ def test_the_package_s_own_folder_is_as_safe_as_the_package(tmp_path):
             "from favor_np.cpu import store\nprint(store.cache_path())",
             cwd=folder,
             unset=["NUMBA_CACHE_DIR"],
-            PYTHONPATH=str(folder),
         )
         assert (found.strip() == str(inside)) == used
 
