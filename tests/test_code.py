@@ -16,7 +16,7 @@ import pytest
 from support import shipped
 from support.child import HANG, environment, python
 
-from favor_np.cpu import code, sources, store
+from favor_np.cpu import code, sources
 from favor_np.cpu.kernels import pack
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -549,9 +549,9 @@ def undefined(code):
     import llvmlite.binding as llvm
 
     sections = {s.name(): s.data() for s in llvm.ObjectFileRef.from_data(code).sections()}
-    names, found = sections[".strtab"], set()
+    names, found = sections[b".strtab"], set()
     for name, _info, _other, section, _value, _size in struct.iter_unpack(
-        "<IBBHQQ", sections[".symtab"]
+        "<IBBHQQ", sections[b".symtab"]
     ):
         if name and section == 0:
             found.add(names[name : names.index(b"\0", name)].decode())
