@@ -16,12 +16,12 @@ hypothesis.settings.load_profile("favor_np")
 @pytest.fixture(scope="session")
 def shipped_package(tmp_path_factory):
     """A copy of the package with libraries of machine code, in a folder that processes import from."""
-    from support import shipped
+    from support import libraries
 
-    if shutil.which(shipped.PREBUILD["compiler"]()[0]) is None:
+    if shutil.which(libraries.PREBUILD["compiler"]()[0]) is None:
         pytest.skip("needs a C compiler")
     folder = tmp_path_factory.mktemp("shipped")
-    return shipped.ship(shipped.copy(folder), tmp_path_factory.mktemp("work"))
+    return libraries.ship(libraries.copy(folder), tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(params=["compiled here", "shipped"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import shipped
+from support import libraries
 from support.child import HANG, environment, python
 
 from favor_np.cpu import code, sources
@@ -66,7 +66,7 @@ def warm(filled, tmp_path):
 @pytest.fixture
 def copied(tmp_path):
     """The package copied to a place of its own, to be edited."""
-    return shipped.copy(tmp_path / "copy")
+    return libraries.copy(tmp_path / "copy")
 
 
 # ----------------------------------------------------------------------------------------
@@ -146,6 +146,8 @@ def test_a_kernel_is_one_object():
     assert kernel is code.kernel("pull", np.dtype("f8"), frozenset())
     assert kernel in set(code.every_kernel())
     assert kernel is not code.kernel("pull", np.dtype(np.float32))
+    another = code.Kernel("holds_large", kind, frozenset())
+    assert another.load() != code.kernel("holds_large", kind).load()  # and both are there
 
 
 def test_what_kernels_call_has_no_machine_code_of_its_own():
@@ -198,9 +200,9 @@ def test_edited_callee_is_compiled_anew(copied):
     inside = copied / "favor_np" / "cpu" / "kernels" / "__pycache__"
     script = """
 import numpy as np
-from favor_np.cpu import code, record
-kernel, rows = code.kernel("holds_large", np.dtype("f4")), np.full((2, 3), 2**33, "f4")
-print(kernel(record.pack((rows,))), kernel.origin)
+from favor_np.cpu import code, scaling
+large = scaling.holds_large(np.full((2, 3), 2**33, "f4"))
+print(int(large), code.kernel("holds_large", np.dtype("f4")).origin)
 """
 
     def run():
@@ -275,7 +277,7 @@ print(SOURCES, {name}.__file__)
 def test_kernels_take_nothing_else_from_outside():
     """Of the package: modules that the digest of the sources includes."""
     whole, constants = set(sources._SHARED), {module.__name__ for module in sources._EARLIER}
-    for path in sorted((shipped.PACKAGE / "cpu" / "kernels").glob("*.py")):
+    for path in sorted((libraries.PACKAGE / "cpu" / "kernels").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert not any(name.name.startswith("favor_np") for name in node.names)

@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from support import shipped
+from support import libraries
 from support.child import BEGIN, python
 
 from favor_np.cpu import processor
 from favor_np.cpu.processor import TARGET
 
-PREBUILD = shipped.PREBUILD
+PREBUILD = libraries.PREBUILD
 linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="builds a library for Linux"
 )
@@ -66,16 +66,16 @@ def package(shipped_package, tmp_path):
 
 
 def manifest(package):
-    return json.loads((shipped.libraries(package) / "manifest.json").read_text())
+    return json.loads((libraries.folder(package) / "manifest.json").read_text())
 
 
 def set_manifest(package, content):
     text = content if isinstance(content, str) else json.dumps(content)
-    (shipped.libraries(package) / "manifest.json").write_text(text)
+    (libraries.folder(package) / "manifest.json").write_text(text)
 
 
 def library(package, name=TARGET.level):
-    return shipped.libraries(package) / f"{name}.{PREBUILD['SUFFIX']}"
+    return libraries.folder(package) / f"{name}.{PREBUILD['SUFFIX']}"
 
 
 # ----------------------------------------------------------------------------------------
@@ -89,14 +89,14 @@ from favor_np.cpu import code
 print({kernel.origin for kernel in code.every_kernel() if kernel.origin})
 print(len([kernel for kernel in code.every_kernel() if kernel.origin]))
 """
-    count = sum(map(len, shipped.KERNELS.values()))
-    found = run(ALONE + shipped.CALLS + script, shipped_package)
+    count = sum(map(len, libraries.KERNELS.values()))
+    found = run(ALONE + libraries.CALLS + script, shipped_package)
     assert found == f"{{'shipped'}}\n{count}\n"
 
 
 def test_nothing_that_compiles_is_imported(shipped_package):
     script = "import sys\nprint([n for n in ('numba', 'llvmlite', 'scipy') if n in sys.modules])"
-    assert run(shipped.CALLS + script, shipped_package) == "[]\n"
+    assert run(libraries.CALLS + script, shipped_package) == "[]\n"
 
 
 def test_both_ways_compute_the_same_bits(shipped_package):
@@ -104,8 +104,8 @@ def test_both_ways_compute_the_same_bits(shipped_package):
 import hashlib
 print([hashlib.sha256(np.ascontiguousarray(x)).hexdigest() for x in results])
 """
-    here = run(shipped.CALLS + script, shipped_package, FAVOR_NP_PREBUILT="0")
-    assert run(shipped.CALLS + script, shipped_package) == here
+    here = python(libraries.CALLS + script, FAVOR_NP_PREBUILT="0")
+    assert run(libraries.CALLS + script, shipped_package) == here
 
 
 def test_it_can_be_turned_off(shipped_package):
@@ -224,7 +224,7 @@ def outside(name):
     """Put the library where no library belongs, and its true SHA-256 into the manifest."""
 
     def spoil(package):
-        target = (shipped.libraries(package) / name.format(package)).resolve()
+        target = (libraries.folder(package) / name.format(package)).resolve()
         target.parent.mkdir(exist_ok=True)
         library(package).rename(target)
         content = manifest(package)
@@ -239,7 +239,7 @@ def no_library(package):
 
 
 def no_manifest(package):
-    (shipped.libraries(package) / "manifest.json").unlink()
+    (libraries.folder(package) / "manifest.json").unlink()
 
 
 def a_folder(package):
@@ -252,7 +252,7 @@ SPOILT = {
     "no manifest": (no_manifest, NOTHING),
     "empty": (in_manifest(lambda all, mine: " "), NOTHING),
     "half": (in_manifest(lambda all, mine: json.dumps(all)[:50]), NOTHING),
-    "no text": (lambda package: (shipped.libraries(package) / "manifest.json").write_bytes(b"\xff"),
+    "no text": (lambda package: (libraries.folder(package) / "manifest.json").write_bytes(b"\xff"),
                 NOTHING),
     "a list": (in_manifest(lambda all, mine: [all]), NOTHING),
     "no sources": (in_manifest(lambda all, mine: all.pop("sources") and None), OTHERS),
@@ -275,9 +275,9 @@ SPOILT = {
     "SHA-256 is nothing": (in_manifest(lambda all, mine: mine.update(sha256=None)), DAMAGED),
     "another SHA-256": (in_manifest(lambda all, mine: mine.update(sha256=64 * "0")), DAMAGED),
     # where a library lies
-    "file above": (outside("../code.so"), DAMAGED),
-    "file below": (outside("below/code.so"), DAMAGED),
-    "file elsewhere": (outside("{}/code.so"), DAMAGED),
+    "file above": (outside("../spare.so"), DAMAGED),
+    "file below": (outside("below/spare.so"), DAMAGED),
+    "file elsewhere": (outside("{}/spare.so"), DAMAGED),
     # the library
     "no library": (no_library, DAMAGED),
     "a folder": (a_folder, DAMAGED),
@@ -373,7 +373,7 @@ def test_libraries_need_nothing_but_what_every_process_has(shipped_package):
     """So they run wherever Python does."""
     if shutil.which("readelf") is None or not sys.platform.startswith("linux"):
         pytest.skip("needs readelf")
-    for path in shipped.libraries(shipped_package).glob("*.so"):
+    for path in libraries.folder(shipped_package).glob("*.so"):
         command = ["readelf", "--wide", "--dynamic", str(path)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert "(NEEDED)" not in said
@@ -381,7 +381,7 @@ def test_libraries_need_nothing_but_what_every_process_has(shipped_package):
 
 
 def test_no_path_of_who_built_them_is_in_the_libraries(shipped_package):
-    for path in shipped.libraries(shipped_package).iterdir():
+    for path in libraries.folder(shipped_package).iterdir():
         content = path.read_bytes()
-        assert os.fsencode(shipped.PACKAGE.parent) not in content
+        assert os.fsencode(libraries.PACKAGE.parent) not in content
         assert os.fsencode(shipped_package) not in content

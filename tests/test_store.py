@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import shipped
+from support import libraries
 from support.child import python
 
 from favor_np.cpu import code, sources, store
@@ -245,7 +245,7 @@ def test_read_only_cache_is_used(path):
 @posix
 @linux
 def test_read_only_package_uses_the_home_folder(tmp_path):
-    folder = shipped.copy(tmp_path / "copy")
+    folder = libraries.copy(tmp_path / "copy")
     inside = folder / "favor_np" / "cpu" / "kernels"
     inside.chmod(0o555)
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
@@ -331,7 +331,7 @@ def test_nothing_is_open_to_others_whatever_the_umask(umask, place):
 @posix
 def test_the_package_s_own_folder_is_as_safe_as_the_package(tmp_path):
     """Whoever may write to the package need not write to its cache; but nobody else may."""
-    folder = shipped.copy(tmp_path / "copy")
+    folder = libraries.copy(tmp_path / "copy")
     kernels = folder / "favor_np" / "cpu" / "kernels"
     inside = kernels / "__pycache__"
     inside.mkdir()
@@ -352,7 +352,7 @@ def test_default_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere/home")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     inside, home = store.folders()
-    assert inside == shipped.PACKAGE / "cpu" / "kernels" / "__pycache__"
+    assert inside == libraries.PACKAGE / "cpu" / "kernels" / "__pycache__"
     if sys.platform.startswith("linux"):
         assert home.parent == Path("/somewhere/home/.cache/favor_np")
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")

@@ -134,10 +134,15 @@ class Kernel:
         return jit.compile_kernel(body, kind, self.symbol, self.way)
 
 
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+
+
 @functools.cache
 def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] | None = None) -> Kernel:
     """Return the kernel of this name: one object, however it is asked for."""
-    return kernel(name, dtype, frozenset()) if variant is None else Kernel(name, dtype, variant)
+    if variant is None:
+        return kernel(name, dtype, frozenset())
+    return _kernels.setdefault((name, dtype, variant), Kernel(name, dtype, variant))
 
 
 def every_kernel() -> Iterator[Kernel]:
@@ -241,7 +246,7 @@ def _link(code: bytes, symbol: str) -> Callable[[bytes], int]:
     import llvmlite.binding as llvm
 
     builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
-    linked = builder.export_symbol(symbol).link(_linker(), symbol)
+    linked = builder.export_symbol(symbol).link(_linker(), f"{symbol}_{len(_libraries)}")
     _libraries.append(linked)
     return _FUNCTION(linked[symbol])
 

@@ -19,13 +19,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from favor_np.cpu import code
 from favor_np.cpu.record import HEAD, Fixed, pack
 from favor_np.cpu.records import CONTROL, COUNT, FINISHED
+
+if TYPE_CHECKING:
+    from favor_np.cpu.code import Kernel
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
     "favor_np_threads", default=None
@@ -224,7 +226,7 @@ class TilePool:
 
     def call(
         self,
-        kernel: code.Kernel,
+        kernel: Kernel,
         arrays: tuple[Any, ...],
         rest: Fixed,
         count: int,

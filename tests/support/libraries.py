@@ -48,16 +48,16 @@ results += [state.attend(q), state.S]
 """
 
 
-def copy(folder):
-    """Copy the package to a folder that a process may have in its path; return the folder."""
+def copy(place):
+    """Copy the package to a folder from which a process may import it; return the folder."""
     ignored = shutil.ignore_patterns("__pycache__", "libraries")
-    shutil.copytree(PACKAGE, folder / "favor_np", ignore=ignored)
-    return folder
+    shutil.copytree(PACKAGE, place / "favor_np", ignore=ignored)
+    return place
 
 
-def libraries(folder):
+def folder(place):
     """Where the libraries of such a copy lie."""
-    return folder / "favor_np" / "cpu" / "libraries"
+    return place / "favor_np" / "cpu" / "libraries"
 
 
 def objects(work):
@@ -71,9 +71,9 @@ def objects(work):
     return symbols
 
 
-def ship(folder, work):
+def ship(place, work):
     """Give a copy of the package the libraries of `KERNELS`; `work` is a folder for drafts."""
-    target, found = libraries(folder), {}
+    target, found = folder(place), {}
     target.mkdir()
     makers = {TARGET.level: objects, "processor": PREBUILD["compile_processor"]}
     for name, make in makers.items():
@@ -82,4 +82,4 @@ def ship(folder, work):
             path = target / f"{name}.{PREBUILD['SUFFIX']}"
             found[name] = PREBUILD["link"](work / name, make(work / name), path)
     PREBUILD["write_manifest"](target, found)
-    return folder
+    return place
