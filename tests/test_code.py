@@ -155,7 +155,7 @@ def test_what_kernels_call_has_no_machine_code_of_its_own():
     code.Kernel("holds_large", np.dtype(np.float32), frozenset()).compile()
     assert pack.count_large.overloads
     with pytest.raises(TypeError, match="only kernels can call it"):
-        pack.count_large(np.ones((2, 2), np.float32))
+        pack.count_large(np.ones((2, 2), np.float32), 0, 2)
 
 
 @posix
