@@ -151,7 +151,7 @@ def frozen(session: nox.Session) -> None:
     places = [f"--{name}path={folder}/{name}" for name in ("dist", "work", "spec")]
     session.run("pyinstaller", "--log-level=WARN", "--noconfirm", *places, "tests/frozen.py")
     environ = {"XDG_CACHE_HOME": f"{folder}/cache", "NUMBA_CACHE_DIR": ""}
-    for expected in ("compiled", "loaded"):
+    for expected in ("compiled", "stored"):
         session.run(f"{folder}/dist/frozen/frozen", expected, env=environ, external=True)
 
 

@@ -2,12 +2,8 @@
 
 import os
 
-import numpy as np
 import pytest
 from support.child import BEGIN, HANG, python
-
-import favor_np
-from favor_np import exact_attention, favor_attention
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
@@ -31,12 +27,17 @@ def fork(use=check):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled():
-    """Compile here, into the cache: the processes below then start in half a second."""
-    x = np.ones((2, 3), np.float32)
-    favor_attention(x, x, x, favor_np.feature_map("positive", dim=3, num_features=4))
-    exact_attention(x, x, x)
+@pytest.fixture(autouse=True)
+def way(each_way):
+    """All of this holds for code that was compiled here, and for code that was shipped."""
+    return each_way
+
+
+def test_where_their_code_comes_from(way):
+    code = "from favor_np.cpu import code\nprint({k.origin for k in code.every_kernel()} - {''})"
+    for _ in range(2):
+        found = python(BEGIN + "check()\n" + code)
+    assert found == ("{'shipped'}\n" if way == "shipped" else "{'stored'}\n")
 
 
 # ----------------------------------------------------------------------------------------
@@ -141,37 +142,6 @@ assert not failures, failures
         # Python warns of any fork beside threads; these are the test's own.
         "-W",
         "ignore:This process:DeprecationWarning",
-    )
-
-
-@forks
-def test_fork_while_another_thread_compiles():
-    wait = """
-while 'favor_np.cpu.threads' not in sys.modules: time.sleep(0.001)
-import numba.core.event as event
-class Begun(event.Listener):
-    def on_start(self, event): begun.set()
-    def on_end(self, event): pass
-begun = threading.Event()
-event.register("numba:compile", Begun())
-begun.wait()"""
-    python(
-        """
-import os, signal, sys, threading, time
-import numpy as np
-import favor_np
-from favor_np import exact, validation
-x = np.ones((2, 3, 4), np.float32)
-def check():
-    assert (favor_np.exact_attention(x, x, x) == 1).all()
-"""
-        + CHILD
-        + "other = threading.Thread(target=check)\nother.start()\n"
-        + wait
-        + "\nfork()\nother.join()\ncheck()\n",
-        "-W",
-        "ignore:This process:DeprecationWarning",
-        FAVOR_NP_CACHE="0",
     )
 
 
@@ -346,37 +316,6 @@ assert (out == expected).all()
 
 
 @posix
-def test_keyboard_interrupt_while_compiling():
-    python(
-        LISTEN
-        + """
-import os, threading, time
-import numpy as np
-import favor_np
-from favor_np.cpu import launch
-import numba.core.event as event
-
-class Begun(event.Listener):
-    def on_start(self, event): os.kill(os.getpid(), signal.SIGINT)
-    def on_end(self, event): pass
-listener = Begun()
-event.register("numba:compile", listener)
-x = np.ones((4, 2048, 16), np.float32)
-try:
-    favor_np.exact_attention(x, x, x, num_threads=2)
-except KeyboardInterrupt:
-    pass
-else:
-    raise AssertionError("not interrupted")
-event.unregister("numba:compile", listener)
-assert not launch.exact_kernels.attend_exact.overloads, "a helper went on compiling"
-assert (favor_np.exact_attention(x, x, x, num_threads=2) == 1).all()
-""",
-        FAVOR_NP_CACHE="0",
-    )
-
-
-@posix
 def test_signal_handler_that_calls():
     """It runs wherever the interrupted call happens to be, the pool's own bookkeeping included."""
     python(
@@ -394,7 +333,7 @@ def handler(number, frame):
     if handled < 200:
         signal.setitimer(signal.ITIMER_REAL, 0.003)
 
-check(3)  # with three threads the fourth head has another kernel: Numba cannot compile in a handler
+check(3)  # with three threads the fourth head has another kernel: none is compiled in a handler
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.003)
 while handled < 200:

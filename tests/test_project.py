@@ -149,7 +149,6 @@ def test_no_test_imports_another():
 def test_no_test_changes_a_threshold_by_itself():
     names = {(path.name, name) for path in TESTS for name in retuned(path.read_text("utf-8"))}
     assert {pair for pair in names if pair[1].isupper() or pair[1] in tuning.HOME} == {
-        ("test_cache.py", "CACHE_DIR"),  # of Numba's configuration
         ("test_scratch.py", "KEPT"),  # of one object
     }
 

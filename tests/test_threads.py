@@ -1,11 +1,14 @@
 """The pool of threads: who works, who waits, how many there are, and the same bits for any number."""
 
+import ctypes
 import gc
 import os
 import signal
+import struct
 import sys
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ from support.child import BEGIN, HANG, python
 import favor_np
 from favor_np import exact_attention, favor_attention, thread_limit
 from favor_np.cpu import launch, threads
+from favor_np.cpu.record import fixed
+from favor_np.cpu.records import COUNT, FINISHED, NEXT
 
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 
@@ -29,19 +33,29 @@ def problem(dtype=np.float32, heads=4, length=1100, seed=0):
 # ----------------------------------------------------------------------------------------
 
 
+def arrays_of(block):
+    """The arrays of a record, as kernels find them: by the addresses in its block."""
+    addresses = struct.unpack(f"={len(block) // 8}q", block)[1:]
+    return [ctypes.cast(address, ctypes.py_object).value for address in addresses]
+
+
 class Kernel:
     """A kernel by its contract: take jobs until none is left, say how many are finished by now."""
 
     def __init__(self, job=lambda number, helping: None):
         self.job, self.lock, self.runs = job, threading.Lock(), []
 
-    def __call__(self, array, control, count):
+    def load(self):
+        return self
+
+    def __call__(self, block):
+        _, control = arrays_of(block)
         finished = 0
         while True:
             with self.lock:
-                number = int(control[0])
-                control[0] += 1
-            if number >= count:
+                number = int(control[NEXT])
+                control[NEXT] += 1
+            if number >= control[COUNT]:
                 break
             self.job(number, threading.current_thread().name == "favor_np-helper")
             finished += 1
@@ -49,8 +63,14 @@ class Kernel:
         if not finished:
             return 0
         with self.lock:
-            control[8] += finished
-            return int(control[8])
+            control[FINISHED] += finished
+            return int(control[FINISHED])
+
+
+def run(pool, kernel, count, number, array=None):
+    """Call a kernel on one array; its control words."""
+    array = np.ones(1) if array is None else array
+    return pool.call(kernel, (array,), fixed(()), count, number)
 
 
 def test_caller_waits_for_what_a_helper_has_claimed():
@@ -68,9 +88,9 @@ def test_caller_waits_for_what_a_helper_has_claimed():
     for _ in range(3):
         done.clear()
         helping.clear()
-        control = pool.call(Kernel(job), (np.ones(1),), 5, 2)
+        control = run(pool, Kernel(job), 5, 2)
         assert sorted(done) == [0, 1, 2, 3, 4]
-        assert control[8] == 5
+        assert control[FINISHED] == 5
     pool.stop()
 
 
@@ -108,7 +128,7 @@ def test_interrupts_wait_for_what_a_helper_has_claimed():
     other.start()
     try:
         with pytest.raises(InterruptedError):
-            pool.call(Kernel(job), (np.ones(1),), 2, 2)
+            run(pool, Kernel(job), 2, 2)
         assert done.count("interrupted") == 3
         assert {0, 1} <= set(done)
     finally:
@@ -129,15 +149,15 @@ def test_interrupt_right_after_the_kernel_waits_too():
         done.append(number)
 
     class Interrupted(Kernel):
-        def __call__(self, array, control, count):
-            result = super().__call__(array, control, count)
-            if count and threading.current_thread().name != "favor_np-helper":
+        def __call__(self, block):
+            result = super().__call__(block)
+            if threading.current_thread().name != "favor_np-helper":
                 raise KeyboardInterrupt
             return result
 
     pool = threads.TilePool()
     with pytest.raises(KeyboardInterrupt):
-        pool.call(Interrupted(job), (np.ones(1),), 3, 2)
+        run(pool, Interrupted(job), 3, 2)
     assert sorted(done) == [0, 1, 2]
     pool.stop()
 
@@ -150,12 +170,12 @@ def test_call_ends_without_helpers():
         busy.set()
         assert free.wait(HANG)
 
-    other = threading.Thread(target=pool.call, args=(Kernel(hold), (np.ones(1),), 2, 2))
+    other = threading.Thread(target=run, args=(pool, Kernel(hold), 2, 2))
     other.start()
     assert busy.wait(HANG)
     kernel, array = Kernel(), np.ones(3)
     gone = weakref.ref(array)
-    assert pool.call(kernel, (array,), 4, 3)[8] == 4
+    assert run(pool, kernel, 4, 3, array)[FINISHED] == 4
     assert kernel.runs[-1] == (threading.current_thread().name, 4)
     del array
     gc.collect()
@@ -165,60 +185,12 @@ def test_call_ends_without_helpers():
     pool.stop()
 
 
-@forks
-def test_forks_are_watched_once(monkeypatch):
-    """Twice would take a lock twice and release it once."""
-    hooks = []
-
-    def register(**hook):
-        threading.Event().wait(0.1)
-        hooks.append(hook)
-
-    monkeypatch.setattr(os, "register_at_fork", register)
-    pool, barrier = threads.TilePool(), threading.Barrier(8)
-
-    def work():
-        barrier.wait(HANG)
-        pool.call(Kernel(), (np.ones(1),), 1, 1)
-
-    team = [threading.Thread(target=work) for _ in range(8)]
-    for thread in team:
-        thread.start()
-    for thread in team:
-        thread.join(HANG)
-    assert len(hooks) == 1
-
-
-@forks
-def test_fork_hooks_come_after_those_of_logging():
-    """The last hooks run first: a fork must not wait for a compilation that waits for logging."""
-    python(
-        """
-import os, sys
-register, loaded = os.register_at_fork, []
-
-def spy(**hook):
-    if "TilePool" in repr(hook):
-        loaded.append({"logging", "numba"} <= sys.modules.keys())
-    register(**hook)
-
-os.register_at_fork = spy
-import numpy as np, favor_np
-x = np.ones((1, 2))
-with favor_np.thread_limit(2):
-    assert "favor_np.cpu.threads" in sys.modules and "logging" not in sys.modules
-    favor_np.exact_attention(x, x, x)
-assert loaded == [True], loaded
-"""
-    )
-
-
 def test_no_thread_can_be_started(monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert threads.TilePool().call(Kernel(), (np.ones(1),), 4, 3)[8] == 4
+    assert run(threads.TilePool(), Kernel(), 4, 3)[FINISHED] == 4
 
 
 def test_error_in_a_kernel_reaches_the_caller():
@@ -229,8 +201,8 @@ def test_error_in_a_kernel_reaches_the_caller():
 
     pool = threads.TilePool()
     with pytest.raises(MemoryError, match="no tiles"):
-        pool.call(Kernel(job), (np.ones(1),), 3, 2)
-    assert pool.call(Kernel(), (np.ones(1),), 3, 2)[8] == 3
+        run(pool, Kernel(job), 3, 2)
+    assert run(pool, Kernel(), 3, 2)[FINISHED] == 3
     pool.stop()
 
 
@@ -238,9 +210,7 @@ def test_concurrent_callers_share_the_threads():
     """With as many callers as threads nobody gets a helper."""
     pool, barrier = threads.TilePool(), threading.Barrier(3)
     kernels = [Kernel(lambda number, helper: number == 0 and barrier.wait(HANG)) for _ in range(3)]
-    team = [
-        threading.Thread(target=pool.call, args=(kernel, (np.ones(1),), 2, 2)) for kernel in kernels
-    ]
+    team = [threading.Thread(target=run, args=(pool, kernel, 2, 2)) for kernel in kernels]
     for thread in team:
         thread.start()
     for thread in team:
@@ -417,15 +387,13 @@ def test_two_threads_take_part(heads, causal, monkeypatch):
     q, k, v, fm = problem(length=40_000 // heads)
     finished, plain = {}, threads.TilePool.call
 
-    def spied(self, kernel, args, count, number):
-        def spy(*args):
-            before = int(args[-2][8])
-            result = kernel(*args)
-            name = threading.current_thread().name
-            finished[name] = finished.get(name, 0) + (result > before)
+    def spied(self, kernel, *rest):
+        def spy(block):
+            name, result = threading.current_thread().name, kernel(block)
+            finished[name] = finished.get(name, 0) + (result > 0)
             return result
 
-        return plain(self, spy, args, count, number)
+        return plain(self, SimpleNamespace(load=lambda: spy), *rest)
 
     monkeypatch.setattr(threads.TilePool, "call", spied)
     for _ in range(20):  # on a busy machine it may come late

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
 #: The libraries: NUMBA_CPU_NAME and NUMBA_CPU_FEATURES of each.
 LIBRARIES = {"aarch64": ("", "")}
-if _X86:
+if X86:
     LIBRARIES = {
         "x86-64-v3": ("x86-64-v3", ""),
         "x86-64-v4": ("x86-64-v4", ""),
@@ -56,12 +56,13 @@ def compile_processor(folder: Path) -> list[str]:
     source = folder / "processor.c"
     source.write_text(_PROCESSOR)
     options = ["-O1", "-c"] if sys.platform == "win32" else ["-O1", "-fPIC", "-c"]
-    command = [*_compiler(), *options, str(source), "-o", str(source.with_suffix(".o"))]
+    command = [*compiler(), *options, str(source), "-o", str(source.with_suffix(".o"))]
     subprocess.run(command, check=True)
     return ["favor_np_cpuid", "favor_np_xgetbv"]
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
+    """Return the command of the C compiler."""
     return os.environ.get("CC", "clang" if sys.platform == "win32" else "cc").split()
 
 
@@ -76,33 +77,40 @@ def compile_library(folder: Path, name: str) -> list[str]:
     return [kernel.symbol for kernel in kernels]
 
 
-def link(objects: list[Path], symbols: list[str], target: Path) -> None:
-    """Link a shared library that needs nothing but what every Python process has loaded."""
+def link(work: Path, symbols: list[str], target: Path) -> dict[str, str]:
+    """Link a shared library that needs nothing but what every Python process has loaded.
+
+    Return what the manifest says of it.
+    """
     options = {
         "linux": ["-shared", "-nostdlib", "-s", "-Wl,--gc-sections", "-Wl,-z,noexecstack"],
         "darwin": ["-dynamiclib", "-Wl,-x"],
         "win32": ["-shared", *(f"-Wl,/EXPORT:{symbol}" for symbol in symbols)],
     }[sys.platform]
-    subprocess.run([*_compiler(), *options, "-o", str(target), *map(str, objects)], check=True)
+    objects = map(str, sorted(work.glob("*.o")))
+    subprocess.run([*compiler(), *options, "-o", str(target), *objects], check=True)
+    return {"file": target.name, "sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
 
 
 def build(folder: Path, wanted: list[str]) -> dict[str, Any]:
     """Build libraries and their manifest in a folder; return the manifest."""
-    from favor_np.cpu.sources import SOURCES
-
     folder.mkdir(parents=True, exist_ok=True)
     libraries: dict[str, Any] = {}
-    names = [*(["processor"] if _X86 else []), *wanted]
+    names = [*(["processor"] if X86 else []), *wanted]
     for name in names:
         with tempfile.TemporaryDirectory() as work:
             if name == "processor":
                 symbols = compile_processor(Path(work))
             else:
                 symbols = _in_a_process(name, Path(work))
-            target = folder / f"{name}.{_SUFFIX}"
-            link(sorted(Path(work).glob("*.o")), symbols, target)
-        digest = hashlib.sha256(target.read_bytes()).hexdigest()
-        libraries[name] = {"file": target.name, "sha256": digest}
+            libraries[name] = link(Path(work), symbols, folder / f"{name}.{SUFFIX}")
+    return write_manifest(folder, libraries)
+
+
+def write_manifest(folder: Path, libraries: dict[str, Any]) -> dict[str, Any]:
+    """Write and return what is said of these libraries."""
+    from favor_np.cpu.sources import SOURCES
+
     manifest = {"sources": SOURCES, "libraries": libraries}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest

@@ -6,12 +6,18 @@ now; only that needs Numba.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.util
 import os
+import platform
+import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +28,7 @@ from favor_np.cpu.sources import SOURCES, digest
 
 #: One compilation, or load, at a time; a fork waits for it.
 LOCK = threading.RLock()
+_held: list[Any] = []
 
 #: Called with each kernel that is about to be compiled.
 LISTENERS: list[Callable[[Kernel], None]] = []
@@ -59,10 +66,6 @@ class Kernel:
         self.origin = ""
         self._function: Callable[[bytes], int] | None = None
 
-    def __repr__(self) -> str:
-        """Name it."""
-        return f"<Kernel {self.symbol}>"
-
     @property
     def library(self) -> str:
         """The name of the library in which it is shipped."""
@@ -74,32 +77,49 @@ class Kernel:
 
     def load(self) -> Callable[[bytes], int]:
         """Return the function that takes a block."""
-        if self._function is None:
+        function = self._function
+        if function is None:
             with LOCK:
-                if self._function is None:
-                    self._function = self._find()
-        return self._function
+                function = self._function = self._function or self._shipped()
+        if function is None:
+            _watch_forks_before_compiling()
+            with LOCK:
+                function = self._function = self._function or self._compiled()
+        return function
 
-    def _find(self) -> Callable[[bytes], int]:
+    def _shipped(self) -> Callable[[bytes], int] | None:
+        found: Callable[[bytes], int] | None = None
         if shipped.manifest().get("sources") == SOURCES != "":
-            found = shipped.function(self.library, self.symbol)
-            if found is not None:
-                found.argtypes, found.restype = [ctypes.c_char_p], ctypes.c_int64
-                self.origin = "shipped"
-                return found  # type: ignore[no-any-return]  # ctypes has no such types
+            found = shipped.function(self.library, self.symbol, ctypes.c_char_p)
+        if found is not None:
+            self.origin = "shipped"
+        return found
+
+    def _compiled(self) -> Callable[[bytes], int]:
+        return _link(self.object_code(), self.symbol)
+
+    def object_code(self) -> bytes:
+        """Return its object code: as it was kept, or compiled now and kept."""
         code = store.load(self.symbol, self.header) if SOURCES else None
-        self.origin = "compiled" if code is None else "stored"
-        if code is None:
-            code = self.compile()
-            if SOURCES and digest() == SOURCES:  # nobody has changed what was just imported
-                store.save(self.symbol, self.header, code)
-        return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(_link(code, self.symbol))
+        if code is not None:
+            self.origin = "stored"
+            return code
+        code = self.compile()
+        self.origin = "compiled"
+        if SOURCES and digest() == SOURCES:  # nobody has changed what was just imported
+            store.save(self.symbol, self.header, code)
+        return code
 
     @property
     def header(self) -> dict[str, str]:
         """What its code depends on."""
         features = TARGET.features_for(self.way)
-        return {"sources": SOURCES, "target": f"{_platform()} {TARGET.cpu} {features}".strip()}
+        where = f"{sys.platform} {platform.machine().lower()}"
+        return {
+            "sources": SOURCES,
+            "target": f"{where} {TARGET.cpu} {features}".strip(),
+            "compiler": _compiler(),
+        }
 
     def compile(self) -> bytes:
         """Compile it, by Numba, to object code."""
@@ -114,10 +134,15 @@ class Kernel:
         return jit.compile_kernel(body, kind, self.symbol, self.way)
 
 
+_kernels: dict[tuple[Any, ...], Kernel] = {}
+
+
 @functools.cache
-def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] = frozenset()) -> Kernel:
-    """Return the kernel of this name."""
-    return Kernel(name, dtype, variant)
+def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] | None = None) -> Kernel:
+    """Return the kernel of this name: one object, however it is asked for."""
+    if variant is None:
+        return kernel(name, dtype, frozenset())
+    return _kernels.setdefault((name, dtype, variant), Kernel(name, dtype, variant))
 
 
 def every_kernel() -> Iterator[Kernel]:
@@ -141,11 +166,63 @@ def useful_kernels() -> Iterator[Kernel]:
             yield each
 
 
-def _platform() -> str:
-    import platform
-    import sys
+def _hold() -> None:
+    """Let nobody load or compile during a fork: the child could never take a lock held then."""
+    numba = sys.modules.get("numba.core.compiler_lock")
+    for lock in (LOCK, getattr(numba, "global_compiler_lock", None)):
+        if lock is not None:
+            lock.acquire()
+            _held.append(lock)
 
-    return f"{sys.platform} {platform.machine().lower()}"
+
+def _let_go() -> None:
+    while _held:
+        _held.pop().release()
+
+
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go)
+
+
+_watch_forks()
+
+
+@functools.cache
+def _watch_forks_before_compiling() -> None:
+    """Hold our lock at a fork before logging does its own, which Numba may need to finish.
+
+    Hooks run in reverse order of registration.
+    """
+    import logging  # noqa: F401
+
+    _watch_forks()
+
+
+#: By which variables of its environment Numba makes other code.
+_OPTIONS = ("BOUNDSCHECK", "DEBUGINFO", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE")
+
+
+def _compiler() -> str:
+    """Return what compiles, and how; Numba, which takes long to import, is not imported for it."""
+    import llvmlite
+
+    found = [f"{name}={os.environ.get(f'NUMBA_{name}', '')}" for name in _OPTIONS]
+    return " ".join((f"llvmlite={llvmlite.__version__}", f"numba={_numba_version()}", *found))
+
+
+@functools.cache
+def _numba_version() -> str:
+    spec = importlib.util.find_spec("numba")
+    if spec is not None and spec.origin is not None:
+        with contextlib.suppress(OSError):  # in an archive, or a frozen program
+            text = Path(spec.origin).with_name("_version.py").read_text(encoding="utf-8")
+            found = re.search(r'"version": "(.+)"', text)
+            if found:
+                return found[1]
+    import numba
+
+    return str(numba.__version__)
 
 
 @functools.cache
@@ -161,14 +238,17 @@ def _linker() -> Any:
 _libraries: list[Any] = []
 
 
-def _link(code: bytes, symbol: str) -> int:
-    """Load object code; the address of its function."""
+_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
+
+
+def _link(code: bytes, symbol: str) -> Callable[[bytes], int]:
+    """Load object code; return its function."""
     import llvmlite.binding as llvm
 
     builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
-    linked = builder.export_symbol(symbol).link(_linker(), symbol)
+    linked = builder.export_symbol(symbol).link(_linker(), f"{symbol}_{len(_libraries)}")
     _libraries.append(linked)
-    return int(linked[symbol])
+    return _FUNCTION(linked[symbol])
 
 
 def described() -> str:
@@ -178,9 +258,10 @@ def described() -> str:
     if not found:
         off = os.environ.get("FAVOR_NP_PREBUILT", "1") == "0"
         why = "FAVOR_NP_PREBUILT=0" if off else "this installation came without machine code"
-        return f"compiled here for {level}: {why}"
-    if found.get("sources") != SOURCES:
-        return f"compiled here for {level}: the sources are not those of the code that came along"
-    if shipped.library(level) is None:
-        return f"compiled here for {level}: what came along has none for it"
-    return f"shipped for {level}"
+    elif found.get("sources") != SOURCES:
+        why = "the sources are not those of the code that came along"
+    elif shipped.library(level) is None:
+        why = "what came along has none for it, or is damaged"
+    else:
+        return f"shipped for {level}"
+    return f"compiled here for {level}: {why}"

@@ -32,21 +32,24 @@ def manifest() -> dict[str, Any]:
 @functools.cache
 def library(name: str) -> Any:
     """Return a library, or None if it is not there or not whole."""
-    entry = manifest().get("libraries", {}).get(name)
-    if entry is None:
-        return None
     try:
+        entry = manifest()["libraries"][name]
         path = FOLDER / entry["file"]
+        if path.parent != FOLDER:
+            return None
         if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
             return None
         return ctypes.CDLL(str(path))
-    except (OSError, KeyError, TypeError):
+    except (OSError, LookupError, TypeError, ValueError):
         return None
 
 
-def function(name: str, symbol: str) -> Any:
-    """Return a kernel of a library as C has it, or None."""
-    return getattr(library(name), symbol, None)
+def function(name: str, symbol: str, *arguments: Any) -> Any:
+    """Return a function of a library, with such arguments, or None."""
+    found = getattr(library(name), symbol, None)
+    if found is not None:
+        found.argtypes, found.restype = arguments, ctypes.c_int64
+    return found
 
 
 #: Where CPUID has what: leaf, subleaf, register (eax to edx), bit.
@@ -74,10 +77,11 @@ _KEPT = {"avx512": 0xE6, "amx": 0x60000, "avx": 0x6, "f16c": 0x6, "fma": 0x6}
 
 def features() -> tuple[frozenset[str], str] | None:
     """Return what this x86-64 processor and system can do, and its maker; None if nobody knows."""
-    ask = function("processor", "favor_np_cpuid")
-    if ask is None:
+    numbers = ctypes.c_int64, ctypes.c_int64
+    ask = function("processor", "favor_np_cpuid", *numbers, ctypes.c_void_p)
+    ask_kept = function("processor", "favor_np_xgetbv")
+    if ask is None or ask_kept is None:
         return None
-    ask.argtypes, ask.restype = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p], None
 
     @functools.cache
     def registers(leaf: int, subleaf: int) -> tuple[int, ...]:
@@ -87,8 +91,6 @@ def features() -> tuple[frozenset[str], str] | None:
 
     _, b, c, d = registers(0, 0)
     vendor = b"".join(word.to_bytes(4, "little") for word in (b, d, c)).decode("ascii", "replace")
-    ask_kept = function("processor", "favor_np_xgetbv")
-    ask_kept.argtypes, ask_kept.restype = [], ctypes.c_int64
     kept = ask_kept() if registers(1, 0)[2] >> 27 & 1 else 0
 
     def there(name: str) -> bool:

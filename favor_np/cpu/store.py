@@ -186,11 +186,9 @@ def save(symbol: str, header: dict[str, str], code: bytes) -> None:
 
 
 def _forget(folder: Path, symbol: str, current: str) -> None:
-    """Remove the code of all but these sources and the versions that were compiled last."""
+    """Remove the code, and drafts, of all but these sources and the versions compiled last."""
     written: dict[str, float] = {}
-    entries = [
-        (path, path.name[len(symbol) + 1 :][:16]) for path in folder.glob(f"{symbol}-*.code")
-    ]
+    entries = [(path, path.name[len(symbol) + 1 :][:16]) for path in folder.glob(f"{symbol}-*")]
     for path, sources in entries:
         written[sources] = max(written.get(sources, 0), path.stat().st_mtime)
     written[current] = math.inf

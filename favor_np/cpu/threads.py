@@ -19,13 +19,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from favor_np.cpu import code
 from favor_np.cpu.record import HEAD, Fixed, pack
 from favor_np.cpu.records import CONTROL, COUNT, FINISHED
+
+if TYPE_CHECKING:
+    from favor_np.cpu.code import Kernel
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
     "favor_np_threads", default=None
@@ -36,31 +38,27 @@ _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
 def thread_limit(count: int) -> Iterator[None]:
     """Use `count` threads for the calls inside a ``with`` block.
 
-        It holds for the current context only (thread or asyncio task).  An argument ``num_threads``
-        overrides it; it overrides the environment variables FAVOR_NP_NUM_THREADS,
-        NUMBA_NUM_THREADS and OMP_NUM_THREADS, in this order.
+    It holds for the current context only (thread or asyncio task).  An argument ``num_threads``
+    overrides it; it overrides the environment variables FAVOR_NP_NUM_THREADS,
+    NUMBA_NUM_THREADS and OMP_NUM_THREADS, in this order.
 
     Parameters
     ----------
-        count : int
-            At least 1.
+    count : int
+        At least 1.
 
     Raises
     ------
-        TypeError, ValueError
-            If `count` is not an integer, or is below 1.
+    TypeError, ValueError
+        If `count` is not an integer, or is below 1.
 
     Examples
     --------
-        >>> import numpy as np
-
-    from favor_np.cpu import code
-    from favor_np.cpu.record import HEAD, Fixed, pack
-    from favor_np.cpu.records import CONTROL, COUNT, FINISHED
-        >>> import favor_np
-        >>> with favor_np.thread_limit(1):
-        ...     favor_np.exact_attention(np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 1))).ravel()
-        array([1., 1.])
+    >>> import numpy as np
+    >>> import favor_np
+    >>> with favor_np.thread_limit(1):
+    ...     favor_np.exact_attention(np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 1))).ravel()
+    array([1., 1.])
     """
     from favor_np.validation import integer
 
@@ -141,7 +139,6 @@ class TilePool:
     def __init__(self) -> None:
         self._getcpu: Callable[[], int] | None = None
         self._steered = sys.platform.startswith("linux")
-        self._watches = False
         self._reset()
 
     def _reset(self) -> None:
@@ -152,34 +149,14 @@ class TilePool:
         #: interrupt leaves a call behind that has ended.
         self._callers: dict[int, bool] = {}
         self._cpu = -1
-        self._held: list[Any] = []
 
     @property
     def _active(self) -> int:
         return len(self._callers)
 
-    def _watch_forks(self) -> None:
-        """Be told of forks, from the first call on: it is what compiles.
-
-        Not sooner.  Hooks run in reverse order of registration, and that of a module which Numba
-        imports and needs (logging) must not hold its lock while ours waits for a compilation.
-        """
-        with self._lock:
-            if not self._watches and hasattr(os, "register_at_fork"):
-                os.register_at_fork(
-                    before=self.stop, after_in_parent=self.release, after_in_child=self.restart
-                )
-            self._watches = True
-
     def stop(self) -> None:
-        """Send the helpers home and hold all locks: done before a fork."""
-        # The child could never take a lock that another thread held: let that one compile first.
-        numba = sys.modules.get("numba.core.compiler_lock")
-        compiler = getattr(numba, "global_compiler_lock", None)
-        held = [lock for lock in (code.LOCK, compiler, self._lock) if lock is not None]
-        for lock in held:
-            lock.acquire()
-        self._held = held
+        """Send the helpers home and hold the lock: done before a fork."""
+        self._lock.acquire()
         for _ in self._threads:
             self._queue.put(None)
         patience = time.monotonic() + 0.2  # for those without a job
@@ -189,16 +166,11 @@ class TilePool:
 
     def release(self) -> None:
         """Go on in the parent after a fork."""
-        held, self._held = self._held, []
-        for lock in reversed(held):
-            lock.release()
+        self._lock.release()
 
     def restart(self) -> None:
         """Begin anew in the child of a fork, where no helper lives."""
-        held = [lock for lock in self._held if lock is not self._lock]
         self._reset()
-        for lock in reversed(held):
-            lock.release()
 
     def _grow(self, count: int) -> None:
         with self._lock:
@@ -254,7 +226,7 @@ class TilePool:
 
     def call(
         self,
-        kernel: code.Kernel,
+        kernel: Kernel,
         arrays: tuple[Any, ...],
         rest: Fixed,
         count: int,
@@ -265,8 +237,6 @@ class TilePool:
         Its record is (*arrays, control words, *rest).  An interrupt is raised when all jobs are
         finished: they work on the caller's arrays.
         """
-        if not self._watches:
-            self._watch_forks()
         run = kernel.load()  # compile alone: who interrupts that shall not wait for it
         control = np.zeros(CONTROL, np.int64)
         control[COUNT] = count
@@ -329,6 +299,8 @@ class TilePool:
 
 
 POOL = TilePool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=POOL.stop, after_in_parent=POOL.release, after_in_child=POOL.restart)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support.child import HANG
 
@@ -12,7 +13,7 @@ import favor_np
 from favor_np.cli import COMMANDS, _text, main
 from favor_np.cli import _options as options
 from favor_np.cli.info import describe
-from favor_np.cpu.kernels import bfloat16
+from favor_np.cpu.code import Kernel, described, useful_kernels
 from favor_np.cuda import device
 
 
@@ -85,16 +86,10 @@ def test_info(capsys):
     assert main(["info"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["favor_np"].startswith(favor_np.__version__)
-    assert {
-        "python",
-        "numpy",
-        "numba",
-        "processor",
-        "vectors",
-        "matrix-unit",
-        "threads",
-        "cache",
-    } <= set(lines)
+    ours = ["processor", "code", "vectors", "bfloat16", "threads", "cache"]
+    assert [name for name in lines if name in ours] == ours
+    assert {"python", "numpy", "numba"} <= set(lines)
+    assert lines["code"] == described()
     assert int(lines["threads"]) >= 1
     assert {"gpu", "numba-cuda"} <= set(lines)
     assert lines["gpu"].startswith("none: ") == (device.problem() is not None)
@@ -107,10 +102,16 @@ def test_info_as_json(capsys):
     assert facts["gpu"].removeprefix("none: ") == (device.problem() or str(device.current()))
 
 
-def test_warmup(capsys):
-    assert main(["warmup", "--float64"]) == 0
-    more = 7 if not bfloat16.amx_unavailable() else 3 if bfloat16.DOTS else 0
-    assert f"{22 + more} kernel calls ready" in capsys.readouterr().out
+@pytest.mark.parametrize("more", [[], ["--float64"]])
+def test_warmup_compiles_what_is_missing(more, capsys, monkeypatch):
+    """None, if each is there already."""
+    kernels = [k for k in useful_kernels() if more or k.dtype.itemsize == 4]
+    assert main(["warmup", *more]) == 0
+    assert f"{len(kernels)} kernels ready" in capsys.readouterr().out
+    assert all(kernel.origin for kernel in kernels)
+    done = program("warmup", *more)
+    assert done.returncode == 0
+    assert done.stdout.endswith(", 0 of them compiled now\n")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,12 @@ def test_an_interrupt_at_any_time_is_one_line(module, tmp_path):
     command = [sys.executable, "-c", code, "forecast", "--csv", str(out), "--features", "16"]
     if module.startswith("matplotlib"):
         command += ["--plot", str(tmp_path / "out.png")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
+    environ = dict(os.environ)
+    if module.startswith(("numba", "llvmlite", "favor_np.cpu.kernels")):  # what compiles
+        environ |= {"FAVOR_NP_CACHE": "0", "FAVOR_NP_PREBUILT": "0"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG, check=False, env=environ
+    )
     assert done.returncode == 130
     lines = done.stderr.splitlines(keepends=True)
     assert [x for x in lines if "compiling" not in x] == ["favor-np: error: interrupted\n"]
@@ -321,26 +327,24 @@ def test_output_to_a_device():
 
 
 def test_compilation_is_told_once(capsys):
-    import numba
-
+    kernel = Kernel("holds_large", np.dtype(np.float32), frozenset())
     with options.compilation_told():
-        for number in (1, 2):
-            numba.njit(lambda x, number=number: x + number)(1)
+        for _ in range(2):
+            kernel.compile()
     err = capsys.readouterr().err
     assert err.startswith("favor-np: compiling the kernels of attention for this processor")
     assert err.count("\n") == 1
-    compiled = numba.njit(lambda x: x)
-    compiled(1)
+    kernel.load()
     with options.compilation_told():
-        compiled(1)
-    numba.njit(lambda x: x)(1)
+        kernel.load()
+    kernel.compile()
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", ["forecast", "compare"])
 def test_a_cold_start_says_what_it_does(command):
     arguments = [sys.executable, "-m", "favor_np.cli", command]
-    environment = os.environ | {"FAVOR_NP_CACHE": "0"}
+    environment = os.environ | {"FAVOR_NP_CACHE": "0", "FAVOR_NP_PREBUILT": "0"}
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                           env=environment, text=True) as process:  # fmt: skip
         line = process.stderr.readline()

@@ -119,6 +119,8 @@ def _not_callable(*args: Any, **kwargs: Any) -> None:
 
 def jit(*, fastmath: frozenset[str] = FAST) -> Callable[..., Any]:
     """Compile for kernels: IEEE division, no exceptions, no new arrays."""
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("favor_np computes in compiled code only: unset NUMBA_DISABLE_JIT")
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = numba.njit(
