@@ -41,6 +41,11 @@ class Block(types.Type):  # type: ignore[misc]  # Numba's classes have no types
         name = "_".join((cls.__name__, dtype.name, *sorted(variant)))
         super().__init__(name=f"Block({name})")
 
+    @property
+    def key(self) -> Any:
+        """What makes two types the same."""
+        return self.cls, self.variant, self.dtype, self.room
+
     def type_of(self, name: str) -> Any:
         """Return Numba's type of a field."""
         field = self.fields[name]
@@ -122,10 +127,11 @@ def room_of(typingctx, call, me):
 
     def codegen(context, builder, signature, args):
         kind = call.type_of("room")
-        rows = make_array(kind)(context, builder, _get_field(context, builder, call, args[0], "room"))
+        rows = make_array(kind)(
+            context, builder, _get_field(context, builder, call, args[0], "room")
+        )
         width = builder.extract_value(rows.shape, 1)
         start = builder.gep(rows.data, [builder.mul(args[1], width)])
         return builder.bitcast(start, _I64.as_pointer())
 
     return call.room(call, types.intp), codegen
-
