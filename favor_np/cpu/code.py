@@ -111,10 +111,12 @@ class Kernel:
         return jit.compile_kernel(body, kind, self.symbol, self.way)
 
 
-@functools.cache
 def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] = frozenset()) -> Kernel:
-    """Return the kernel of this name."""
-    return Kernel(name, dtype, variant)
+    """Return the one kernel of this name."""
+    return _kernel(name, dtype, variant)
+
+
+_kernel = functools.cache(Kernel)
 
 
 def every_kernel() -> Iterator[Kernel]:
