@@ -138,8 +138,8 @@ def test_who_only_steps_compiles_no_chunks():
         for _ in range(2):
             state.step(*np.ones((3, 3, 4), np.float32))
         AttentionState.zeros(state.feature_map, 4).step(*np.ones((3, 4), np.float32))
-        used = [kernel.symbol for kernel in every_kernel() if kernel.origin]
-        assert used == ["favor_np_attend_tokens_float32"], used
+        used = {kernel.name for kernel in every_kernel() if kernel.origin}
+        assert used == {"attend_tokens", "holds_large"}, used  # the second looks for overflows
         """
     )
 
