@@ -1,13 +1,14 @@
 """precision="bfloat16": the error it adds is small beside the estimate's own, all else is as ever."""
 
 import functools
+import platform
 
-import llvmlite.binding
 import numpy as np
 import pytest
 from support import child
 from support.inputs import OPTIONS, random_inputs
 from support.tolerance import relative_rms
+from support.tuning import tuned
 from support.workspaces import poison_workspaces
 
 from favor_np import (
@@ -17,9 +18,20 @@ from favor_np import (
     favor_attention,
     feature_map,
 )
+from favor_np.cpu.layout import worth_bfloat16
+from favor_np.cpu.processor import TARGET, amx_unavailable, features_here
+
+UNIT = not amx_unavailable()  # asks the system for the matrix unit
 
 #: Of the root mean square: 2**-9 a number, over some hundred of them.
 TOLERANCE = 6e-3
+
+
+@pytest.fixture(autouse=True)
+def _by_pairs():
+    """Compute products of bfloat16 also where that is slow."""
+    with tuned(USE_BFLOAT16=True):
+        yield
 
 
 inputs = functools.partial(random_inputs, std=0.5, dtype=np.float32)
@@ -236,31 +248,70 @@ def results():
     return found + [exact_attention(q, k, v, causal=causal, **half) for causal in (False, True)]
 
 
-#: What a process of another processor does; there is no assembly of what a cache gave.
+#: What a process of another target does.
 PROCESS = """
-from numba.core.caching import NullCache
-from favor_np.cpu.kernels import bfloat16, exact
+from favor_np.cpu import code, tuning
+from favor_np.cpu.kernels import jit
+from favor_np.cpu.processor import TARGET
 
-exact.attend_exact_bf16._cache = NullCache()
+class Kernel(jit._Kernel):
+    def emit_native_object(self):
+        assembly.append(self.get_asm_str())
+        return super().emit_native_object()
+
+assembly, jit._Kernel = [], Kernel
+tuning.USE_BFLOAT16 = True
 np.save({path!r}, results())
-(assembly,) = exact.attend_exact_bf16.inspect_asm().values()
-print(bfloat16.AMX, bfloat16.DOTS, assembly.count("vdpbf16ps") >= 28)
+code.kernel("attend_exact", np.dtype(np.float32), frozenset(["pairs"])).compile()
+print(TARGET.way, assembly[-1].count("vdpbf16ps") >= 28)
 """
 
 
 @pytest.mark.parametrize(
-    ("processor", "needs", "printed"),
-    [("haswell", "fma", "False False False"), ("cooperlake", "avx512bf16", "False True True")],
+    ("name", "features", "needs", "printed"),
+    [
+        ("x86-64-v3", "", "fma", "plain False"),
+        ("x86-64-v4", "", "avx512f", "plain False"),
+        ("x86-64-v4", "+avx512bf16", "avx512bf16", "dots True"),
+    ],
 )
-def test_other_instructions_give_the_same(processor, needs, printed, tmp_path):
+def test_other_instructions_give_the_same(name, features, needs, printed, tmp_path):
     """Sums in another order: now and then a number of 8 bits is rounded the other way."""
-    if not llvmlite.binding.get_host_cpu_features().get(needs):
+    if platform.machine().lower() not in ("x86_64", "amd64") or needs not in features_here()[0]:
         pytest.skip("this machine cannot run its code")
     path = tmp_path / "found.npy"
     code = child.names_of(__file__) + PROCESS.format(path=str(path))
-    environ = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    environ = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
     assert child.python(code, **environ) == printed + "\n"
     assert relative_rms(np.load(path), np.array(results())) < 1e-3
+
+
+def test_pairs_are_multiplied_where_that_is_faster():
+    with tuned(USE_BFLOAT16=None):
+        assert worth_bfloat16() == (TARGET.dots or UNIT)
+
+
+@tuned(amx_unavailable=lambda: "Operation not permitted")
+def test_a_refused_matrix_unit_is_none():
+    with tuned(USE_BFLOAT16=None):
+        assert worth_bfloat16() == TARGET.dots
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_without_a_faster_way_it_is_full_precision_to_the_bit(options, dtype):
+    q, k, v = (x.astype(dtype) for x in inputs(300, 24, 20, (3,), seed=1))
+    fm = feature_map("positive", 24, 96, rng=0)
+    exactly = {name: value for name, value in options.items() if name in ("causal", "key_mask")}
+    with tuned(USE_BFLOAT16=False):
+        full, half = both(q, k, v, fm, **options)
+        assert np.array_equal(full, half)
+        full, half = (
+            exact_attention(q, k, v, precision=precision, **exactly)
+            for precision in ("full", "bfloat16")
+        )
+        assert np.array_equal(full, half)
+    assert not np.array_equal(*both(q, k, v, fm, **options))  # as it can be otherwise
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,47 @@
 """exp2 of the kernels against extended precision, over mantissas and all exponents."""
 
-import numba
+import functools
+from typing import NamedTuple
+
 import numpy as np
 import pytest
+from support.kernels import compiled
 
-from favor_np.cpu.kernels.simd import ISA, VECTOR_BYTES, exp2, exp2_short, load, nearest, store
+from favor_np.cpu.kernels.jit import EXACT, jit
+from favor_np.cpu.kernels.simd import exp2, exp2_short, load, nearest, store
+from favor_np.cpu.processor import TARGET, VECTOR_BYTES
+from favor_np.cpu.record import Floats2, Whole2
 
 #: Largest error in units of the last place; the last two steps of the polynomial make it.
-WORST = 1.0 if ISA == "plain" else 0.8
+WORST = 1.0 if TARGET.isa == "plain" else 0.8
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
-def _apply(y, n, power, whole):
-    lanes = VECTOR_BYTES // y.itemsize
-    for i in range(0, y.shape[1], lanes):
+class Powers(NamedTuple):
+    y: Floats2
+    n: Whole2
+    power: Floats2
+    whole: Whole2
+
+
+@jit(fastmath=EXACT)
+def powers(y, n, power, whole):
+    for i in range(0, y.shape[1], VECTOR_BYTES // y.itemsize):
         store(power, 0, i, exp2(load(y, 0, i), load(n, 0, i)))
         store(whole, 0, i, nearest(load(y, 0, i)))
 
 
-def apply(y, n):
+@jit()
+def all_powers(call):
+    powers(call.y, call.n, call.power, call.whole)
+    return 0
+
+
+@functools.cache
+def kernel(body, dtype):
+    return compiled(body, Powers, dtype)
+
+
+def apply(y, n, body=all_powers):
     """exp2(y, n) and nearest(y), of any length."""
     y = np.asarray(y)
     integer = np.int32 if y.dtype == np.float32 else np.int64
@@ -26,8 +49,8 @@ def apply(y, n):
     wide_y, wide_n = np.zeros((1, size), y.dtype), np.zeros((1, size), integer)
     wide_y[0, : y.size] = y
     wide_n[0, : y.size] = n
-    power, whole = np.empty_like(wide_y), np.empty_like(wide_n)
-    _apply(wide_y, wide_n, power, whole)
+    power, whole = np.zeros_like(wide_y), np.zeros_like(wide_n)
+    kernel(body, y.dtype)(wide_y, wide_n, power, whole)
     return power[0, : y.size], whole[0, : y.size]
 
 
@@ -108,18 +131,22 @@ def test_integers_are_exact(dtype):
         np.testing.assert_array_equal(got, np.ldexp(dtype(1), n))
 
 
-@numba.njit(fastmath={"contract"}, error_model="numpy")
-def _apply_short(y, n, power):
+@jit(fastmath=EXACT)
+def short_powers(y, n, power):
     for i in range(0, y.shape[1], VECTOR_BYTES // y.itemsize):
         store(power, 0, i, exp2_short(load(y, 0, i), load(n, 0, i)))
 
 
+@jit()
+def all_short_powers(call):
+    short_powers(call.y, call.n, call.power)
+    return 0
+
+
 def test_the_short_polynomial_is_as_accurate_as_it_says():
-    y = np.linspace(-40, 40, 2**16, dtype=np.float32)[None]
-    power = np.empty_like(y)
-    _apply_short(y, np.rint(y).astype(np.int32), power)
+    y = np.linspace(-40, 40, 2**16, dtype=np.float32)
+    power, _ = apply(y, np.rint(y), all_short_powers)
     error = power / np.exp2(y.astype(np.float64)) - 1
     assert 7.4e-5 < error.max() < 7.6e-5
     assert -7.6e-5 < error.min() < -7.4e-5
-    _apply_short(y, np.full(y.shape, -126, np.int32), power)
-    assert not power.any()
+    assert not apply(y, -126, all_short_powers)[0].any()

@@ -14,9 +14,9 @@ from support.workspaces import poison_workspaces
 import favor_np
 from favor_np import favor_attention, feature_map
 from favor_np.cpu import schedule, tuning
-from favor_np.cpu.kernels import relay as kernel
-from favor_np.cpu.kernels.pack import CHUNK
 from favor_np.cpu.layout import layout
+from favor_np.cpu.records import FITS, MOVED, RING
+from favor_np.cpu.tiles import CHUNK
 from favor_np.jobs import Shapes, broadcast_jobs
 
 #: The shortest head that is shared out where no test says otherwise.
@@ -34,7 +34,7 @@ def notes(relay):
     """Of each state that is left: the chunk at which c moved last, and whether its keys fit together."""
     rows = relay.words[-3 * (relay.states + 1) : -3]  # the last three are those of the beginning
     rows = rows.reshape(relay.states, 3)
-    return rows[:, kernel.MOVED], rows[:, kernel.FITS].astype(bool)
+    return rows[:, MOVED], rows[:, FITS].astype(bool)
 
 
 def inputs(L, d=7, dv=5, lead=(1,), *, std=0.7, dtype=np.float32, **options):
@@ -193,12 +193,13 @@ def test_a_long_sequence_among_short_ones(relays):
     same_bits(q, k, v, fm, cu_seqlens=offsets, decay=0.95, numbers=(2,))
 
 
-def test_bfloat16_and_planes(relays):
+def test_bfloat16_and_parts(relays):
     q, k, v = inputs(1500, 64, 48)
     fm = feature_map("positive", 64, 256, rng=0)
-    same_bits(q, k, v, fm, precision="bfloat16")
-    v[:, 700, 3] = np.nan
-    same_bits(q, k, v, fm, precision="bfloat16")
+    with tuned(USE_BFLOAT16=True):
+        same_bits(q, k, v, fm, precision="bfloat16")
+        v[:, 700, 3] = np.nan
+        same_bits(q, k, v, fm, precision="bfloat16")
     before = len(relays)
     with tuned(USE_BF16X3=True):
         same_bits(q, k, v, fm)
@@ -267,11 +268,12 @@ def test_short_heads_are_left_whole():
 def test_memory_is_enough_and_no_more(features, width, threads):
     of = layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
     relay = schedule.relay(of, 10**6, threads)
-    keys = of.features * CHUNK
-    own = 4 * (of.features * of.value_columns + keys)
-    assert relay.states * own <= max(tuning.MAX_GROUP_BYTES, kernel.RING * own)
-    assert relay.rows > relay.states
-    assert relay.rows * of.stateful.floats >= threads * of.stateful.floats + relay.states * keys
+    own = 4 * of.features * (of.value_columns + CHUNK)
+    assert relay.states * own <= max(tuning.MAX_GROUP_BYTES, RING * own)
+    c, s, z, rooms, keys = of.stateful.make(threads, relay.states + 1)
+    assert len(rooms) == threads
+    assert {len(array) for array in (c, s, z, keys)} == {relay.states + 1}
+    assert keys[0].size == of.features * CHUNK
 
 
 ONE_HEAD = (

@@ -42,7 +42,7 @@ FM, HEAD = feature_map("positive", 8, 16), Shapes(*3 * [(1, 4096, 8)])
     ("call", "name", "value"),
     [
         (
-            lambda: layout(FM, np.dtype(np.float32), 8).map.key_parts is not None,
+            lambda: layout(FM, np.dtype(np.float32), 8).parts is not None,
             "USE_BF16X3",
             True,
         ),

@@ -1,55 +1,107 @@
-"""Workspaces are as large as the kernels' own code cuts them."""
+"""Rooms: their tiles begin on cache lines, lie one behind the other, and are those that kernels read."""
 
-import inspect
-import re
-from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from support.kernels import compiled
+from support.workspaces import tiles_of
 
-from favor_np.cpu.kernels import chunk, exact, exact_vjp, favor_vjp, products, spread
-from favor_np.cpu.memory import measure
+from favor_np.cpu import record, tiles
+from favor_np.cpu.code import KERNELS
+from favor_np.cpu.kernels import block, jit
+from favor_np.cpu.memory import workspace
+from favor_np.cpu.record import Bytes2
+from favor_np.cpu.tiles import Sizes
 
-FLOATS, INTS = np.zeros(0, np.float32), np.zeros(0, np.int32)
-ROOM = np.zeros((1, 0), np.float32)
-#: Each function that cuts a workspace, and arguments that make it cut all that it can.
-CARVES = {
-    "attention": (chunk.carve, (FLOATS, INTS, 2, None, None, 17, 48, 32, 3)),
-    "its gradient": (favor_vjp.carve, (FLOATS, INTS, 2, None, 17, 48, 32, 3)),
-    "error bars": (spread.carve_groups, ((), ROOM, 0, 3, 48, 32)),
-    "exact attention": (exact.carve_exact, (FLOATS, INTS, None, None, 17, 48)),
-    "the gradient of exact attention": (exact_vjp.carve_gradient, (FLOATS, INTS, 17, 48)),
-}
-#: What these call: where it is called, and how that must be called for it.
-PARTS = {
-    "pairs": (products.carve_pairs, chunk, "carve", (2, True, None, 17, 48, 32, 3)),
-    "parts": (products.carve_parts, chunk, "carve", (2, True, True, 17, 48, 32, 3)),
-    "parts of gradients": (products.carve_parts, favor_vjp, "carve", (2, True, 17, 48, 32, 3)),
-    "exact pairs": (exact.carve_exact_pairs, exact, "carve_exact", (True, None, 17, 48)),
-    "exact parts": (exact.carve_exact_parts, exact, "carve_exact", (None, True, 17, 48)),
-}
-
-
-def asking_for_more(carve):
-    """The same function, with three rows of 32 floats more behind its first matrix."""
-    source = inspect.getsource(carve.py_func)
-    (first,) = re.findall(r"^ +\w+, at = cut\(floats, .*\n", source, re.MULTILINE)[:1]
-    names = dict(carve.py_func.__globals__)
-    exec(source.replace(first, f"{first}    more, at = cut(floats, at, 3, 32)\n"), names)
-    return names[carve.__name__]
+F4, F8 = np.dtype(np.float32), np.dtype(np.float64)
+#: Class, what lays it out, and of which variants there are.
+ROOMS = {
+    "attention": (tiles.ChunkTiles, tiles.chunk_room, ["", "spread", "pairs", "parts"]),
+    "its gradient": (tiles.GradientTiles, tiles.gradient_room, ["", "parts"]),
+    "exact attention": (tiles.ExactTiles, tiles.exact_room, ["", "pairs", "parts"]),
+    "its gradient, exact": (
+        tiles.ExactGradientTiles, lambda of, _: tiles.exact_gradient_room(of), [""],
+    ),
+}  # fmt: skip
+CASES = [
+    pytest.param(cls, lay_out, frozenset(variant.split()), dtype, id=f"{name} {variant} {dtype}")
+    for name, (cls, lay_out, variants) in ROOMS.items()
+    for variant in variants
+    for dtype in ((F4,) if variant in ("pairs", "parts") else (F4, F8))
+]
+SIZES = [(1, 1, 1, 1, 16), (17, 19, 2, 3, 64), (64, 64, 2, 2, 48), (100, 0, 1, 5, 32)]
 
 
-MORE = Counter({FLOATS.dtype: 3 * 32})
+def sizes(dtype, dim, value_dim, signs, blocks, width):
+    return Sizes(dtype, dim, tiles.padded(value_dim, dtype.itemsize), signs, blocks, width)
 
 
-@pytest.mark.parametrize(("carve", "args"), CARVES.values(), ids=CARVES)
-def test_a_carve_that_asks_for_more_gets_more(carve, args):
-    assert measure(asking_for_more(carve), *args) == measure(carve, *args) + MORE
+def in_variant(cls, variant):
+    """The names of the tiles that there are."""
+    for name, field in record.fields(cls).items():
+        if not field.variants or variant & set(field.variants):
+            yield name
+            if field.block is not None:
+                yield from (f"{name}.{inner}" for inner in in_variant(field.block, variant))
 
 
-@pytest.mark.parametrize(("part", "module", "name", "args"), PARTS.values(), ids=PARTS)
-def test_so_do_the_parts_that_a_carve_calls(part, module, name, args, monkeypatch):
-    carve = getattr(module, name)
-    before = measure(carve, FLOATS, INTS, *args)
-    monkeypatch.setattr(module, part.__name__, asking_for_more(part))
-    assert measure(carve, FLOATS, INTS, *args) == before + MORE
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("cls", "lay_out", "variant", "dtype"), CASES)
+def test_tiles_lie_one_behind_the_other(cls, lay_out, variant, dtype, size):
+    room, end = lay_out(sizes(dtype, *size), variant), 0
+    for name, kind, start, shape in tiles_of(cls, room.words, dtype):
+        assert start % 64 == 0, name
+        assert start >= end, name
+        end = start + kind.itemsize * int(np.prod(shape))
+    assert end <= room.nbytes < end + 64
+    assert room.nbytes % 64 == 0
+    assert room.words.nbytes <= room.nbytes
+
+
+@pytest.mark.parametrize(("cls", "lay_out", "variant", "dtype"), CASES)
+def test_there_are_the_tiles_of_the_variant_and_no_others(cls, lay_out, variant, dtype):
+    room = lay_out(sizes(dtype, *SIZES[1]), variant)
+    found = {name: shape for name, *_, shape in tiles_of(cls, room.words, dtype) if name}
+    assert list(found) == list(in_variant(cls, variant))
+    assert all(0 not in shape for shape in found.values())
+
+
+def test_the_kernels_have_these_rooms():
+    taken = {room for _, _, room, *_ in KERNELS.values() if room is not None}
+    assert taken == {cls for cls, *_ in ROOMS.values()}
+
+
+def marking(tiles):
+    """A kernel that writes to both ends of each tile its number."""
+    lines = ["def mark(call):", "    t = room_of(call, 1)"]
+    for number, (name, shape) in enumerate(tiles.items()):
+        first = ", ".join("0" for _ in shape)
+        last = ", ".join(f"t.{name}.shape[{axis}] - 1" for axis in range(len(shape)))
+        lines += [f"    t.{name}[{where}] = {number + 1}" for where in (first, last)]
+    names = {"room_of": block.room_of}
+    exec("\n".join([*lines, "    return 0"]), names)
+    return jit.jit()(names["mark"])
+
+
+class Marked(NamedTuple):
+    room: Bytes2
+
+
+@pytest.mark.parametrize(("cls", "lay_out", "variant", "dtype"), CASES)
+def test_kernels_find_every_tile_and_its_ends(cls, lay_out, variant, dtype):
+    """In the row of their thread."""
+    room = lay_out(sizes(dtype, *SIZES[1]), variant)
+    found = {tile[0]: tile for tile in tiles_of(cls, room.words, dtype)}
+    found = {name: tile for name, tile in found.items() if name in in_variant(cls, variant)}
+    shapes = {name: shape for name, (_, kind, _, shape) in found.items() if kind != np.int64}
+    mark = compiled(marking(shapes), Marked, dtype, variant=variant, room=cls)
+    (rooms,) = workspace(dtype, room).make(2)
+    before = rooms.copy()
+    assert mark(rooms) == 0
+    for number, name in enumerate(shapes):
+        _, kind, start, shape = found[name]
+        tile = rooms[1, start:][: int(np.prod(shape)) * kind.itemsize].view(kind)
+        assert (tile[0], tile[-1]) == (number + 1, number + 1), name
+        tile[[0, -1]] = 0
+    assert np.array_equal(rooms, before)

@@ -4,6 +4,8 @@ import numpy as np
 
 import favor_np
 from favor_np.cpu import launch
+from favor_np.cpu.record import pack
+from favor_np.cpu.records import CONTROL, COUNT
 
 from .common import TIMER, feature_map, full_only, interleave, warm
 
@@ -69,9 +71,9 @@ class Decode:
         pool = launch.POOL
         call = pool.call
 
-        def spy(kernel, args, count, threads):
-            seen.append((kernel, args, count))
-            return call(kernel, args, count, threads)
+        def spy(*args):
+            seen.append(args)
+            return call(*args)
 
         self.state.step(*self.token)
         pool.call = spy
@@ -79,12 +81,14 @@ class Decode:
             self.state.step(*self.token)
         finally:
             del pool.call
-        ((kernel, args, count),) = seen
-        control = np.zeros(16, np.int64)
+        ((kernel, arrays, more, count, _),) = seen
+        control = np.zeros(CONTROL, np.int64)
+        block, run = pack((*arrays, control, *more)), kernel.load()
 
         def again():
             control[:] = 0
-            kernel(*args, control, count)
+            control[COUNT] = count
+            run(block)
 
         step, inside = 1e6 * np.median(
             interleave(lambda: self.state.step(*self.token), again), axis=0

@@ -12,12 +12,14 @@ import functools
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from favor_np.cpu import shipped
 
-_X86 = platform.machine().lower() in ("x86_64", "amd64")
-_ARM = platform.machine().lower() in ("aarch64", "arm64")  # with NEON, whatever LLVM reports
+_MACHINE = platform.machine().lower()
+_X86 = ("x86_64", "amd64")
+_ARM = ("aarch64", "arm64")  # with NEON, whatever LLVM reports
 
 #: What x86-64-v3 and -v4 have, as far as compilers use it.
 _V3 = frozenset(["avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"])
@@ -70,9 +72,9 @@ class Target:
         return ",".join(filter(None, (self.features, more)))
 
 
-def named_target(name: str, features: str | None) -> Target:
+def named_target(name: str, features: str, machine: str = _MACHINE) -> Target:
     """Return the target of this name, and with these features besides."""
-    more = frozenset(part[1:] for part in (features or "").split(",") if part.startswith("+"))
+    more = frozenset(part[1:] for part in features.split(",") if part.startswith("+"))
     if name in _LEVELS:
         return target_of(_LEVELS[name] | more, "AuthenticAMD")
     isa, dots = "plain", False
@@ -83,9 +85,9 @@ def named_target(name: str, features: str | None) -> Target:
             dots = "avx512bf16" in more
     elif any(part in name for part in _AVX2_NAMES):
         isa = "avx2"
-    elif _ARM:
+    elif machine in _ARM:
         isa = "neon"
-    return Target(name, isa, name, features or "", dots=dots)
+    return Target(name, isa, name, features, dots=dots)
 
 
 def target_of(features: frozenset[str], vendor: str = "") -> Target:
@@ -100,18 +102,21 @@ def target_of(features: frozenset[str], vendor: str = "") -> Target:
     return Target("x86-64", "plain", "x86-64", "")
 
 
-def _find_target() -> Target:
-    name, features = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
-    if (name and name != "host") or features is not None:
-        return named_target(name or "host", features)
-    if _ARM:
-        cpu = "apple-m1" if sys.platform == "darwin" else "generic"
+def find_target(
+    environ: Mapping[str, str] = os.environ, machine: str = _MACHINE, system: str = sys.platform
+) -> Target:
+    """Return the target that the environment names, or that of the machine."""
+    name, features = environ.get("NUMBA_CPU_NAME", "host"), environ.get("NUMBA_CPU_FEATURES")
+    if name not in ("", "host"):
+        return named_target(name, features or "", machine)
+    if features is None and machine in _ARM:
+        cpu = "apple-m1" if system == "darwin" else "generic"
         return Target("aarch64", "neon", cpu, "+neon")
-    if _X86:
+    if features is None and machine in _X86:
         return target_of(*features_here())
     import llvmlite.binding
 
-    return Target("host", "plain", llvmlite.binding.get_host_cpu_name(), "")
+    return named_target(llvmlite.binding.get_host_cpu_name(), features or "", machine)
 
 
 def features_here() -> tuple[frozenset[str], str]:
@@ -125,7 +130,7 @@ def features_here() -> tuple[frozenset[str], str]:
     return names, "AuthenticAMD" if llvm.get_host_cpu_name().startswith("znver") else ""
 
 
-TARGET = _find_target()
+TARGET = find_target()
 VECTOR_BYTES = {"avx512": 64, "avx2": 32, "neon": 16, "plain": 16}[TARGET.isa]
 
 
@@ -142,10 +147,3 @@ def amx_unavailable() -> str:
     if libc.syscall(arch_prctl, request, tile_data):
         return os.strerror(ctypes.get_errno())
     return ""
-
-
-def require_amx() -> None:
-    """Ask for AMX where kernels use it; RuntimeError if this process may not."""
-    if TARGET.amx and amx_unavailable():
-        why = amx_unavailable()
-        raise RuntimeError(f"the system does not let this process use the matrix unit: {why}")

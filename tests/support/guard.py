@@ -1,13 +1,15 @@
-"""Arrays that begin or end at a page that nobody may touch: one element too far is a fault.
+"""Arrays and tiles that begin or end at a page that nobody may touch: one element too far is a fault.
 
 Run as a program (python -m support.guard), it makes every kind of call on such arrays.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import mmap
 import sys
+from unittest import mock
 
 import numpy as np
 
@@ -21,12 +23,21 @@ from favor_np import (
     favor_attention_vjp,
 )
 from favor_np.call import Forward
-from favor_np.cpu.kernels import bfloat16
+from favor_np.cpu import memory, record
+from favor_np.cpu.processor import amx_unavailable
+from favor_np.cpu.tiles import ChunkTiles, Sizes, chunk_room
 from favor_np.engine import processor
 from support.tuning import tuned
-from support.workspaces import forget_workspaces
+from support.workspaces import forget_workspaces, tiles_of
 
 PAGE = mmap.PAGESIZE
+
+
+def protect(address):
+    """Let nobody touch a page."""
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    if mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
 
 
 def guarded(shape, dtype, front=False):
@@ -34,14 +45,52 @@ def guarded(shape, dtype, front=False):
     count, dtype = int(np.prod(shape)), np.dtype(dtype)
     size = count * dtype.itemsize
     pages = -(-max(size, 1) // PAGE)
-    memory = mmap.mmap(-1, (pages + 2) * PAGE)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    room = mmap.mmap(-1, (pages + 2) * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(room))
     for address in (base, base + (pages + 1) * PAGE):
-        if protect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 0):
-            raise OSError(ctypes.get_errno(), "mprotect")
+        protect(address)
     offset = PAGE if front else PAGE + pages * PAGE - size
-    return np.frombuffer(memory, dtype, count, offset).reshape(shape)
+    return np.frombuffer(room, dtype, count, offset).reshape(shape)
+
+
+@contextlib.contextmanager
+def guarded_memory(*, front=False):
+    """Guard the engine's own arrays, too: weights, states, workspaces and each tile of a room."""
+    lay_out, make, guards = record.room, memory.Workspace.make, {}
+
+    def pages(nbytes):
+        """As many bytes in whole pages, and one page more."""
+        return -(-nbytes // PAGE) * PAGE + PAGE
+
+    def apart(cls, shapes, dtype):
+        """A room whose tiles begin, or end, at pages."""
+        room = lay_out(cls, shapes, dtype)
+        known, tiles = list(record.fields(cls)), list(tiles_of(cls, room.words, dtype))
+        for name, kind, _, shape in tiles if not front else ():
+            if name in known and record.fields(cls)[name].block is None:
+                size = int(np.prod(shape)) * kind.itemsize
+                room.words[record.TILE * known.index(name)] += -size % PAGE
+        guards[room.words.tobytes()] = [
+            pages(start + int(np.prod(shape)) * kind.itemsize) - PAGE
+            for _, kind, start, shape in tiles_of(cls, room.words, dtype)
+        ]
+        return room
+
+    def make_guarded(workspace, *args):
+        arrays = make(workspace, *args)
+        (rooms,) = (array for array in arrays if array.dtype == np.uint8)
+        for row in rooms:
+            for offset in guards[workspace.room.words.tobytes()]:
+                protect(row.ctypes.data + offset)
+        return arrays
+
+    with (
+        mock.patch.object(record, "_lines", pages),
+        mock.patch.object(record, "room", apart),
+        mock.patch.object(memory.Workspace, "make", make_guarded),
+        tuned(aligned=functools.partial(guarded, front=front)),
+    ):
+        yield
 
 
 def inputs(dtype, front):
@@ -110,22 +159,22 @@ def attend_exactly(q, k, v, mask, out, front):
 
 
 def as_many(q, k, v, front):
-    """As many queries as keys, at the guarded end."""
-    n = min(q.shape[1], k.shape[1])
-    return [x[:, :n] if front else x[:, -n:] for x in (q, k, v)]
+    """As many queries as keys, also guarded."""
+    n, found = min(q.shape[1], k.shape[1]), []
+    for x in (q, k, v):
+        found.append(guarded((len(x), n, x.shape[2]), x.dtype, front))
+        found[-1][...] = x[:, :n]
+    return found
 
 
 def main():
-    bfloat16.amx_unavailable()  # asks the system for the matrix unit
+    amx_unavailable()  # asks the system for the matrix unit
     kinds = (np.float32, False), (np.float32, True), (np.float64, False)
-    for (dtype, planes), front in itertools.product(kinds, (False, True)):
+    for (dtype, parts), front in itertools.product(kinds, (False, True)):
         forget_workspaces()
-        with (
-            # Three threads share what is not shorter.
-            tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=2, USE_BF16X3=planes),
-            # The kernels' own arrays too: workspaces, packed weights, states.
-            tuned(aligned=functools.partial(guarded, front=front)),
-        ):
+        # Three threads share what is not shorter.
+        ways = {"USE_BF16X3": parts, "USE_BFLOAT16": True}
+        with tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=2, **ways), guarded_memory(front=front):
             for q, k, v, mask, out, W in inputs(dtype, front):
                 for kind, antithetic in (("positive", False), ("positive", True), ("elu", False)):
                     attend_and_differentiate(q, k, v, mask, out, W, kind, antithetic, front)
@@ -133,9 +182,25 @@ def main():
     print("no fault")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["fault"]:  # to see that a fault is one
+def touch(what):
+    """Read what must not be read: to see that a fault is one."""
+    if what == "array":
         np.lib.stride_tricks.as_strided(guarded(3, np.float32), (4,))[3]
+        return
+    dtype, front = np.dtype(np.float32), what == "before a tile"
+    with guarded_memory(front=front):
+        room = chunk_room(Sizes(dtype, 17, 32), frozenset(["spread"]))
+        (rooms,) = memory.workspace(dtype, room).make(2)
+    for name, kind, start, shape in tiles_of(ChunkTiles, room.words, dtype):
+        if name == "groups.num":
+            tile = rooms[1, start:][: int(np.prod(shape)) * kind.itemsize]
+            assert not tile.any()
+            rooms[1, start - 1 if front else start + tile.size]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        touch(sys.argv[1])
         print("no fault")
     else:
         main()

@@ -21,7 +21,7 @@ HOME = {
     "SLICE": "favor_np.forecast._forecast",
     "WAVE": "favor_np.window",
     "aligned": "favor_np.cpu.memory",
-    "amx_unavailable": "favor_np.cpu.kernels.bfloat16",
+    "amx_unavailable": "favor_np.cpu.layout",
     "relay": "favor_np.cpu.schedule",
 }
 

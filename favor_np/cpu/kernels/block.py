@@ -42,6 +42,11 @@ class Block(types.Type):  # type: ignore[misc]  # Numba's classes have no types
         name = "_".join((cls.__name__, dtype.name, *sorted(variant)))
         super().__init__(name=f"Block({name})")
 
+    @property
+    def key(self) -> Any:
+        """What makes two types the same."""
+        return self.cls, self.variant, self.dtype, self.room
+
     def type_of(self, name: str) -> Any:
         """Return Numba's type of a field."""
         field = self.fields[name]

@@ -2,11 +2,12 @@
 
 import functools
 import itertools
+from typing import Annotated, NamedTuple
 
-import numba
 import numpy as np
 import pytest
 from support.inputs import OPTIONS, random_inputs
+from support.kernels import compiled
 from support.tolerance import relative_rms
 from support.tuning import tuned
 from support.workspaces import forget_layouts, poison_workspaces
@@ -19,10 +20,15 @@ from favor_np import (
     feature_map,
 )
 from favor_np.cpu.kernels import bfloat16
+from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.layout import layout
 from favor_np.cpu.memory import aligned_copy
+from favor_np.cpu.pairs import TILE_CONFIG, parts_of
+from favor_np.cpu.processor import TARGET, amx_unavailable
+from favor_np.cpu.record import Array, Field, Floats2, Ints1
 
-bfloat16.amx_unavailable()  # asks the system for the matrix unit
+#: Whether there is a matrix unit; this asks the system for it.
+UNIT = not amx_unavailable()
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +58,45 @@ def numbers(pairs):
     return pair.reshape(*bits.shape[:-1], -1).view(np.float32)
 
 
-@numba.njit
-def cut_both(source, rows, cols, left, right):
-    bfloat16.split_along(source, rows, cols, left)
-    bfloat16.split_down(source, rows, cols, right)
+class Cut(NamedTuple):
+    source: Floats2
+    left: Floats2
+    right: Floats2
 
 
-@numba.njit
-def multiply(a, b, c, rows, cols, pairs, add, tile_config):
+@jit()
+def cut_both(call):
+    rows, cols = call.source.shape
+    bfloat16.split_along(call.source, rows, cols, call.left)
+    bfloat16.split_down(call.source, rows, cols, call.right)
+    return 0
+
+
+class Product(NamedTuple):
+    """`c` is added to if `add` is not 0."""
+
+    a: Floats2
+    b: Floats2
+    c: Floats2
+    add: Ints1
+    config: Annotated[Array, Field("u1")]
+
+
+@jit()
+def multiply(call):
     if bfloat16.AMX:
-        bfloat16.configure(tile_config)
-    bfloat16.gemm_bf16x3(a, b, c, rows, cols, pairs, add)
+        bfloat16.configure(call.config)
+    (rows, cols), pairs = call.c.shape, call.a.shape[1] // 3
+    bfloat16.gemm_bf16x3(call.a, call.b, call.c, rows, cols, pairs, call.add[0] != 0)
     if bfloat16.AMX:
         bfloat16.release()
+    return 0
+
+
+@functools.cache
+def kernel(body, cls):
+    """Compiled for the matrix unit, if this process may use it."""
+    return compiled(body, cls, way=TARGET.way)
 
 
 def wide(shape, seed=0):
@@ -81,7 +113,7 @@ def test_the_parts_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
     source = aligned_copy(wide((rows, cols)))
     left = aligned_copy(np.full((rows, 3 * depth), np.nan, np.float32))
     right = aligned_copy(np.full((3 * 20, cols), np.nan, np.float32))
-    cut_both(source, rows, cols, left, right)
+    kernel(cut_both, Cut)(source, left, right)
     padded = np.pad(source, ((0, 0), (0, 2 * depth - cols)))
     along = [numbers(left[:, p * depth : (p + 1) * depth]) for p in range(3)]
     down = [numbers(np.ascontiguousarray(right[p * 20 : (p + 1) * 20].T)).T for p in range(3)]
@@ -90,7 +122,7 @@ def test_the_parts_of_a_number_are_8_bits_each_and_add_up_to_it(cols):
     assert not any(x[rows:].any() for x in down)
     for part in (*along, *down):
         assert not (part.view(np.uint32) & 0xFFFF).any()
-    assert np.array_equal(left.view(np.uint32), bfloat16.parts_of(padded).view(np.uint32))
+    assert np.array_equal(left.view(np.uint32), parts_of(padded).view(np.uint32))
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -102,9 +134,9 @@ def test_a_product_of_parts_errs_no_more_than_one_of_float32(rows, cols, depth, 
                for s in ((rows, depth), (depth, cols), (rows, cols)))  # fmt: skip
     expected = a.astype(np.float64) @ b + (c if add else 0)
     got = aligned_copy(c if add else np.full_like(c, np.nan))
-    left = aligned_copy(bfloat16.parts_of(a))
-    right = aligned_copy(bfloat16.parts_of(b.T).T)
-    multiply(left, right, got, rows, cols, depth // 2, add, bfloat16.TILE_CONFIG)
+    left = aligned_copy(parts_of(a))
+    right = aligned_copy(parts_of(b.T).T)
+    kernel(multiply, Product)(left, right, got, np.array([int(add)]), TILE_CONFIG)
     chain = np.zeros_like(c)
     for k in range(depth):
         chain += a[:, k : k + 1] * b[k]
@@ -250,27 +282,25 @@ def test_rows_that_are_not_finite_spoil_what_they_did():
 
 def test_they_are_used_where_they_pay():
     """And only there: rows that are short, few features, float64 and other vectors have no parts."""
-    worth = not bfloat16.amx_unavailable()
     for dim, features, dtype, expected in [
-        (64, 256, np.float32, worth),
-        (32, 128, np.float32, worth),
+        (64, 256, np.float32, UNIT),
+        (32, 128, np.float32, UNIT),
         (64, 256, np.float64, False),
         (16, 4096, np.float32, False),
         (128, 32, np.float32, False),
         (32, 64, np.float32, False),
     ]:
         fm = feature_map("positive", dim, features, rng=0)
-        found = layout(fm, np.dtype(dtype), 16).map.key_parts
-        assert (found is not None) == expected
+        found = layout(fm, np.dtype(dtype), 16)
+        assert (found.parts is not None) == ("parts" in found.variant) == expected
 
 
 @tuned(amx_unavailable=lambda: "Operation not permitted")
 def test_without_the_systems_leave_there_are_none():
     q, k, v = inputs(100, 64, 16)
     fm = feature_map("positive", 64, 128, rng=0)
-    assert layout(fm, np.dtype(np.float32), 16).map.key_parts is None
-    assert np.isfinite(favor_attention(q, k, v, fm)).all()
-    assert np.isfinite(exact_attention(q, k, v)).all()
-    if bfloat16.AMX:
-        with pytest.raises(RuntimeError, match="does not let this process use the matrix unit"):
-            favor_attention(q, k, v, fm, precision="bfloat16")
+    assert layout(fm, np.dtype(np.float32), 16).parts is None
+    for attention in (exact_attention, functools.partial(favor_attention, feature_map=fm)):
+        found = attention(q, k, v)
+        with tuned(USE_BF16X3=False):
+            assert np.array_equal(attention(q, k, v), found)
