@@ -261,7 +261,8 @@ def dtypes(q: Array, k: Array, v: Array) -> tuple[np.dtype[Any], np.dtype[Any]]:
 
 def contiguous(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return an array as kernels read it: in this dtype, in C order, aligned."""
-    if array.dtype is dtype and array.flags.num & _CONTIGUOUS == _CONTIGUOUS:
+    same = array.dtype is dtype or array.dtype == dtype
+    if same and array.flags.num & _CONTIGUOUS == _CONTIGUOUS:
         return array
     return np.require(array, dtype, ("C", "A"))
 
