@@ -113,8 +113,8 @@ def spare(sizes, threads=1):
     kept = []
 
     def work():
-        room = record.Room(np.zeros(1, np.int64), 64)
-        spaces = [memory.Workspace(np.dtype(np.float32), room) for _ in sizes]
+        rooms = [record.Room(np.zeros(1, np.int64), size) for size in sizes]
+        spaces = [memory.Workspace(np.dtype(np.float32), room) for room in rooms]
         for space, size in zip(spaces, sizes, strict=True):
             memory.give_back(space, threads, (np.empty((threads, size), np.uint8),))
         kept.extend(i for i, space in enumerate(spaces) if is_kept(space, threads))
@@ -137,6 +137,14 @@ def test_spare_workspaces_are_few_and_small():
     assert spare([quarter, 4 * quarter + 4]) == []
     assert spare([quarter // 2] * 4, threads=2) == [0, 1, 2, 3]
     assert spare([quarter, quarter, quarter], threads=2) == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("state", [None, (32, 16)])
+def test_the_bytes_of_a_workspace_are_those_of_its_arrays(state, dtype):
+    space = memory.Workspace(np.dtype(dtype), record.Room(np.zeros(4, np.int64), 640), state)
+    assert space.nbytes == sum(array.nbytes for array in space.make(1))
+    assert 3 * space.nbytes == sum(array.nbytes for array in space.make(3))
 
 
 def test_a_spare_workspace_is_used_again():

@@ -16,7 +16,7 @@ from favor_np.cpu.code import useful_kernels
 from favor_np.cpu.kernels.block import room_of
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.memory import workspace
-from favor_np.cpu.record import Array, Bytes2, Field, Floats1, Floats2, Floats3, Ints1, Mask, Whole1
+from favor_np.cpu.record import Array, Bytes2, Field, Floats1, Floats2, Floats3, Ints1, Whole1
 
 Floats4 = Annotated[Array, Field(ndim=4)]
 
@@ -57,7 +57,7 @@ class Kinds(NamedTuple):
     whole: Whole1
     integers: Ints1
     doubles: record.Doubles1
-    mask: Mask
+    flags: Annotated[Array, Field("bool")]
     octets: Annotated[Array, Field("u1")]
     constants: Annotated[Array, Field(np.dtype([("count", np.int64), ("share", np.float64)]))]
 
@@ -68,7 +68,7 @@ def write_kinds(call):
     call.whole[1] = -5
     call.integers[1] = 2**40
     call.doubles[1] = 0.1
-    call.mask[1] = call.mask[0]
+    call.flags[1] = call.flags[0]
     call.octets[1] = 255
     call.doubles[0] = call.constants[0].count + call.constants[0].share
     return 0
@@ -85,6 +85,31 @@ def test_every_kind_has_its_own_width(dtype):
     assert [x[1] for x in arrays] == expected
     assert arrays[3][0] == 3.25
     assert not any(x[2] for x in arrays)
+
+
+class Leading(NamedTuple):
+    rows: record.Rows
+    mask: record.Mask
+    found: Floats1
+
+
+@jit()
+def see_rows(call):
+    rows, found = call.rows, call.found
+    found[0] = rows.shape[1]
+    found[1], found[2] = rows[0, 1], rows[23, 4]
+    found[3], found[4] = call.mask[22], call.mask[23]
+    return 0
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(24, 5), (4, 6, 5), (1, 2, 3, 4, 5), (24, 1, 5)])
+def test_rows_may_lie_on_any_number_of_axes(shape, dtype):
+    """And so may the keys of a mask: the kernel knows how many there are."""
+    rows, mask = np.arange(120, dtype=dtype).reshape(shape), np.arange(24) > 22
+    found = np.zeros(5, dtype)
+    assert compiled(see_rows, Leading, dtype)(rows, mask.reshape(shape[:-1]), found) == 0
+    assert found.tolist() == [5, 1, 119, 0, 1]
 
 
 class Optional(NamedTuple):

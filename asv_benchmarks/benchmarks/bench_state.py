@@ -4,7 +4,7 @@ import numpy as np
 
 import favor_np
 from favor_np.cpu import launch
-from favor_np.cpu.record import pack
+from favor_np.cpu.record import HEAD, pack
 from favor_np.cpu.records import CONTROL, COUNT
 
 from .common import TIMER, feature_map, full_only, interleave, warm
@@ -81,9 +81,9 @@ class Decode:
             self.state.step(*self.token)
         finally:
             del pool.call
-        ((kernel, arrays, more, count, _),) = seen
+        ((kernel, arrays, rest, count, _),) = seen
         control = np.zeros(CONTROL, np.int64)
-        block, run = pack((*arrays, control, *more)), kernel.load()
+        block, run = HEAD + pack((*arrays, control)) + rest.block, kernel.load()
 
         def again():
             control[:] = 0

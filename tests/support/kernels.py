@@ -1,6 +1,5 @@
 """Kernels of tests, compiled as those of the package are: they take records."""
 
-import ctypes
 import itertools
 
 import numpy as np
@@ -24,6 +23,5 @@ def object_code(body, cls, dtype=np.float32, *, variant=(), room=None, way="", s
 def compiled(body, cls, dtype=np.float32, **options):
     """A function that calls it with the fields of a record; the optional ones may be left out."""
     symbol = f"test_kernel_{next(_numbers)}"
-    found = object_code(body, cls, dtype, symbol=symbol, **options)
-    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(code._link(found, symbol))
-    return lambda *arrays: function(record.pack(arrays))
+    function = code._link(object_code(body, cls, dtype, symbol=symbol, **options), symbol)
+    return lambda *arrays: function(record.HEAD + record.pack(arrays))
