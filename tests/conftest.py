@@ -13,6 +13,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("favor_np")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def checked_records():
+    """In every test, what kernels get is what their records say."""
+    from support import records
+
+    from favor_np.cpu.threads import TilePool
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TilePool, "call", records.checked(TilePool.call))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shipped_package(tmp_path_factory):
     """A copy of the package with libraries of machine code, in a folder that processes import from."""

@@ -258,3 +258,16 @@ def test_kernels_need_nothing_of_numba(kernel):
     code = store.load(kernel.symbol, kernel.header) or kernel.compile()
     strange = [name for name in undefined(code) if not MAY_NEED.fullmatch(name)]
     assert not strange
+
+
+def test_a_record_that_does_not_fit_is_noticed():
+    from support import records
+
+    from favor_np.cpu import code
+
+    kernel = code.kernel("holds_large", np.dtype(np.float32))
+    good = np.zeros((3, 4), np.float32)
+    records.check(kernel, (good,))
+    for bad in (good.astype(np.float64), good[0], good.T, good[:, ::2]):
+        with pytest.raises(AssertionError, match="rows of favor_np_holds_large"):
+            records.check(kernel, (bad,))

@@ -133,6 +133,11 @@ def resolve_threads(argument: int | None) -> int:
     return _default
 
 
+def _failure() -> RuntimeError:
+    """Return the error for a kernel that has raised one: none does but with NUMBA_BOUNDSCHECK=1."""
+    return RuntimeError("a kernel has read or written outside an array")
+
+
 class TilePool:
     """Runs a kernel on the calling thread and on helpers that wake up in time."""
 
@@ -196,8 +201,11 @@ class TilePool:
             except ValueError:  # emptied: that call is over
                 continue
             try:
-                if run(block) == count:
+                finished = run(block)
+                if finished == count:
                     done.release()
+                elif finished < 0:
+                    errors.append(_failure())
             except BaseException as error:  # the caller must not wait for ever
                 errors.append(error)
             # Do not keep the caller's arrays alive until the next job.
@@ -243,7 +251,8 @@ class TilePool:
         arrays = (*arrays, control)
         block = HEAD + pack(arrays) + rest.block
         if threads <= 1 or count <= 1:
-            run(block)
+            if run(block) < 0:
+                raise _failure()
             return control
         callers, me = self._callers, id(control)
         try:
@@ -277,6 +286,8 @@ class TilePool:
                     self._queue.put(job)
             finally:
                 finished = run(block)
+                if finished < 0:
+                    errors.append(_failure())
         finally:
             if finished != count and helpers > 0:  # one of them still works on what it has claimed
                 self._wait(control, count, done, errors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -101,7 +102,10 @@ def _get_field(context, builder, block, value, name):
         shape = _word(builder, fields, _number(_SHAPE // 8))
         shape = builder.inttoptr(shape, _I64.as_pointer())
         if block.fields[name].rows:  # the first length is not asked, and may be any axis'
-            axes = [_word(builder, shape, _number(0))] * kind.ndim
+            first = _word(builder, shape, _number(0))
+            if numba.config.BOUNDSCHECK:
+                first = _number(2**60)
+            axes = [first] * kind.ndim
             if kind.ndim > 1:
                 count = builder.and_(
                     _word(builder, fields, _number(_NDIM // 8)), _number(2**32 - 1)
