@@ -73,7 +73,7 @@ def compile_library(folder: Path, name: str) -> list[str]:
     kernels = [kernel for kernel in every_kernel() if kernel.library == name]
     for number, kernel in enumerate(kernels, 1):
         print(f"{name}: {number} of {len(kernels)}, {kernel.symbol}", flush=True)
-        (folder / f"{kernel.symbol}.o").write_bytes(kernel.compile())
+        (folder / f"{kernel.symbol}.o").write_bytes(kernel.object_code())
     return [kernel.symbol for kernel in kernels]
 
 
