@@ -5,7 +5,6 @@ import compileall
 import importlib
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -534,39 +533,3 @@ def test_locks_are_free_after_a_fork():
     thread.start()
     thread.join()
     assert other == [False, True]
-
-
-# ----------------------------------------------------------------------------------------
-# Object code
-# ----------------------------------------------------------------------------------------
-
-#: What each process has: the C library's functions of memory, and its library of mathematics.
-MEMORY = {"memcpy", "memmove", "memset", "bzero", "__bzero", "memset_pattern16"}
-MATHEMATICS = {"exp2", "exp2f", "pow", "powf", "exp", "log", "log2", "log2f", "fmod", "fmodf",
-               "ldexp", "ldexpf", "fma", "fmaf"}  # fmt: skip
-
-
-def undefined(code):
-    """The undefined symbols of object code in the format ELF."""
-    import llvmlite.binding as llvm
-
-    sections = {s.name(): s.data() for s in llvm.ObjectFileRef.from_data(code).sections()}
-    names, found = sections[b".strtab"], set()
-    for name, _info, _other, section, _value, _size in struct.iter_unpack(
-        "<IBBHQQ", sections[b".symtab"]
-    ):
-        if name and section == 0:
-            found.add(names[name : names.index(b"\0", name)].decode())
-    return found
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF")
-def test_object_code_needs_the_c_library_and_nothing_of_numba(tmp_path):
-    """Nor Python: so it runs in processes, and in libraries, without any of them."""
-    found = set()
-    for kernel in code.useful_kernels():
-        object_code = code.Kernel(kernel.name, kernel.dtype, kernel.variant).object_code()
-        needs = undefined(object_code)
-        assert needs <= MEMORY | MATHEMATICS, (kernel.symbol, needs)
-        found |= needs
-    assert found, "every symbol is defined: is the table read?"
