@@ -382,7 +382,8 @@ class _Launch:
             v = self.arrays[2]
             rows = v.size // v.shape[-1] // len(bars.variances)
             numbers = np.array([bars.dof, bars.prior_dof, bars.t_factor, rows])
-            spread = (bars.errors, bars.sizes, bars.variances, numbers)
+            variances = np.ascontiguousarray(bars.variances)
+            spread = (bars.errors, bars.sizes, variances, numbers)
         parts = none if layout.parts is None else layout.parts[:2]
         return words, keys, *spread, *parts, TILE_CONFIG
 
