@@ -119,7 +119,8 @@ def write_manifest(folder: Path, libraries: dict[str, Any]) -> dict[str, Any]:
 def _in_a_process(name: str, work: Path) -> list[str]:
     """Compile for another target, which a process has only one of."""
     cpu, features = LIBRARIES[name]
-    environ = {**os.environ, "FAVOR_NP_PREBUILT": "0", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "FAVOR_NP_PREBUILT": "0", "PYTHONPATH": path}
     environ.pop("NUMBA_CPU_FEATURES", None)
     if cpu:
         environ |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
