@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import libraries
-from support.child import HANG, environment, python
+from support.child import FORK, HANG, environment, python
 
 from favor_np.cpu import code, sources
 from favor_np.cpu.kernels import pack
@@ -420,9 +420,10 @@ print(results == 8 * [False], len(compiled))
     assert call(tmp_path, script, FAVOR_NP_CACHE="0") == "True 1\n"
 
 
-#: A child that calls while another thread of its parent compiled: it ends with status 0, or 14 if
-#: it hangs.
-FORK = f"""
+#: A child that calls while another thread of its parent compiled.
+COMPILING = (
+    FORK
+    + """
 import os, signal, sys, threading, time
 import numpy as np
 import favor_np
@@ -436,19 +437,8 @@ def exact():
 
 def large():
     favor_np.cpu.scaling.holds_large(x[0])
-
-def fork(use):
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm({HANG})
-        try:
-            use()
-        except BaseException as error:
-            os.write(2, repr(error).encode())
-            os._exit(1)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
 """
+)
 
 
 @forks
@@ -457,7 +447,7 @@ def fork(use):
 def test_fork_while_another_thread_compiles(use, when, tmp_path):
     """The first call of all may be one that the pool knows nothing of."""
     python(
-        FORK
+        COMPILING
         + f"""
 from favor_np.cpu import launch
 begun = threading.Event()
@@ -487,7 +477,7 @@ other.join()
 def test_a_fork_that_waits_for_a_compilation_does_not_hold_logging(tmp_path):
     """Numba logs while it compiles: each would wait for the other."""
     python(
-        FORK
+        COMPILING
         + """
 from favor_np.cpu import launch
 assert "logging" not in sys.modules

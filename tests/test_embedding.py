@@ -3,28 +3,10 @@
 import os
 
 import pytest
-from support.child import BEGIN, HANG, python
+from support.child import BEGIN, FORK, python
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-
-#: What a forked child does: it ends with status 0, or 14 if it hangs.
-CHILD = f"""
-def child(use=check):
-    signal.alarm({HANG})
-    try:
-        use()
-    except BaseException as error:
-        os.write(2, repr(error).encode())
-        os._exit(1)
-    os._exit(0)
-
-def fork(use=check):
-    pid = os.fork()
-    if pid == 0:
-        child(use)
-    assert os.waitpid(pid, 0)[1] == 0
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +74,7 @@ assert len(results) == 8 and all((r == 1).all() for r in results)
 def test_fork_after_use():
     out = python(
         BEGIN
-        + CHILD
+        + FORK
         + """
 check()
 assert helpers() == 1
@@ -102,7 +84,7 @@ def grandchild():
     other = threading.Thread(target=check)
     other.start()
     other.join()
-    fork()
+    fork(check)
     check()
 for _ in range(3):
     fork(grandchild)
@@ -119,7 +101,7 @@ print("fine")
 def test_fork_while_other_threads_call():
     python(
         BEGIN
-        + CHILD
+        + FORK
         + """
 stop, failures = threading.Event(), []
 
@@ -133,7 +115,7 @@ def work():
 team = [threading.Thread(target=work) for _ in range(3)]
 for thread in team: thread.start()
 for _ in range(12):
-    fork()
+    fork(check)
     time.sleep(0.005)
 stop.set()
 for thread in team: thread.join()

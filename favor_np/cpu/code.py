@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from favor_np.cpu import records, shipped, store, tiles
-from favor_np.cpu.processor import TARGET, amx_unavailable
+from favor_np.cpu.processor import TARGET, amx_unavailable, bfloat16_pays
 from favor_np.cpu.sources import SOURCES, digest
 
 #: One compilation, or load, at a time; a fork waits for it.
@@ -156,13 +156,8 @@ def every_kernel() -> Iterator[Kernel]:
 def useful_kernels() -> Iterator[Kernel]:
     """Go through those that calls on this processor may take."""
     for each in every_kernel():
-        if "parts" in each.variant:
-            useful = not amx_unavailable()
-        elif "pairs" in each.variant:
-            useful = TARGET.dots or not amx_unavailable()
-        else:
-            useful = True
-        if useful:
+        parts, pairs = ("parts" in each.variant), ("pairs" in each.variant)
+        if (not parts or not amx_unavailable()) and (not pairs or bfloat16_pays()):
             yield each
 
 

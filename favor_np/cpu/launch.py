@@ -355,8 +355,8 @@ class _Launch:
                     array[total] = mine[0]
                 more = self._more(relay.words, keys)
                 rest = schedule.fixed_of(layout, constants, job, more)
-                mine = (*self.arrays, c, s, z, room)
-                if POOL.call(known, mine, rest, relay.count, threads)[OVERFLOW]:
+                fields = (*self.arrays, c, s, z, room)
+                if POOL.call(known, fields, rest, relay.count, threads)[OVERFLOW]:
                     self.overflow = True
                 if state is not None:
                     after = c[relay.last], s[total], z[total]

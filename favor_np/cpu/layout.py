@@ -14,7 +14,7 @@ from favor_np import numerics
 from favor_np.cpu import memory, pairs, records, tiles, tuning
 from favor_np.cpu.code import Kernel, kernel
 from favor_np.cpu.memory import Workspace, aligned_copy, integer_of, workspace
-from favor_np.cpu.processor import TARGET, amx_unavailable
+from favor_np.cpu.processor import amx_unavailable, bfloat16_pays
 from favor_np.cpu.tiles import CHUNK, Sizes, padded
 from favor_np.features import FeatureMap
 
@@ -169,10 +169,8 @@ def worth_bf16x3(dtype: np.dtype[Any], rows: int, dim: int) -> bool:
 
 
 def worth_bfloat16() -> bool:
-    """Whether products of bfloat16 are faster than those of float32 here."""
-    if tuning.USE_BFLOAT16 is not None:
-        return tuning.USE_BFLOAT16
-    return TARGET.dots or not amx_unavailable()
+    """Whether to compute products of bfloat16, where a caller allows them."""
+    return bfloat16_pays() if tuning.USE_BFLOAT16 is None else tuning.USE_BFLOAT16
 
 
 @tuning.depends_on_tuning

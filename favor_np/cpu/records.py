@@ -93,6 +93,8 @@ def constants(parameters: Parameters | ExactParameters) -> Array:
 
 
 Optional: TypeAlias = npt.NDArray[Any] | None
+PartWeights = Annotated[Optional, Field(ndim=3, variants=("parts",))]
+TileConfig = Annotated[Optional, Field("u1", variants=("pairs", "parts"))]
 
 
 class Attend(NamedTuple):
@@ -157,9 +159,9 @@ class Attend(NamedTuple):
     sizes: Annotated[Optional, Field(variants=("spread",))] = None
     variances: Annotated[Optional, Field(ndim=2, variants=("spread",))] = None
     spread: Annotated[Optional, Field("f8", variants=("spread",))] = None
-    query_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
-    key_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
-    config: Annotated[Optional, Field("u1", variants=("pairs", "parts"))] = None
+    query_parts: PartWeights = None
+    key_parts: PartWeights = None
+    config: TileConfig = None
 
 
 class Pull(NamedTuple):
@@ -209,11 +211,11 @@ class Pull(NamedTuple):
     key_rows: Floats3
     hessian: Floats3
     linear: Floats2
-    query_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
-    key_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
-    query_rows_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
-    key_rows_parts: Annotated[Optional, Field(ndim=3, variants=("parts",))] = None
-    config: Annotated[Optional, Field("u1", variants=("pairs", "parts"))] = None
+    query_parts: PartWeights = None
+    key_parts: PartWeights = None
+    query_rows_parts: PartWeights = None
+    key_rows_parts: PartWeights = None
+    config: TileConfig = None
 
 
 class Exact(NamedTuple):
@@ -230,7 +232,7 @@ class Exact(NamedTuple):
     control: Ints1
     constants: Annotated[Array, Field(EXACT_PARAMETERS)]
     jobs: Ints2
-    config: Annotated[Optional, Field("u1", variants=("pairs", "parts"))] = None
+    config: TileConfig = None
 
 
 class ExactPull(NamedTuple):

@@ -13,7 +13,6 @@ import numpy as np
 from favor_np.cpu import record
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.record import (
-    WHOLE,
     Array,
     Doubles1,
     Doubles2,
@@ -229,7 +228,7 @@ class ExactGradientTiles(NamedTuple):
     dk: Floats3
     dv: Floats3
     square: Doubles1
-    c: Annotated[Array, Field(WHOLE, 2)]
+    c: Whole2
 
 
 class Sizes(NamedTuple):
@@ -245,30 +244,15 @@ class Sizes(NamedTuple):
 
 def chunk_room(of: Sizes, variants: frozenset[str]) -> Room:
     """Return the room of a thread of attention."""
-    dim, columns = padded(of.dim, of.dtype.itemsize), of.value_columns
-    blocks, width = of.blocks, of.width
-    tiles, lanes = blocks * of.signs, padded(1, of.dtype.itemsize)
-    line, features, chunk = (1, CHUNK), (1, tiles * width), (CHUNK, CHUNK)
-    shapes: dict[str, Any] = {
-        "rows": (CHUNK, dim),
-        "columns": (dim, CHUNK),
+    lanes, columns, blocks, width = _lanes(of), of.value_columns, of.blocks, of.width
+    shapes = {
+        **_chunk(of, variants),
         "raw": (width, CHUNK),
-        "phi": (width, CHUNK),
-        **dict.fromkeys(("values", "num", "spare"), (CHUNK, columns)),
-        "scores": chunk,
-        "keys": (tiles, CHUNK, width),
-        **dict.fromkeys(("height", "share"), (CHUNK,)),
-        **dict.fromkeys(("den", "part"), line),
-        **dict.fromkeys(("sums", "scale", "token"), features),
-        "square": (CHUNK,),
-        "stretched": (CHUNK, dim),
-        **dict.fromkeys(("top", "higher"), line),
-        "excess": (CHUNK, lanes),
+        **dict.fromkeys(("den", "part", "higher"), (1, CHUNK)),
+        "token": (1, blocks * of.signs * width),
     }
     if "pairs" in variants:
         shapes["pairs"] = _pairs(of)
-    if "parts" in variants:
-        shapes["parts"] = _parts(of)
     if "spread" in variants:
         shapes["groups"] = {
             **dict.fromkeys(("den", "top", "shares"), (blocks, CHUNK)),
@@ -279,8 +263,50 @@ def chunk_room(of: Sizes, variants: frozenset[str]) -> Room:
     return record.room(ChunkTiles, shapes, of.dtype)
 
 
+def gradient_room(of: Sizes, variants: frozenset[str]) -> Room:
+    """Return the room of a thread of the pullback."""
+    columns, blocks, width = of.value_columns, of.blocks, of.width
+    shapes = {
+        **_chunk(of, variants),
+        "raws": (blocks * width, CHUNK),
+        **dict.fromkeys(("slope", "back", "error"), (width, CHUNK)),
+        "other": (CHUNK, columns),
+        "turned": (columns, CHUNK),
+        "products": (CHUNK, CHUNK),
+        "grad": (CHUNK, padded(of.dim, of.dtype.itemsize)),
+        **dict.fromkeys(("extra", "factor", "total"), (1, CHUNK)),
+    }
+    return record.room(GradientTiles, shapes, of.dtype)
+
+
+def _lanes(of: Sizes) -> int:
+    return padded(1, of.dtype.itemsize)
+
+
+def _chunk(of: Sizes, variants: frozenset[str]) -> dict[str, Any]:
+    """Return the shapes of the tiles that attention and its gradient have in common."""
+    dim, columns, width = padded(of.dim, of.dtype.itemsize), of.value_columns, of.width
+    tiles = of.blocks * of.signs
+    shapes: dict[str, Any] = {
+        **dict.fromkeys(("rows", "stretched"), (CHUNK, dim)),
+        "columns": (dim, CHUNK),
+        "phi": (width, CHUNK),
+        **dict.fromkeys(("values", "num", "spare"), (CHUNK, columns)),
+        "scores": (CHUNK, CHUNK),
+        "keys": (tiles, CHUNK, width),
+        **dict.fromkeys(("height", "share", "square"), (CHUNK,)),
+        **dict.fromkeys(("sums", "scale"), (1, tiles * width)),
+        "top": (1, CHUNK),
+        "excess": (CHUNK, _lanes(of)),
+    }
+    if "parts" in variants:
+        depth = PARTS * pairs_for(of.dim)
+        shapes["parts"] = {"left": (CHUNK, depth), "right": (depth, CHUNK)}
+    return shapes
+
+
 def _pairs(of: Sizes) -> Any:
-    tiles, lanes, width = of.blocks * of.signs, padded(1, of.dtype.itemsize), of.width
+    tiles, lanes, width = of.blocks * of.signs, _lanes(of), of.width
     depth, features, columns = pairs_for(of.dim), pairs_for(width), of.value_columns
     return {
         "rows": (CHUNK, depth),
@@ -301,44 +327,10 @@ def _pairs(of: Sizes) -> Any:
     }
 
 
-def _parts(of: Sizes) -> Any:
-    depth = PARTS * pairs_for(of.dim)
-    return {"left": (CHUNK, depth), "right": (depth, CHUNK)}
-
-
-def gradient_room(of: Sizes, variants: frozenset[str]) -> Room:
-    """Return the room of a thread of the pullback."""
-    dim, columns = padded(of.dim, of.dtype.itemsize), of.value_columns
-    blocks, width = of.blocks, of.width
-    tiles, lanes = blocks * of.signs, padded(1, of.dtype.itemsize)
-    line, features, chunk = (1, CHUNK), (1, tiles * width), (CHUNK, CHUNK)
-    shapes: dict[str, Any] = {
-        "rows": (CHUNK, dim),
-        "columns": (dim, CHUNK),
-        "raws": (blocks * width, CHUNK),
-        **dict.fromkeys(("phi", "slope", "back", "error"), (width, CHUNK)),
-        **dict.fromkeys(("values", "other", "num", "spare"), (CHUNK, columns)),
-        "turned": (columns, CHUNK),
-        **dict.fromkeys(("scores", "products"), chunk),
-        "keys": (tiles, CHUNK, width),
-        "grad": (CHUNK, dim),
-        **dict.fromkeys(("height", "share"), (CHUNK,)),
-        **dict.fromkeys(("extra", "factor", "total"), line),
-        **dict.fromkeys(("sums", "scale"), features),
-        "square": (CHUNK,),
-        "stretched": (CHUNK, dim),
-        "top": line,
-        "excess": (CHUNK, lanes),
-    }
-    if "parts" in variants:
-        shapes["parts"] = _parts(of)
-    return record.room(GradientTiles, shapes, of.dtype)
-
-
 def exact_room(of: Sizes, variants: frozenset[str]) -> Room:
     """Return the room of a thread of exact attention."""
     dim, columns, tiles = padded(of.dim, of.dtype.itemsize), of.value_columns, QUERY_TILES
-    line, chunk, lanes = (1, CHUNK), (CHUNK, CHUNK), padded(1, of.dtype.itemsize)
+    line, chunk, lanes = (1, CHUNK), (CHUNK, CHUNK), _lanes(of)
     shapes: dict[str, Any] = {
         "rows": (CHUNK, dim),
         "keys": (dim, CHUNK),

@@ -35,6 +35,21 @@ def check(threads=2):
     assert (call(threads) == right).all()
 """
 
+#: What a forked child does: it ends with status 0, or 14 if it hangs.
+FORK = f"""
+def fork(use):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm({HANG})
+        try:
+            use()
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+
 
 def environment(**changes):
     """The environment of a process that finds `support`, with these changes."""

@@ -85,12 +85,6 @@ class _Library(AOTCodeLibrary):  # type: ignore[misc]  # Numba's classes have no
 class _Part(_Library):
     """Code that is only ever linked into a kernel, and optimised there: none of its own runs."""
 
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalized = True
-
     def finalize(self) -> None:
         """Leave what it calls to the kernel, which links each part once."""
         self._finalized = True
