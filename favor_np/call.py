@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDic
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import validation
+from favor_np import decay, validation
 from favor_np.features import FeatureMap
 from favor_np.jobs import Shapes
 
@@ -20,16 +20,6 @@ Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 #: Queries, keys, values and mask, as the caller gave them.
 Arrays: TypeAlias = tuple[Any, Any, Any, Any]
-
-
-class DecayOffsets(NamedTuple):
-    """What decay adds to the log2-features of keys, for each slot of the state.
-
-    Key j of a slot is raised by ``start + j * rate``: earlier keys weigh less, by 2**-rate a token.
-    """
-
-    start: Array
-    rate: Array
 
 
 class ErrorBars(NamedTuple):
@@ -56,6 +46,12 @@ class Call:
         In their own dtypes; on a device its arrays.
     mask : ndarray of bool, shape (..., L_k), or None
         True where a key takes part.
+    lifts : ndarray of float64, shape (..., L_k), or None
+        log2 of what the weight of a key is multiplied with, decay included.
+    key_bias, gates : ndarray or None
+        The bias, and the decay of one factor a token, as the caller gave them.
+    decay_rates : ndarray of float64 or None
+        -log2 of a constant decay for each batch and head, flat.
     feature_map : FeatureMap or None
         None for exact attention.
     causal, grouped : bool
@@ -68,10 +64,6 @@ class Call:
         Of the result, and what it is computed in.
     offsets : ndarray of int64, shape (sequences + 1,), or None
         Where packed sequences begin, and where the last one ends.
-    decay_rates : ndarray of float64 or None
-        -log2 of the decay for each batch and head, flat.
-    decay : DecayOffsets or None
-        What decay makes of the keys of this call.
     window : int or None
         Positions that a query sees.
     bfloat16 : bool
@@ -96,8 +88,10 @@ class Call:
     result: np.dtype[Any]
     compute: np.dtype[Any]
     offsets: Array | None = None
+    key_bias: Array | None = None
+    lifts: Array | None = None
+    gates: Array | None = None
     decay_rates: Array | None = None
-    decay: DecayOffsets | None = None
     window: int | None = None
     bfloat16: bool = False
     scale: float = 1.0
@@ -122,6 +116,7 @@ class Call:
             self.k.shape,
             self.v.shape,
             None if self.mask is None else self.mask.shape,
+            None if self.lifts is None else self.lifts.shape,
             self.grouped,
             self.state_shape if stateful else None,
         )
@@ -169,11 +164,15 @@ class Forward(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Gradients of the inputs, and of the first state: arrays (c, S, z), or None."""
+    """Gradients of the inputs, and of the first state: arrays (c, S, z), or None.
+
+    That of the bias is by its natural logarithm.
+    """
 
     q: Any
     k: Any
     v: Any
+    key_bias: Any = None
     state: Any = None
 
 
@@ -181,6 +180,7 @@ class Options(TypedDict, total=False):
     """What attention functions take beside arrays and a feature map, as their callers gave it."""
 
     key_mask: object
+    key_bias: object
     causal: object
     enable_gqa: object
     check_finite: object
@@ -198,6 +198,7 @@ def check_call(
     state: StateShape | None = None,
     *,
     key_mask: object = None,
+    key_bias: object = None,
     causal: object = False,
     enable_gqa: object = False,
     check_finite: object = False,
@@ -211,7 +212,7 @@ def check_call(
     # A step is short: what is True or False need not be checked by a call.
     is_causal = causal is True or (causal is not False and validation.flag("causal", causal))
     is_grouped = enable_gqa is not False and validation.flag("enable_gqa", enable_gqa)
-    dim = heads = batch_shape = value_dim = mask = None
+    dim = heads = batch_shape = value_dim = mask = bias = None
     if feature_map is not None:
         dim, heads = feature_map.dim, feature_map.num_heads
     if state is not None:
@@ -224,8 +225,18 @@ def check_call(
     q, k, v = validation.tensor("q", q), validation.tensor("k", k), validation.tensor("v", v)
     if key_mask is not None:
         mask = validation.mask_of(key_mask, k.shape[-2])
+    if key_bias is not None:
+        bias, unmasked = validation.key_bias_of(key_bias, k.shape[-2])
+        if unmasked is not None:
+            mask = np.ascontiguousarray(unmasked if mask is None else mask & unmasked)
     state_shape, out_shape = call_shapes(
-        (q.shape, k.shape, v.shape, None if mask is None else mask.shape),
+        (
+            q.shape,
+            k.shape,
+            v.shape,
+            None if mask is None else mask.shape,
+            None if bias is None else bias.shape,
+        ),
         (dim, heads, batch_shape, value_dim),
         is_causal,
         is_grouped,
@@ -247,30 +258,24 @@ def check_call(
         out_shape,
         result,
         compute,
+        key_bias=bias,
+        lifts=decay.together(bias, None),
     )
-
-
-def decay_offsets(rates: Array | None, sequences: int = 1) -> DecayOffsets | None:
-    """Return the offsets of the first keys that new states get, which are not raised."""
-    if rates is None:
-        return None
-    rates = np.repeat(rates, sequences)
-    return DecayOffsets(np.zeros(len(rates)), rates)
 
 
 @functools.lru_cache(maxsize=256)
 def call_shapes(
-    arrays: tuple[Shape, Shape, Shape, Shape | None],
+    arrays: tuple[Shape, Shape, Shape, Shape | None, Shape | None],
     wanted: tuple[int | None, int | None, Shape | None, int | None],
     causal: bool,
     grouped: bool,
 ) -> tuple[Shape, Shape]:
-    """Check the shapes of q, k, v and key_mask; return those of a state and of the result.
+    """Check the shapes of q, k, v, key_mask and key_bias; return those of a state and of the result.
 
     `wanted` are dimension and heads of a feature map, and the shape and length of values of a
     state.
     """
-    (q, k, v, mask), (dim, heads, state, value_dim) = arrays, wanted
+    (q, k, v, mask, bias), (dim, heads, state, value_dim) = arrays, wanted
     if dim is None and q[-1] == 0:
         raise ValueError(f"q must have at least one dimension, got shape {q}")
     of, dim = ("q", q[-1]) if dim is None else ("feature_map", dim)
@@ -290,6 +295,8 @@ def call_shapes(
     shapes = {"k": k[:-2], "v": v[:-2]}
     if mask is not None:
         shapes["key_mask"] = mask[:-1]
+    if bias is not None:
+        shapes["key_bias"] = bias[:-1]
     if heads is not None:
         shapes["feature_map"] = (heads,)
     if state is not None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from favor_np.cpu.record import (
     Array,
     Bytes2,
+    Doubles1,
     Doubles2,
     Doubles3,
     Field,
@@ -23,6 +24,7 @@ from favor_np.cpu.record import (
     Floats3,
     Ints1,
     Ints2,
+    Lifts,
     Mask,
     Rows,
     Whole1,
@@ -102,17 +104,15 @@ class Attend(NamedTuple):
 
     Attributes
     ----------
-    mask
-        Which keys take part, in jobs that have a MASK_ROW.
+    mask, lifts
+        Which keys take part, in jobs that have a MASK_ROW; and log2 of what their weights are
+        multiplied with, in those that have a LIFT_ROW.
     query, key, bias, affine
         Of each block of the map, the weights (d, width), the bias and, if it is calibrated, rows:
         the centres of queries and of keys, what is linear in the height of a key and, if it has a
         quadratic part, the columns of its factor.
     q_rows, out_rows
         The first row of each run of queries that reads the state of a job, and that of its results.
-    clocks
-        By how much, in log2, the first key of a job is raised, and by how much more every further
-        one; or no row.
     out, weights, tops
         Results and, unless these are empty, their denominators weights * 2**tops.
     c, s, z
@@ -136,6 +136,7 @@ class Attend(NamedTuple):
     k: Rows
     v: Rows
     mask: Mask
+    lifts: Lifts
     out: Rows
     weights: Floats1
     tops: Whole1
@@ -148,7 +149,6 @@ class Attend(NamedTuple):
     jobs: Ints2
     q_rows: Ints2
     out_rows: Ints2
-    clocks: Doubles2
     query: Floats3
     key: Floats3
     bias: Floats2
@@ -175,7 +175,7 @@ class Pull(NamedTuple):
         The weights (blocks, width, d) row by row.
     hessian, linear
         The matrix of the quadratic part of a key's height, and its linear part.
-    dq, dk, dv, projection, bias_sums
+    dq, dk, dv, dbias, projection, bias_sums
         What is written: rows or, if these are not empty, for each job sums over its rows.
     query_parts, key_parts, query_rows_parts, key_rows_parts
         Weights split into parts: of queries as left and right factor, of keys as right and left.
@@ -185,6 +185,7 @@ class Pull(NamedTuple):
     k: Rows
     v: Rows
     mask: Mask
+    lifts: Lifts
     grad: Rows
     out: Rows
     weights: Floats1
@@ -192,6 +193,7 @@ class Pull(NamedTuple):
     dq: Floats2
     dk: Floats2
     dv: Floats2
+    dbias: Doubles1
     projection: Doubles3
     bias_sums: Doubles2
     c: Whole2
@@ -201,7 +203,6 @@ class Pull(NamedTuple):
     control: Ints1
     constants: Annotated[Array, Field(PARAMETERS)]
     jobs: Ints2
-    clocks: Doubles2
     query: Floats3
     key: Floats3
     bias: Floats2

@@ -35,6 +35,7 @@ from favor_np.jobs import (
     Jobs,
     Shapes,
     broadcast_jobs,
+    skip_rows,
 )
 from favor_np.tables import kept
 
@@ -74,7 +75,7 @@ def fixed_of(of: Layout, constants: Array, jobs: Jobs, more: tuple[Any, ...] = (
 
     `more` are those of variants.
     """
-    arrays = constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, *of.weights
+    arrays = constants, jobs.table, jobs.q_rows, jobs.out_rows, *of.weights
     return fixed((*arrays, *more))
 
 
@@ -94,15 +95,15 @@ def segments(of: Jobs) -> tuple[Jobs, Jobs]:
         return part, start, np.minimum(tuning.SEGMENT_LENGTH, lengths[owner] - start)
 
     folds, start, length = cut(of.table[:, KEYS])
-    folds.skip_keys(start)
+    skip_rows(folds.table, start)
     folds.table[:, KEYS], folds.table[:, QUERIES] = length, 0
     nothing = np.empty((len(length), 0), np.int64)
     reads, start, length = cut(of.table[:, QUERIES])
     reads.table[:, KEYS], reads.table[:, QUERIES] = 0, length
     shift = start[:, None]
     return (
-        Jobs(folds.table, nothing, nothing, folds.clocks),
-        Jobs(reads.table, reads.q_rows + shift, reads.out_rows + shift, reads.clocks),
+        Jobs(folds.table, nothing, nothing),
+        Jobs(reads.table, reads.q_rows + shift, reads.out_rows + shift),
     )
 
 
@@ -162,9 +163,8 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
     rows[:, :, Q_ROW], rows[:, :, OUT_ROW] = of.q_rows.ravel(), out_rows
     rows[:, :, GRAD_ROW] = head * k_length + start
     rows[:, :, NUMBER] = np.arange(2 * len(table)).reshape(2, -1)
-    clocks = np.tile(np.repeat(of.clocks, heads, axis=0), (2, 1)) if len(of.clocks) else of.clocks
     nothing = np.empty((2 * len(table), 0), np.int64)
-    return Jobs(rows.reshape(-1, NUMBER + 1), nothing, nothing, clocks)
+    return Jobs(rows.reshape(-1, NUMBER + 1), nothing, nothing)
 
 
 @tuning.depends_on_tuning

@@ -21,6 +21,7 @@ from favor_np.cpu.record import (
     Floats2,
     Floats3,
     Room,
+    Whole1,
     Whole2,
 )
 
@@ -115,6 +116,7 @@ class ChunkTiles(NamedTuple):
     scores: Floats2
     keys: Floats3
     height: Floats1
+    lift: Whole1
     share: Floats1
     den: Floats2
     part: Floats2
@@ -151,6 +153,7 @@ class GradientTiles(NamedTuple):
     keys: Floats3
     grad: Floats2
     height: Floats1
+    lift: Whole1
     share: Floats1
     extra: Floats2
     factor: Floats2
@@ -294,7 +297,7 @@ def _chunk(of: Sizes, variants: frozenset[str]) -> dict[str, Any]:
         **dict.fromkeys(("values", "num", "spare"), (CHUNK, columns)),
         "scores": (CHUNK, CHUNK),
         "keys": (tiles, CHUNK, width),
-        **dict.fromkeys(("height", "share", "square"), (CHUNK,)),
+        **dict.fromkeys(("height", "lift", "share", "square"), (CHUNK,)),
         **dict.fromkeys(("sums", "scale"), (1, tiles * width)),
         "top": (1, CHUNK),
         "excess": (CHUNK, _lanes(of)),
