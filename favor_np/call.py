@@ -80,6 +80,8 @@ class Call:
         Factor of the logits of exact attention.
     error_bars : ErrorBars or None
         Where standard errors go.
+    key_bias : ndarray, shape (..., L_k), or None
+        What is added to the log-weights of keys, in its own dtype: finite, keys of -inf are masked.
     """
 
     engine: Engine
@@ -102,6 +104,7 @@ class Call:
     bfloat16: bool = False
     scale: float = 1.0
     error_bars: ErrorBars | None = None
+    key_bias: Array | None = None
 
     @property
     def map(self) -> FeatureMap:
@@ -181,6 +184,7 @@ class Options(TypedDict, total=False):
     """What attention functions take beside arrays and a feature map, as their callers gave it."""
 
     key_mask: object
+    key_bias: object
     causal: object
     enable_gqa: object
     check_finite: object
@@ -198,6 +202,7 @@ def check_call(
     state: StateShape | None = None,
     *,
     key_mask: object = None,
+    key_bias: object = None,
     causal: object = False,
     enable_gqa: object = False,
     check_finite: object = False,
@@ -211,7 +216,7 @@ def check_call(
     # A step is short: what is True or False need not be checked by a call.
     is_causal = causal is True or (causal is not False and validation.flag("causal", causal))
     is_grouped = enable_gqa is not False and validation.flag("enable_gqa", enable_gqa)
-    dim = heads = batch_shape = value_dim = mask = None
+    dim = heads = batch_shape = value_dim = mask = bias = None
     if feature_map is not None:
         dim, heads = feature_map.dim, feature_map.num_heads
     if state is not None:
@@ -224,12 +229,17 @@ def check_call(
     q, k, v = validation.tensor("q", q), validation.tensor("k", k), validation.tensor("v", v)
     if key_mask is not None:
         mask = validation.mask_of(key_mask, k.shape[-2])
+    if key_bias is not None:
+        bias = validation.key_bias(key_bias, k.shape[-2])
     state_shape, out_shape = call_shapes(
-        (q.shape, k.shape, v.shape, None if mask is None else mask.shape),
+        (q.shape, k.shape, v.shape, *(None if x is None else x.shape for x in (mask, bias))),
         (dim, heads, batch_shape, value_dim),
         is_causal,
         is_grouped,
     )
+    if bias is not None and (hidden := bias == -np.inf).any():
+        bias, seen = np.where(hidden, bias.dtype.type(0), bias), ~hidden
+        mask = seen if mask is None else mask & seen
     if check_finite is not False and validation.flag("check_finite", check_finite):
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)
@@ -247,6 +257,7 @@ def check_call(
         out_shape,
         result,
         compute,
+        key_bias=bias,
     )
 
 
@@ -260,17 +271,17 @@ def decay_offsets(rates: Array | None, sequences: int = 1) -> DecayOffsets | Non
 
 @functools.lru_cache(maxsize=256)
 def call_shapes(
-    arrays: tuple[Shape, Shape, Shape, Shape | None],
+    arrays: tuple[Shape, Shape, Shape, Shape | None, Shape | None],
     wanted: tuple[int | None, int | None, Shape | None, int | None],
     causal: bool,
     grouped: bool,
 ) -> tuple[Shape, Shape]:
-    """Check the shapes of q, k, v and key_mask; return those of a state and of the result.
+    """Check the shapes of q, k, v, key_mask and key_bias; return those of a state and of the result.
 
     `wanted` are dimension and heads of a feature map, and the shape and length of values of a
     state.
     """
-    (q, k, v, mask), (dim, heads, state, value_dim) = arrays, wanted
+    (q, k, v, mask, bias), (dim, heads, state, value_dim) = arrays, wanted
     if dim is None and q[-1] == 0:
         raise ValueError(f"q must have at least one dimension, got shape {q}")
     of, dim = ("q", q[-1]) if dim is None else ("feature_map", dim)
@@ -290,6 +301,8 @@ def call_shapes(
     shapes = {"k": k[:-2], "v": v[:-2]}
     if mask is not None:
         shapes["key_mask"] = mask[:-1]
+    if bias is not None:
+        shapes["key_bias"] = bias[:-1]
     if heads is not None:
         shapes["feature_map"] = (heads,)
     if state is not None:

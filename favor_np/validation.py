@@ -289,6 +289,18 @@ def mask_of(value: object, keys: int) -> Array:
     return np.ascontiguousarray(mask)
 
 
+def key_bias(value: object, keys: int) -> Array:
+    """Return ``key_bias`` (..., keys), one log-weight a key, in its own dtype; -inf hides a key."""
+    if getattr(value, "dtype", None) == np.bool_:
+        raise TypeError(f"key_bias must hold log-weights, got {got(value)}: see key_mask")
+    bias = tensor("key_bias", value, 1)
+    if bias.shape[-1] != keys:
+        raise ValueError(f"key_bias must have shape (..., {keys}), got shape {bias.shape}")
+    if not (bias < np.inf).all():
+        raise ValueError("key_bias must be finite, or -inf to mask a key, got NaN or +inf")
+    return bias
+
+
 def sequence_offsets(value: object, length: int, queries: int | None = None) -> Array:
     """Return ``cu_seqlens`` as int64: where packed sequences begin, and where the last one ends."""
     if queries is not None and queries != length:
@@ -365,6 +377,33 @@ def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -
             f"decay must broadcast to the leading axes {batch} of k and v, got shape {decay.shape}"
         ) from None
     return None if (decay == 1).all() else -np.log2(decay).ravel()
+
+
+def gates(value: object, batch: tuple[int, ...], keys: int, *, causal: bool = True) -> Array | None:
+    """Return ``decay`` if it has a factor a token, in its own dtype; None if it has one a head.
+
+    One a token has one axis more than `batch`, the leading axes of keys and values.
+    """
+    if value is None:
+        return None
+    decay = array_of("decay", value)
+    if decay.ndim != len(batch) + 1:
+        return None
+    if not causal:
+        raise ValueError("decay needs causal=True")
+    if decay.dtype == np.bool_:
+        raise TypeError(f"decay must be a real number or an array of them, got {got(value)}")
+    decay = tensor("decay", decay, 1)
+    if not ((decay > 0) & (decay <= 1)).all():
+        raise ValueError(f"decay must be greater than 0 and at most 1, got {got(value)}")
+    shape = (*batch, keys)
+    fits = decay.shape[-1] == keys
+    if not fits or any(n not in (1, m) for n, m in zip(decay.shape, shape, strict=True)):
+        raise ValueError(
+            f"decay must broadcast to the leading axes {batch} of k and v or, with a factor a token, "
+            f"to {shape}, got shape {decay.shape}"
+        )
+    return decay
 
 
 #: What weights may decay by in one call, as a power of two: see ``numerics.NOTHING``.
