@@ -82,6 +82,8 @@ class Call:
         Where standard errors go.
     key_bias : ndarray, shape (..., L_k), or None
         What is added to the log-weights of keys, in its own dtype: finite, keys of -inf are masked.
+    band : (int, int)
+        How many keys a query of exact attention sees before, and after, its own position.
     """
 
     engine: Engine
@@ -105,6 +107,7 @@ class Call:
     scale: float = 1.0
     error_bars: ErrorBars | None = None
     key_bias: Array | None = None
+    band: tuple[int, int] = (0, 0)
 
     @property
     def map(self) -> FeatureMap:
