@@ -35,7 +35,7 @@ def bias_of(gates: Array, offsets: Array | None = None) -> Array:
 
 
 def gradient_of(bias_gradient: Array, gates: Array, offsets: Array | None = None) -> Array:
-    """Return the gradient by the factors from that by the log-weights of keys.
+    """Return the gradient by the factors, in their dtype, from that by the log-weights of keys.
 
     A factor counts for the keys from its own on, which only later queries see: that of a factor
     depends on no cotangent before it.
@@ -44,9 +44,9 @@ def gradient_of(bias_gradient: Array, gates: Array, offsets: Array | None = None
     for own in _sequences(grad, offsets):
         np.cumsum(own[..., ::-1], -1, out=own[..., ::-1])
         own[..., :1] = 0
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # what is beyond the dtype is infinite
         grad /= -gates.astype(np.float64)
-    return grad
+        return grad.astype(gates.dtype.newbyteorder("="))
 
 
 def _sequences(array: Array, offsets: Array | None) -> Iterator[Array]:

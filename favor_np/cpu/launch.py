@@ -463,8 +463,9 @@ def _factors(call: Call, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """Return the biases of all keys of all problems, as exponents and shares of 1/2 to 1."""
     if call.key_bias is None:
         return _NO_NORMALIZERS[dtype][::-1]
-    bias = np.broadcast_to(call.key_bias, (*call.state_shape, call.keys)).astype(np.float64)
-    bias = np.clip(bias * numerics.LOG2E, -LONGEST_DECAY / 2, LONGEST_DECAY).ravel()
+    lowest, highest = -LONGEST_DECAY / 2 * numerics.LN2, LONGEST_DECAY * numerics.LN2
+    bias = np.clip(call.key_bias.astype(np.float64), lowest, highest) * numerics.LOG2E
+    bias = np.broadcast_to(bias, (*call.state_shape, call.keys)).ravel()
     whole = np.ceil(bias)
     return whole.astype(memory.integer_of(dtype)), np.exp2((bias - whole).astype(dtype))
 
