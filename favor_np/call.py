@@ -72,6 +72,8 @@ class Call:
         Factor of the logits of exact attention.
     error_bars : ErrorBars or None
         Where standard errors go.
+    band : (int, int)
+        How many keys a query of exact attention sees before, and after, its own position.
     """
 
     engine: Engine
@@ -96,6 +98,7 @@ class Call:
     bfloat16: bool = False
     scale: float = 1.0
     error_bars: ErrorBars | None = None
+    band: tuple[int, int] = (0, 0)
 
     @property
     def map(self) -> FeatureMap:
@@ -241,6 +244,9 @@ def check_call(
         is_causal,
         is_grouped,
     )
+    if bias is not None and (hidden := bias == -np.inf).any():
+        bias, seen = np.where(hidden, bias.dtype.type(0), bias), ~hidden
+        mask = seen if mask is None else mask & seen
     if check_finite is not False and validation.flag("check_finite", check_finite):
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)

@@ -93,23 +93,30 @@ def raised(
 
 
 def together(bias: Array | None, lifted: Array | None) -> Array | None:
-    """Return in log2 what a bias, which is finite, and decay make of the weights together."""
+    """Return in log2 what a bias, which is finite, and decay make of the weights together.
+
+    A bias that is too low to matter beside any other is raised to a limit.
+    """
     if bias is None:
         return None if lifted is None else np.ascontiguousarray(lifted)
-    bias = bias.astype(np.float64) * LOG2E
+    bias = np.maximum(bias.astype(np.float64), -validation.LARGEST_BIAS / LOG2E) * LOG2E
     return np.ascontiguousarray(bias if lifted is None else bias + lifted)
 
 
-def gradient_of(of_bias: Array, gates: Array, offsets: Array | None) -> Array:
+def gradient_of(
+    of_bias: Array, gates: Array, offsets: Array | None, *, state: bool = False
+) -> Array:
     """Return the gradient of factors a token from that of the bias: both (..., L).
 
     A factor lowers its own key's bias and all after it, which only later queries see: its gradient
-    depends on no cotangent before it.
+    depends on no cotangent before it.  The first multiplies nothing but a `state`, if there is one.
     """
     total = of_bias.astype(np.float64)
     for begin, end in zip(*bounds(offsets, total.shape[-1]), strict=True):
         own = total[..., begin:end]
         np.cumsum(own[..., ::-1], -1, out=own[..., ::-1])
+        if not state:
+            own[..., :1] = 0
     result: Array = -total / gates
     return result
 

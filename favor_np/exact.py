@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from favor_np import numerics, validation
 from favor_np.call import Call, Forward, Options, sum_to
+from favor_np.decay import gradient_of, set_decay
 from favor_np.engine import processor
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -26,8 +28,12 @@ def exact_attention(
     v: npt.ArrayLike,
     *,
     causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     key_mask: npt.ArrayLike | None = None,
+    key_bias: npt.ArrayLike | None = None,
+    decay: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
@@ -45,10 +51,26 @@ def exact_attention(
         Values.
     causal : bool, default False
         Query i sees keys up to i only, to the bit.
+    window : int or (int, int), optional
+        With `causal`: query i sees the last `window` positions, i - window + 1 to i, only.
+        Otherwise a pair (left, right): it sees the keys i - left to i + right, None being all on
+        that side.  Time is O(L (left + right)).
     scale : float, optional
         Factor of the logits, default d ** -0.5.
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
+    key_bias : array_like of float, shape (..., L_k), optional
+        What is added to all logits of a key, so that its weight is multiplied with
+        ``exp(key_bias)``; -inf masks it.  Only differences count, and they keep their precision
+        however large the biases are, up to 2.3e7; below -2.3e7 a bias counts as that.
+    decay : array_like of float, optional
+        With `causal`: the weight of key j for query i is multiplied with ``decay**(i - j)``.  In
+        (0, 1], broadcast to the leading axes of keys and values, such as one a head.  With one axis
+        more, of length L, it has a factor for each token: the weight is multiplied with those of
+        the tokens j + 1 to i.  A masked key counts as time all the same.
+    cu_seqlens : array_like of int, shape (sequences + 1,), optional
+        Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
+        and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.
     enable_gqa : bool, default False
         Grouped queries: axis -3 of `q` is a multiple of that of `k` and `v`, and query head h
         uses their head ``h // (heads of q / heads of k)``.
@@ -72,9 +94,15 @@ def exact_attention(
     TypeError
         If an array is not real (complex, object, str, longdouble, numpy.matrix) or has a mask set.
     ValueError
-        If shapes do not fit, `causal` is set with L_q != L_k, `scale` is not finite and
-        positive, `precision` is "bfloat16" with float64 (integers included), or `check_finite`
-        is set and an array is not finite.
+        If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `window` is no pair
+        without `causal`, `decay` is not in (0, 1] or given without `causal`, `key_bias` holds NaN
+        or +inf, `cu_seqlens` does not rise from 0 to L, `scale` is not finite and positive,
+        `precision` is "bfloat16" with float64 (integers included), or `check_finite` is set and an
+        array is not finite.
+
+    See Also
+    --------
+    favor_attention : The estimate in linear time: faster on long sequences without a window.
 
     Notes
     -----
@@ -90,21 +118,45 @@ def exact_attention(
     >>> q, k = np.array([[0.0, 1.0]]), np.array([[0.0, 0.0], [0.0, 1.0]])
     >>> favor_np.exact_attention(q, k, np.eye(2), scale=1.0).round(4)
     array([[0.2689, 0.7311]])
+
+    A window, and forgetting half at each token:
+
+    >>> x, v = np.zeros((4, 1)), np.arange(4.0)[:, None]
+    >>> favor_np.exact_attention(x, x, v, causal=True, window=2).ravel()
+    array([0. , 0.5, 1.5, 2.5])
+    >>> favor_np.exact_attention(x, x, v, causal=True, window=2, decay=0.5).ravel().round(4)
+    array([0.    , 0.6667, 1.6667, 2.6667])
     """
     call = _check(
-        q, k, v, scale, causal=causal, key_mask=key_mask, enable_gqa=enable_gqa,
-        num_threads=num_threads, check_finite=check_finite,
+        q, k, v, scale, window, cu_seqlens, decay, causal=causal, key_mask=key_mask,
+        key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
+        check_finite=check_finite,
     )  # fmt: skip
     call.bfloat16 = validation.is_bfloat16(precision, call.compute)
     return _attend(call)[0]
 
 
-class AttentionGradients(NamedTuple):
-    """What a pullback returns: one array for each input, of its shape and dtype."""
-
+class _Gradients(NamedTuple):
     q: Array
     k: Array
     v: Array
+
+
+class AttentionGradients(_Gradients):
+    """What a pullback returns: a tuple with one array for each input, of its shape and dtype.
+
+    Attributes
+    ----------
+    q, k, v : ndarray
+        The three of the tuple.
+    key_bias : ndarray or None
+        That of `key_bias`, if there was one.
+    decay : ndarray or None
+        That of `decay`, if this had a factor for each token.
+    """
+
+    key_bias: Array | None = None
+    decay: Array | None = None
 
 
 def exact_attention_vjp(
@@ -113,8 +165,12 @@ def exact_attention_vjp(
     v: npt.ArrayLike,
     *,
     causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     key_mask: npt.ArrayLike | None = None,
+    key_bias: npt.ArrayLike | None = None,
+    decay: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     num_threads: int | None = None,
     check_finite: bool = False,
@@ -125,7 +181,7 @@ def exact_attention_vjp(
     ----------
     q, k, v : array_like
         As in `exact_attention`.
-    causal, scale, key_mask, enable_gqa : optional
+    causal, window, scale, key_mask, key_bias, decay, cu_seqlens, enable_gqa : optional
         As in `exact_attention`.
     num_threads : int, optional
         Of this call and of the pullback.  Both results are the same for any number.
@@ -138,8 +194,9 @@ def exact_attention_vjp(
         What `exact_attention` returns.
     pullback : callable
         ``grads = pullback(grad_out)``, for `grad_out` of the shape of `out`, any number of times.
-        `grads` has the fields q, k and v: the gradients of ``(out * grad_out).sum()``, each in the
-        shape and dtype of its input, summed over what was broadcast and over grouped heads.
+        `grads` has the fields q, k, v, key_bias and decay (see `AttentionGradients`): the gradients
+        of ``(out * grad_out).sum()``, each in the shape and dtype of its input, summed over what
+        was broadcast and over grouped heads.
 
     Raises
     ------
@@ -152,8 +209,8 @@ def exact_attention_vjp(
     inputs, `out` and the denominators of its rows.  These arrays are not copied: leave them as they
     are until the last pullback.
 
-    A masked key and a row with no key have zero gradient.  If `causal`, the gradients of k and v at
-    position t do not depend on `grad_out` before t, to the bit; NaN in row i of `grad_out` or q
+    A masked key and a row with no key have zero gradient.  If `causal`, the gradients of k, v,
+    `key_bias` and `decay` at position t do not depend on `grad_out` before t, to the bit; NaN in row i of `grad_out` or q
     spoils row i of the gradient of q and the keys that row i sees.  Where a logit passes 2**19 the
     whole gradient is computed in float64.
 
@@ -171,8 +228,9 @@ def exact_attention_vjp(
            [0.    , 0.7311]])
     """
     call = _check(
-        q, k, v, scale, causal=causal, key_mask=key_mask, enable_gqa=enable_gqa,
-        num_threads=num_threads, check_finite=check_finite,
+        q, k, v, scale, window, cu_seqlens, decay, causal=causal, key_mask=key_mask,
+        key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
+        check_finite=check_finite,
     )  # fmt: skip
     out, forward, rows = _attend(call, keep=True)
 
@@ -184,11 +242,14 @@ def exact_attention_vjp(
         keys = (*call.state_shape, call.keys)
         leads = call.out_shape[:-1], keys, keys
         shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
+        kinds = [np.dtype(np.float64) if forward is None else forward.out.dtype] * 3
+        if call.lifts is not None:
+            shapes, kinds = [*shapes, keys], [*kinds, np.dtype(np.float64)]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             if forward is None:
-                grads = [np.zeros(shape) for shape in shapes]
+                grads = list(map(np.zeros, shapes))
             else:
-                grads = [np.empty(shape, forward.out.dtype) for shape in shapes]
+                grads = list(map(np.empty, shapes, kinds))
                 seen, (w, tops) = call, forward.normalizers
                 if len(rows):  # the kernel sees no key of theirs
                     queries, w = np.broadcast_to(call.q, shapes[0]).copy(), w.copy()
@@ -196,17 +257,36 @@ def exact_attention_vjp(
                     seen = replace(call, q=queries)
                 processor().exact_vjp(seen, Forward(forward.out, (w, tops)), g, grads)
                 _add_rows(call, rows, g, grads)
-            return AttentionGradients(*map(sum_to, grads, inputs))
+            found = AttentionGradients(*map(sum_to, grads[:3], inputs))
+            if call.key_bias is not None:
+                found.key_bias = sum_to(grads[3], call.key_bias)
+            if call.gates is not None:
+                gates = call.gates.astype(np.float64)
+                found.decay = sum_to(gradient_of(grads[3], gates, call.offsets), call.gates)
+            return found
 
     return out, pullback
 
 
-def _check(q: object, k: object, v: object, scale: object, **options: Unpack[Options]) -> Call:
+def _check(
+    q: object,
+    k: object,
+    v: object,
+    scale: object,
+    window: object,
+    cu_seqlens: object,
+    decay: object,
+    **options: Unpack[Options],
+) -> Call:
     """Check the arguments of exact attention."""
     call = processor().check(q, k, v, **options)
     call.scale = float(call.q.shape[-1]) ** -0.5
     if scale is not None:
         call.scale = validation.positive_float("scale", scale)
+    call.band = validation.band(window, causal=call.causal)
+    if cu_seqlens is not None:
+        call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
+    set_decay(call, decay)
     return call
 
 
@@ -262,7 +342,11 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
     lead, own = call.out_shape[:-2], call.state_shape
     queries = np.broadcast_to(call.q, (*lead, *call.q.shape[-2:]))
     keys, values = (np.broadcast_to(x, (*own, *x.shape[-2:])) for x in (call.k, call.v))
-    mask = None if call.mask is None else np.broadcast_to(call.mask, (*own, call.keys))
+    mask, bias = (
+        None if x is None else np.broadcast_to(x, (*own, call.keys))
+        for x in (call.mask, call.lifts)
+    )
+    left, right = call.band
     for at in map(tuple, rows.tolist()):
         *head, i = at
         if call.grouped:
@@ -271,26 +355,35 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
             n if count > 1 else 0
             for n, count in zip(head[len(lead) - len(own) :], own, strict=True)
         )
-        seen = np.arange(i + 1 if call.causal else call.keys)
+        first, last = 0, call.keys
+        if call.offsets is not None:
+            sequence = np.searchsorted(call.offsets, i, "right")
+            first, last = call.offsets[sequence - 1 : sequence + 1]
+        seen = np.arange(max(first, i - left), min(last, i + right + 1))
         if mask is not None:
             seen = seen[mask[of][seen]]
         q, k, v = (x.astype(np.float64) for x in (queries[at], keys[of][seen], values[of][seen]))
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             logits = k @ (q * call.scale)
-            weights = np.exp(logits - logits.max())
+            if bias is not None:
+                logits += bias[of][seen] * numerics.LN2
+            weights = np.exp(logits - logits.max(initial=-np.inf))
         yield _Row(at, of, seen, q, k, v, weights / weights.sum())
 
 
 def _add_rows(call: Call, rows: Array, g: Array, grads: list[Array]) -> None:
     """Add what some rows have in the gradients: of all query heads, and of the keys' problems."""
-    dq, dk, dv = grads
+    dq, dk, dv, *d_bias = grads
     for row in _each_row(call, rows):
         (v, by), (cotangent, more) = _small(row.v), _small(g[row.at].astype(np.float64))
         of_values = v @ cotangent
-        of_logits = row.weights * (of_values - row.weights @ of_values) * call.scale
+        of_biases = row.weights * (of_values - row.weights @ of_values)
+        of_logits = of_biases * call.scale
         dq[row.at] = np.ldexp(of_logits @ row.k, by + more)
         dk[row.of][row.seen] += np.ldexp(np.outer(of_logits, row.q), by + more)
         dv[row.of][row.seen] += np.ldexp(np.outer(row.weights, cotangent), more)
+        for grad in d_bias:
+            grad[row.of][row.seen] += np.ldexp(of_biases, by + more)
 
 
 def _small(x: Array) -> tuple[Array, int]:
@@ -310,12 +403,43 @@ def _too_large(call: Call, size: int) -> npt.NDArray[np.bool_]:
         k = np.where(call.mask, k, 0.0)
     if call.grouped:
         k = np.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)
-    longest = np.maximum.accumulate(k, axis=-1) if call.causal else k.max(-1, keepdims=True)
+    longest = _longest_seen(call, k)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         limit = numerics.longest_row(size, call.scale)
         rows = (q * longest > LARGEST_LOGIT[size] / call.scale) | (q >= limit) | (longest >= limit)
         rows &= np.isfinite(q)
     return np.broadcast_to(rows, call.out_shape[:-1])
+
+
+def _longest_seen(call: Call, norms: Array) -> Array:
+    """Return the largest norm of a key that each query sees, or one for all."""
+    left, right = call.band
+    if call.offsets is None and min(left, right) >= call.keys:
+        whole: Array = norms.max(-1, keepdims=True)
+        return whole
+    queries = call.q.shape[-2]
+    longest = np.zeros((*norms.shape[:-1], queries))
+    offsets = [0, max(queries, call.keys)] if call.offsets is None else call.offsets.tolist()
+    for start, stop in itertools.pairwise(offsets):
+        end = min(stop, queries)
+        longest[..., start:end] = _running_maxima(norms[..., start:stop], left, right, end - start)
+    return longest
+
+
+def _running_maxima(x: Array, left: int, right: int, count: int) -> Array:
+    """Return for each i < count the largest of x[i - left] to x[i + right], all of them positive.
+
+    Within blocks as long as the window these are two running maxima (van Herk 1992).
+    """
+    size = x.shape[-1]
+    left, right = min(left, max(size, count)), min(right, size)
+    width = left + right + 1
+    padded = np.zeros((*x.shape[:-1], -(-(left + max(size, count) + right) // width) * width))
+    padded[..., left : left + size] = x
+    blocks = padded.reshape(*x.shape[:-1], -1, width)
+    ahead = np.maximum.accumulate(blocks, axis=-1).reshape(padded.shape)
+    back = np.maximum.accumulate(blocks[..., ::-1], axis=-1)[..., ::-1].reshape(padded.shape)
+    return np.maximum(back[..., :count], ahead[..., width - 1 :][..., :count])
 
 
 def _norms(x: Array) -> Array:

@@ -18,6 +18,8 @@ from favor_np.features import FeatureMap
 from favor_np.state import AttentionState
 
 Array: TypeAlias = npt.NDArray[Any]
+#: The states before and after a call, or None.
+States: TypeAlias = tuple[AttentionState | None, AttentionState | None]
 
 
 class StateGradient(NamedTuple):
@@ -188,22 +190,23 @@ def pullback_of(
             return found
 
         first = None if state is None else _state_gradient(state, found.state)
-        weights = _weights_gradient(call, found.key_bias, after, grad_state)
+        weights = _weights_gradient(call, found.key_bias, (state, after), grad_state)
         return Gradients(found, weights, first, projection)
 
     return pullback
 
 
 def _weights_gradient(
-    call: Call, found: Any, after: AttentionState | None, grad_state: Any
+    call: Call, found: Any, states: States, grad_state: Any
 ) -> tuple[Array | None, Array | None]:
     """Return the gradients of the bias and of the decay that the caller gave."""
     bias = factors = None
+    before, after = states
     if call.key_bias is not None:
         bias = sum_to(found, call.key_bias)
     if call.gates is not None:
         gates = np.broadcast_to(call.gates.astype(np.float64), found.shape)
-        factors = decays.gradient_of(found, gates, call.offsets)
+        factors = decays.gradient_of(found, gates, call.offsets, state=before is not None)
         if after is not None and grad_state is not None:  # what is folded fades as well
             s, z = (np.asarray(x, np.float64) for x in grad_state)
             size = (after.S * s).sum((-1, -2)) + (after.z * z).sum(-1)

@@ -304,18 +304,34 @@ def key_bias_of(value: object, keys: int) -> tuple[Array, Array | None]:
     if bias.shape[-1] != keys:
         raise ValueError(f"key_bias must have shape (..., {keys}), got shape {bias.shape}")
     if not (bias < np.inf).all():
-        raise ValueError("key_bias must not be NaN or +inf")
+        raise ValueError("key_bias must be finite, or -inf to mask a key, got NaN or +inf")
     mask, limit = None, LARGEST_BIAS * math.log(2)
     if np.isneginf(bias).any():
         mask = ~np.isneginf(bias)
         bias = np.where(mask, bias, bias.dtype.type(0))
-    largest = max(bias.max(initial=0), -bias.min(initial=0))
+    largest = float(bias.max(initial=0))
     if largest > limit:
-        raise ValueError(
-            f"key_bias must be from -{limit:.2g} to {limit:.2g}, or -inf for a key that takes no "
-            f"part, got a size of {largest:.3g}"
-        )
+        raise ValueError(f"key_bias must be at most {limit:.2g}, got {largest:.3g}")
     return bias, mask
+
+
+#: More keys than there can be.
+UNLIMITED = 2**40
+
+
+def band(window: object, *, causal: bool) -> tuple[int, int]:
+    """Return how many keys a query sees before its own position, and how many after it."""
+    left, right = None, 0 if causal else None
+    if window is not None and causal:
+        left = integer("window", window) - 1
+    elif window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise ValueError(
+                f"window needs causal=True, or must be a pair (left, right), got {got(window)}"
+            )
+        left, right = (n if n is None else integer("window", n, minimum=0) for n in window)
+    left, right = (UNLIMITED if n is None else min(n, UNLIMITED) for n in (left, right))
+    return left, right
 
 
 def sequence_offsets(value: object, length: int, queries: int | None = None) -> Array:

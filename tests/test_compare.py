@@ -20,6 +20,7 @@ from favor_np.compare import _plot
 from favor_np.compare._methods import DEFAULT, METHODS
 
 SMALL = ["--features=16,256", "--lengths=64,128", "--time-features=16", "--dim=16", "--seeds=2"]
+SMALL += ["--windows=16,64,128"]
 
 
 def run(*options):
@@ -33,6 +34,7 @@ def result():
         features=[16, 64, 256],
         lengths=[64, 256],
         time_features=[16, 32],
+        windows=[16, 64, 256],
         seeds=4,
     )
 
@@ -129,16 +131,24 @@ def test_progress_ends_at_the_total():
         features=[8],
         lengths=[16, 32],
         time_features=[8],
+        windows=[8, 16, 32],
         seeds=1,
         progress=lambda *step: seen.append(step),
     )
-    total = len(METHODS) + 4
+    total = len(METHODS) + 4 + 2
     assert seen == [("comparing", i, total) for i in range(1, total + 1)]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"features": [7]}, {"features": [0]}, {"lengths": [0]}, {"seeds": 0}, {"time_features": [3]}],
+    [
+        {"features": [7]},
+        {"features": [0]},
+        {"lengths": [0]},
+        {"seeds": 0},
+        {"time_features": [3]},
+        {"windows": [0]},
+    ],
     ids=str,
 )
 def test_bad_counts_are_refused(options):
@@ -194,6 +204,12 @@ def test_tables_fit_a_terminal(capsys):
     assert out.count("\nantithetic * ") == out.count("\n* the default of feature_map\n") == 1
     assert "Time, and extra memory with the result: antithetic *, m = 16" in out
     assert "antithetic       exact    faster  antithetic       exact" in out
+    assert "Time with a window, causal, L = 128: exact attention and antithetic * with m" in out
+    assert "\n  window       exact        m = 16\n      16" in out
+    assert "\n      64" in out
+    assert "\n     128 " in out.partition("Time with a window")[0]
+    assert "\n     128 " not in out.partition("Time with a window")[2]  # no window at that length
+    assert "With a window, prefer it up to" in out
 
 
 def test_the_map_that_is_marked_is_the_default():
@@ -209,7 +225,10 @@ def test_wide_numbers_still_fit(result):
         compare.CostRow(length, 64, 12.3, 9876.5, 123 * 2**20, 999 * 2**30)
         for length in (64, 9999999)
     ]
-    lines = program._report(dataclasses.replace(result, costs=rows, crossings={64: 1234567.8}))
+    windows = [compare.WindowRow(9999999, 9999999, m, 12.3, 9876.5, 9876.5) for m in range(64, 80)]
+    lines = program._report(
+        dataclasses.replace(result, costs=rows, crossings={64: 1234567.8}, windows=windows)
+    )
     assert max(map(len, lines)) <= 80
     errors = [
         compare.ErrorRow(m, method.name, mean, spread)
@@ -218,6 +237,21 @@ def test_wide_numbers_still_fit(result):
     ]
     many = dataclasses.replace(result, errors=errors, setting=compare.Setting("x" * 99 + ".npz"))
     assert max(map(len, program._report(many))) <= 80
+
+
+def test_advice_on_windows(result):
+    assert {(row.window, row.length, row.features) for row in result.windows} == {
+        (window, 256, m) for window in (16, 64) for m in (16, 32)
+    }
+    assert all(row.speedup == row.favor_seconds / row.exact_seconds for row in result.windows)
+    rows = [
+        compare.WindowRow(window, 4096, m, 4.0, 1.5, exact)
+        for m in (16, 64)
+        for window, exact in ((64, 1.0), (256, 2.0), (1024, 3.0 if m == 16 else 8.0))
+    ]
+    _, advice, *_ = dataclasses.replace(result, windows=rows).advice()
+    assert "up to 1,024 at least (m = 16) and 512 (m = 64) positions" in advice
+    assert "and up to 144 (m = 16) and 144 (m = 64) faster than those that see everything" in advice
 
 
 def test_advice(result):

@@ -84,6 +84,10 @@ def test_minus_infinity_masks(causal):
     found = favor_attention(q, k, v, fm, causal=causal, key_bias=bias)
     assert np.isfinite(found).all()
     assert np.array_equal(found, expected)
+    low = np.where(mask, bias, np.finfo(np.float64).min)  # as other libraries mask
+    found = favor_attention(q, q, q, fm, causal=causal, key_bias=low)
+    expected = favor_attention(q, q, q, fm, causal=causal, key_bias=bias)
+    assert np.array_equal(found[:, 1:], expected[:, 1:])
     none = favor_attention(q, k, v, fm, causal=causal, key_bias=np.full(LENGTH, -np.inf))
     assert not none.any()
 
@@ -370,7 +374,7 @@ def test_no_later_number_changes_an_earlier_row():
         assert np.array_equal(whole[:, :at], other[:, :at])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9, -1e30])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
 def test_numbers_that_are_no_bias(bad):
     fm, (q, k, v, bias, _) = fm_of(), inputs()
     bias[5] = bad

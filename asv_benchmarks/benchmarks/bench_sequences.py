@@ -4,7 +4,7 @@ import numpy as np
 
 import favor_np
 
-from .common import TIMER, feature_map, inputs, warm
+from .common import TIMER, feature_map, full_only, inputs, warm
 
 #: Sequences whose lengths differ by a thousand times.
 LENGTHS = [8, 21, 58, 155, 417, 1120, 3008, 8000]
@@ -88,6 +88,37 @@ class Weighted(Variant):
 
     def time_causal(self, variant):
         self.call()
+
+
+class ExactOptions:
+    """Exact attention, L = 8192, four heads: windows beside all keys, and what a key can weigh."""
+
+    params = (["plain", "window_64", "window_256", "window_1024", "key_bias", "gates", "packed"],)
+    timer = TIMER
+    param_names = ("variant",)
+
+    def setup(self, variant):
+        full_only(variant == "plain")
+        self.arrays, self.options = inputs(8192), {"causal": True, "window": 256}
+        if variant == "plain":
+            self.options = {"causal": True}
+        elif variant == "key_bias":
+            self.options["key_bias"] = np.random.default_rng(0).standard_normal((4, 8192))
+        elif variant == "gates":
+            self.options["decay"] = np.random.default_rng(0).uniform(0.9, 1, (4, 8192))
+        elif variant == "packed":
+            self.options["cu_seqlens"] = np.arange(0, 8193, 512)
+        else:
+            self.options["window"] = int(variant.removeprefix("window_"))
+        warm(
+            (type(self), variant), lambda: [self.time_causal(variant), self.time_gradient(variant)]
+        )
+
+    def time_causal(self, variant):
+        favor_np.exact_attention(*self.arrays, **self.options)
+
+    def time_gradient(self, variant):
+        favor_np.exact_attention_vjp(*self.arrays, **self.options)[1](self.arrays[2])
 
 
 class Decode:

@@ -20,8 +20,8 @@ NAME, CELL, COLUMNS = 14, 11, 6  # widths of the table of errors, and its column
 DESCRIPTION = """\
 Compare FAVOR+ with exact softmax attention on this machine: the error of every kind of
 feature map as the number of features grows, on real queries and keys that no map has seen;
-time and memory as the sequence grows, and the length where they cross; and when to prefer
-exact attention. Compilation is not timed; a time is the best of several calls.
+time and memory as the sequence grows, and the length where they cross; time with a window;
+and when to prefer exact attention. Compilation is not timed; a time is the best of several calls.
 """
 
 
@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[64, 256],
         metavar="M,M,...",
         help="numbers of features of the timed maps, of the default kind (64,256)",
+    )
+    add(
+        "--windows",
+        type=_list(integer()),
+        default=[64, 256, 1024, 4096],
+        metavar="W,W,...",
+        help="windows whose time is measured at the greatest length (64,256,1024,4096)",
     )
     add(
         "--dim",
@@ -98,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             seeds=args.seeds,
             lengths=args.lengths,
             time_features=args.time_features,
+            windows=args.windows,
         )
         if figure is not None:
             result.plot().savefig(figure, format=picture)
@@ -125,6 +133,8 @@ def _report(result: Comparison) -> list[str]:
         lines += _error_table(result)
     for m in result.crossings:
         lines += _cost_table(result, m)
+    if result.windows:
+        lines += _window_table(result)
     advice = [line for text in result.advice() for line in textwrap.wrap(text, WIDTH)]
     return [*lines, "", *advice] if advice else lines
 
@@ -197,6 +207,29 @@ def _cost_table(result: Comparison, m: int) -> list[str]:
         f"measured: {figures(last.speedup)} times faster."
     )
     return lines + textwrap.wrap(sentence, WIDTH)
+
+
+def _window_table(result: Comparison) -> list[str]:
+    """Exact attention and, for each number of features, the default map, by window."""
+    from favor_np.compare._methods import DEFAULT
+
+    features = list(dict.fromkeys(row.features for row in result.windows))
+    name, shown = DEFAULT.name, features[:4]  # as many as a line has room for
+    lines = [
+        "",
+        *textwrap.wrap(
+            f"Time with a window, causal, L = {result.windows[0].length:,}: exact attention and "
+            f"{_marked(name)} with m features",
+            WIDTH,
+        ),
+        f"{'window':>8}{'exact':>12}" + "".join(f"{f'm = {m}':>14}" for m in shown),
+    ]
+    for window in dict.fromkeys(row.window for row in result.windows):
+        rows = [row for row in result.windows if row.window == window and row.features in shown]
+        cells = "".join(f"{seconds(row.favor_seconds):>14}" for row in rows)
+        lines.append(f"{window:>8}{seconds(rows[0].exact_seconds):>12}{cells}")
+    whole = {row.features: seconds(row.whole_seconds) for row in result.windows}
+    return [*lines, f"{'none':>8}{'':>12}" + "".join(f"{whole[m]:>14}" for m in shown)]
 
 
 def _list(convert: Callable[[str], int]) -> Callable[[str], list[int]]:

@@ -8,5 +8,6 @@ from ._compare import Comparison as Comparison
 from ._compare import CostRow as CostRow
 from ._compare import ErrorRow as ErrorRow
 from ._compare import Setting as Setting
+from ._compare import WindowRow as WindowRow
 from ._compare import compare as compare
 from ._compare import crossing as crossing

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -91,16 +91,23 @@ class Setting:
         scales = (self.std, self.std, 1.0)
         return [s * rng.standard_normal((length, self.dim), np.float32) for s in scales]
 
-    def exact(self, inputs: Sequence[Array], scale: float | None = None) -> Array:
-        """Softmax attention."""
+    def exact(
+        self, inputs: Sequence[Array], scale: float | None = None, window: int | None = None
+    ) -> Array:
+        """Softmax attention; with a window it is causal."""
         q, k, v = inputs
-        options: dict[str, Any] = {"causal": self.causal, "num_threads": self.num_threads}
-        return exact_attention(q, k, v, scale=scale, **options)
+        causal = self.causal or window is not None
+        return exact_attention(
+            q, k, v, causal=causal, window=window, scale=scale, num_threads=self.num_threads
+        )
 
-    def favor(self, inputs: Sequence[Array], fm: FeatureMap) -> Array:
+    def favor(self, inputs: Sequence[Array], fm: FeatureMap, window: int | None = None) -> Array:
         """Its estimate by random features."""
         q, k, v = inputs
-        return favor_attention(q, k, v, fm, causal=self.causal, num_threads=self.num_threads)
+        causal = self.causal or window is not None
+        return favor_attention(
+            q, k, v, fm, causal=causal, window=window, num_threads=self.num_threads
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +147,26 @@ class CostRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowRow:
+    """Seconds of one causal call with a window: of exact attention and of the default map.
+
+    ``whole_seconds`` are those of the map without a window.
+    """
+
+    window: int
+    length: int
+    features: int
+    favor_seconds: float
+    whole_seconds: float
+    exact_seconds: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster exact attention was."""
+        return self.favor_seconds / self.exact_seconds
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """What `compare` measured: ``crossings`` has the length where the default map wins.
 
@@ -153,12 +180,15 @@ class Comparison:
     errors: list[ErrorRow]
     costs: list[CostRow]
     crossings: dict[int, float | None]
+    windows: list[WindowRow]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in plain types, ready for JSON."""
         result = dataclasses.asdict(self)
         for row, cost in zip(result["costs"], self.costs, strict=True):
             row |= {"speedup": cost.speedup, "matrix_bytes": cost.matrix_bytes}
+        for row, timed in zip(result["windows"], self.windows, strict=True):
+            row["speedup"] = timed.speedup
         result["crossings"] = {str(m): length for m, length in self.crossings.items()}
         return result | {"default": DEFAULT.name, "advice": self.advice()}
 
@@ -168,7 +198,7 @@ class Comparison:
 
     def advice(self) -> list[str]:
         """Say in sentences when exact attention is to be preferred."""
-        return [*_advice_on_time(self), *_advice_on_error(self)]
+        return [*_advice_on_time(self), *_advice_on_windows(self), *_advice_on_error(self)]
 
     @validation.own_error_state
     def plot(self) -> Figure:
@@ -199,9 +229,12 @@ def compare(
     seeds: int = 8,
     lengths: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     time_features: Sequence[int] = (64, 256),
+    windows: Sequence[int] = (64, 256, 1024, 4096),
     progress: bool | Progress | None = None,
 ) -> Comparison:
     """Measure FAVOR+ against exact attention: error by features, time and memory by length.
+
+    Time also by window, at the greatest length.
 
     Parameters
     ----------
@@ -218,6 +251,8 @@ def compare(
     time_features : sequence of int
         Numbers of features of the timed maps, which are those that `feature_map` makes by default:
         "antithetic" among the methods.
+    windows : sequence of int
+        Windows whose time is measured, those that are shorter than the greatest length.
     progress : bool or callable, optional
         As `stream_attention`.
 
@@ -246,26 +281,40 @@ def compare(
         odd = [m for m in counts if validation.integer(name, m) % 2]
         if odd:
             raise ValueError(f"{name} must be even, got {odd[0]}")
-    for length in (*lengths, error_length):
-        validation.integer("length", length)
+    for name, counts in {"length": (*lengths, error_length), "window": windows}.items():
+        for count in counts:
+            validation.integer(name, count)
     validation.integer("seeds", seeds)
 
+    longest = max(lengths, default=0)
+    windows = [window for window in windows if window < longest]
     total = len(features) * len(METHODS) + len(lengths) * (1 + len(time_features))
+    total += len(windows) * len(time_features)
     data = setting.tokens(error_length)
-    work = chain(_errors(setting, data, features, seeds), _costs(setting, lengths, time_features))
+    work = chain(
+        _errors(setting, data, features, seeds),
+        _costs(setting, lengths, time_features),
+        _window_costs(setting, longest, windows, time_features),
+    )
     errors: list[ErrorRow] = []
     costs: list[CostRow] = []
+    by_window: list[WindowRow] = []
     with reported as report:
         for done, rows in enumerate(work, start=1):
             errors += [row for row in rows if isinstance(row, ErrorRow)]
             costs += [row for row in rows if isinstance(row, CostRow)]
+            by_window += [row for row in rows if isinstance(row, WindowRow)]
             report("comparing", done, total)
     crossings = {}
     for m in time_features:
         rows_of_m = [row for row in costs if row.features == m]
         crossings[m] = crossing([r.length for r in rows_of_m], [r.speedup for r in rows_of_m])
     machine = _machine(resolve_threads(setting.num_threads))
-    return Comparison(setting, machine, data.q.shape, seeds, errors, costs, crossings)
+    return Comparison(setting, machine, data.q.shape, seeds, errors, costs, crossings, by_window)
+
+
+#: What is measured step by step.
+Row: TypeAlias = ErrorRow | CostRow | WindowRow
 
 
 def crossing(lengths: Sequence[int], speedups: Sequence[float]) -> float | None:
@@ -302,7 +351,7 @@ def crossing(lengths: Sequence[int], speedups: Sequence[float]) -> float | None:
 
 def _errors(
     setting: Setting, data: Tokens, features: Sequence[int], seeds: int
-) -> Iterator[Sequence[ErrorRow | CostRow]]:
+) -> Iterator[Sequence[Row]]:
     """Yield the errors row by row."""
     values = np.random.default_rng(setting.seed).standard_normal(data.k.shape)
     exact = setting.exact([data.q.astype(np.float64), data.k, values], data.scale)
@@ -321,7 +370,7 @@ def _errors(
 
 def _costs(
     setting: Setting, lengths: Sequence[int], time_features: Sequence[int]
-) -> Iterator[Sequence[ErrorRow | CostRow]]:
+) -> Iterator[Sequence[Row]]:
     """Yield time and memory, length by length."""
     for length in lengths:
         inputs = setting.inputs(length)
@@ -335,6 +384,21 @@ def _costs(
             yield [CostRow(length, count, favor_seconds, exact_seconds, favor_bytes, exact_bytes)]
 
 
+def _window_costs(
+    setting: Setting, length: int, windows: Sequence[int], time_features: Sequence[int]
+) -> Iterator[Sequence[Row]]:
+    """Yield the time of causal calls with a window, map by map."""
+    inputs = setting.inputs(length)
+    causal = dataclasses.replace(setting, causal=True)
+    exact = {window: _seconds(partial(causal.exact, inputs, window=window)) for window in windows}
+    for count in time_features:
+        fm = feature_map("positive", dim=setting.dim, num_features=count, rng=setting.seed)
+        whole = _seconds(partial(causal.favor, inputs, fm)) if windows else 0.0
+        for window in windows:
+            seconds = _seconds(partial(causal.favor, inputs, fm, window))
+            yield [WindowRow(window, length, count, seconds, whole, exact[window])]
+
+
 def _advice_on_time(result: Comparison) -> list[str]:
     """Where exact attention is faster."""
     if not result.costs:
@@ -345,6 +409,27 @@ def _advice_on_time(result: Comparison) -> list[str]:
         for m, length in result.crossings.items()
     )
     return [f"Prefer exact attention for lengths below {lengths}: there it is faster."]
+
+
+def _advice_on_windows(result: Comparison) -> list[str]:
+    """Up to which window exact attention is faster."""
+    if not result.windows:
+        return []
+    limits = {"favor_seconds": [], "whole_seconds": []}  # type: dict[str, list[str]]
+    for name, parts in limits.items():
+        for m in dict.fromkeys(row.features for row in result.windows):
+            rows = [row for row in result.windows if row.features == m]
+            gains = [row.exact_seconds / getattr(row, name) for row in rows]
+            window = crossing([row.window for row in rows], gains)
+            most = max(row.window for row in rows)
+            parts.append(
+                f"{f'{most:,} at least' if window is None else f'{window:,.0f}'} (m = {m:,})"
+            )
+    same, whole = (" and ".join(parts) for parts in limits.values())
+    return [
+        f"With a window, prefer it up to {same} positions: there it is faster than random features "
+        f"with the same window, and up to {whole} faster than those that see everything."
+    ]
 
 
 def _advice_on_error(result: Comparison) -> list[str]:
@@ -377,6 +462,11 @@ def _advice_on_error(result: Comparison) -> list[str]:
         for name, m in least.items()
     )
     return [f"{advice} An error of {TARGET:.0%} takes {needs}."]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    call()  # compiles
+    return best_time(call)
 
 
 def _cost(call: Callable[[], object]) -> tuple[int, float]:

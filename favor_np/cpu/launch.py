@@ -28,7 +28,7 @@ from favor_np.cpu.scaling import holds_large
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.cpu.tiles import CHUNK, padded
-from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, jobs_without_rows, packed
+from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, Shapes, jobs_without_rows, packed
 from favor_np.validation import contiguous
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -434,21 +434,20 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     `normalizers` receive the denominators of the rows as (w, top), w * 2**top.
     """
     q, k, v, dtype = call.q, call.k, call.v, out.dtype
-    table = schedule.exact_jobs(call.shapes())
-    work = math.prod(out.shape[:-1]) * k.shape[-2] * q.shape[-1]
+    table = schedule.exact_jobs(*_exact_shapes(call))
     values = contiguous(v, dtype)
     arrays = (
         contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), out,
-        *_flat(normalizers, dtype),
+        *_flat(normalizers, dtype), *_factors(call, dtype),
     )  # fmt: skip
-    fields: tuple[Array, ...] = (exact_parameters(dtype, call.scale, call.causal), table)
+    fields: tuple[Array, ...] = (exact_parameters(dtype, call.scale, *call.band), table)
     variant = _PLAIN
     if call.bfloat16 and dtype == np.float32 and worth_bfloat16():
         variant, fields = _PAIRS, (*fields, TILE_CONFIG)
     elif worth_bf16x3(dtype, CHUNK, q.shape[-1]):
         variant, fields = _PARTS, (*fields, TILE_CONFIG)
     space = exact_workspace(dtype, q.shape[-1], v.shape[-1], variant)
-    workers = _threads(work, call.num_threads)
+    workers = _threads(_exact_work(call), call.num_threads)
     known = kernel("attend_exact", dtype, variant)
     control = _run(known, arrays, fixed(fields), len(table), workers, space)
     if control[OVERFLOW] and holds_large(values):
@@ -458,35 +457,56 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     return not control[TROUBLE]
 
 
+def _exact_shapes(call: Call) -> tuple[Shapes, tuple[int, ...] | None]:
+    """Return what the jobs of exact attention depend on."""
+    offsets = None if call.offsets is None else tuple(call.offsets.tolist())
+    return call.shapes(stateful=True), offsets
+
+
+def _exact_work(call: Call) -> int:
+    """Return the multiply-adds of the logits."""
+    keys, dim = min(call.keys, sum(call.band) + 1), int(call.q.shape[-1])
+    return math.prod(call.out_shape[:-1]) * keys * dim
+
+
+def _factors(call: Call, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Return the biases of all keys of all problems, as exponents and shares of 1/2 to 1."""
+    if call.lifts is None:
+        return _NO_NORMALIZERS[dtype][::-1]
+    bias = np.broadcast_to(call.lifts, (*call.state_shape, call.keys)).ravel()
+    whole = np.ceil(bias)
+    return whole.astype(memory.integer_of(dtype)), np.exp2((bias - whole).astype(dtype))
+
+
 def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array]) -> None:
     """Write gradients over all leading axes: those of `out`, and of the keys' problems.
 
+    `grads` are those of q, k, v and, if there is one, of the bias, in float64.
     `forward` is what `attend_exact` wrote, in the dtype of the gradients.
     """
     q, k, v, dtype = call.q, call.k, call.v, forward.out.dtype
-    jobs = schedule.exact_vjp_jobs(call.shapes())
+    jobs = schedule.exact_vjp_jobs(*_exact_shapes(call))
     values, cotangents = contiguous(v, dtype), contiguous(grad_out, dtype)
     g, inverse, delta, tops = _cotangents(forward, cotangents)
     queries, dim = q.shape[-2:]
-    dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads)
+    dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads[:3])
+    d_bias = grads[3].reshape(-1) if call.lifts is not None else np.empty(0)
     columns = padded(dim, dtype.itemsize)
-    sums = memory.aligned((jobs.parts, jobs.out_rows.size, jobs.rows, columns), dtype)
+    sums = memory.aligned((jobs.parts, jobs.heads, jobs.rows, columns), dtype)
     arrays = (
         contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), g, inverse, delta, tops,
-        sums.reshape(-1, columns), dk, dv,
+        sums.reshape(-1, columns), dk, dv, *_factors(call, dtype), d_bias,
     )  # fmt: skip
-    constants = exact_parameters(dtype, call.scale, call.causal)
+    constants = exact_parameters(dtype, call.scale, *call.band)
     fields = (constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows)
-    work = 4 * math.prod(call.out_shape[:-1]) * k.shape[-2] * dim
-    workers = _threads(work, call.num_threads)
+    workers = _threads(4 * _exact_work(call), call.num_threads)
     space = exact_vjp_workspace(dtype, dim, v.shape[-1])
     known = kernel("differentiate_exact", dtype)
     _run(known, arrays, fixed(fields), len(jobs.table), workers, space)
     for part in sums[1:]:
         sums[0] += part
-    np.multiply(
-        sums[0, :, :queries, :dim], dtype.type(call.scale), out=dq.reshape(-1, queries, dim)
-    )
+    rows = sums[0, :, :queries] if call.offsets is None else sums[0].take(jobs.places, 1)
+    np.multiply(rows[..., :dim], dtype.type(call.scale), out=dq.reshape(-1, queries, dim))
     by_values, by_cotangents = scaling.power_of(values), scaling.power_of(cotangents)
     both = by_values + by_cotangents
     if both and not all(np.isfinite(grad).all() for grad in grads):
@@ -498,7 +518,8 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
             scaling.scaled(cotangents, -by_cotangents),
             small,
         )
-        for grad, other, power in zip(grads, small, (both, both, by_cotangents), strict=True):
+        powers = both, both, by_cotangents, both
+        for grad, other, power in zip(grads, small, powers, strict=False):
             scaling.fill(grad, scaling.scaled(other, power))
 
 

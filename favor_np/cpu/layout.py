@@ -282,18 +282,18 @@ def vjp_workspace(of: Layout, *, stateful: bool) -> Workspace:
 
 
 @functools.lru_cache(maxsize=64)
-def exact_parameters(dtype: np.dtype[Any], scale: float, causal: bool) -> Array:
-    """Return the constants of exact attention."""
-    far = numerics.EXACT_FAR[dtype.itemsize]
+def exact_parameters(dtype: np.dtype[Any], scale: float, left: int, right: int) -> Array:
+    """Return the constants of exact attention to so many keys before and after a query's own."""
     return records.constants(
         records.ExactParameters(
             kind=numerics.POSITIVE,
             kernel_epsilon=0.0,
             scale=scale * numerics.LOG2E,
             limit=numerics.longest_row(dtype.itemsize, scale),
-            far=far,
-            masked=numerics.MASKED * far,
-            causal=causal,
+            far=numerics.EXACT_FAR[dtype.itemsize],
+            hidden=numerics.HIDDEN[dtype.itemsize],
+            left=left,
+            right=right,
         )
     )
 

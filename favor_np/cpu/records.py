@@ -77,8 +77,9 @@ class ExactParameters(NamedTuple):
     scale: float
     limit: float
     far: float
-    masked: float
-    causal: bool
+    hidden: int
+    left: int
+    right: int
 
 
 _KINDS = {int: np.int64, float: np.float64, bool: np.bool_}
@@ -220,7 +221,14 @@ class Pull(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """What exact attention takes: as `Attend`, its jobs being blocks of tiles of queries."""
+    """What exact attention takes: as `Attend`, its jobs being blocks of tiles of queries.
+
+    Attributes
+    ----------
+    exponents, shares
+        Biases of keys, shares * 2**exponents, of all problems; or none.  Those of a job begin at
+        its GRAD_ROW.
+    """
 
     q: Rows
     k: Rows
@@ -229,6 +237,8 @@ class Exact(NamedTuple):
     out: Rows
     weights: Floats1
     tops: Whole1
+    exponents: Whole1
+    shares: Floats1
     room: Bytes2
     control: Ints1
     constants: Annotated[Array, Field(EXACT_PARAMETERS)]
@@ -248,6 +258,8 @@ class ExactPull(NamedTuple):
         their dq in each part.
     dq
         Padded: whole vectors, rows in multiples of 8; it still lacks the scale.
+    exponents, shares, d_bias
+        Biases of keys as in `Exact`, and their gradient; or none.
     """
 
     q: Rows
@@ -261,6 +273,9 @@ class ExactPull(NamedTuple):
     dq: Floats2
     dk: Floats2
     dv: Floats2
+    exponents: Whole1
+    shares: Floats1
+    d_bias: Doubles1
     room: Bytes2
     control: Ints1
     constants: Annotated[Array, Field(EXACT_PARAMETERS)]

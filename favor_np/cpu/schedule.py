@@ -35,6 +35,7 @@ from favor_np.jobs import (
     Jobs,
     Shapes,
     broadcast_jobs,
+    packed,
     skip_rows,
 )
 from favor_np.tables import kept
@@ -169,28 +170,47 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
 
 @tuning.depends_on_tuning
 @kept(256, lambda table: table.nbytes)
-def exact_jobs(shapes: Shapes) -> Array:
+def exact_jobs(shapes: Shapes, offsets: tuple[int, ...] | None = None) -> Array:
     """Return the jobs of exact attention, a block of queries each."""
-    of, q_length = broadcast_jobs(shapes), shapes.q[-2]
+    of = _exact_problems(shapes, offsets)
+    heads, lengths = of.q_rows.shape[1], of.table[:, QUERIES]
     block = CHUNK * QUERY_TILES
-    while of.q_rows.size * -(-q_length // block) < tuning.MIN_EXACT_JOBS and block > 4 * CHUNK:
+    while heads * (-(-lengths // block)).sum() < tuning.MIN_EXACT_JOBS and block > 4 * CHUNK:
         block //= 2
+    counts = -(-lengths // block)
+    owner = np.repeat(np.arange(len(lengths)), counts)
+    starts = block * (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts))
     # The last blocks of a causal problem have the most keys: they go first.
-    starts = np.arange(0, q_length, block, dtype=np.int64)[::-1]
-    heads = of.q_rows.shape[1]
-    table = np.zeros((len(starts), of.q_rows.size, START + 1), np.int64)
-    table[..., : ROWS + 1] = np.repeat(of.table, heads, axis=0)
-    table[..., Q_ROW] = of.q_rows.ravel() + starts[:, None]
-    table[..., OUT_ROW] = of.out_rows.ravel() + starts[:, None]
-    table[..., QUERIES] = np.minimum(block, q_length - starts)[:, None]
-    table[..., START] = starts[:, None]
+    order = np.argsort(-starts, kind="stable")
+    owner, starts = owner[order], starts[order, None]
+    table = np.repeat(of.table[owner, None, : START + 1], heads, axis=1)
+    table[..., Q_ROW], table[..., OUT_ROW] = of.q_rows[owner] + starts, of.out_rows[owner] + starts
+    table[..., QUERIES] = np.minimum(block, table[..., QUERIES] - starts)
+    table[..., START] = starts
     return table.reshape(-1, START + 1)
+
+
+def _exact_problems(shapes: Shapes, offsets: tuple[int, ...] | None) -> Jobs:
+    """Return the problems of exact attention, in tables with room for all columns.
+
+    `shapes` are those of a call with states: a slot for each problem.
+    """
+    of, begin = broadcast_jobs(shapes), np.zeros(1, np.int64)
+    if offsets is not None:
+        begin = np.array(offsets)
+        of = packed(of, begin)
+    owner, sequence = np.divmod(of.table[:, SLOT], max(len(begin) - 1, 1))
+    table = np.zeros((len(of.table), DQ_ROW + 1), np.int64)
+    table[:, : ROWS + 1] = of.table
+    table[:, GRAD_ROW] = owner * shapes.k[-2] + begin[sequence]
+    return Jobs(table, of.q_rows, of.out_rows)
 
 
 class GradientJobs(NamedTuple):
     """The jobs of the gradient of exact attention: every `parts`-th block of keys of one problem.
 
-    The queries `q_rows` read a problem; their results are `out_rows` and, `rows` a head, `dq_rows`.
+    The queries `q_rows` read a problem; their results are `out_rows` and, `rows` for each of
+    `heads`, `dq_rows`, of which `places` are those of the positions.
     """
 
     table: Array
@@ -198,21 +218,29 @@ class GradientJobs(NamedTuple):
     out_rows: Array
     dq_rows: Array
     parts: int
+    heads: int
     rows: int
+    places: Array
 
 
 @tuning.depends_on_tuning
-@kept(256, lambda of: of.table.nbytes + of.q_rows.nbytes + of.out_rows.nbytes + of.dq_rows.nbytes)
-def exact_vjp_jobs(shapes: Shapes) -> GradientJobs:
+@kept(256, lambda of: sum(x.nbytes for x in of if isinstance(x, np.ndarray)))
+def exact_vjp_jobs(shapes: Shapes, offsets: tuple[int, ...] | None = None) -> GradientJobs:
     """Return the jobs of the gradient of exact attention."""
-    of, q_length, k_length = broadcast_jobs(shapes), shapes.q[-2], shapes.k[-2]
+    of, q_length = _exact_problems(shapes, offsets), shapes.q[-2]
     block, count = CHUNK * KEY_TILES, len(of.table)
-    parts = min(-(-tuning.EXACT_VJP_JOBS // count), -(-k_length // block))
-    rows = -(-q_length // 8) * 8
+    longest = of.table[:, KEYS].max(initial=0)
+    parts = max(1, min(-(-tuning.EXACT_VJP_JOBS // max(count, 1)), -(-longest // block)))
+    # Eight rows at a time are added to: no two sequences may share any.
+    cuts = np.array((0, q_length) if offsets is None else offsets)
+    lengths = np.diff(cuts)
+    padded = -(-lengths // 8) * 8
+    places = np.arange(q_length) + np.repeat(np.cumsum(padded) - padded - cuts[:-1], lengths)
+    rows, (head, start) = int(padded.sum()), np.divmod(of.out_rows, q_length)
+    heads = int(head.max(initial=-1)) + 1
     owner, part = np.divmod(np.arange(count * parts), parts)
-    table = np.zeros((count * parts, DQ_ROW + 1), np.int64)
-    table[:, : ROWS + 1] = of.table[owner]
-    table[:, NUMBER], table[:, GRAD_ROW] = owner, owner * k_length
-    table[:, START], table[:, STRIDE] = part * block, parts * block
-    table[:, DQ_ROW] = part * of.out_rows.size * rows
-    return GradientJobs(table, of.q_rows, of.out_rows, of.out_rows // q_length * rows, parts, rows)
+    table = of.table[owner]
+    table[:, NUMBER], table[:, START] = owner, part * block
+    table[:, STRIDE], table[:, DQ_ROW] = parts * block, part * heads * rows
+    dq_rows = head * rows + places[start]
+    return GradientJobs(table, of.q_rows, of.out_rows, dq_rows, parts, heads, rows, places)

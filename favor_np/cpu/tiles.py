@@ -231,6 +231,9 @@ class ExactGradientTiles(NamedTuple):
     dk: Floats3
     dv: Floats3
     square: Doubles1
+    share: Floats2
+    sums: Floats2
+    d_bias: Doubles2
     c: Whole2
 
 
@@ -384,6 +387,7 @@ def exact_gradient_room(of: Sizes) -> Room:
         "dk": (tiles, CHUNK, dim),
         "dv": (tiles, CHUNK, columns),
         "square": (CHUNK,),
-        "c": (tiles, CHUNK),
+        "sums": (1, CHUNK),
+        **dict.fromkeys(("share", "d_bias", "c"), (tiles, CHUNK)),
     }
     return record.room(ExactGradientTiles, shapes, of.dtype)

@@ -102,12 +102,16 @@ def sequence_of(i, num_keys, cu_seqlens):
 
 
 def visible_keys(i, key_mask, causal, cu_seqlens=None, window=None):
-    """Indices of the keys that query i attends to."""
+    """Indices of the keys that query i attends to; not causal, the window is (left, right)."""
     _, start, stop = sequence_of(i, len(key_mask), cu_seqlens)
     if causal:
         stop = i + 1
-    if window is not None:
-        start = max(start, i + 1 - window)
+        window = (None if window is None else window - 1), 0
+    left, right = (None, None) if window is None else window
+    if left is not None:
+        start = max(start, i - left)
+    if right is not None:
+        stop = min(stop, i + right + 1)
     return np.array([j for j in range(start, stop) if key_mask[j]], int)
 
 
@@ -283,44 +287,81 @@ def favor_head_vjp(q, k, v, W, grad, log_weights, scale, **options):
 # -- Exact attention ------------------------------------------------------------------------------
 
 
-def exact_attention(q, k, v, *, causal=False, scale=None, key_mask=None, enable_gqa=False):
-    """Dense softmax attention."""
+def every_bias(k, key_bias, decay, cu_seqlens):
+    """What is added to the logits of keys: as given, and by a decay (..., L) of tokens."""
+    length = np.shape(k)[-2]
+    bias = np.zeros(length, REAL) if key_bias is None else np.asarray(key_bias, REAL)
+    if decay is None:
+        return bias
+    logs = np.log(np.broadcast_to(np.asarray(decay, REAL), (*np.shape(decay)[:-1], length)))
+    ends = [0, length] if cu_seqlens is None else cu_seqlens
+    sums = [logs[..., start:stop].cumsum(-1) for start, stop in itertools.pairwise(ends)]
+    return bias - np.concatenate(sums, axis=-1)
+
+
+def exact_attention(
+    q, k, v, *, causal=False, scale=None, key_mask=None, enable_gqa=False, window=None,
+    cu_seqlens=None, key_bias=None, decay=None,
+):  # fmt: skip
+    """Dense softmax attention; `decay` has a last axis, of one factor or one a token."""
     scale = REAL(np.shape(q)[-1]) ** REAL(-0.5) if scale is None else REAL(scale)
-    lead, heads = each_head(q, (k, 2), (v, 2), (every_key(k, key_mask), 1), enable_gqa=enable_gqa)
+    bias = every_bias(k, key_bias, decay, cu_seqlens)
+    lead, heads = each_head(
+        q, (k, 2), (v, 2), (every_key(k, key_mask), 1), (bias, 1), enable_gqa=enable_gqa
+    )
     out = np.zeros((*lead, np.shape(q)[-2], np.shape(v)[-1]), REAL)
-    for head, q1, k1, v1, mask in heads:
+    for head, q1, k1, v1, mask, b1 in heads:
         for i in range(len(q1)):
-            keys = visible_keys(i, mask, causal)
-            out[head][i] = weighted_mean(scale * (k1[keys] @ q1[i]), v1[keys])
+            keys = visible_keys(i, mask & (b1 > -np.inf), causal, cu_seqlens, window)
+            out[head][i] = weighted_mean(scale * (k1[keys] @ q1[i]) + b1[keys], v1[keys])
     return out
 
 
 def exact_attention_vjp(
-    q, k, v, grad_out, *, causal=False, scale=None, key_mask=None, enable_gqa=False
-):
-    """Dense gradients of (out * grad_out).sum() by q, k and v."""
+    q, k, v, grad_out, *, causal=False, scale=None, key_mask=None, enable_gqa=False, window=None,
+    cu_seqlens=None, key_bias=None, decay=None,
+):  # fmt: skip
+    """Dense gradients of (out * grad_out).sum() by q, k and v; with a bias or a decay by it, too."""
     scale = REAL(np.shape(q)[-1]) ** REAL(-0.5) if scale is None else REAL(scale)
-    lead, heads = each_head(q, (k, 2), (v, 2), (every_key(k, key_mask), 1), enable_gqa=enable_gqa)
+    bias = every_bias(k, key_bias, decay, cu_seqlens)
+    lead, heads = each_head(
+        q, (k, 2), (v, 2), (every_key(k, key_mask), 1), (bias, 1), enable_gqa=enable_gqa
+    )
     grad_out = np.asarray(grad_out, REAL)
     shapes = [np.shape(x) for x in (q, k, v)]
     grads = [np.zeros((*lead, *shape[-2:]), REAL) for shape in shapes]
-    for head, q1, k1, v1, mask in heads:
-        parts = exact_head_vjp(q1, k1, v1, grad_out[head], scale, causal, mask)
+    by_bias = np.zeros((*lead, np.shape(k)[-2]), REAL)
+    for head, q1, k1, v1, mask, b1 in heads:
+        seen = [
+            visible_keys(i, mask & (b1 > -np.inf), causal, cu_seqlens, window)
+            for i in range(len(q1))
+        ]
+        *parts, by_bias[head] = exact_head_vjp(q1, k1, v1, grad_out[head], scale, b1, seen)
         for grad, part in zip(grads, parts, strict=True):
             grad[head] = part
-    return [unbroadcast(grad, shape) for grad, shape in zip(grads, shapes, strict=True)]
+    found = [unbroadcast(grad, shape) for grad, shape in zip(grads, shapes, strict=True)]
+    if key_bias is not None:
+        found.append(unbroadcast(by_bias[..., None], (*np.shape(key_bias), 1))[..., 0])
+    if decay is not None:
+        by_log = np.zeros_like(by_bias)
+        ends = [0, np.shape(k)[-2]] if cu_seqlens is None else cu_seqlens
+        for start, stop in itertools.pairwise(ends):
+            for t in range(start, stop):
+                by_log[..., t] = -by_bias[..., t:stop].sum(-1)
+        found.append(unbroadcast(by_log[..., None], (*np.shape(decay), 1))[..., 0] / decay)
+    return found
 
 
-def exact_head_vjp(q, k, v, g, scale, causal, key_mask):
-    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
-    for i in range(len(q)):
-        keys = visible_keys(i, key_mask, causal)
+def exact_head_vjp(q, k, v, g, scale, bias, seen):
+    dq, dk, dv, db = (np.zeros_like(x) for x in (q, k, v, bias))
+    for i, keys in enumerate(seen):
         if len(keys):
-            logits = scale * (k[keys] @ q[i])
+            logits = scale * (k[keys] @ q[i]) + bias[keys]
             p = np.exp(logits - logits.max())
             p /= p.sum()
             ds = p * (v[keys] @ g[i] - p @ v[keys] @ g[i])
             dq[i] = scale * ds @ k[keys]
             dk[keys] += scale * np.outer(ds, q[i])
             dv[keys] += np.outer(p, g[i])
-    return dq, dk, dv
+            db[keys] += ds
+    return dq, dk, dv, db

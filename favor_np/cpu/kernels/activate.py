@@ -252,7 +252,7 @@ def measure_pairs(par, sign, raw, cols, c, top):
     """top = the largest log2-feature of each query in this tile."""
     lanes = VECTOR_BYTES // raw.itemsize
     for i in range(raw.shape[0]):
-        level = splat(c, -(2**30))
+        level = splat(c, -(2**29))
         for f in range(0, cols, lanes):
             y = log_feature(par, turned(sign, raw, i, f))
             level = maximum(level, nearest(y) + load(c, 0, f))

@@ -436,17 +436,18 @@ def finite_pairs(values, spare, target):
 
 
 @jit()
-def add_nonfinite(left, start, num, diagonal, numbers, values):
-    """Add what `finite_pairs` left out to a strip; if diagonal, to the rows that see it.
+def add_nonfinite(left, start, num, first, last, numbers, values):
+    """Add what `finite_pairs` left out to a strip, to the rows that see it.
 
-    The strip begins at position `start` of the tile; `left` are the pairs of its weights.
+    The strip begins at position `start` of the tile, whose row i sees the keys from i + first up to
+    i + last; `left` are the pairs of its weights.
     """
     rows, half = left.shape
     numbers_of(left, half, numbers)
     for j in range(2 * half):
         for x in range(num.shape[1]):
             if not math.isfinite(values[j, x]):
-                for i in range(max(j - start, 0) if diagonal else 0, rows):
+                for i in range(max(j - last + 1 - start, 0), min(j - first + 1 - start, rows)):
                     num[i, x] += numbers[i, j // 2 + j % 2 * half] * values[j, x]
 
 

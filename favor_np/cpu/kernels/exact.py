@@ -3,6 +3,13 @@
 With one feature a key (phi_q[j] = exp2(q . k_j), S = V, z = 1) the read of ``favor`` is softmax
 attention with a running maximum.  Blocks of queries pass over the keys tile by tile; nothing of
 size L x L exists.
+
+Query i sees the keys from i - left to i + right; causal attention has right = 0.  Tiles of keys that
+no query of a tile sees are not even read.  In the others row i sees the keys first + i <= j < last
++ i: only where that cuts into a tile, logits become minus infinity one by one.
+
+A bias is a factor of a key: its integer part is the exponent c, the rest (from 1/2 to 1) multiplies
+its value and counts in the denominator.
 """
 
 from __future__ import annotations
@@ -28,25 +35,36 @@ from favor_np.cpu.kernels.bfloat16 import (
     turn_rows,
 )
 from favor_np.cpu.kernels.block import room_of
-from favor_np.cpu.kernels.chunk import own_values
 from favor_np.cpu.kernels.counters import claim, enter, leave, report
 from favor_np.cpu.kernels.floats import flush_beside
 from favor_np.cpu.kernels.gemm import gemm_t, prefetch_rows, project_t
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import across, pack, pack_values, write_rows
 from favor_np.cpu.kernels.products import load_tile_config, release_tiles, seen_by
-from favor_np.cpu.kernels.simd import load, sum_lanes
+from favor_np.cpu.kernels.simd import load, maximum, splat, store, sum_lanes
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import TROUBLE, ExactParameters
 from favor_np.cpu.tiles import CHUNK, PARTS, STRIP
-from favor_np.jobs import K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
+from favor_np.jobs import GRAD_ROW, K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
 
 @jit()
 def parameters(constants):
     """The parameters that an array of EXACT_PARAMETERS holds."""
     p = constants[0]
-    return ExactParameters(p.kind, p.kernel_epsilon, p.scale, p.limit, p.far, p.masked, p.causal)
+    return ExactParameters(
+        p.kind, p.kernel_epsilon, p.scale, p.limit, p.far, p.hidden, p.left, p.right
+    )
+
+
+@jit()
+def visible(par, position, start):
+    """Which keys of the tile at `start` row i of the one at `position` sees: its first + i and end.
+
+    Both without i, and within one tile.
+    """
+    first, last = position - par.left - start, position + par.right - start + 1
+    return min(max(first, -CHUNK), CHUNK), min(max(last, -CHUNK), CHUNK)
 
 
 @jit()
@@ -61,9 +79,10 @@ def prepare_pairs(pairs):
 @jit()
 def load_queries(pairs, parts, t, g):
     """Transpose the packed queries of tile g; their sums start at zero."""
-    den, num = t.den, t.num
+    den, num, top = t.den, t.num, t.top
     den[g] = 0
     num[g] = 0
+    top[g] = 0
     if pairs is not None:
         rows = slice(g * CHUNK, (g + 1) * CHUNK)
         pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.queries[rows])
@@ -132,9 +151,10 @@ def pack_queries(par, q, row, count, t):
 
 
 @jit()
-def pack_keys(par, k, row, count, mask, mask_row, t):
-    """Pack a tile of keys; the longest squared norm and the first key that is not finite."""
-    rows, square, ones, c, bad = t.rows, t.key_square, t.ones, t.c, CHUNK
+def pack_keys(par, call, row, count, mask_row, bias_row, t):
+    """Pack a tile of keys; the longest squared norm, and how many keys are not finite."""
+    rows, square, ones, c, bad = t.rows, t.key_square, t.ones, t.c, 0
+    k, mask, exponents, shares = call.k, call.mask, call.exponents, call.shares
     pack(k, row, 1, count, rows, par.limit, square)
     for j in range(CHUNK):
         seen = j < count and (mask_row < 0 or mask[mask_row + j])
@@ -143,66 +163,121 @@ def pack_keys(par, k, row, count, mask, mask_row, t):
             for x in range(k.shape[1]):
                 rows[j, x] = 0
         if seen and square[j] == math.inf:
-            seen, bad = False, min(bad, j)
+            seen, bad = False, bad + 1
         ones[0, j] = 1 if seen else 0
-        c[0, j] = 0 if seen else -4 * int(par.far)
+        c[0, j] = 0 if seen else par.hidden
+        if seen and shares.size > 0:
+            ones[0, j], c[0, j] = shares[bias_row + j], exponents[bias_row + j]
     load_keys(t.pairs, t.parts, t)
     return longest_of(square[:count], par.limit), bad
 
 
 @jit()
-def read_tile(par, g, count, d, first, diagonal, clean, t):
+def weigh_values(call, bias_row, count, values):
+    """Multiply packed values with what is left of the biases of their keys."""
+    shares = call.shares
+    for j in range(count if shares.size > 0 else 0):
+        for x in range(values.shape[1]):
+            values[j, x] *= shares[bias_row + j]
+
+
+@jit()
+def spoil_rows(par, offset, count, start, here, t):
+    """Mark the rows of a block of queries that see a key that is not finite."""
+    square = t.square
+    for j in range(start, start + here):
+        if t.key_square[j - start] == math.inf:
+            for i in range(max(j - par.right - offset, 0), min(j + par.left + 1 - offset, count)):
+                square[i // CHUNK, i % CHUNK] = math.inf
+
+
+@jit()
+def hide(first, last, cols, raw):
+    """Set the logits of keys that a query does not see to minus infinity."""
+    for j in range(CHUNK):
+        for i in range(min(j - last + 1, cols)):
+            raw[j, i] = -math.inf
+        for i in range(max(j - first + 1, 0), cols):
+            raw[j, i] = -math.inf
+
+
+@jit()
+def measure(par, cols, t, top):
+    """top = the largest logit of each query, or less than any where it sees none."""
+    measure_queries(par, 1, cols, t.raw, CHUNK, t.c, 0, 0, top)
+    floor = splat(top, 2 * par.hidden)
+    for i in range(0, cols, VECTOR_BYTES // top.itemsize):
+        store(top, 0, i, maximum(load(top, 0, i), floor))
+
+
+@jit()
+def seen_values(phi, values, clean, first, last, count, num, spare):
+    """``num[i] += sum_j phi[j, i] values[j]`` over the keys that row i sees; phi is 0 for others."""
+    for i in range(0, count, 8):
+        begin, end = max(i + first, 0), min(i + 7 + last, CHUNK)
+        if begin < end and clean:
+            gemm_t(phi, values, num, i, i + 8, 0, num.shape[1], begin, end, True)
+    for i in range(0 if clean else count):  # zero times infinity must not reach other rows
+        block, begin, end = i // 8 * 8, max(i + first, 0), min(i + last, CHUNK)
+        if begin < end:
+            gemm_t(phi, values, spare, block, block + 8, 0, num.shape[1], begin, end, False)
+            for x in range(num.shape[1]):
+                num[i, x] += spare[i, x]
+
+
+@jit()
+def read_tile(par, g, count, d, new, first, last, clean, t):
     """Add a tile of keys to the sums of one tile of queries."""
     lanes = VECTOR_BYTES // t.rows.itemsize
     cols = -(-count // lanes) * lanes
     rows = -(-count // 8) * 8
+    edge = first + count > 1 or last < CHUNK
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
     logits(t.parts, g, cols, d, t)
-    if diagonal:
-        for j in range(CHUNK):
-            t.raw[j, : min(j, cols)] = -par.masked
-    if first:
-        measure_queries(par, 1, cols, t.raw, CHUNK, t.c, 0, 0, top)
+    if edge:
+        hide(first, last, cols, t.raw)
+    if new:
+        measure(par, cols, t, top)
     over = activate_queries(par, 1, cols, t.raw, CHUNK, t.c, t.ones, 0, 0, top, t.phi, t.part)
     if over > RAISE_QUERIES:
-        measure_queries(par, 1, cols, t.raw, CHUNK, t.c, 0, 0, t.higher)
+        measure(par, cols, t, t.higher)
         lift_queries(t.higher, top, cols, 0, den, num, t.raw)
         activate_queries(par, 1, cols, t.raw, CHUNK, t.c, t.ones, 0, 0, top, t.phi, t.part)
     for i in range(count):
         den[0, i] += t.part[0, i]
-    if diagonal:
-        own_values(t.phi, t.values, clean, count, num, t.spare)
+    if edge:
+        seen_values(t.phi, t.values, clean, first, last, count, num, t.spare)
     else:
         gemm_t(t.phi, t.values, num, 0, rows, 0, num.shape[1], 0, CHUNK, True)
 
 
 @jit()
-def read_pairs(pairs, par, g, count, first, diagonal, clean, t):
+def read_pairs(pairs, par, g, count, new, first, last, clean, t):
     """The same in bfloat16, strip by strip."""
     top, num = t.top[g], t.num[g]
     depth = pairs.queries.shape[1]
     for i in range(0, count, STRIP):
-        seen = seen_by(i) if diagonal else CHUNK
+        seen = min(seen_by(max(i + last - 1, 0)), CHUNK)
         raw, rows = t.raw[:STRIP], slice(g * CHUNK + i, g * CHUNK + i + STRIP)
         gemm_pairs(pairs.queries[rows], pairs.keys, raw, STRIP, seen, depth, False)
-        if diagonal:
-            for r in range(STRIP):
-                raw[r, i + r + 1 : seen] = -par.masked
+        for r in range(i, i + STRIP):
+            raw[r - i, : min(max(r + first, 0), seen)] = -math.inf
+            raw[r - i, max(r + last, 0) : seen] = -math.inf
         sums, out = pairs.sums[rows], num[i : i + STRIP]
-        strip_features(par, 1, raw, seen, t.c, t.ones, first, top[i : i + STRIP], t.higher[0, :STRIP],
+        strip_features(par, 1, raw, seen, t.c, t.ones, new, top[i : i + STRIP], t.higher[0, :STRIP],
                        sums, out, t.spare[:STRIP], pairs.phi, pairs.part)  # fmt: skip
         gemm_pairs(pairs.phi, pairs.values, out, STRIP, out.shape[1], seen // 2, True)
         if not clean:
-            add_nonfinite(pairs.phi, i, out, diagonal, raw, t.values)
+            add_nonfinite(pairs.phi, i, out, first, last, raw, t.values)
 
 
 @jit()
-def read(pairs, par, g, count, d, first, diagonal, clean, t):
+def read(pairs, par, g, count, d, new, first, last, clean, t):
     """Whether `pairs` is None is known to the compiler."""
     if pairs is None:
-        read_tile(par, g, count, d, first, diagonal, clean, t)
+        read_tile(par, g, count, d, new, first, last, clean, t)
     else:
-        read_pairs(pairs, par, g, count, first, diagonal, clean, t)
+        read_pairs(pairs, par, g, count, new, first, last, clean, t)
 
 
 @jit()
@@ -221,41 +296,46 @@ def exact_block(par, call, job, t):
     False if a logit may be too large for this precision: the rows it belongs to are then wrong.
     """
     fits, k, v, mask = True, call.k, call.v, call.mask
-    q_row, k_row, v_row, mask_row = job[Q_ROW], job[K_ROW], job[V_ROW], job[MASK_ROW]
+    k_row, v_row, mask_row, bias_row = job[K_ROW], job[V_ROW], job[MASK_ROW], job[GRAD_ROW]
     out_row, count, keys_count, offset = job[OUT_ROW], job[QUERIES], job[KEYS], job[START]
-    pack_queries(par, call.q, q_row, count, t)
-    bad = keys_count
-    end = min(keys_count, offset + count) if par.causal else keys_count
-    for start in range(0, end, CHUNK):
+    tiles = -(-count // CHUNK)
+    pack_queries(par, call.q, job[Q_ROW], count, t)
+    for start in range(first_tile(par, offset), min(keys_count, offset + count + par.right), CHUNK):
         here = min(CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
-        longest, first_bad = pack_keys(par, k, k_row + start, here, mask, m_row, t)
+        longest, bad = pack_keys(par, call, k_row + start, here, m_row, bias_row + start, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
+        weigh_values(call, bias_row + start, here, t.values)
         flush_beside(t.values, here, t.top, True)
         next_count = min(CHUNK, keys_count - start - here)
         prefetch_rows(k, k_row + start + here, next_count)
         prefetch_rows(v, v_row + start + here, next_count)
         load_values(t.pairs, t, clean)
-        if first_bad < CHUNK:
-            bad = min(bad, start + first_bad)
-        for g in range(-(-count // CHUNK)):
-            position = offset + g * CHUNK
-            if par.causal and position < start:
+        if bad > 0:
+            spoil_rows(par, offset, count, start, here, t)
+        for g in range(tiles):
+            position, queries = offset + g * CHUNK, min(CHUNK, count - g * CHUNK)
+            first, last = visible(par, position, start)
+            if queries + last < 2 or first >= here:
                 continue
             fits = fits and t.longest[g] * longest <= par.far * par.far
-            diagonal, queries = par.causal and position == start, min(CHUNK, count - g * CHUNK)
-            read(t.pairs, par, g, queries, k.shape[1], start == 0, diagonal, clean, t)
+            new = start == first_tile(par, position)
+            read(t.pairs, par, g, queries, k.shape[1], new, first, last, clean, t)
     square, den = t.square, t.den
-    for g in range(-(-count // CHUNK)):
+    for g in range(tiles):
         here = min(CHUNK, count - g * CHUNK)
         add_lanes(t.pairs, here, g, t)
         for i in range(here):
-            if bad < keys_count and (not par.causal or offset + g * CHUNK + i >= bad):
-                square[g, i] = math.inf
             if square[g, i] == math.inf:  # in the gradient NaN passes through the denominator
                 den[g, i] = math.nan
         write_rows(t.num[g], den[g], t.top[g], square[g], here, call, out_row + g * CHUNK)
     return fits
+
+
+@jit()
+def first_tile(par, position):
+    """Where the first tile of keys begins that queries from `position` on see."""
+    return max(position - par.left, 0) // CHUNK * CHUNK
 
 
 @jit()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from favor_np.cpu.kernels.block import room_of
 from favor_np.cpu.kernels.counters import claim, enter, leave
-from favor_np.cpu.kernels.exact import parameters
+from favor_np.cpu.kernels.exact import parameters, visible
 from favor_np.cpu.kernels.floats import flush_beside
 from favor_np.cpu.kernels.gemm import gemm, gemm_t, project_t
 from favor_np.cpu.kernels.jit import EXACT, jit
@@ -33,9 +33,10 @@ from favor_np.numerics import LN2
 
 
 @jit()
-def pack_key_block(par, k, k_row, v, v_row, count, mask, mask_row, t):
+def pack_key_block(par, call, k_row, v_row, count, mask_row, bias_row, t):
     """Pack a block of keys and values; its sums start at zero."""
-    keys, c, dk, dv = t.k, t.c, t.dk, t.dv
+    keys, c, dk, dv, share, d_bias = t.k, t.c, t.dk, t.dv, t.share, t.d_bias
+    k, v, mask, exponents, shares = call.k, call.v, call.mask, call.exponents, call.shares
     for b in range(-(-count // CHUNK)):
         start = b * CHUNK
         here = min(CHUNK, count - start)
@@ -49,8 +50,14 @@ def pack_key_block(par, k, k_row, v, v_row, count, mask, mask_row, t):
         across(t.v, t.v_columns[b])
         for j in range(CHUNK):
             alive = j < here and (m_row < 0 or mask[m_row + j])
-            c[b, j] = 0 if alive else -4 * int(par.far)
-        dk[b], dv[b] = 0, 0
+            c[b, j] = 0 if alive else par.hidden
+        for j in range(here if shares.size > 0 else 0):
+            share[b, j] = shares[bias_row + start + j]
+            if c[b, j] == 0:
+                c[b, j] = exponents[bias_row + start + j]
+            for x in range(k.shape[1]):  # what dq sums over; logits have the columns
+                keys[b, j, x] *= share[b, j]
+        dk[b], dv[b], d_bias[b] = 0, 0, 0
 
 
 @jit()
@@ -68,86 +75,113 @@ def pack_query_tile(par, q, q_row, g, g_row, count, mask, t):
 
 
 @jit(fastmath=EXACT)
-def weigh(call, row, count, diagonal, c, b, p, ds):
+def weigh(call, row, count, first, last, c, b, p, ds):
     """Logits in p and g v^T in ds become probabilities and dS, queries by keys.
 
-    Exact zeros where a query may not see a key: its cotangent may be NaN.
+    Both still lack the share of a biased key.  Exact zeros where a query may not see a key: its
+    cotangent may be NaN.
     """
     inverses, deltas, tops = call.inverse, call.delta, call.tops
     lanes = VECTOR_BYTES // p.itemsize
     for i in range(count):
-        end = i + 1 if diagonal else CHUNK
+        begin, end = min(max(i + first, 0), CHUNK), min(max(i + last, 0), CHUNK)
         inverse, delta = splat(p, inverses[row + i]), splat(p, deltas[row + i])
         top = splat(c, tops[row + i])
-        for j in range(0, end, lanes):
+        for j in range(begin // lanes * lanes, end, lanes):
             y = load(p, i, j)
             weight = exp2(y, nearest(y) + (load(c, b, j) - top)) * inverse
             store(p, i, j, weight)
             store(ds, i, j, weight * (load(ds, i, j) - delta))
+        p[i, :begin] = 0
+        ds[i, :begin] = 0
         p[i, end:] = 0
         ds[i, end:] = 0
 
 
 @jit()
-def differentiate_tile(call, row, count, keys, d, dv, diagonal, b, dq, t):
+def add_bias(ds, count, sums, d_bias, b):
+    """Add dS of `count` queries to the gradient of the biases."""
+    lanes = VECTOR_BYTES // ds.itemsize
+    for j in range(0, CHUNK, lanes):
+        total = splat(ds, 0)
+        for i in range(count):
+            total = total + load(ds, i, j)
+        store(sums, 0, j, total)
+    for j in range(CHUNK):
+        d_bias[b, j] += sums[0, j]
+
+
+@jit()
+def differentiate_tile(call, row, count, keys, d, dv, first, last, b, dq, t):
     """Add what the packed queries and key tile b give to dq, dk and dv."""
     q_rows, k_rows = -(-count // 8) * 8, -(-keys // 8) * 8
     d_cols, dv_cols = t.q.shape[1], t.g.shape[1]
     project_t(t.q_columns, t.k_columns[b], t.p, q_rows, CHUNK, d)
     gemm_t(t.g_columns, t.v_columns[b], t.ds, 0, q_rows, 0, CHUNK, 0, dv, False)
-    weigh(call, row, count, diagonal, t.c, b, t.p, t.ds)
-    if diagonal:
+    weigh(call, row, count, first, last, t.c, b, t.p, t.ds)
+    if first + count > 1 or last < CHUNK:
+        for j in range(0, keys, 8):  # the queries that see the keys from j to j + 7
+            begin, end = max(j - last + 1, 0), min(j + 8 - first, count)
+            if begin < end:
+                gemm_t(t.p, t.g, t.dv[b], j, j + 8, 0, dv_cols, begin, end, True)
+                gemm_t(t.ds, t.q, t.dk[b], j, j + 8, 0, d_cols, begin, end, True)
         for i in range(0, count, 8):
-            gemm_t(t.p, t.g, t.dv[b], i, i + 8, 0, dv_cols, i, count, True)
-            gemm_t(t.ds, t.q, t.dk[b], i, i + 8, 0, d_cols, i, count, True)
-            gemm(t.ds, t.k[b], dq, i, i + 8, 0, d_cols, 0, min(i + 8, keys), True)
+            begin, end = max(i + first, 0), min(i + 7 + last, keys)
+            if begin < end:
+                gemm(t.ds, t.k[b], dq, i, i + 8, 0, d_cols, begin, end, True)
     else:
         gemm_t(t.p, t.g, t.dv[b], 0, k_rows, 0, dv_cols, 0, count, True)
         gemm_t(t.ds, t.q, t.dk[b], 0, k_rows, 0, d_cols, 0, count, True)
         gemm(t.ds, t.k[b], dq, 0, q_rows, 0, d_cols, 0, keys, True)
+    if call.shares.size > 0:
+        add_bias(t.ds, count, t.sums, t.d_bias, b)
 
 
 @jit()
 def write_key_block(call, mask_row, count, row, t):
-    """Write the rows of dk and dv, zeros for masked keys."""
+    """Write the rows of dk, dv and what is of the biases, zeros for masked keys."""
     mask, dk, dv, dk_tiles, dv_tiles = call.mask, call.dk, call.dv, t.dk, t.dv
-    factor = dk.dtype.type(LN2)  # the packed q has the scale and log2(e)
+    d_bias, biased = call.d_bias, call.shares.size > 0
     for j in range(count):
         alive = mask_row < 0 or mask[mask_row + j]
         b, at = j // CHUNK, j % CHUNK
+        share = t.share[b, at] if biased else dk.dtype.type(1)
+        factor = dk.dtype.type(LN2) * share  # the packed q has the scale and log2(e)
         for x in range(dk.shape[1]):
             dk[row + j, x] = dk_tiles[b, at, x] * factor if alive else 0
         for x in range(dv.shape[1]):
-            dv[row + j, x] = dv_tiles[b, at, x] if alive else 0
+            dv[row + j, x] = dv_tiles[b, at, x] * share if alive else 0
+        if biased:
+            d_bias[row + j] = t.d_bias[b, at] * share if alive else 0
 
 
 @jit()
 def differentiate_keys(par, call, job, offset, t):
     """One block of keys, from offset on, over all queries that may see them."""
-    q, k, v, mask = call.q, call.k, call.v, call.mask
+    q, v, mask = call.q, call.v, call.mask
     q_rows, g_rows, dq_rows = call.q_rows, call.out_rows, call.dq_rows
     owner, mask_row, queries = job[NUMBER], job[MASK_ROW], job[QUERIES]
-    count = min(KEY_TILES * CHUNK, job[KEYS] - offset)
+    grad_row, count = job[GRAD_ROW] + offset, min(KEY_TILES * CHUNK, job[KEYS] - offset)
     m_row = mask_row + offset if mask_row >= 0 else -1
-    pack_key_block(par, k, job[K_ROW] + offset, v, job[V_ROW] + offset, count, mask, m_row, t)
+    pack_key_block(par, call, job[K_ROW] + offset, job[V_ROW] + offset, count, m_row, grad_row, t)
+    begin = max(offset - par.right, 0) // CHUNK * CHUNK
     for h in range(q_rows.shape[1]):
-        for start in range(offset if par.causal else 0, queries, CHUNK):
+        for start in range(begin, min(queries, offset + count + par.left), CHUNK):
             here = min(CHUNK, queries - start)
             row = g_rows[owner, h] + start
             pack_query_tile(par, q, q_rows[owner, h] + start, call.g, row, here, mask, t)
             width = call.dq.shape[1]
-            first = job[DQ_ROW] + dq_rows[owner, h] + start
-            dq = view(call.dq, first * width, -(-here // 8) * 8, width)
+            place = job[DQ_ROW] + dq_rows[owner, h] + start
+            dq = view(call.dq, place * width, -(-here // 8) * 8, width)
             for b in range(-(-count // CHUNK)):
-                position = offset + b * CHUNK
-                if par.causal and start < position:
-                    break
+                first, last = visible(par, start, offset + b * CHUNK)
                 keys = min(CHUNK, count - b * CHUNK)
-                diagonal = par.causal and start == position
+                if here + last < 2 or first >= keys:
+                    continue
                 differentiate_tile(
-                    call, row, here, keys, q.shape[1], v.shape[1], diagonal, b, dq, t
+                    call, row, here, keys, q.shape[1], v.shape[1], first, last, b, dq, t
                 )
-    write_key_block(call, m_row, count, job[GRAD_ROW] + offset, t)
+    write_key_block(call, m_row, count, grad_row, t)
 
 
 @jit()

@@ -226,4 +226,4 @@ def own_pairs(pairs, start, scores, num, values, clean):
     right = pairs.values if clean else pairs.finite
     gemm_pairs(pairs.phi, right, num, STRIP, num.shape[1], seen // 2, True)
     if not clean:
-        add_nonfinite(pairs.phi, start, num, True, pairs.raw, values)
+        add_nonfinite(pairs.phi, start, num, -CHUNK, 1, pairs.raw, values)
