@@ -7,8 +7,9 @@ from typing import Any, Literal, TypeAlias, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
+from favor_np import decay as decays
 from favor_np import validation
-from favor_np.call import Call, Options, StateForm, decay_offsets
+from favor_np.call import Call, Options, StateForm
 from favor_np.engine import Engine, engine_for, refuse
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.state import AttentionState
@@ -25,6 +26,7 @@ def favor_attention(
     *,
     causal: bool = ...,
     key_mask: npt.ArrayLike | None = ...,
+    key_bias: npt.ArrayLike | None = ...,
     cu_seqlens: npt.ArrayLike | None = ...,
     enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ...,
@@ -46,6 +48,7 @@ def favor_attention(
     *,
     causal: bool = ...,
     key_mask: npt.ArrayLike | None = ...,
+    key_bias: npt.ArrayLike | None = ...,
     cu_seqlens: npt.ArrayLike | None = ...,
     enable_gqa: bool = ...,
     decay: npt.ArrayLike | None = ...,
@@ -66,6 +69,7 @@ def favor_attention(
     *,
     causal: bool = False,
     key_mask: npt.ArrayLike | None = None,
+    key_bias: npt.ArrayLike | None = None,
     cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: npt.ArrayLike | None = None,
@@ -99,6 +103,10 @@ def favor_attention(
         Query i sees keys up to i only, to the bit.
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
+    key_bias : array_like of float, shape (..., L_k), optional
+        The weight of a key is multiplied with ``exp(key_bias)``: soft masks, importance weights.
+        From -2.3e7 to 2.3e7, or -inf, which masks the key.  It moves exponents and costs no
+        accuracy, whatever its range.
     cu_seqlens : array_like of int, shape (sequences + 1,), optional
         Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
         and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.
@@ -106,8 +114,11 @@ def favor_attention(
         Grouped queries: axis -3 of `q` is a multiple of that of `k` and `v`, and query head h
         uses their head ``h // (heads of q / heads of k)``.
     decay : array_like of float, optional
-        With `causal`: the weight ``a_ij`` is multiplied with ``decay**(i - j)``.  In (0, 1],
-        broadcast to the leading axes of keys and values, such as one a head.  A masked key counts
+        With `causal`: at every token the weights of all earlier keys are multiplied with it, so
+        ``a_ij`` with ``decay**(i - j)``.  In (0, 1], broadcast to the leading axes of keys and
+        values, such as one a head; or with one axis more, (..., L_k), a factor a token:
+        forgetting that data decide.  Token j multiplies the weights of the keys before it, those in
+        `state` included; for keys this is ``key_bias = -cumsum(log(decay))``.  A masked key counts
         as time all the same.
     window : int, optional
         With `causal`: query i sees the last `window` positions, i - window + 1 to i, only.  Costs
@@ -133,8 +144,8 @@ def favor_attention(
     device : {"cpu", "cuda"}, optional
         "cuda": copy NumPy arrays to a GPU and the result back.  Arrays that lie on a GPU (CuPy,
         Numba, PyTorch, JAX) are computed there anyway, on the caller's stream, in float32: the
-        result is an array of their kind.  `decay`, `window` and `check_finite` are for the CPU
-        only.
+        result is an array of their kind.  `key_bias`, `decay`, `window` and `check_finite` are
+        for the CPU only.
 
     Returns
     -------
@@ -151,8 +162,8 @@ def favor_attention(
         or `out` or `state` has another dtype than the result is computed in.
     ValueError
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
-        without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `decay` is
-        not in (0, 1] or not that of `state`, `precision` is "bfloat16" with float64 (integers
+        without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `key_bias`
+        is NaN, +inf or too large, `decay` is not in (0, 1] or not that of `state`, `precision` is "bfloat16" with float64 (integers
         included) or `window`, an option is not for the device, the map is "trig" or of another
         dimension, `state` belongs to another map or packing, `out` is read-only, or `check_finite`
         is set and an array is not finite.
@@ -186,6 +197,7 @@ def favor_attention(
         feature_map,
         causal=causal,
         key_mask=key_mask,
+        key_bias=key_bias,
         cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa,
         decay=decay,
@@ -225,7 +237,7 @@ def check(
     """Check the arguments of `favor_attention`."""
     engine = engine_for(device, q, k, v, options.get("key_mask"))
     if engine.refused:
-        refuse(engine, decay=decay, window=window)
+        refuse(engine, decay=decay, key_bias=options.get("key_bias"), window=window)
         q, k, v, options["key_mask"] = engine.views(q, k, v, options.get("key_mask"))
     fm = checked(feature_map, ATTENTION_KINDS)
     before = None if state is None else _checked_state(state, fm, engine)
@@ -236,21 +248,11 @@ def check(
     if cu_seqlens is not None:
         cu_seqlens = engine.to_host(cu_seqlens)
         call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
-    rates = None
-    if decay is not None:
-        rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
-    if before is not None:
-        if before.dtype != call.compute:
-            raise TypeError(
-                f"state has dtype {before.dtype}, but these arrays are computed in {call.compute}"
-            )
-        before._fits(call.offsets, decay, causal=call.causal)
-        rates, call.decay = before._rates, before._decay
-    elif rates is not None:
-        sequences = 1 if call.offsets is None else len(call.offsets) - 1
-        call.decay_rates, call.decay = rates, decay_offsets(rates, sequences)
-    if rates is not None:
-        validation.decay_span(rates, call.keys)
+    if before is not None and before.dtype != call.compute:
+        raise TypeError(
+            f"state has dtype {before.dtype}, but these arrays are computed in {call.compute}"
+        )
+    decays.set_decay(call, decay, before)
     if window is not None:
         call.window = validation.integer("window", window)
         if not call.causal:
@@ -287,6 +289,11 @@ def state_after(call: Call, before: AttentionState | None) -> AttentionState:
     return after
 
 
+def windowed(call: Call) -> bool:
+    """Whether there are keys that a window keeps from some queries."""
+    return call.window is not None and call.window < call.keys
+
+
 def attend(
     call: Call,
     target: Any,
@@ -297,17 +304,15 @@ def attend(
 
     `normalizers`, zeros, receive the denominators of the rows.
     """
-    if after is not None and call.decay is not None:
-        call.decay = after._decay
     if target.size == 0 and (after is None or call.keys == 0):
         pass
     elif call.keys == 0 and after is None and isinstance(target, np.ndarray):
         target[...] = 0
-    elif call.window is not None and call.window < call.keys:
+    elif windowed(call):
         from favor_np import window
 
-        window.attend(call, target)
+        window.attend(call, target, normalizers)
     else:
         call.engine.attend(call, target, None if after is None else after._arrays, normalizers)
     if after is not None:
-        after._count(call.keys, call.offsets)
+        after._count(call)

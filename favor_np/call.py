@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDic
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import validation
+from favor_np import decay, validation
 from favor_np.features import FeatureMap
 from favor_np.jobs import Shapes
 
@@ -20,16 +20,6 @@ Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 #: Queries, keys, values and mask, as the caller gave them.
 Arrays: TypeAlias = tuple[Any, Any, Any, Any]
-
-
-class DecayOffsets(NamedTuple):
-    """What decay adds to the log2-features of keys, for each slot of the state.
-
-    Key j of a slot is raised by ``start + j * rate``: earlier keys weigh less, by 2**-rate a token.
-    """
-
-    start: Array
-    rate: Array
 
 
 class ErrorBars(NamedTuple):
@@ -56,6 +46,12 @@ class Call:
         In their own dtypes; on a device its arrays.
     mask : ndarray of bool, shape (..., L_k), or None
         True where a key takes part.
+    lifts : ndarray of float64, shape (..., L_k), or None
+        log2 of what the weight of a key is multiplied with, decay included.
+    key_bias, gates : ndarray or None
+        The bias, and the decay of one factor a token, as the caller gave them.
+    decay_rates : ndarray of float64 or None
+        -log2 of a constant decay for each batch and head, flat.
     feature_map : FeatureMap or None
         None for exact attention.
     causal, grouped : bool
@@ -68,10 +64,6 @@ class Call:
         Of the result, and what it is computed in.
     offsets : ndarray of int64, shape (sequences + 1,), or None
         Where packed sequences begin, and where the last one ends.
-    decay_rates : ndarray of float64 or None
-        -log2 of the decay for each batch and head, flat.
-    decay : DecayOffsets or None
-        What decay makes of the keys of this call.
     window : int or None
         Positions that a query sees.
     bfloat16 : bool
@@ -80,8 +72,6 @@ class Call:
         Factor of the logits of exact attention.
     error_bars : ErrorBars or None
         Where standard errors go.
-    key_bias : ndarray, shape (..., L_k), or None
-        What is added to the log-weights of keys, in its own dtype: finite, keys of -inf are masked.
     band : (int, int)
         How many keys a query of exact attention sees before, and after, its own position.
     """
@@ -100,13 +90,14 @@ class Call:
     result: np.dtype[Any]
     compute: np.dtype[Any]
     offsets: Array | None = None
+    key_bias: Array | None = None
+    lifts: Array | None = None
+    gates: Array | None = None
     decay_rates: Array | None = None
-    decay: DecayOffsets | None = None
     window: int | None = None
     bfloat16: bool = False
     scale: float = 1.0
     error_bars: ErrorBars | None = None
-    key_bias: Array | None = None
     band: tuple[int, int] = (0, 0)
 
     @property
@@ -128,6 +119,7 @@ class Call:
             self.k.shape,
             self.v.shape,
             None if self.mask is None else self.mask.shape,
+            None if self.lifts is None else self.lifts.shape,
             self.grouped,
             self.state_shape if stateful else None,
         )
@@ -175,11 +167,15 @@ class Forward(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Gradients of the inputs, and of the first state: arrays (c, S, z), or None."""
+    """Gradients of the inputs, and of the first state: arrays (c, S, z), or None.
+
+    That of the bias is by its natural logarithm.
+    """
 
     q: Any
     k: Any
     v: Any
+    key_bias: Any = None
     state: Any = None
 
 
@@ -233,16 +229,21 @@ def check_call(
     if key_mask is not None:
         mask = validation.mask_of(key_mask, k.shape[-2])
     if key_bias is not None:
-        bias = validation.key_bias(key_bias, k.shape[-2])
+        bias, unmasked = validation.key_bias_of(key_bias, k.shape[-2])
+        if unmasked is not None:
+            mask = np.ascontiguousarray(unmasked if mask is None else mask & unmasked)
     state_shape, out_shape = call_shapes(
-        (q.shape, k.shape, v.shape, *(None if x is None else x.shape for x in (mask, bias))),
+        (
+            q.shape,
+            k.shape,
+            v.shape,
+            None if mask is None else mask.shape,
+            None if bias is None else bias.shape,
+        ),
         (dim, heads, batch_shape, value_dim),
         is_causal,
         is_grouped,
     )
-    if bias is not None and (hidden := bias == -np.inf).any():
-        bias, seen = np.where(hidden, bias.dtype.type(0), bias), ~hidden
-        mask = seen if mask is None else mask & seen
     if check_finite is not False and validation.flag("check_finite", check_finite):
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)
@@ -261,15 +262,8 @@ def check_call(
         result,
         compute,
         key_bias=bias,
+        lifts=decay.together(bias, None),
     )
-
-
-def decay_offsets(rates: Array | None, sequences: int = 1) -> DecayOffsets | None:
-    """Return the offsets of the first keys that new states get, which are not raised."""
-    if rates is None:
-        return None
-    rates = np.repeat(rates, sequences)
-    return DecayOffsets(np.zeros(len(rates)), rates)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import decay as forgetting
+from favor_np import decay as decays
 from favor_np import numerics, validation
 from favor_np.call import Call, Forward, Options, sum_to
 from favor_np.engine import processor
@@ -60,14 +60,15 @@ def exact_attention(
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
     key_bias : array_like of float, shape (..., L_k), optional
-        What is added to all logits of a key, so that its weight is multiplied with
-        ``exp(key_bias)``; -inf masks it.  Only differences count, and they keep their precision
-        however large the biases are, up to 9e7: beyond, a bias counts as that.
+        What is added to the logits of a key: its weight is multiplied with ``exp(key_bias)``.  From
+        -2.3e7 to 2.3e7, or -inf, which masks the key.  It moves exponents and costs no accuracy,
+        whatever its range.
     decay : array_like of float, optional
         With `causal`: the weight of key j for query i is multiplied with ``decay**(i - j)``.  In
-        (0, 1], broadcast to the leading axes of keys and values, such as one a head.  With one axis
-        more, of length L, it has a factor for each token: the weight is multiplied with those of
-        the tokens j + 1 to i.  A masked key counts as time all the same.
+        (0, 1], broadcast to the leading axes of keys and values, such as one a head; or with one
+        axis more, (..., L_k), a factor a token: the weight is multiplied with those of the tokens
+        j + 1 to i, as with ``key_bias = -cumsum(log(decay))``.  A masked key counts as time all the
+        same.
     cu_seqlens : array_like of int, shape (sequences + 1,), optional
         Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
         and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.
@@ -95,8 +96,8 @@ def exact_attention(
         If an array is not real (complex, object, str, longdouble, numpy.matrix) or has a mask set.
     ValueError
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `window` is no pair
-        without `causal`, `decay` is not in (0, 1] or given without `causal`, `key_bias` holds NaN
-        or +inf, `cu_seqlens` does not rise from 0 to L, `scale` is not finite and positive,
+        without `causal`, `decay` is not in (0, 1] or given without `causal`, `key_bias` holds NaN,
+        +inf or what is too large, `cu_seqlens` does not rise from 0 to L, `scale` is not finite and positive,
         `precision` is "bfloat16" with float64 (integers included), or `check_finite` is set and an
         array is not finite.
 
@@ -127,7 +128,7 @@ def exact_attention(
     >>> favor_np.exact_attention(x, x, v, causal=True, window=2, decay=0.5).ravel().round(4)
     array([0.    , 0.6667, 1.6667, 2.6667])
     """
-    call, *_ = _check(
+    call = _check(
         q, k, v, scale, window, cu_seqlens, decay, causal=causal, key_mask=key_mask,
         key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
         check_finite=check_finite,
@@ -227,7 +228,7 @@ def exact_attention_vjp(
     array([[0.    , 0.2689],
            [0.    , 0.7311]])
     """
-    call, bias, gates = _check(
+    call = _check(
         q, k, v, scale, window, cu_seqlens, decay, causal=causal, key_mask=key_mask,
         key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
         check_finite=check_finite,
@@ -243,7 +244,7 @@ def exact_attention_vjp(
         leads = call.out_shape[:-1], keys, keys
         shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
         kinds = [np.dtype(np.float64) if forward is None else forward.out.dtype] * 3
-        if call.key_bias is not None:
+        if call.lifts is not None:
             shapes, kinds = [*shapes, keys], [*kinds, np.dtype(np.float64)]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             if forward is None:
@@ -258,11 +259,12 @@ def exact_attention_vjp(
                 processor().exact_vjp(seen, Forward(forward.out, (w, tops)), g, grads)
                 _add_rows(call, rows, g, grads)
             found = AttentionGradients(*map(sum_to, grads[:3], inputs))
-            if bias is not None:
-                found.key_bias = sum_to(grads[3], bias)
-            if gates is not None:
-                by_bias = sum_to(grads[3], gates.astype(np.float64))
-                found.decay = forgetting.gradient_of(by_bias, gates, call.offsets)
+            if call.key_bias is not None:
+                found.key_bias = sum_to(grads[3], call.key_bias)
+            if call.gates is not None:
+                gates = np.broadcast_to(call.gates.astype(np.float64), keys)
+                by_gates = decays.gradient_of(grads[3], gates, call.offsets)
+                found.decay = sum_to(by_gates, call.gates)
             return found
 
     return out, pullback
@@ -277,8 +279,8 @@ def _check(
     cu_seqlens: object,
     decay: object,
     **options: Unpack[Options],
-) -> tuple[Call, Array | None, Array | None]:
-    """Check the arguments of exact attention; return also the bias and the factors a token."""
+) -> Call:
+    """Check the arguments of exact attention."""
     call = processor().check(q, k, v, **options)
     call.scale = float(call.q.shape[-1]) ** -0.5
     if scale is not None:
@@ -286,25 +288,9 @@ def _check(
     call.band = validation.band(window, causal=call.causal)
     if cu_seqlens is not None:
         call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
-    bias, gates = call.key_bias, None
     if decay is not None:
-        gates = validation.gates(decay, call.state_shape, call.keys, causal=call.causal)
-        faded = _faded(call, decay) if gates is None else forgetting.bias_of(gates, call.offsets)
-        if faded is not None:
-            call.key_bias = faded if bias is None else bias + faded
-    return call, bias, gates
-
-
-def _faded(call: Call, decay: object) -> Array | None:
-    """Return what a decay for each head is as a bias of keys."""
-    rates = validation.decay_rates(decay, call.state_shape, causal=call.causal)
-    if rates is None:
-        return None
-    validation.decay_span(rates, call.keys)
-    position = np.arange(call.keys)
-    if call.offsets is not None:
-        position -= np.repeat(call.offsets[:-1], np.diff(call.offsets))
-    return rates.reshape(*call.state_shape, 1) * numerics.LN2 * position
+        decays.set_decay(call, decay)
+    return call
 
 
 def _attend(call: Call, *, keep: bool = False) -> tuple[Array, Forward | None, Array]:
@@ -359,9 +345,9 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
     lead, own = call.out_shape[:-2], call.state_shape
     queries = np.broadcast_to(call.q, (*lead, *call.q.shape[-2:]))
     keys, values = (np.broadcast_to(x, (*own, *x.shape[-2:])) for x in (call.k, call.v))
-    mask, bias = (
+    mask, lifts = (
         None if x is None else np.broadcast_to(x, (*own, call.keys))
-        for x in (call.mask, call.key_bias)
+        for x in (call.mask, call.lifts)
     )
     left, right = call.band
     for at in map(tuple, rows.tolist()):
@@ -382,8 +368,8 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
         q, k, v = (x.astype(np.float64) for x in (queries[at], keys[of][seen], values[of][seen]))
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             logits = k @ (q * call.scale)
-            if bias is not None:
-                logits += bias[of][seen]
+            if lifts is not None:
+                logits += lifts[of][seen] * numerics.LN2
             weights = np.exp(logits - logits.max(initial=-np.inf))
         yield _Row(at, of, seen, q, k, v, weights / weights.sum())
 

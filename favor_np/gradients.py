@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from favor_np import decay as decays
 from favor_np import numerics, validation
-from favor_np.attention import attend, check, state_after
-from favor_np.call import Call, Forward, StateParts
+from favor_np.attention import attend, check, state_after, windowed
+from favor_np.call import Call, Cotangents, Forward, StateParts, sum_to
 from favor_np.engine import refuse
 from favor_np.features import FeatureMap
 from favor_np.state import AttentionState
@@ -33,6 +34,8 @@ class Gradients:
     ----------
     q, k, v : ndarray
         Gradients, of the shapes and dtypes of the arguments (float64 for integers).
+    key_bias, decay : ndarray or None
+        Those of the bias, and of a decay of one factor a token, if there was such.
     state : StateGradient or None
         Gradient of the incoming state's ``S`` and ``z``; None if there was none.
     projection : ndarray
@@ -40,10 +43,14 @@ class Gradients:
     """
 
     def __init__(
-        self, q: Array, k: Array, v: Array, state: StateGradient | None,
+        self,
+        found: Cotangents,
+        weights: tuple[Array | None, Array | None],
+        state: StateGradient | None,
         projection: Callable[[], Array],
-    ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.state = q, k, v, state
+    ) -> None:
+        self.q, self.k, self.v, self.state = found.q, found.k, found.v, state
+        self.key_bias, self.decay = weights
         self._pull_projection = projection
 
     def __repr__(self) -> str:
@@ -66,11 +73,14 @@ def favor_attention_vjp(
     *,
     causal: bool = False,
     key_mask: npt.ArrayLike | None = None,
+    key_bias: npt.ArrayLike | None = None,
     cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: npt.ArrayLike | None = None,
+    window: int | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
+    precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
     device: Literal["cpu", "cuda"] | None = None,
@@ -79,9 +89,9 @@ def favor_attention_vjp(
 
     Parameters
     ----------
-    q, k, v, feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, state, return_state, \
-num_threads, check_finite, device
-        As for `favor_attention`.  On a CUDA device there is no state, and no gradient of the
+    q, k, v, feature_map, causal, key_mask, key_bias, cu_seqlens, enable_gqa, decay, window, state, \
+return_state, precision, num_threads, check_finite, device
+        As for `favor_attention`.  With ``precision="bfloat16"`` the pullback computes in float32.  On a CUDA device there is no state, and no gradient of the
         projection.
 
     Returns
@@ -117,8 +127,9 @@ num_threads, check_finite, device
     ((10, 4), np.float64(40.0))
     """
     call = check(
-        q, k, v, feature_map, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens,
-        enable_gqa=enable_gqa, decay=decay, state=state, return_state=return_state,
+        q, k, v, feature_map, causal=causal, key_mask=key_mask, key_bias=key_bias, cu_seqlens=cu_seqlens,
+        enable_gqa=enable_gqa, decay=decay, window=window, state=state,
+        return_state=return_state, precision=precision,
         num_threads=num_threads, check_finite=check_finite, device=device,
     )  # fmt: skip
     engine = call.engine
@@ -161,16 +172,46 @@ def pullback_of(
             if after is None:
                 raise ValueError("grad_state needs return_state=True")
             final = _final_state(state, after, grad_state)
-        found = engine.attend_vjp(call, forward, grad, final)
+        parts: Any
+        if windowed(call):
+            from favor_np import window
+
+            found = window.attend_vjp(call, forward, grad)
+            parts = window.projection_vjp(call, forward, grad)
+        else:
+            found = engine.attend_vjp(call, forward, grad, final)
+            parts = (engine.projection_vjp(call, forward, grad, final) for _ in range(1))
 
         def projection() -> Array:
-            parts = engine.projection_vjp(call, forward, grad, final)
-            return _projection(call.map, *parts).astype(call.compute, copy=False)
+            total: Any = sum(_projection(call.map, *part) for part in parts)
+            found: Array = total.astype(call.compute, copy=False)
+            return found
 
         first = None if state is None else _state_gradient(state, found.state)
-        return Gradients(found.q, found.k, found.v, first, projection)
+        weights = _weights_gradient(call, found.key_bias, after, grad_state)
+        return Gradients(found, weights, first, projection)
 
     return pullback
+
+
+def _weights_gradient(
+    call: Call, found: Any, after: AttentionState | None, grad_state: Any
+) -> tuple[Array | None, Array | None]:
+    """Return the gradients of the bias and of the decay that the caller gave."""
+    bias = factors = None
+    if call.key_bias is not None:
+        bias = sum_to(found, call.key_bias)
+    if call.gates is not None:
+        gates = np.broadcast_to(call.gates.astype(np.float64), found.shape)
+        factors = decays.gradient_of(found, gates, call.offsets)
+        if after is not None and grad_state is not None:  # what is folded fades as well
+            s, z = (np.asarray(x, np.float64) for x in grad_state)
+            size = (after.S * s).sum((-1, -2)) + (after.z * z).sum(-1)
+            begin, end = decays.bounds(call.offsets, call.keys)
+            each = size.reshape(*call.state_shape, len(begin))
+            factors = factors + np.repeat(each, end - begin, -1) / gates
+        factors = sum_to(factors, call.gates)
+    return bias, factors
 
 
 def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Array) -> Array:
@@ -220,11 +261,12 @@ def _final_state(
     rows = len(after._arrays[0]), after.feature_map.num_features
     c, weight = after.c.reshape(rows), np.ones(rows)
     seen, exponents = _folded(c), -c
-    if after._rates is not None:
-        whole, fraction = after._raised()
-        earlier = 0 if before is None else before._raised()[0]
-        exponents = exponents - (whole - earlier)[:, None].astype(c.dtype)
-        weight *= np.exp2(-fraction)[:, None]
+    fade = after._raised()
+    if fade is not None:
+        earlier = None if before is None else before._raised()
+        whole = fade.whole if earlier is None else fade.whole - earlier.whole
+        exponents = exponents - whole[:, None].astype(c.dtype)
+        weight *= np.exp2(-fade.fraction)[:, None]
     weight[~seen] = 0
     parts = StateParts(
         np.where(seen, exponents, _nothing(c)),
@@ -241,8 +283,8 @@ def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
     before = state.c.reshape(c.shape)
     seen = _folded(before) & _folded(c)
     weight = np.ldexp(np.where(seen, 1.0, 0.0), np.where(seen, c + before, 0))
-    if state._rates is not None:
-        weight = weight * np.exp2(state._raised()[1])[:, None]
+    if (start := state._start) is not None:
+        weight = weight * np.exp2(start)[:, None]
     lead = (*state._slots, state.feature_map.num_features)
     with np.errstate(over="ignore"):  # what is beyond the dtype is infinite
         s, z = (s * weight[..., None]).astype(s.dtype), (z * weight).astype(z.dtype)

@@ -18,65 +18,50 @@ from favor_np.tables import kept
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
-#: Attention: the first rows of keys, values and mask (-1: there is none), how many keys; the first
-#: block of the map's weights; the slot of the state (-1: there is none); how many queries; the rows
-#: of W.
-K_ROW, V_ROW, MASK_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(8)
+#: Attention: the first rows of keys, values, mask and lifts (-1: there is none), how many keys; the
+#: first block of the map's weights; the slot of the state (-1: there is none); how many queries; the
+#: rows of W.
+K_ROW, V_ROW, MASK_ROW, LIFT_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(9)
 #: Its gradient besides: the side that reads (1: keys), the first rows of the head's queries, of its
-#: results and of its gradients of keys and values (in exact attention also of the biases of its
-#: keys), and the number of the job.
-SIDE, Q_ROW, OUT_ROW, GRAD_ROW, NUMBER = range(8, 13)
+#: results and of its gradients of keys and values, and the number of the job.
+SIDE, Q_ROW, OUT_ROW, GRAD_ROW, NUMBER = range(9, 14)
 #: Exact attention besides: the position of the first query.  Its gradient: the position of the
 #: first key, how many positions further the next block of keys is, and the first row of the part's
 #: dq; NUMBER is that of the problem.
-START, STRIDE, DQ_ROW = range(13, 16)
+START, STRIDE, DQ_ROW = range(14, 17)
 
 
 @dataclass(frozen=True, eq=False)
 class Jobs:
-    """One job for each state, with the queries that read it and the rows that these write.
-
-    `clocks` is empty, or has how far each job's first key is raised, in log2, and by how much more
-    every further one.
-    """
+    """One job for each state, with the queries that read it and the rows that these write."""
 
     table: Array
     q_rows: Array
     out_rows: Array
-    clocks: Array
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in vars(self).values())
 
-    def skip_keys(self, start: Any) -> None:
-        """Let every job begin at its key number `start`, in place."""
-        skip_rows(self.table, start)
-        if len(self.clocks):
-            self.clocks[:, 0] += start * self.clocks[:, 1]
-
     def take(self, rows: Any) -> Jobs:
         """Return some of the jobs."""
-        clocks = self.clocks[rows] if len(self.clocks) else self.clocks
-        return Jobs(self.table[rows], self.q_rows[rows], self.out_rows[rows], clocks)
+        return Jobs(self.table[rows], self.q_rows[rows], self.out_rows[rows])
 
 
 def skip_rows(table: Array, start: Any) -> None:
-    """Move the rows of keys, values and mask, where there is one."""
+    """Move the rows of keys and values, and of mask and lifts where there are such."""
     table[:, [K_ROW, V_ROW]] += np.reshape(start, (-1, 1))
-    table[:, MASK_ROW] += np.where(table[:, MASK_ROW] < 0, 0, start)
-
-
-_NO_CLOCKS = np.zeros((0, 2))
+    for column in (MASK_ROW, LIFT_ROW):
+        table[:, column] += np.where(table[:, column] < 0, 0, start)
 
 
 def jobs_without_rows(slots: int, rows: int) -> Jobs:
     """Return jobs that only fold the tail of each slot."""
     table = np.zeros((slots, ROWS + 1), np.int64)
-    table[:, MASK_ROW], table[:, SLOT], table[:, ROWS] = -1, np.arange(slots), rows
+    table[:, [MASK_ROW, LIFT_ROW]], table[:, SLOT], table[:, ROWS] = -1, np.arange(slots), rows
     nothing = np.empty((slots, 0), np.int64)
-    return Jobs(table, nothing, nothing, _NO_CLOCKS)
+    return Jobs(table, nothing, nothing)
 
 
 class Shapes(NamedTuple):
@@ -90,6 +75,7 @@ class Shapes(NamedTuple):
     k: Shape
     v: Shape
     mask: Shape | None = None
+    lifts: Shape | None = None
     grouped: bool = False
     state: Shape | None = None
 
@@ -103,9 +89,10 @@ def broadcast_jobs(
     Each head has so many blocks of weights, and its projection so many rows.
     """
     (q, q_length), (k, k_length) = ((x[:-2], x[-2]) for x in (shapes.q, shapes.k))
-    v, mask = shapes.v[:-2], None if shapes.mask is None else shapes.mask[:-1]
-    state, grouped = shapes.state, shapes.grouped
-    state_shape = np.broadcast_shapes(k, v, mask or (), (heads,) if heads else (), state or ())
+    v, state, grouped = shapes.v[:-2], shapes.state, shapes.grouped
+    mask, lifts = (None if x is None else x[:-1] for x in (shapes.mask, shapes.lifts))
+    of_heads = (heads,) if heads else ()
+    state_shape = np.broadcast_shapes(k, v, mask or (), lifts or (), of_heads, state or ())
     q_full, state_full = q, state_shape
     if grouped:
         q_full = (*q[:-1], state_shape[-1], q[-1] // state_shape[-1])
@@ -124,6 +111,7 @@ def broadcast_jobs(
     table[:, K_ROW] = index(k, state_shape) * k_length
     table[:, V_ROW] = index(v, state_shape) * k_length
     table[:, MASK_ROW] = -1 if mask is None else index(mask, state_shape) * k_length
+    table[:, LIFT_ROW] = -1 if lifts is None else index(lifts, state_shape) * k_length
     table[:, KEYS], table[:, QUERIES] = k_length, q_length
     table[:, BLOCK], table[:, ROWS] = head * blocks, rows
     table[:, SLOT] = -1 if state is None else np.arange(count)
@@ -131,15 +119,13 @@ def broadcast_jobs(
         table,
         np.ascontiguousarray(index(q_full, full)[order] * q_length),
         np.ascontiguousarray(order * max(q_length, 1)),  # without rows the head's number still
-        _NO_CLOCKS,
     )
 
 
 def packed(of: Jobs, offsets: Array) -> Jobs:
     """Cut every job into one for each sequence offsets[i]:offsets[i + 1], the longest first.
 
-    Slots are numbered state by state and, within each, sequence by sequence; the clocks of `of` are
-    those of the slots.
+    Slots are numbered state by state and, within each, sequence by sequence.
     """
     count, lengths = len(offsets) - 1, np.diff(offsets)
     owner, sequence = np.divmod(np.arange(len(of.table) * count), count)
@@ -150,6 +136,6 @@ def packed(of: Jobs, offsets: Array) -> Jobs:
         table[:, column] = np.minimum(table[:, column], length)
     table[:, SLOT] = np.where(table[:, SLOT] < 0, -1, owner * count + sequence)
     q_rows, out_rows = of.q_rows[owner] + start[:, None], of.out_rows[owner] + start[:, None]
-    cut = Jobs(table, q_rows, out_rows, of.clocks)
+    cut = Jobs(table, q_rows, out_rows)
     order = np.argsort(-length, kind="stable")
     return cut.take(order[length[order] > 0])

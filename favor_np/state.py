@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.call import Call, DecayOffsets, StateForm, StateParts
+from favor_np.call import Call, StateForm, StateParts
+from favor_np.decay import Fade, set_decay, totals
 from favor_np.engine import Engine, engine_for, processor, refuse
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
@@ -90,6 +91,8 @@ class AttentionState:
 
     #: -log2 of the decay, a row each; None where nothing decays.
     _rates: Array | None
+    #: How far factors of a token each have made the first keys fade; None where there were none.
+    _fade: Fade | None
     #: Tokens folded: by every row, or an array where rows may differ, which is never changed in
     #: place.
     _tokens: int | Array
@@ -133,7 +136,7 @@ class AttentionState:
         self.sequences = sequences
         #: c, S, z in the layout of the engine: one row a batch and head, features padded.
         self._arrays = engine.new_states(form, math.prod(batch_shape) * (sequences or 1))
-        self._rates = None
+        self._rates = self._fade = None
         self._tokens = 0
         self._guard = Guard("AttentionState")
 
@@ -207,27 +210,33 @@ class AttentionState:
         return np.asarray(np.exp2(-rates))
 
     @property
-    def _decay(self) -> DecayOffsets | None:
-        """How the keys to come are raised, so that those before them decay."""
-        return None if self._rates is None else DecayOffsets(self._raised()[1], self._rates)
+    def _start(self) -> Array | None:
+        """By how much the next key is raised, of which exponents of the state lack the integer."""
+        fade = self._raised()
+        return None if fade is None else fade.fraction
 
-    def _raised(self) -> Any:
-        """By how much a key folded now is raised, given decay: the whole part and the fraction."""
-        assert self._rates is not None
-        return np.divmod(self._tokens * self._rates, 1.0)
+    def _raised(self) -> Fade | None:
+        """By how much the next key is raised, given decay."""
+        if self._rates is None:
+            return self._fade
+        return Fade(*np.divmod(self._tokens * self._rates, 1.0))
 
-    def _age(self, tokens: int | Array) -> None:
+    def _age(self, tokens: int | Array, faded: Fade | None = None) -> None:
         """Count tokens that were folded; with decay, keep the exponents near zero.
 
-        Key j is raised by ``j * rate``; the integer part of what the last one had is taken off
-        again here, and the fraction is left to `_decay`.
+        The integer part of what the next key is raised by is taken off here, and the fraction is
+        left to `_start`.
         """
-        if self._rates is None:
-            self._tokens = self._tokens + tokens
-            return
-        before, _ = self._raised()
+        before = self._raised()
         self._tokens = self._tokens + tokens
-        self._engine.lower_states(self._form, self._arrays, self._raised()[0] - before)
+        if faded is not None:
+            zero = np.zeros(len(self._arrays[0]))
+            mine = Fade(zero, zero) if self._fade is None else self._fade
+            self._fade = Fade(mine.whole + faded.whole, mine.fraction).plus(faded.fraction)
+        now = self._raised()
+        if now is not None:
+            by = now.whole if before is None else now.whole - before.whole
+            self._engine.lower_states(self._form, self._arrays, by)
 
     def _real(self) -> tuple[Array, Array, Array]:
         """Return copies of c, S and z in C order, with the batch axes and without padding."""
@@ -242,8 +251,8 @@ class AttentionState:
 
     def _now(self, array: Array) -> Array:
         """Return an array of the state without the fraction by which the last token was raised."""
-        if self._rates is not None:
-            fraction = np.exp2(-self._raised()[1]).astype(array.dtype)
+        if (start := self._start) is not None:
+            fraction = np.exp2(-start).astype(array.dtype)
             lead = self._slots
             array = array * fraction.reshape(*lead, *[1] * (array.ndim - len(lead)))
         return array
@@ -277,6 +286,8 @@ class AttentionState:
         v: npt.ArrayLike,
         key_mask: npt.ArrayLike | None = None,
         *,
+        key_bias: npt.ArrayLike | None = None,
+        decay: npt.ArrayLike | None = None,
         cu_seqlens: npt.ArrayLike | None = None,
         num_threads: int | None = None,
         check_finite: bool = False,
@@ -291,6 +302,11 @@ class AttentionState:
             Values.
         key_mask : array_like of bool, shape (..., L), optional
             True where a key takes part.
+        key_bias : array_like of float, shape (..., L), optional
+            As for `favor_attention`.
+        decay : array_like of float, shape (..., L), optional
+            A factor a token, in (0, 1]: each multiplies the weights of all keys before it, those in
+            the state included.  For states without a `decay` of their own.
         cu_seqlens : array_like of int, shape (sequences + 1,), optional
             Where the rows of each packed sequence begin; for states with `sequences`.
         num_threads : int, optional
@@ -320,11 +336,12 @@ class AttentionState:
             self.feature_map,
             self,
             key_mask=key_mask,
+            key_bias=key_bias,
             num_threads=num_threads,
             check_finite=check_finite,
             dtype=self.dtype,
         )
-        self._run(call, cu_seqlens)
+        self._run(call, cu_seqlens, decay)
         return self
 
     def attend(
@@ -370,6 +387,8 @@ class AttentionState:
         k: npt.ArrayLike,
         v: npt.ArrayLike,
         *,
+        key_bias: npt.ArrayLike | None = None,
+        decay: npt.ArrayLike | None = None,
         num_threads: int | None = None,
         check_finite: bool = False,
     ) -> Array:
@@ -384,6 +403,12 @@ class AttentionState:
             Its key.
         v : array_like, shape (..., dv) or (..., 1, dv)
             Its value.
+        key_bias : array_like of float, optional
+            The weight of the key is multiplied with ``exp(key_bias)``: one number, or one for each
+            row of `k`.
+        decay : array_like of float, optional
+            What the weights of all keys before it are multiplied with, in (0, 1]; likewise.  For
+            states without a `decay` of their own.
         num_threads : int, optional
             Default: see `thread_limit`.
         check_finite : bool, default False
@@ -403,6 +428,12 @@ class AttentionState:
             If a call that changed the state was interrupted, and spoiled it.
         """
         engine, (q, k, v, _) = self._engine.receive(q, k, v)
+        if key_bias is not None:
+            key_bias = validation.number_a_token(
+                "key_bias", key_bias, self.batch_shape, self.sequences
+            )
+        if decay is not None:
+            decay = validation.number_a_token("decay", decay, self.batch_shape, self.sequences)
         (q, k, v), flat = engine.token(
             q, k, v, self.batch_shape, self.feature_map.dim, self.sequences
         )
@@ -412,16 +443,24 @@ class AttentionState:
             v,
             self.feature_map,
             self,
+            key_bias=key_bias,
             causal=True,
             num_threads=num_threads,
             check_finite=check_finite,
             dtype=self.dtype,
         )
         ends = None if self.sequences is None else np.arange(self.sequences + 1)
-        out = self._run(call, ends)
+        out = self._run(call, ends, decay)
         return out.reshape(*out.shape[:-2], out.shape[-1]) if flat else out
 
-    def _fits(self, offsets: Array | None, decay: object = None, *, causal: bool = True) -> None:
+    def _fits(
+        self,
+        offsets: Array | None,
+        decay: object = None,
+        *,
+        causal: bool = True,
+        gated: bool = False,
+    ) -> None:
         """Refuse rows that are packed otherwise than this state, or decay otherwise."""
         found = None if offsets is None else len(offsets) - 1
         if found != self.sequences:
@@ -431,6 +470,8 @@ class AttentionState:
             )
         if self._rates is not None and not causal:
             raise ValueError("a state with decay needs causal=True, or its own update and attend")
+        if gated and self._rates is not None:
+            raise ValueError(f"decay must be that of the state, {self.decay}, got one a token")
         if decay is not None:
             rates = validation.decay_rates(decay, self.batch_shape)
             if rates is not None:
@@ -438,15 +479,17 @@ class AttentionState:
             if not _same(rates, self._rates):
                 raise ValueError(f"decay must be that of the state, {self.decay}, got {decay}")
 
-    def _run(self, call: Call, cu_seqlens: Any) -> Array:
+    def _run(self, call: Call, cu_seqlens: Any, decay: object = None) -> Array:
         """Fold the keys of a call and read with its queries."""
         keys = call.keys
         if cu_seqlens is not None:
             call.offsets = validation.sequence_offsets(cu_seqlens, max(keys, call.q.shape[-2]))
         if call.offsets is not None or self.sequences is not None:
             self._fits(call.offsets)
-        if self._rates is not None:
-            validation.decay_span(self._rates, keys)
+        if call.engine.refused:
+            refuse(call.engine, key_bias=call.key_bias is not None, decay=decay)
+        if decay is not None or (keys and self._raised() is not None):
+            set_decay(call, decay, self)
         if 0 < keys < LONG:
             return self._guard.change(self._advance, call)
         if keys:
@@ -464,30 +507,35 @@ class AttentionState:
             # A token came since `_run` looked: what only reads changes nothing.
             arrays = self._copy()._without_tail()._arrays
         if len(arrays[0]) and (target.size or keys):
-            if self._rates is not None:
-                call.decay = self._decay
             engine.attend(call, target, arrays)
         if (
-            keys and call.offsets is None and self._rates is None
+            keys and call.offsets is None and self._raised() is None and call.gates is None
         ):  # a token: sooner than by `_count`
             self._tokens = self._tokens + keys
         else:
-            self._count(keys, call.offsets)
+            self._count(call)
         return engine.finish(call, result, target)
 
     def _advance_copy(self, call: Call) -> Any:
         after = self._copy()
         out = after._advance(call)
         # One step, so that no interrupt comes between the two.
-        vars(self).update(_arrays=after._arrays, _tokens=after._tokens)
+        vars(self).update(_arrays=after._arrays, _tokens=after._tokens, _fade=after._fade)
         return out
 
-    def _count(self, keys: int, offsets: Array | None) -> None:
-        """Note that so many keys were folded, or those of packed sequences."""
-        if keys and offsets is not None:
-            self._age(np.tile(np.diff(offsets), math.prod(self.batch_shape)))
-        elif keys:
-            self._age(keys)
+    def _count(self, call: Call) -> None:
+        """Note that the keys of a call were folded."""
+        if not call.keys:
+            return
+        tokens: int | Array = call.keys
+        if call.offsets is not None:
+            tokens = np.tile(np.diff(call.offsets), math.prod(self.batch_shape))
+        faded = None
+        if call.gates is not None:
+            gates = validation.gates_of(call.gates, self.batch_shape, call.keys)
+            total = totals(gates, call.offsets).ravel()
+            faded = Fade(np.zeros_like(total), np.zeros_like(total)).plus(total)
+        self._age(tokens, faded)
 
     @validation.own_error_state
     def merge(self, other: AttentionState) -> AttentionState:
@@ -539,16 +587,16 @@ class AttentionState:
     def _merge(self, other: AttentionState) -> None:
         self._without_tail()
         c, s, z = other._without_tail()._arrays
-        if self._rates is not None:
-            before, fraction = self._raised()
-            before = before + other._raised()[0]
-            factor = np.exp2(fraction).astype(z.dtype)[:, None]
+        before, theirs = self._raised(), other._raised()
+        if before is not None:
+            factor = np.exp2(before.fraction).astype(z.dtype)[:, None]
             s, z = s * factor[..., None], z * factor
-            self._age(other._tokens)
+        self._age(other._tokens, other._fade)
+        now = self._raised()
+        if before is not None and theirs is not None and now is not None:
             # The sum of the integer parts may be one short of the integer part of the sum.
-            self._engine.lower_states(self._form, (c, s, z), self._raised()[0] - before)
-        else:
-            self._age(other._tokens)
+            by = now.whole - (before.whole + theirs.whole)
+            self._engine.lower_states(self._form, (c, s, z), by)
         self._engine.merge_states(self._arrays, (c, s, z))
 
     def copy(self) -> AttentionState:
@@ -648,7 +696,7 @@ class AttentionState:
             return *sums, self._lengths(), None if rest[0] is None else tuple(rest)
 
         c, s, z, lengths, rest = self._guard.read(content)
-        return _restore, (*args, c, s, z, self.sequences, self._rates, lengths, rest)
+        return _restore, (*args, c, s, z, self.sequences, self._rates, lengths, rest, self._fade)
 
     def __repr__(self) -> str:
         """Describe the state in one line."""
@@ -669,6 +717,7 @@ def _restore(*pickled: Any) -> AttentionState:
     c, s, z = parts.c.reshape(rows), parts.s.reshape(*rows, form.value_dim), parts.z.reshape(rows)
     state._arrays = state._engine.states_of(form, StateParts(c, s, z, *(parts.rest or ())))
     state._rates, state._tokens = parts.rates, np.ravel(parts.lengths)
+    state._fade = None if parts.fade is None else Fade(*parts.fade)
     return state
 
 

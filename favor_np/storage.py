@@ -29,12 +29,14 @@ Array: TypeAlias = npt.NDArray[Any]
 
 FORMAT = "favor_np.AttentionState"
 #: Raised when an older reader could no longer understand what is written: 2 has calibrated maps, 3
-#: what states hold beside (c, S, z).
-VERSION = 3
+#: what states hold beside (c, S, z), 4 how far factors of a token each have made keys fade.
+VERSION = 4
 #: The largest that numbers can be: -log2 of the smallest decay; tokens, so that the sum of two
 #: fits.
 RATE, LONGEST = 1074.0, 2**62
 ENTRIES = ("header", "projection", "c", "S", "z", "rates", "lengths")
+#: In files of states that such factors have made fade.
+FADE = ("fade_whole", "fade_fraction")
 REST = ("S_rest", "z_rest", "tail", "tail_features", "tail_values")
 
 
@@ -52,6 +54,7 @@ class Parts(NamedTuple):
     rates: Array | None
     lengths: Array
     rest: tuple[Array, ...] | None = None
+    fade: tuple[Array, ...] | None = None
 
 
 def path_of(name: str, value: str | os.PathLike[str]) -> Path:
@@ -72,7 +75,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     fm = parts.feature_map
     header = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 3 if parts.fade is None else VERSION,
         "favor_np": __version__,
         "dtype": np.dtype(parts.dtype).name,
         "batch_shape": parts.batch_shape,
@@ -98,6 +101,8 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
         parts_of_map = fm.calibration._asdict()
         arrays |= {name: array for name, array in parts_of_map.items() if array is not None}
     arrays |= zip(REST, parts.rest or (), strict=parts.rest is not None)
+    if parts.fade is not None:
+        arrays |= zip(FADE, parts.fade, strict=True)
     for name, array in arrays.items():
         arrays[name] = np.require(array, array.dtype.newbyteorder("<"), "C")
     target = path_of("path", path).resolve()  # what a link points to, not the link
@@ -166,7 +171,8 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
     names = sorted(file.namelist())
     calibrated = [name for name in Calibration._fields if f"{name}.npy" in names]
     exact = REST if version >= 3 else ()
-    known = sorted(f"{name}.npy" for name in (*ENTRIES, *exact, *calibrated))
+    faded = FADE if any(f"{name}.npy" in names for name in FADE) else ()
+    known = sorted(f"{name}.npy" for name in (*ENTRIES, *exact, *faded, *calibrated))
     if names != known:
         raise ValueError(f"it must have the entries {known}, got {names}")
     calibration = None
@@ -206,7 +212,13 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
     if not ((c >= -exponent) & (c <= exponent)).all():
         raise ValueError(f"c must be from {-exponent} to {exponent}")
     rest = _rest(file, size, len(lengths), fm.num_features, value_dim) if exact else None
-    parts = (c, s, z, sequences, rates if rates.any() else None, lengths, rest)
+    fade = tuple(_array(file, name, "<f8", shape=(len(lengths),)) for name in faded) or None
+    if (
+        fade is not None
+        and not ((fade[0] >= 0) & (fade[0] <= LONGEST) & (fade[1] >= 0) & (fade[1] < 1)).all()
+    ):
+        raise ValueError(f"fade must be a whole part, from 0 to {LONGEST}, and a fraction")
+    parts = (c, s, z, sequences, rates if rates.any() else None, lengths, rest, fade)
     return Parts(fm, value_dim, batch, dtype.str, *parts), {**header["extra"]}
 
 

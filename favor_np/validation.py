@@ -289,16 +289,33 @@ def mask_of(value: object, keys: int) -> Array:
     return np.ascontiguousarray(mask)
 
 
-def key_bias(value: object, keys: int) -> Array:
-    """Return ``key_bias`` (..., keys), one log-weight a key, in its own dtype; -inf hides a key."""
+#: Largest bias of a key, in log2: see ``numerics.UNREACHED``.
+LARGEST_BIAS = 2**25
+
+
+def key_bias_of(value: object, keys: int) -> tuple[Array, Array | None]:
+    """Return a ``key_bias`` (..., keys), and a mask of the keys whose bias is not -inf, if any is.
+
+    Where it is, the bias becomes 0.
+    """
     if getattr(value, "dtype", None) == np.bool_:
         raise TypeError(f"key_bias must hold log-weights, got {got(value)}: see key_mask")
     bias = tensor("key_bias", value, 1)
     if bias.shape[-1] != keys:
         raise ValueError(f"key_bias must have shape (..., {keys}), got shape {bias.shape}")
     if not (bias < np.inf).all():
-        raise ValueError("key_bias must be finite, or -inf to mask a key, got NaN or +inf")
-    return bias
+        raise ValueError("key_bias must not be NaN or +inf")
+    mask, limit = None, LARGEST_BIAS * math.log(2)
+    if np.isneginf(bias).any():
+        mask = ~np.isneginf(bias)
+        bias = np.where(mask, bias, bias.dtype.type(0))
+    largest = max(float(bias.max(initial=0)), -float(bias.min(initial=0)))
+    if largest > limit:
+        raise ValueError(
+            f"key_bias must be from -{limit:.2g} to {limit:.2g}, or -inf for a key that takes no "
+            f"part, got a size of {largest:.3g}"
+        )
+    return bias, mask
 
 
 #: More keys than there can be.
@@ -365,6 +382,20 @@ def token(
     return (q, k, v), False
 
 
+def number_a_token(
+    name: str, value: object, batch: tuple[int, ...], sequences: int | None = None
+) -> Array:
+    """Return a number for each token of a step: (*batch, 1) or (*batch, sequences)."""
+    array = tensor(name, value, 0)
+    if sequences is None and array.ndim <= len(batch):
+        array = array[..., None]
+    try:
+        return np.broadcast_to(array, (*batch, sequences or 1))
+    except ValueError:
+        wanted = batch if sequences is None else (*batch, sequences)
+        raise ValueError(f"{name} must broadcast to {wanted}, got shape {array.shape}") from None
+
+
 def state_arguments(
     value_dim: object, batch_shape: object, dtype: npt.DTypeLike, heads: int | None
 ) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
@@ -377,64 +408,57 @@ def state_arguments(
     return length, shape, float_dtype("dtype", dtype)
 
 
+def decay_of(value: object, *, causal: bool = True) -> Array:
+    """Return a ``decay`` as an array of numbers in (0, 1]."""
+    if not causal:
+        raise ValueError("decay needs causal=True")
+    decay = array_of("decay", value)
+    if decay.dtype.kind in "iu":
+        decay = decay.astype(np.float64)
+    if decay.dtype not in _FLOATS and not _is_small_float(decay.dtype):
+        raise TypeError(f"decay must be a real number or an array of them, got {got(value)}")
+    if not ((decay > 0) & (decay <= 1)).all():
+        raise ValueError(f"decay must be greater than 0 and at most 1, got {got(value)}")
+    return decay
+
+
+def gates_of(decay: Array, batch: tuple[int, ...], keys: int) -> Array:
+    """Return -log2 of a ``decay`` of one factor a token: (*batch, keys)."""
+    try:
+        gates = np.broadcast_to(decay, (*batch, keys))
+    except ValueError:
+        raise ValueError(
+            f"decay of {len(batch) + 1} axes must have a factor a token, of shape "
+            f"{(*batch, keys)}, got shape {decay.shape}"
+        ) from None
+    return -np.log2(gates.astype(np.float64))
+
+
 def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -> Array | None:
     """Return -log2 of ``decay`` for every batch and head, flat; None if nothing decays."""
     if value is None:
         return None
-    if not causal:
-        raise ValueError("decay needs causal=True")
-    decay = array_of("decay", value)
-    if decay.dtype.kind not in "fiu":
-        raise TypeError(f"decay must be a real number or an array of them, got {got(value)}")
-    decay = decay.astype(np.float64)
-    if not ((decay > 0) & (decay <= 1)).all():
-        raise ValueError(f"decay must be greater than 0 and at most 1, got {got(value)}")
+    decay = decay_of(value, causal=causal).astype(np.float64)
     try:
         decay = np.broadcast_to(decay, batch)
     except ValueError:
         raise ValueError(
-            f"decay must broadcast to the leading axes {batch} of k and v, got shape {decay.shape}"
+            f"decay must broadcast to the leading axes {batch} of k and v, or have one axis more, "
+            f"of a factor a token, got shape {decay.shape}"
         ) from None
     return None if (decay == 1).all() else -np.log2(decay).ravel()
-
-
-def gates(value: object, batch: tuple[int, ...], keys: int, *, causal: bool = True) -> Array | None:
-    """Return ``decay`` if it has a factor a token, in its own dtype; None if it has one a head.
-
-    One a token has one axis more than `batch`, the leading axes of keys and values.
-    """
-    if value is None:
-        return None
-    decay = array_of("decay", value)
-    if decay.ndim != len(batch) + 1:
-        return None
-    if not causal:
-        raise ValueError("decay needs causal=True")
-    if decay.dtype == np.bool_:
-        raise TypeError(f"decay must be a real number or an array of them, got {got(value)}")
-    decay = tensor("decay", decay, 1)
-    if not ((decay > 0) & (decay <= 1)).all():
-        raise ValueError(f"decay must be greater than 0 and at most 1, got {got(value)}")
-    shape = (*batch, keys)
-    fits = decay.shape[-1] == keys
-    if not fits or any(n not in (1, m) for n, m in zip(decay.shape, shape, strict=True)):
-        raise ValueError(
-            f"decay must broadcast to the leading axes {batch} of k and v or, with a factor a token, "
-            f"to {shape}, got shape {decay.shape}"
-        )
-    return decay
 
 
 #: What weights may decay by in one call, as a power of two: see ``numerics.NOTHING``.
 LONGEST_DECAY = 2**28
 
 
-def decay_span(rates: Array, keys: int) -> None:
-    """Refuse a call over which weights decay by more than an exponent of 32 bits can say."""
-    if rates.max(initial=0.0) * keys > LONGEST_DECAY:
+def decay_span(total: float, keys: int) -> None:
+    """Refuse a call over which weights decay by more, in log2, than an exponent can say."""
+    if total > LONGEST_DECAY:
         raise ValueError(
-            f"decay must be larger for {keys} positions in one call, "
-            f"got {2.0 ** -rates.max():.3g}: take fewer at a time, each call going on from the state before"
+            f"decay must be larger for {keys} positions in one call, got one of 2**-{total:.3g} in "
+            "all: take fewer at a time, each call going on from the state before"
         )
 
 

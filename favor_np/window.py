@@ -10,21 +10,15 @@ decoder keeps a state that grows, and states of the ends of the segment before.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, TypeAlias, Unpack
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.call import (
-    Call,
-    DecayOffsets,
-    Options,
-    StateForm,
-    StateParts,
-    decay_offsets,
-)
+from favor_np.call import Call, Cotangents, Forward, Options, StateForm, StateParts, sum_to
 from favor_np.engine import processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
@@ -32,35 +26,69 @@ from favor_np.guard import Guard
 Array: TypeAlias = npt.NDArray[Any]
 #: Rows of a result, and their denominators w * 2**top.
 Rows: TypeAlias = tuple[Array, Array, Array]
-#: Queries, keys, values, and mask.
-Part: TypeAlias = tuple[Array, Array, Array, Array | None]
-
 #: Positions that are computed at a time, or one segment: as much extra memory.
 WAVE = 16_384
 
 
-def attend(call: Call, out: Array) -> None:
-    """Write causal attention to the last `window` positions to the C-ordered `out`, in pieces."""
+class _Part(NamedTuple):
+    """Causal attention within packs: of segments to themselves, or to the ends of those before.
+
+    The rows of `call` are those at positions `queries` and `keys` of the whole; those of queries
+    that are not `real`, if not all are, only fill packs up.
+    """
+
+    call: Call
+    queries: Any
+    keys: Any
+    real: Array | None = None
+
+    def attend(self) -> Rows:
+        """Return its rows."""
+        out = np.empty(self.call.out_shape, self.call.compute)
+        w, top = self.call.engine.normalizers(out)
+        self.call.engine.attend(self.call, out, normalizers=(w, top))
+        if self.real is None:
+            return out, w, top
+        return out.compress(self.real, -2), w.compress(self.real, -1), top.compress(self.real, -1)
+
+    def places(self) -> Any:
+        """Return the positions of its queries that are real."""
+        return self.queries if self.real is None else self.queries[self.real]
+
+
+def _at(array: Any, places: Any, axis: int) -> Any:
+    """Return what an array, or None, has at positions on its last axis, or the one before it."""
+    if array is None:
+        return None
+    if not isinstance(places, slice):
+        return array.take(places, axis)
+    return array[..., places, :] if axis == -2 else array[..., places]
+
+
+def _part(call: Call, queries: Any, keys: Any, packs: Array, real: Array | None = None) -> _Part:
+    q = _at(call.q, queries, -2)
+    return _Part(
+        replace(
+            call,
+            q=q,
+            k=_at(call.k, keys, -2),
+            v=_at(call.v, keys, -2),
+            mask=_at(call.mask, keys, -1),
+            lifts=_at(call.lifts, keys, -1),
+            out_shape=(*call.out_shape[:-2], q.shape[-2], call.out_shape[-1]),
+            offsets=packs,
+            window=None,
+        ),
+        queries,
+        keys,
+        real,
+    )
+
+
+def _waves(call: Call) -> Iterator[tuple[_Part, _Part | None]]:
+    """Go through the whole: some segments, and what they see of those before, at a time."""
     assert call.window is not None
     window, offsets = call.window, call.offsets
-
-    def run(part: Part, packs: Array, back: bool) -> Rows:
-        """Attend causally within `packs`, whose rows are turned round or not."""
-        q, k, v, mask = part
-        shape = (*call.out_shape[:-2], q.shape[-2], call.out_shape[-1])
-        decay = decay_offsets(call.decay_rates, len(packs) - 1)
-        if back and decay is not None:  # by the distance to the beginning of the queries' segment
-            decay = DecayOffsets(-decay.rate, -decay.rate)
-        of = replace(call, q=q, k=k, v=v, mask=mask, out_shape=shape, offsets=packs, decay=decay)
-        out = np.empty(shape, call.compute)
-        w, top = call.engine.normalizers(out)
-        call.engine.attend(of, out, normalizers=(w, top))
-        return out, w, top
-
-    def turned(queries: Array, keys: Array) -> Part:
-        q, k, v = call.q.take(queries, -2), call.k.take(keys, -2), call.v.take(keys, -2)
-        return q, k, v, None if call.mask is None else call.mask.take(keys, -1)
-
     if offsets is None:
         offsets = np.array([0, call.keys])
     firsts = np.cumsum([0, *-(-np.diff(offsets) // window)])  # segments before each sequence
@@ -70,51 +98,97 @@ def attend(call: Call, out: Array) -> None:
         owner = np.searchsorted(firsts, segment, side="right") - 1
         begin = offsets[owner] + (segment - firsts[owner]) * window
         end = np.minimum(begin + window, offsets[owner + 1])
-        piece = slice(begin[0], end[-1])
-        q, k, v = (x[..., piece, :] for x in (call.q, call.k, call.v))
-        mask = None if call.mask is None else call.mask[..., piece]
-        rows, w, top = run((q, k, v, mask), np.append(begin, end[-1]) - begin[0], False)
+        piece, packs = slice(begin[0], end[-1]), np.append(begin, end[-1]) - begin[0]
+        own, other = _part(call, piece, piece, packs), None
         later = (segment > firsts[owner]) & (window > 1)  # those with a segment before them
         if later.any():
             begin, end = begin[later, None], end[later, None]
             queries, keys = begin + back - 1, begin - window + back
             real = (queries < end).ravel()
             packs = np.arange(len(begin) + 1) * (window - 1)
-            other, other_w, other_top = run(
-                turned(np.minimum(queries, end - 1).ravel(), keys.ravel()), packs, True
-            )
-            at = queries.ravel()[real] - piece.start
-            rows[..., at, :] = _joined(
-                (rows.take(at, -2), w.take(at, -1), top.take(at, -1)),
-                (
-                    other.compress(real, -2),
-                    other_w.compress(real, -1),
-                    other_top.compress(real, -1),
-                ),
-            )
-        out[..., piece, :] = rows
+            queries = np.minimum(queries, end - 1).ravel()
+            other = _part(call, queries, keys.ravel(), packs, real)
+        yield own, other
+
+
+def attend(call: Call, out: Array, normalizers: tuple[Array, Array] | None = None) -> None:
+    """Write causal attention to the last `window` positions to the C-ordered `out`, in pieces.
+
+    `normalizers` receive the denominators of the rows.
+    """
+    for own, other in _waves(call):
+        rows, w, top = own.attend()
+        if other is not None:
+            at = other.places() - own.queries.start
+            joined = _joined((rows.take(at, -2), w.take(at, -1), top.take(at, -1)), other.attend())
+            rows[..., at, :], w[..., at], top[..., at] = joined
+        out[..., own.queries, :] = rows
+        if normalizers is not None:
+            for whole, part in zip(normalizers, (w, top), strict=True):
+                whole[..., own.queries] = part
+
+
+def _pulled(call: Call, forward: Forward, grad: Array) -> Iterator[tuple[_Part, Forward, Array]]:
+    """Go through all parts, with what is known of their rows, and their cotangents."""
+    for wave in _waves(call):
+        for part in wave:
+            if part is None:
+                continue
+            rows = _at(forward.out, part.queries, -2)
+            w, top = (_at(x, part.queries, -1) for x in forward.normalizers)
+            of_rows = _at(grad, part.queries, -2)
+            if part.real is not None:
+                of_rows[..., ~part.real, :] = 0
+            yield part, Forward(rows, (w, top)), of_rows
+
+
+def attend_vjp(call: Call, forward: Forward, grad: Array) -> Cotangents:
+    """Pull `grad` back through `attend`.
+
+    The rows of a part have a share in the numerators and denominators of the whole: with these its
+    pullback is that of causal attention.
+    """
+    q, k, v = (np.zeros(x.shape, call.compute) for x in (call.q, call.k, call.v))
+    bias = None if call.lifts is None else np.zeros(call.lifts.shape)
+    for part, of_part, of_rows in _pulled(call, forward, grad):
+        found = call.engine.attend_vjp(part.call, of_part, of_rows)
+        of_queries = found.q if part.real is None else found.q.compress(part.real, -2)
+        q[..., part.places(), :] += of_queries
+        k[..., part.keys, :] += found.k
+        v[..., part.keys, :] += found.v
+        if bias is not None:
+            bias[..., part.keys] += found.key_bias
+    return Cotangents(sum_to(q, call.q), sum_to(k, call.k), sum_to(v, call.v), bias)
+
+
+def projection_vjp(
+    call: Call, forward: Forward, grad: Array
+) -> Iterator[tuple[Array, Array, Array]]:
+    """Go through the parts' cotangents of weights and biases: see `Engine.projection_vjp`."""
+    for part, of_part, of_rows in _pulled(call, forward, grad):
+        yield call.engine.projection_vjp(part.call, of_part, of_rows)
 
 
 @validation.own_error_state
-def _joined(a: Rows, b: Rows) -> Array:
-    """Return the rows of attention to the keys of both; their own are used up."""
+def _joined(a: Rows, b: Rows) -> Rows:
+    """Return attention to the keys of both; their own rows are used up."""
     highest = np.maximum(a[2], b[2])
     weights = [
         w * np.exp2(np.maximum(top - highest, -2000).astype(w.dtype)) for _, w, top in (a, b)
     ]
     total = weights[0] + weights[1]
-    total[total == 0] = 1  # no key at all: both are zero
+    divisor = np.where(total == 0, 1, total)  # no key at all: both are zero
     rows, others = a[0], b[0]
     try:
         with np.errstate(invalid="ignore", over="raise"):  # values may be infinite
-            rows *= (weights[0] / total)[..., None]
-            others *= (weights[1] / total)[..., None]
-            joined: Array = rows + others
+            rows *= (weights[0] / divisor)[..., None]
+            others *= (weights[1] / divisor)[..., None]
+            joined = rows + others
     except FloatingPointError:
         from favor_np.cpu.scaling import means
 
         joined = means(rows / 2 + others / 2, 1)  # only rounding makes them infinite
-    return joined
+    return joined, total, highest
 
 
 class WindowState:
@@ -201,6 +275,9 @@ class WindowState:
         self._k = np.zeros((*rows, feature_map.dim), self.dtype)
         self._v = np.zeros((*rows, self.value_dim), self.dtype)
         self._mask = np.zeros(rows, np.bool_)
+        #: By how much they are raised, and how far the first keys have faded; None where none was.
+        self._lifts: Any = None
+        self._faded: Any = None
         self._own = self._empty()
         self._forget()
         self._guard = Guard("WindowState")
@@ -226,23 +303,19 @@ class WindowState:
         return max(self.length - 1, 0) // self.window * self.window
 
     def _fold(self, call: Call, state: Any, start: int, stop: int) -> None:
-        """Fold the tokens start:stop into `state`.
-
-        They are raised by their distance to the beginning of the latest segment.
-        """
+        """Fold the tokens start:stop into `state`."""
         rows = np.arange(start, stop) % self.window
-        decay = None
-        if self.rates is not None:
-            decay = DecayOffsets((start - self._begin) * self.rates, self.rates)
+        bias = None if self._lifts is None else self._lifts.take(rows, -1)
         out = np.empty((*self.batch_shape, 0, self.value_dim), self.dtype)
         of = replace(
             call, q=self._k[..., :0, :], k=self._k.take(rows, -2), v=self._v.take(rows, -2),
-            mask=self._mask.take(rows, -1), causal=False, out_shape=out.shape, decay=decay,
+            mask=self._mask.take(rows, -1), lifts=bias, causal=False, out_shape=out.shape,
         )  # fmt: skip
         call.engine.attend(of, out, state)
 
     def _read(self, call: Call, state: Any) -> Rows:
-        of = replace(call, k=self._k[..., :0, :], v=self._v[..., :0, :], mask=None, causal=False)
+        none = self._k[..., :0, :], self._v[..., :0, :]
+        of = replace(call, k=none[0], v=none[1], mask=None, lifts=None, causal=False)
         out = np.zeros(call.out_shape, self.dtype)
         w, top = call.engine.normalizers(out)
         call.engine.attend(of, out, state, (w, top))
@@ -255,10 +328,31 @@ class WindowState:
         self._k[..., rows, :] = call.k[..., last:, :]
         self._v[..., rows, :] = call.v[..., last:, :]
         self._mask[..., rows] = True if call.mask is None else call.mask[..., last:]
+        raised = self._raised(call)
+        if raised is not None:
+            self._lifts[..., rows] = raised[..., last:]
         if self._begin > before:
+            if raised is not None:  # the raise of the latest key is where exponents begin
+                self._lifts -= self._faded[..., None]
+                self._faded[...] = 0
             self._own = self._empty()
             self._forget()
         self._fold(call, self._own, max(start, self._begin), self.length)
+
+    def _raised(self, call: Call) -> Array | None:
+        """Return by how much new keys are raised, in log2; None if none ever was."""
+        if self._lifts is None:
+            if self.rates is None and call.gates is None and call.lifts is None:
+                return None
+            self._lifts, self._faded = np.zeros(self._mask.shape), np.zeros(self.batch_shape)
+        gates = np.zeros((*self.batch_shape, call.keys))
+        if call.gates is not None:
+            gates = validation.gates_of(call.gates, self.batch_shape, call.keys)
+        elif self.rates is not None:
+            gates += self.rates.reshape(*self.batch_shape, 1)
+        raised: Array = self._faded[..., None] + np.cumsum(gates, -1)
+        self._faded = raised[..., -1].copy()
+        return raised if call.lifts is None else raised + call.lifts
 
     def _before(self, call: Call) -> Any:
         """Return the state of the keys before the latest segment that its position sees."""
@@ -281,9 +375,17 @@ class WindowState:
             self._parts = whole, backwards(self._wholes[whole], start, 1, rest)
         return self._parts[1][rest]
 
-    def _run(self, q: Any, k: Any, v: Any, **options: Unpack[Options]) -> Array:
+    def _run(
+        self, q: Any, k: Any, v: Any, decay: object = None, **options: Unpack[Options]
+    ) -> Array:
         options["dtype"] = self.dtype
         call = processor().check(q, k, v, self.feature_map, self, **options)
+        if decay is not None:
+            if self.rates is not None:
+                raise ValueError("decay must be that of the state, got one a token")
+            call.gates = validation.decay_of(decay)
+            gates = validation.gates_of(call.gates, self.batch_shape, call.keys)
+            validation.decay_span(gates.sum(-1).max(initial=0.0), call.keys)
         return self._guard.change(self._advance, call, spoils=call.keys > 0)
 
     def _advance(self, call: Call) -> Array:
@@ -292,7 +394,8 @@ class WindowState:
             self._append(call)
         if not math.prod(call.out_shape):
             return np.zeros(call.out_shape, self.dtype)
-        return _joined(self._read(call, self._own), self._read(call, self._before(call)))
+        rows: Array = _joined(self._read(call, self._own), self._read(call, self._before(call)))[0]
+        return rows
 
     def update(
         self,
@@ -300,6 +403,8 @@ class WindowState:
         v: npt.ArrayLike,
         key_mask: npt.ArrayLike | None = None,
         *,
+        key_bias: npt.ArrayLike | None = None,
+        decay: npt.ArrayLike | None = None,
         num_threads: int | None = None,
         check_finite: bool = False,
     ) -> WindowState:
@@ -313,6 +418,10 @@ class WindowState:
             Values.
         key_mask : array_like of bool, shape (..., L), optional
             True where a key takes part; others count as positions all the same.
+        key_bias : array_like of float, shape (..., L), optional
+            As for `favor_attention`.
+        decay : array_like of float, shape (..., L), optional
+            A factor a token, as for `AttentionState.update`.
         num_threads : int, optional
             Default: see `thread_limit`.
         check_finite : bool, default False
@@ -331,7 +440,10 @@ class WindowState:
             If an `update` or a `step` was interrupted, and spoiled the state.
         """
         validation.given(k=k, v=v)
-        self._run(None, k, v, key_mask=key_mask, num_threads=num_threads, check_finite=check_finite)
+        self._run(
+            None, k, v, decay, key_mask=key_mask, key_bias=key_bias, num_threads=num_threads,
+            check_finite=check_finite,
+        )  # fmt: skip
         return self
 
     def attend(self, q: npt.ArrayLike, *, num_threads: int | None = None) -> Array:
@@ -365,6 +477,8 @@ class WindowState:
         k: npt.ArrayLike,
         v: npt.ArrayLike,
         *,
+        key_bias: npt.ArrayLike | None = None,
+        decay: npt.ArrayLike | None = None,
         num_threads: int | None = None,
         check_finite: bool = False,
     ) -> Array:
@@ -378,6 +492,8 @@ class WindowState:
             Its key.
         v : array_like, shape (..., dv) or (..., 1, dv)
             Its value.
+        key_bias, decay : array_like of float, optional
+            As for `AttentionState.step`.
         num_threads : int, optional
             Default: see `thread_limit`.
         check_finite : bool, default False
@@ -396,7 +512,14 @@ class WindowState:
             If an `update` or a `step` was interrupted, and spoiled the state.
         """
         rows, flat = validation.token(q, k, v, self.batch_shape, self.feature_map.dim)
-        out = self._run(*rows, causal=True, num_threads=num_threads, check_finite=check_finite)
+        if key_bias is not None:
+            key_bias = validation.number_a_token("key_bias", key_bias, self.batch_shape)
+        if decay is not None:
+            decay = validation.number_a_token("decay", decay, self.batch_shape)
+        out = self._run(
+            *rows, decay, key_bias=key_bias, causal=True, num_threads=num_threads,
+            check_finite=check_finite,
+        )  # fmt: skip
         return out[..., 0, :] if flat else out
 
     def copy(self) -> WindowState:
@@ -424,7 +547,8 @@ class WindowState:
     def _kept(self) -> dict[str, Any]:
         c, s, z, *rest = processor().state_parts(self._form, self._own)
         kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
-        rows = {name: kept[name].copy() for name in ("_k", "_v", "_mask")}
+        names = ("_k", "_v", "_mask", "_lifts", "_faded")
+        rows = {name: kept[name].copy() for name in names if kept[name] is not None}
         return kept | rows | {"_own": ((c, s, z), tuple(rest))}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:

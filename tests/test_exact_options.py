@@ -143,7 +143,7 @@ def test_large_biases_keep_their_differences(dtype):
     L = 200
     q, k, v = random_inputs(L, 4, 3, dtype=dtype)
     small = np.round(draw(L, seed=1), 2)
-    for base in (2.0**17, -(2.0**26), 2.0**26):
+    for base in (2.0**17, -(2.0**24), 2.0**24):
         for causal in (False, True):
             bias = base + small
             out = exact_attention(q, k, v, key_bias=bias, causal=causal)
@@ -158,7 +158,7 @@ def test_biases_as_masks(dtype, causal):
     mask = np.arange(90) % 3 > 0
     masked = exact_attention(q, k, v, causal=causal, key_mask=mask)
     some = np.cumsum(mask) > 0 if causal else np.full(90, True)
-    for low in (-np.inf, np.finfo(dtype).min, -1e9, -1e4):
+    for low in (-np.inf, -1e7, -1e4):
         bias = np.where(mask, 0, low).astype(dtype)
         out, pullback = exact_attention_vjp(q, k, v, causal=causal, key_bias=bias)
         assert np.array_equal(out[some], masked[some])
@@ -167,7 +167,7 @@ def test_biases_as_masks(dtype, causal):
         assert np.isfinite(grad).all()
         assert not grad[~mask][1:].any()
     # Where nothing else is seen, numbers are not minus infinity.
-    everything = exact_attention(q, k, v, causal=causal, key_bias=np.full(90, -1e38))
+    everything = exact_attention(q, k, v, causal=causal, key_bias=np.full(90, -1e7))
     assert relative_error(everything, exact_attention(q, k, v, causal=causal)) < 1e-6
     hidden = np.full(90, -np.inf)
     assert not exact_attention(q, k, v, causal=causal, key_bias=hidden).any()
@@ -222,7 +222,7 @@ def test_what_a_row_does_not_see_changes_none_of_its_bits(dtype, change, causal,
             changed = [x.copy() for x in (q, k, v, bias, g)]
             changed[which][t] = change(changed[which][t])
             if which == 3 and not np.isfinite(changed[3]).all():
-                changed[3][t] = 1e300
+                changed[3][t] = 2e7
             *arrays, bias_now, g_now = changed
             after, pullback = exact_attention_vjp(*arrays, key_bias=bias_now, **chosen)
             found = pullback(g_now)
@@ -338,8 +338,9 @@ def test_gradients_have_the_dtypes_and_shapes_of_the_options():
 @pytest.mark.parametrize(
     ("chosen", "kind", "message"),
     [
-        ({"key_bias": np.full(6, np.nan)}, ValueError, "key_bias must be finite, or -inf"),
-        ({"key_bias": np.full(6, np.inf)}, ValueError, "key_bias must be finite, or -inf"),
+        ({"key_bias": np.full(6, np.nan)}, ValueError, "key_bias must not be NaN or"),
+        ({"key_bias": np.full(6, np.inf)}, ValueError, "key_bias must not be NaN or"),
+        ({"key_bias": np.full(6, 3e7)}, ValueError, "key_bias must be from -2.3e.07 to"),
         ({"key_bias": np.zeros(5)}, ValueError, r"key_bias must have shape \(\.\.\., 6\)"),
         ({"key_bias": 0.5}, ValueError, "key_bias must have at least 1 axes"),
         ({"key_bias": np.zeros((3, 6))}, ValueError, "do not broadcast: .*key_bias"),
@@ -358,8 +359,8 @@ def test_gradients_have_the_dtypes_and_shapes_of_the_options():
         ({"decay": np.zeros((2, 6))}, ValueError, "decay must be greater than 0 and at most 1"),
         ({"decay": np.full((2, 6), np.nan)}, ValueError, "decay must be greater than 0"),
         ({"decay": np.full((2, 6), 1.5)}, ValueError, "decay must be greater than 0"),
-        ({"decay": np.ones((2, 5))}, ValueError, r"a factor a token, to \(2, 6\)"),
-        ({"decay": np.ones((3, 6))}, ValueError, r"a factor a token, to \(2, 6\)"),
+        ({"decay": np.ones((2, 5))}, ValueError, r"a factor a token, of shape \(2, 6\)"),
+        ({"decay": np.ones((3, 6))}, ValueError, r"a factor a token, of shape \(2, 6\)"),
         ({"decay": np.ones((2, 6), bool)}, TypeError, "decay must be a real number"),
         ({"decay": np.ones(3)}, ValueError, "decay must broadcast to the leading axes"),
         ({"cu_seqlens": [0, 5]}, ValueError, "cu_seqlens must rise from 0 to the 6 rows"),

@@ -243,7 +243,7 @@ def test_states_pickled_before_lengths_had_a_shape_load():
     fm = FeatureMap.from_projection(draw(17, 6))
     _, k, v = random_inputs(7, lead=(2, 3))
     state = AttentionState.zeros(fm, 5, (2, 3), dtype=np.float64).update(k, v)
-    restore, (*args, lengths, _) = state.__reduce__()
+    restore, (*args, lengths, _, _) = state.__reduce__()
     old, shaped = restore(*args, lengths.ravel()), restore(*args, state.lengths)
     for twin in (old, shaped):
         assert np.array_equal(twin.lengths, np.full((2, 3), 7))

@@ -236,8 +236,8 @@ def rewrite(path, edit=None, drop=(), /, **entries):
 
 WRONG = {
     "newer": (
-        {"header": lambda h: h | {"version": 4, "favor_np": "9.1"}},
-        r"written by a newer favor_np \(9.1\).*version 4.*up to 3",
+        {"header": lambda h: h | {"version": 5, "favor_np": "9.1"}},
+        r"written by a newer favor_np \(9.1\).*version 5.*up to 4",
     ),
     "no version": ({"header": lambda h: h | {"version": None}}, "version must be an integer"),
     "other format": ({"header": lambda h: h | {"format": "model"}}, "format"),

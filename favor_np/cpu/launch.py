@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import numerics
 from favor_np.call import Call, Cotangents, ErrorBars, Forward, StateForm, sum_to
 from favor_np.cpu import memory, scaling, schedule, tuning
 from favor_np.cpu.code import Kernel, kernel
@@ -30,13 +29,14 @@ from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.cpu.tiles import CHUNK, padded
 from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, Shapes, jobs_without_rows, packed
-from favor_np.validation import LONGEST_DECAY, contiguous
+from favor_np.validation import contiguous
 
 Array: TypeAlias = npt.NDArray[Any]
 
 _PLAIN, _PAIRS, _PARTS = frozenset[str](), frozenset(["pairs"]), frozenset(["parts"])
 _NO_MASK = np.ones(1, np.bool_)
 _NO_MASK.flags.writeable = False
+_NO_LIFTS = np.zeros(1)
 _NO_NORMALIZERS = {
     np.dtype(kind): (np.zeros(0, kind), np.zeros(0, memory.integer_of(np.dtype(kind))))
     for kind in (np.float32, np.float64)
@@ -58,7 +58,15 @@ def fold_tails(form: StateForm, arrays: Any) -> None:
     layout = layout_of(form)
     nothing = np.empty((0, form.value_dim), form.dtype)
     keys = np.empty((0, form.feature_map.dim), form.dtype)
-    arrays_of_call = (keys, keys, nothing, _NO_MASK, nothing, *_NO_NORMALIZERS[form.dtype])
+    arrays_of_call = (
+        keys,
+        keys,
+        nothing,
+        _NO_MASK,
+        _NO_LIFTS,
+        nothing,
+        *_NO_NORMALIZERS[form.dtype],
+    )
     _Launch(layout, arrays_of_call, 1).fold_tails(arrays)
 
 
@@ -75,10 +83,10 @@ def attend(
     bfloat16 = call.bfloat16 and worth_bfloat16()
     plan = schedule.schedule(call.map, dtype, shapes, call.causal, group, bfloat16)
     jobs, longest, v = plan.jobs, plan.longest, contiguous(call.v, dtype)
-    if call.decay is not None or call.offsets is not None:
-        jobs = _adapted(jobs, call)
+    if call.offsets is not None:
+        jobs = packed(jobs, call.offsets)
     arrays = (
-        contiguous(call.q, dtype), contiguous(call.k, dtype), v, _mask(call), out,
+        contiguous(call.q, dtype), contiguous(call.k, dtype), v, _mask(call), _lifts(call), out,
         *_flat(normalizers, dtype),
     )  # fmt: skip
     threads = _threads(plan.work * len(jobs.table), call.num_threads)
@@ -102,6 +110,10 @@ def _mask(call: Call) -> Array:
     return _NO_MASK if call.mask is None else call.mask
 
 
+def _lifts(call: Call) -> Array:
+    return _NO_LIFTS if call.lifts is None else call.lifts
+
+
 def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
     """Fill in the rows that have overflowed, and fold into the state, by smaller values."""
     power, rows = scaling.POWER[v.itemsize], np.empty_like(out)
@@ -119,16 +131,6 @@ def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
             array[...] = new
 
 
-def _adapted(jobs: Jobs, call: Call) -> Jobs:
-    """Return the jobs of packed sequences, and of keys that decay."""
-    if call.decay is not None:
-        clocks = np.stack([call.decay.start, call.decay.rate], axis=1)
-        jobs = Jobs(jobs.table, jobs.q_rows, jobs.out_rows, clocks)
-    if call.offsets is not None:
-        jobs = packed(jobs, call.offsets)
-    return jobs
-
-
 def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = None) -> Cotangents:
     """Pull `grad`, and the cotangent of the last state, back through `attend`."""
     pulled = _pull(call, forward, grad, final_state, projection=False)
@@ -138,8 +140,12 @@ def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = Non
         _onto(rows.reshape(*batch, *x.shape[-2:]), x, heads)
         for rows, x, heads in zip(pulled.to[:3], inputs, kept, strict=True)
     )
+    bias = None
+    if call.lifts is not None:
+        rows = pulled.to.key_bias.reshape(*batch, -1, 1)
+        bias = _onto(rows, call.lifts[..., None], kept[1])[..., 0]
     if pulled.states is None:
-        return Cotangents(q, k, v)
+        return Cotangents(q, k, v, bias)
     # Query heads that share a state have each seen a part of its cotangent.
     count, slots = len(pulled.slots), pulled.slots
     parts = [array[:count] for array in pulled.states]
@@ -151,7 +157,7 @@ def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = Non
             array[idle] = theirs[idle]
     for i in range(count):
         merge_states([a[slots[i]] for a in first], [a[i] for a in parts])
-    return Cotangents(q, k, v, first)
+    return Cotangents(q, k, v, bias, first)
 
 
 def projection_vjp(
@@ -168,6 +174,7 @@ class _Gradients(NamedTuple):
     q: Array
     k: Array
     v: Array
+    key_bias: Array  # none if there was no bias
     projection: Array
     bias: Array
 
@@ -191,17 +198,20 @@ def _pull(
     layout, constants, jobs, _, work, _ = schedule.schedule(
         call.map, dtype, call.shapes(stateful=stateful), call.causal
     )
-    jobs = _adapted(jobs, call)
+    if call.offsets is not None:
+        jobs = packed(jobs, call.offsets)
     group = max(jobs.q_rows.shape[1], 1)
     slots = np.repeat(jobs.table[:, SLOT], jobs.q_rows.shape[1])
     jobs = schedule.vjp_jobs(jobs, q.shape[-2], k.shape[-2])
     count = len(jobs.table)
     heads, sums = (0, count) if projection else (math.prod(call.out_shape[:-2]), 0)
     dq, dk, dv = (np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v))
+    biases = 0 if call.lifts is None else heads * k.shape[-2]
     to = _Gradients(
         dq,
         dk,
         dv,
+        np.zeros(biases),
         memory.aligned((sums, layout.half, layout.natural.key_rows.shape[-1]), np.float64),
         memory.aligned((sums, layout.half), np.float64),
     )
@@ -220,15 +230,15 @@ def _pull(
         space = vjp_workspace(layout, stateful=not stateful)
         arrays = (
             contiguous(q, dtype), contiguous(k, dtype), contiguous(v, dtype), _mask(call),
-            contiguous(grad, dtype), contiguous(forward.out, dtype),
+            _lifts(call), contiguous(grad, dtype), contiguous(forward.out, dtype),
             *_flat(forward.normalizers, dtype), *to, *(states or ()),
         )  # fmt: skip
         more = () if layout.parts is None else (*layout.parts, TILE_CONFIG)
-        fields = constants, jobs.table, jobs.clocks, *layout.weights, *layout.natural, *more
+        fields = constants, jobs.table, *layout.weights, *layout.natural, *more
         known = kernel("pull", dtype, layout.variant & {"parts"})
         overflow = bool(_run(known, arrays, fixed(fields), count, workers, space)[OVERFLOW])
     pulled = _Pulled(layout, jobs, slots, to, states)
-    unseen = (*(to[3:] if projection else ()), *(() if states is None else states[1:]))
+    unseen = (*(to[4:] if projection else ()), *(() if states is None else states[1:]))
     if overflow or not all(np.isfinite(x).all() for x in unseen):  # the kernel looks at rows only
         return _pull_scaled(call, forward, grad, final_state, pulled)
     return pulled
@@ -254,7 +264,7 @@ def _pull_scaled(
         scaling.scaled_states(final_state, -cotangents, -both),
         projection=pulled.to.projection.size > 0,
     )
-    powers = both, both, cotangents, both, both
+    powers = both, both, cotangents, both, both, both
     for mine, other, power in zip(pulled.to, small.to, powers, strict=True):
         scaling.fill(mine, scaling.scaled(other, power))
     if small.states is not None:
@@ -460,14 +470,12 @@ def _exact_work(call: Call) -> int:
 
 
 def _factors(call: Call, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Return the biases of all keys of all problems, as exponents and shares of 1/2 to 1."""
-    if call.key_bias is None:
+    """Return what the weights of keys are multiplied with, as exponents and shares of 1/2 to 1."""
+    if call.lifts is None:
         return _NO_NORMALIZERS[dtype][::-1]
-    lowest, highest = -LONGEST_DECAY / 2 * numerics.LN2, LONGEST_DECAY * numerics.LN2
-    bias = np.clip(call.key_bias.astype(np.float64), lowest, highest) * numerics.LOG2E
-    bias = np.broadcast_to(bias, (*call.state_shape, call.keys)).ravel()
-    whole = np.ceil(bias)
-    return whole.astype(memory.integer_of(dtype)), np.exp2((bias - whole).astype(dtype))
+    whole = np.ceil(call.lifts)
+    shares = np.exp2((call.lifts - whole).astype(dtype))
+    return whole.astype(memory.integer_of(dtype)).reshape(-1), shares.reshape(-1)
 
 
 def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array]) -> None:
@@ -482,12 +490,12 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     g, inverse, delta, tops = _cotangents(forward, cotangents)
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads[:3])
-    d_bias = grads[3].reshape(-1) if call.key_bias is not None else np.empty(0)
+    dbias = grads[3].reshape(-1) if len(grads) > 3 else np.empty(0)
     columns = padded(dim, dtype.itemsize)
     sums = memory.aligned((jobs.parts, jobs.heads, jobs.rows, columns), dtype)
     arrays = (
         contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), g, inverse, delta, tops,
-        sums.reshape(-1, columns), dk, dv, *_factors(call, dtype), d_bias,
+        sums.reshape(-1, columns), dk, dv, *_factors(call, dtype), dbias,
     )  # fmt: skip
     constants = exact_parameters(dtype, call.scale, *call.band)
     fields = (constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows)

@@ -62,6 +62,7 @@ Doubles3 = Annotated[Array, Field("f8", 3)]
 Ints1 = Annotated[Array, Field("i8")]
 Ints2 = Annotated[Array, Field("i8", 2)]
 Rows = Annotated[Array, Field(ndim=2, rows=True)]
+Lifts = Annotated[Array, Field("f8", rows=True)]
 Mask = Annotated[Array, Field("bool", rows=True)]
 Bytes2 = Annotated[Array, Field("u1", 2)]
 

@@ -24,6 +24,7 @@ from favor_np.cpu.record import (
     Floats3,
     Ints1,
     Ints2,
+    Lifts,
     Mask,
     Rows,
     Whole1,
@@ -104,17 +105,15 @@ class Attend(NamedTuple):
 
     Attributes
     ----------
-    mask
-        Which keys take part, in jobs that have a MASK_ROW.
+    mask, lifts
+        Which keys take part, in jobs that have a MASK_ROW; and log2 of what their weights are
+        multiplied with, in those that have a LIFT_ROW.
     query, key, bias, affine
         Of each block of the map, the weights (d, width), the bias and, if it is calibrated, rows:
         the centres of queries and of keys, what is linear in the height of a key and, if it has a
         quadratic part, the columns of its factor.
     q_rows, out_rows
         The first row of each run of queries that reads the state of a job, and that of its results.
-    clocks
-        By how much, in log2, the first key of a job is raised, and by how much more every further
-        one; or no row.
     out, weights, tops
         Results and, unless these are empty, their denominators weights * 2**tops.
     c, s, z
@@ -138,6 +137,7 @@ class Attend(NamedTuple):
     k: Rows
     v: Rows
     mask: Mask
+    lifts: Lifts
     out: Rows
     weights: Floats1
     tops: Whole1
@@ -150,7 +150,6 @@ class Attend(NamedTuple):
     jobs: Ints2
     q_rows: Ints2
     out_rows: Ints2
-    clocks: Doubles2
     query: Floats3
     key: Floats3
     bias: Floats2
@@ -177,7 +176,7 @@ class Pull(NamedTuple):
         The weights (blocks, width, d) row by row.
     hessian, linear
         The matrix of the quadratic part of a key's height, and its linear part.
-    dq, dk, dv, projection, bias_sums
+    dq, dk, dv, dbias, projection, bias_sums
         What is written: rows or, if these are not empty, for each job sums over its rows.
     query_parts, key_parts, query_rows_parts, key_rows_parts
         Weights split into parts: of queries as left and right factor, of keys as right and left.
@@ -187,6 +186,7 @@ class Pull(NamedTuple):
     k: Rows
     v: Rows
     mask: Mask
+    lifts: Lifts
     grad: Rows
     out: Rows
     weights: Floats1
@@ -194,6 +194,7 @@ class Pull(NamedTuple):
     dq: Floats2
     dk: Floats2
     dv: Floats2
+    dbias: Doubles1
     projection: Doubles3
     bias_sums: Doubles2
     c: Whole2
@@ -203,7 +204,6 @@ class Pull(NamedTuple):
     control: Ints1
     constants: Annotated[Array, Field(PARAMETERS)]
     jobs: Ints2
-    clocks: Doubles2
     query: Floats3
     key: Floats3
     bias: Floats2
@@ -226,8 +226,8 @@ class Exact(NamedTuple):
     Attributes
     ----------
     exponents, shares
-        Biases of keys, shares * 2**exponents, of all problems; or none.  Those of a job begin at
-        its GRAD_ROW.
+        What the weights of keys are multiplied with, shares * 2**exponents, in jobs that have a
+        LIFT_ROW.
     """
 
     q: Rows
@@ -258,8 +258,9 @@ class ExactPull(NamedTuple):
         their dq in each part.
     dq
         Padded: whole vectors, rows in multiples of 8; it still lacks the scale.
-    exponents, shares, d_bias
-        Biases of keys as in `Exact`, and their gradient; or none.
+    exponents, shares, dbias
+        What the weights of keys are multiplied with, as in `Exact`, and the gradient by its
+        logarithm.
     """
 
     q: Rows
@@ -275,7 +276,7 @@ class ExactPull(NamedTuple):
     dv: Floats2
     exponents: Whole1
     shares: Floats1
-    d_bias: Doubles1
+    dbias: Doubles1
     room: Bytes2
     control: Ints1
     constants: Annotated[Array, Field(EXACT_PARAMETERS)]

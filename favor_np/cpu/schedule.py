@@ -36,6 +36,7 @@ from favor_np.jobs import (
     Shapes,
     broadcast_jobs,
     packed,
+    skip_rows,
 )
 from favor_np.tables import kept
 
@@ -75,7 +76,7 @@ def fixed_of(of: Layout, constants: Array, jobs: Jobs, more: tuple[Any, ...] = (
 
     `more` are those of variants.
     """
-    arrays = constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.clocks, *of.weights
+    arrays = constants, jobs.table, jobs.q_rows, jobs.out_rows, *of.weights
     return fixed((*arrays, *more))
 
 
@@ -95,15 +96,15 @@ def segments(of: Jobs) -> tuple[Jobs, Jobs]:
         return part, start, np.minimum(tuning.SEGMENT_LENGTH, lengths[owner] - start)
 
     folds, start, length = cut(of.table[:, KEYS])
-    folds.skip_keys(start)
+    skip_rows(folds.table, start)
     folds.table[:, KEYS], folds.table[:, QUERIES] = length, 0
     nothing = np.empty((len(length), 0), np.int64)
     reads, start, length = cut(of.table[:, QUERIES])
     reads.table[:, KEYS], reads.table[:, QUERIES] = 0, length
     shift = start[:, None]
     return (
-        Jobs(folds.table, nothing, nothing, folds.clocks),
-        Jobs(reads.table, reads.q_rows + shift, reads.out_rows + shift, reads.clocks),
+        Jobs(folds.table, nothing, nothing),
+        Jobs(reads.table, reads.q_rows + shift, reads.out_rows + shift),
     )
 
 
@@ -163,9 +164,8 @@ def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:
     rows[:, :, Q_ROW], rows[:, :, OUT_ROW] = of.q_rows.ravel(), out_rows
     rows[:, :, GRAD_ROW] = head * k_length + start
     rows[:, :, NUMBER] = np.arange(2 * len(table)).reshape(2, -1)
-    clocks = np.tile(np.repeat(of.clocks, heads, axis=0), (2, 1)) if len(of.clocks) else of.clocks
     nothing = np.empty((2 * len(table), 0), np.int64)
-    return Jobs(rows.reshape(-1, NUMBER + 1), nothing, nothing, clocks)
+    return Jobs(rows.reshape(-1, NUMBER + 1), nothing, nothing)
 
 
 @tuning.depends_on_tuning
@@ -203,7 +203,7 @@ def _exact_problems(shapes: Shapes, offsets: tuple[int, ...] | None) -> Jobs:
     table = np.zeros((len(of.table), DQ_ROW + 1), np.int64)
     table[:, : ROWS + 1] = of.table
     table[:, GRAD_ROW] = owner * shapes.k[-2] + begin[sequence]
-    return Jobs(table, of.q_rows, of.out_rows, of.clocks)
+    return Jobs(table, of.q_rows, of.out_rows)
 
 
 class GradientJobs(NamedTuple):

@@ -21,6 +21,7 @@ from favor_np.cpu.record import (
     Floats2,
     Floats3,
     Room,
+    Whole1,
     Whole2,
 )
 
@@ -115,6 +116,7 @@ class ChunkTiles(NamedTuple):
     scores: Floats2
     keys: Floats3
     height: Floats1
+    lift: Whole1
     share: Floats1
     den: Floats2
     part: Floats2
@@ -151,6 +153,7 @@ class GradientTiles(NamedTuple):
     keys: Floats3
     grad: Floats2
     height: Floats1
+    lift: Whole1
     share: Floats1
     extra: Floats2
     factor: Floats2
@@ -230,7 +233,7 @@ class ExactGradientTiles(NamedTuple):
     square: Doubles1
     share: Floats2
     sums: Floats2
-    d_bias: Doubles2
+    dbias: Doubles2
     c: Whole2
 
 
@@ -297,7 +300,7 @@ def _chunk(of: Sizes, variants: frozenset[str]) -> dict[str, Any]:
         **dict.fromkeys(("values", "num", "spare"), (CHUNK, columns)),
         "scores": (CHUNK, CHUNK),
         "keys": (tiles, CHUNK, width),
-        **dict.fromkeys(("height", "share", "square"), (CHUNK,)),
+        **dict.fromkeys(("height", "lift", "share", "square"), (CHUNK,)),
         **dict.fromkeys(("sums", "scale"), (1, tiles * width)),
         "top": (1, CHUNK),
         "excess": (CHUNK, _lanes(of)),
@@ -385,6 +388,6 @@ def exact_gradient_room(of: Sizes) -> Room:
         "dv": (tiles, CHUNK, columns),
         "square": (CHUNK,),
         "sums": (1, CHUNK),
-        **dict.fromkeys(("share", "d_bias", "c"), (tiles, CHUNK)),
+        **dict.fromkeys(("share", "dbias", "c"), (tiles, CHUNK)),
     }
     return record.room(ExactGradientTiles, shapes, of.dtype)

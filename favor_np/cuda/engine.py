@@ -35,6 +35,7 @@ class CUDA:
     refused = frozenset(
         (
             "decay",
+            "key_bias",
             "window",
             "precision='bfloat16'",
             "state in a gradient",

@@ -190,7 +190,7 @@ def with_own_rows(jobs: Jobs, q_length: int, k_length: int) -> Jobs:
     table = jobs.table.copy()
     table[:, K_ROW] = np.arange(len(table)) * k_length
     q_rows = np.arange(jobs.q_rows.size).reshape(jobs.q_rows.shape) * q_length
-    return Jobs(table, q_rows, jobs.out_rows, jobs.clocks)
+    return Jobs(table, q_rows, jobs.out_rows)
 
 
 def pack_table(rows: int, owners: Owners | None) -> tuple[Array, int]:
@@ -242,7 +242,7 @@ def queries_and_keys(jobs: Jobs, q_length: int, k_length: int) -> Sides:
     table[:, MASK_ROW], table[:, SLOT] = 0, -1
     table[:, [KEYS, QUERIES]] = table[:, [QUERIES, KEYS]]
     k_rows = (head * k_length + start)[:, None]
-    return Sides(Jobs(table, k_row, k_rows, jobs.clocks), v_row, mask_row)
+    return Sides(Jobs(table, k_row, k_rows), v_row, mask_row)
 
 
 def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
@@ -250,7 +250,7 @@ def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
     heads = np.repeat(jobs.table[:, BLOCK], jobs.q_rows.shape[1])
     order = np.argsort(jobs.out_rows.ravel())
     owners = Owners(jobs.q_rows.ravel()[order], heads[order], q_length)
-    return Jobs(jobs.table, jobs.out_rows, jobs.out_rows, jobs.clocks), owners
+    return Jobs(jobs.table, jobs.out_rows, jobs.out_rows), owners
 
 
 def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array] | None:
@@ -425,7 +425,7 @@ def gradient(
     jobs, q_owners = with_rows_of_result(whole, q[-2])
     if k_owners is not None:
         own = with_own_rows(jobs, q[-2], k[-2])
-        jobs = Jobs(own.table, jobs.q_rows, jobs.out_rows, jobs.clocks)
+        jobs = Jobs(own.table, jobs.q_rows, jobs.out_rows)
     jobs = _in_sequences(jobs, offsets)
     group = whole.q_rows.shape[1]
     heads = (

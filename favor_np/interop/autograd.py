@@ -28,6 +28,7 @@ def favor_attention(
     *,
     causal: bool = False,
     key_mask: npt.ArrayLike | None = None,
+    key_bias: npt.ArrayLike | None = None,
     cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: npt.ArrayLike | None = None,
@@ -38,8 +39,9 @@ def favor_attention(
 
     Parameters
     ----------
-    q, k, v, feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, num_threads
-        As for `favor_np.favor_attention`.
+    q, k, v, feature_map, causal, key_mask, key_bias, cu_seqlens, enable_gqa, decay, num_threads
+        As for `favor_np.favor_attention`.  `key_bias` has a gradient, and a `decay` of one factor a
+        token.
     projection : array_like, shape (m, d) or (heads, m, d), optional
         Takes the place of the map's own, and has a gradient.
 
@@ -79,31 +81,36 @@ def favor_attention(
         key_mask=key_mask,
         cu_seqlens=cu_seqlens,
         enable_gqa=enable_gqa,
-        decay=decay,
         num_threads=num_threads,
     )
-    return _attend(_Call(attend), q, k, v, *([] if projection is None else [projection]))
+    arrays = {"q": q, "k": k, "v": v, "projection": projection, "key_bias": key_bias}
+    if decay is not None and attend.has_gates(decay, q, k, v):
+        arrays["decay"] = decay
+    elif decay is not None:
+        attend.options["decay"] = decay
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    return _attend(_Call(attend, tuple(arrays)), *arrays.values())
 
 
 class _Call:
-    """A call: the forward pass leaves its pullback here."""
+    """A call, and the names of its arrays: the forward pass leaves its pullback here."""
 
     pullback: Any
 
-    def __init__(self, attend: bridge.Attend) -> None:
-        self.attend = attend
+    def __init__(self, attend: bridge.Attend, names: tuple[str, ...]) -> None:
+        self.attend, self.names = attend, names
 
 
 @primitive
 def _attend(call: _Call, *arrays: Any) -> Any:
-    out, call.pullback = call.attend(*arrays)
+    out, call.pullback = call.attend(**dict(zip(call.names, arrays, strict=True)))
     return out
 
 
 @primitive
 def _pull(grad_out: Any, argnums: tuple[int, ...], call: _Call, *_: Any) -> Any:
     gradients = call.pullback(grad_out)
-    return tuple(getattr(gradients, bridge.NAMES[n - 1]) for n in argnums)
+    return tuple(getattr(gradients, call.names[n - 1]) for n in argnums)
 
 
 def _refuse(*_: Any) -> NoReturn:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from favor_np import FeatureMap, favor_attention_vjp, gradients
@@ -20,12 +21,17 @@ from favor_np.features import checked
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: The arrays that have gradients, in the order of an attend's arguments.
-NAMES = ("q", "k", "v", "projection")
+
+def stand_in(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+    """Return an array of this shape and dtype that takes no memory, to be checked in its place."""
+    return np.broadcast_to(np.ones((), dtype), shape)
 
 
 class Attend:
-    """attend(q, k, v[, projection]), the projection in place of the map's own."""
+    """attend(q, k, v, ...) of named arrays, a projection in place of the map's own.
+
+    Of these the floating ones have gradients, a decay if it has a factor a token.
+    """
 
     def __init__(self, feature_map: FeatureMap, **options: Any) -> None:
         self.feature_map, self.options = checked(feature_map), options
@@ -35,6 +41,12 @@ class Attend:
     ) -> tuple[Array, Callable[[Array], gradients.Gradients]]:
         """Return the result and the pullback."""
         return favor_attention_vjp(q, k, v, self._map(projection), **self.options, **more)
+
+    def has_gates(self, decay: Any, *arrays: Any) -> bool:
+        """Whether a decay has a factor for each token of these arrays q, k, v."""
+        q, k, v = (stand_in(np.shape(x)) for x in arrays)
+        call = check(q, k, v, self.feature_map, **self.options, decay=stand_in(np.shape(decay)))
+        return call.gates is not None
 
     def forward(self, **arrays: Any) -> tuple[Array, ...]:
         """Return the result in 32 or 64 bits, and what else `backward` needs."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -40,7 +40,8 @@ __all__ = ["favor_attention"]
 Array: TypeAlias = npt.NDArray[Any]
 Chunks: TypeAlias = tuple[tuple[int, ...], ...]
 Key: TypeAlias = tuple[Any, ...]
-Tokens: TypeAlias = tuple[Array, Array, Array | None]
+#: Keys and values, their mask, bias and factors.
+Tokens: TypeAlias = tuple[Array, Array, Array | None, Array | None, Array | None]
 
 normalize_token.register(FeatureMap, lambda fm: ("favor_np.FeatureMap", fm.fingerprint))
 # A scheduler that knows what a state weighs moves states, not blocks.
@@ -55,7 +56,9 @@ def favor_attention(
     *,
     causal: bool = False,
     key_mask: da.Array | npt.ArrayLike | None = None,
+    key_bias: da.Array | npt.ArrayLike | None = None,
     enable_gqa: bool = False,
+    decay: da.Array | npt.ArrayLike | None = None,
     num_threads: int | None = 1,
 ) -> da.Array:
     """Attend in linear time on dask arrays: `favor_np.favor_attention`, lazy and in blocks.
@@ -79,9 +82,14 @@ def favor_attention(
         Query i sees keys up to i only, to the bit.
     key_mask : dask array or array_like of bool, shape (..., L_k), optional
         True where a key takes part.
+    key_bias : dask array or array_like of float, shape (..., L_k), optional
+        As for `favor_np.favor_attention`.
     enable_gqa : bool, default False
         Grouped queries, as in `favor_np.favor_attention`.  The chunks of q's axis -3 must hold
         whole groups.
+    decay : dask array or array_like of float, optional
+        As for `favor_np.favor_attention`: a constant, or with an axis for positions a factor a
+        token.
     num_threads : int or None, default 1
         Threads of one task.  The scheduler runs as many tasks at once as it has been given
         cores; None is for workers of one task at a time (see `favor_np.thread_limit`).
@@ -110,10 +118,10 @@ def favor_attention(
 
     Notes
     -----
-    Errors are raised when the graph is made.  Arrays of h5py and zarr keep the chunks
+    Errors are raised when the graph is made, but for numbers that are no bias or factor.  Arrays of h5py and zarr keep the chunks
     that they are stored in, those of xarray the ones that dask has given them; NumPy arrays become
     one chunk. What is not chunked alike is rechunked, which moves data: d and dv to one chunk,
-    leading axes as the result, `v` and `key_mask` as `k` along the sequence, and if `causal` all
+    leading axes as the result, `v`, `key_mask` and what else is of keys as `k` along the sequence, and if `causal` all
     three as `q`.
 
     Examples
@@ -143,11 +151,16 @@ def favor_attention(
         num_threads=num_threads,
     )
     lead, shape = call.out_shape[:-2], call.state_shape
+    bias = None if key_bias is None else _wrap("key_bias", key_bias)
     if mask is not None:
         _check_mask(mask, call.keys)
         shape = validation.broadcast(keys=shape, key_mask=mask.shape[:-1])
-        join = grouped_shape if call.grouped else np.broadcast_shapes
-        lead = join(lead, shape)
+    if bias is not None:
+        _check_bias(bias, call.keys)
+        shape = validation.broadcast(keys=shape, key_bias=bias.shape[:-1])
+    join = grouped_shape if call.grouped else np.broadcast_shapes
+    lead = join(lead, shape)
+    gates = None if decay is None else _gates(decay, shape, call)
 
     out_lead = _lead_chunks(lead, [q.chunks[:-2], k.chunks[:-2], v.chunks[:-2]])
     queries, keys = (_filled(x.chunks[-2]) for x in (q, k))
@@ -159,12 +172,16 @@ def favor_attention(
     key_lead = _whole_groups(out_lead, lead[-1] // shape[-1]) if call.grouped else out_lead
     q = q.rechunk((*_fit(out_lead, q.shape[:-2]), queries, q.shape[-1:]))
     k, v = (x.rechunk((*_fit(key_lead, x.shape[:-2]), keys, x.shape[-1:])) for x in (k, v))
-    if mask is not None:
-        mask = mask.rechunk((*_fit(key_lead, mask.shape[:-1]), keys))
+    of_keys = [
+        None if x is None else x.rechunk((*_fit(key_lead, x.shape[:-1]), keys))
+        for x in (mask, bias, gates)
+    ]
 
-    token = tokenize(q, k, v, mask, feature_map, call.causal, call.grouped, call.num_threads)
+    token = tokenize(q, k, v, *of_keys, feature_map, call.causal, call.grouped, call.num_threads)
     name = f"favor_attention-{token}"
-    tokens = _blockwise(f"favor_attention-tokens-{token}", _tokens, k, v, mask=mask)
+    given = tuple(x is not None for x in of_keys)
+    bring = partial(_tokens, given=given)
+    tokens = _blockwise(f"favor_attention-tokens-{token}", bring, k, v, of_keys=of_keys)
     empty = _empty(f"favor_attention-empty-{token}", feature_map, call, _fit(key_lead, shape))
     fold = partial(_fold, threads=call.num_threads)
     states = _blockwise(f"favor_attention-fold-{token}", fold, empty, tokens)
@@ -177,13 +194,25 @@ def favor_attention(
 # -- Tasks: they change none of their arguments ---------------------------------------------------
 
 
-def _tokens(k: Array, v: Array, mask: Array | None = None) -> Tokens:
+def _tokens(k: Array, v: Array, *of_keys: Array, given: tuple[bool, ...]) -> Tokens:
     """Bring together what fold and read share: the scheduler cannot place it apart."""
-    return k, v, mask
+    found = iter(of_keys)
+    mask, bias, gates = (next(found) if there else None for there in given)
+    return k, v, mask, bias, gates
+
+
+def _of_tokens(tokens: Tokens, state: AttentionState) -> dict[str, Any]:
+    """Return what blocks of keys have beside keys and values."""
+    *_, mask, bias, gates = tokens
+    if gates is not None:  # one axis more than those of states says that it has a factor a token
+        axes = len(state.batch_shape) + 1 - gates.ndim
+        gates = gates.reshape(*[1] * axes, *gates.shape)
+    return {"key_mask": mask, "key_bias": bias, "decay": gates}
 
 
 def _fold(empty: AttentionState, tokens: Tokens, *, threads: int | None) -> AttentionState:
-    return empty.copy().update(*tokens, num_threads=threads)
+    k, v = tokens[:2]
+    return empty.copy().update(k, v, **_of_tokens(tokens, empty), num_threads=threads)
 
 
 def _merge(earlier: AttentionState, later: AttentionState) -> AttentionState:
@@ -200,22 +229,23 @@ def _read(
     threads: int | None,
 ) -> Array:
     """Attend to the state, and causally to the tokens of q's own block if given."""
-    k, v, mask = tokens or (
-        np.empty((*state.batch_shape, 0, state.feature_map.dim), dtype),
-        np.empty((*state.batch_shape, 0, state.value_dim), dtype),
-        None,
-    )
-    return favor_np.favor_attention(
+    k = np.empty((*state.batch_shape, 0, state.feature_map.dim), dtype)
+    v = np.empty((*state.batch_shape, 0, state.value_dim), dtype)
+    more: dict[str, Any] = {}
+    if tokens is not None:
+        (k, v), more = tokens[:2], _of_tokens(tokens, state)
+    out: Array = favor_np.favor_attention(
         q,
         k,
         v,
         state.feature_map,
         causal=tokens is not None,
-        key_mask=mask,
+        **more,
         enable_gqa=grouped,
         state=state,
         num_threads=threads,
     )
+    return out
 
 
 # -- Layers of the graph: blocks have the keys (name, *leading axes, sequence, 0) -----------------
@@ -225,7 +255,7 @@ def _blockwise(
     name: str,
     task: Callable[..., Any],
     *arrays: da.Array | None,
-    mask: da.Array | None = None,
+    of_keys: Sequence[da.Array | None] = (),
     chunks: Chunks | None = None,
     dtype: npt.DTypeLike = object,
 ) -> da.Array:
@@ -235,7 +265,7 @@ def _blockwise(
     then made where it is used.
     """
     pairs: list[Any] = []
-    for x, last in (*((x, 0) for x in arrays), (mask, 1)):  # a mask has no last axis
+    for x, last in (*((x, 0) for x in arrays), *((x, 1) for x in of_keys)):  # no last axis
         if x is not None:
             pairs += [x, tuple(range(last, last + x.ndim))[::-1]]
     out = tuple(range(max(ind[0] for ind in pairs[1::2]) + 1))[::-1]
@@ -375,7 +405,8 @@ def _wrap(name: str, value: Any) -> da.Array:
     elif not isinstance(value, da.Array) and hasattr(value, "chunks"):  # h5py's and zarr's
         value = da.from_array(value, getattr(value, "shards", None) or value.chunks or "auto")
     if not isinstance(value, da.Array):
-        array = np.asarray(value) if name == "key_mask" else validation.tensor(name, value)
+        axes = 1 if name.startswith("key_") else 2
+        array = np.asarray(value) if name == "key_mask" else validation.tensor(name, value, axes)
         return da.from_array(array, chunks=-1)
     if any(math.isnan(n) for n in value.shape):
         raise ValueError(
@@ -391,6 +422,28 @@ def _stand_in(x: da.Array) -> Array:
     """Return an array of x's shape and dtype that takes no memory, to be checked in x's place."""
     dtype = np.dtype(np.float64) if x.dtype.kind in "biu" else x.dtype  # as favor_attention
     return np.broadcast_to(np.zeros((), dtype), x.shape)
+
+
+def _check_bias(bias: da.Array, keys: int) -> None:
+    if bias.ndim < 1 or bias.shape[-1] != keys:
+        raise ValueError(f"key_bias must have shape (..., {keys}), got shape {bias.shape}")
+
+
+def _gates(decay: Any, batch: tuple[int, ...], call: Call) -> da.Array:
+    """Return a decay as a factor a token, which blocks can share out."""
+    if not isinstance(decay, da.Array):
+        decay = validation.decay_of(decay, causal=call.causal)
+    elif not call.causal:
+        raise ValueError("decay needs causal=True")
+    if decay.ndim <= len(batch):
+        decay = decay[..., None]
+    wanted = (1,) * (len(batch) + 1 - decay.ndim) + decay.shape
+    if any(n not in (1, m) for n, m in zip(wanted, (*batch, call.keys), strict=False)):
+        raise ValueError(
+            f"decay must broadcast to the leading axes {batch} of k and v, or have one axis more, "
+            f"of a factor a token, got shape {decay.shape}"
+        )
+    return da.broadcast_to(decay, (*decay.shape[:-1], call.keys))
 
 
 def _check_mask(mask: da.Array, keys: int) -> None:

@@ -34,9 +34,10 @@ def favor_attention(
     *,
     causal: bool = False,
     key_mask: jax.Array | npt.ArrayLike | None = None,
+    key_bias: jax.Array | npt.ArrayLike | None = None,
     cu_seqlens: jax.Array | npt.ArrayLike | None = None,
     enable_gqa: bool = False,
-    decay: npt.ArrayLike | None = None,
+    decay: jax.Array | npt.ArrayLike | None = None,
     num_threads: int | None = None,
     projection: jax.Array | npt.ArrayLike | None = None,
 ) -> jax.Array:
@@ -48,9 +49,10 @@ def favor_attention(
         float64 (if JAX has been told ``jax_enable_x64``), float32, float16 or bfloat16.
         Integers become JAX's default float.  Heads come before the length, other than in
         `jax.nn.dot_product_attention`: see the notes.
-    feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, num_threads
-        As for `favor_np.favor_attention`.  `key_mask` and `cu_seqlens` may be traced, `decay` is a
-        constant.
+    feature_map, causal, key_mask, key_bias, cu_seqlens, enable_gqa, decay, num_threads
+        As for `favor_np.favor_attention`.  `key_mask`, `key_bias` and `cu_seqlens` may be traced,
+        and a `decay` of one factor a token; one a head is a constant.  Bias and factors have a
+        gradient.  What they hold is checked when the call runs.
     projection : array_like, shape (m, d) or (heads, m, d), optional
         Takes the place of the map's own, and has a gradient.
 
@@ -67,7 +69,7 @@ def favor_attention(
         As `favor_np.favor_attention`, when the call is traced.  A traced `cu_seqlens` is checked
         when the call runs.
     jax.errors.TracerArrayConversionError
-        If `decay` is traced.
+        If a `decay` of one factor a head is traced.
 
     See Also
     --------
@@ -101,11 +103,15 @@ def favor_attention(
         "enable_gqa": enable_gqa,
         "num_threads": num_threads,
     }
-    if decay is not None:
-        options["decay"] = np.asarray(decay)
     attend = bridge.Attend(feature_map, **options)
-    arrays = [_real(x) for x in (q, k, v)]
+    arrays = {"q": _real(q), "k": _real(k), "v": _real(v)}
     constants: dict[str, Any] = {}
+    if decay is not None and attend.has_gates(decay, *arrays.values()):
+        arrays["decay"] = _real(decay)
+    elif decay is not None:
+        options["decay"] = attend.options["decay"] = np.asarray(decay)
+    if key_bias is not None:
+        arrays["key_bias"] = _real(key_bias)
     if key_mask is not None:
         constants["key_mask"] = jnp.asarray(key_mask)
         options["key_mask"] = _stand_in(constants["key_mask"])
@@ -114,22 +120,25 @@ def favor_attention(
         if not isinstance(cu_seqlens, jax.core.Tracer):
             options["cu_seqlens"] = cu_seqlens
     if projection is not None:
-        arrays.append(_real(projection))
-        feature_map = dataclasses.replace(feature_map, projection=_stand_in(arrays[3]))
-    stand_ins: list[Any] = [*map(_stand_in, arrays[:3]), feature_map]
-    return _run(attend, check(*stand_ins, **options), arrays, constants)
+        arrays["projection"] = _real(projection)
+        outline = _stand_in(arrays["projection"])
+        feature_map = dataclasses.replace(feature_map, projection=outline)
+    outlines: dict[str, Any] = {n: _stand_in(x) for n, x in arrays.items() if n != "projection"}
+    checked = check(**outlines, feature_map=feature_map, **options)
+    return _run(attend, checked, arrays, constants)
 
 
 def _run(
-    attend: bridge.Attend, checked: Call, arrays: list[Any], constants: dict[str, Any]
+    attend: bridge.Attend, checked: Call, arrays: dict[str, Any], constants: dict[str, Any]
 ) -> jax.Array:
-    """Attend to arrays q, k, v and perhaps a projection."""
+    """Attend to the arrays, which have gradients."""
     # One more axis in front must be one for all: leading axes are matched from the right.
-    axes = len(checked.out_shape)
-    arrays[:3] = [_lift(x, axes) for x in arrays[:3]]
-    if "key_mask" in constants:
-        constants["key_mask"] = _lift(constants["key_mask"], axes - 1)
-    one_call = len(arrays) == 3 and "cu_seqlens" not in constants
+    lead = len(checked.out_shape) - 2
+    for named in (arrays, constants):
+        for name, axes in _AXES.items():
+            if name in named:
+                named[name] = _lift(named[name], lead + axes)
+    one_call = not {"projection", "cu_seqlens"} & {*arrays, *constants}
     call = _Call(
         attend,
         jax.ShapeDtypeStruct(checked.out_shape, checked.result),
@@ -137,6 +146,10 @@ def _run(
     )
     result: jax.Array = _attend(call, arrays, constants)
     return result
+
+
+#: The axes of each array, but for those in front.
+_AXES = {"q": 2, "k": 2, "v": 2, "key_mask": 1, "key_bias": 1, "decay": 1}
 
 
 class _Call(NamedTuple):
@@ -152,13 +165,12 @@ class _Call(NamedTuple):
 
     def forward(self, arrays: Any, constants: Any) -> Any:
         arrays, constants = jax.tree.map(np.asarray, (arrays, constants))
-        return self.attend(*arrays, **constants)[0]
+        return self.attend(**arrays, **constants)[0]
 
     def backward(self, grad_out: Any, arrays: Any, constants: Any) -> Any:
         grad_out, arrays, constants = jax.tree.map(np.asarray, (grad_out, arrays, constants))
-        gradients = self.attend(*arrays, **constants)[1](grad_out)
-        named = zip(bridge.NAMES, arrays, strict=False)
-        return [getattr(gradients, name).astype(x.dtype, copy=False) for name, x in named]
+        gradients = self.attend(**arrays, **constants)[1](grad_out)
+        return {n: getattr(gradients, n).astype(x.dtype, copy=False) for n, x in arrays.items()}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -171,7 +183,7 @@ def _forward(call: _Call, arrays: Any, constants: Any) -> Any:
 
 
 def _backward(call: _Call, kept: Any, grad_out: Any) -> Any:
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[0]]
+    like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in kept[0].items()}
     return call.host(call.backward, like, grad_out, *kept), None
 
 
@@ -188,5 +200,4 @@ def _lift(x: Any, axes: int) -> Any:
 
 
 def _stand_in(x: Any) -> bridge.Array:
-    """Return an array of x's shape and dtype that takes no memory, to be checked in x's place."""
-    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    return bridge.stand_in(x.shape, x.dtype)

@@ -29,6 +29,7 @@ def favor_attention(
     *,
     causal: bool = False,
     key_mask: torch.Tensor | npt.ArrayLike | None = None,
+    key_bias: torch.Tensor | npt.ArrayLike | None = None,
     cu_seqlens: torch.Tensor | npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: torch.Tensor | npt.ArrayLike | None = None,
@@ -41,8 +42,9 @@ def favor_attention(
     ----------
     q, k, v : Tensor, shapes (..., L_q, d), (..., L_k, d) and (..., L_k, dv)
         float64, float32, float16 or bfloat16 (these two are computed in float32).
-    feature_map, causal, key_mask, cu_seqlens, enable_gqa, decay, num_threads
-        As for `favor_np.favor_attention`; tensors are taken, but have no gradient.
+    feature_map, causal, key_mask, key_bias, cu_seqlens, enable_gqa, decay, num_threads
+        As for `favor_np.favor_attention`; tensors are taken.  A `key_bias` has a gradient, and a
+        `decay` of one factor a token.
     projection : Tensor, shape (m, d) or (heads, m, d), optional
         Takes the place of the map's own, and has a gradient: a parameter, say.
 
@@ -59,7 +61,7 @@ def favor_attention(
         If an argument is no tensor, or lies on another device than the CPU; else as
         `favor_np.favor_attention`.
     ValueError
-        As `favor_np.favor_attention`, and if `decay` requires a gradient.
+        As `favor_np.favor_attention`, and if a constant `decay` requires a gradient.
     RuntimeError
         By a second derivative, by forward-mode differentiation, or if a tensor was changed in place
         before the backward pass.
@@ -88,14 +90,13 @@ def favor_attention(
     >>> torch.autograd.grad(out.sum(), v)[0].sum()  # the weights of every row sum to one
     tensor(40.0000)
     """
-    if isinstance(decay, torch.Tensor) and decay.requires_grad:
-        raise ValueError("decay has no gradient: pass decay.detach()")
     arrays = {
         "q": _checked("q", q),
         "k": _checked("k", k),
         "v": _checked("v", v),
         "projection": None if projection is None else _checked("projection", projection),
         "key_mask": key_mask,
+        "key_bias": key_bias,
         "cu_seqlens": cu_seqlens,
         "decay": decay,
     }
@@ -104,6 +105,9 @@ def favor_attention(
     attend = bridge.Attend(
         feature_map, causal=causal, enable_gqa=enable_gqa, num_threads=num_threads, **constants
     )
+    learned = isinstance(decay, torch.Tensor) and decay.requires_grad
+    if learned and not attend.has_gates(decay, q, k, v):
+        raise ValueError("a constant decay has no gradient: pass decay.detach()")
     run = _run
     if torch.compiler.is_dynamo_compiling():  # a break in the graph: NumPy's world is not traced
         run = torch.compiler.disable(run)

@@ -77,3 +77,14 @@ def test_refused():
 
 def test_without_autograd_the_error_names_the_extra():
     bridges.assert_error_names_the_extra("autograd", "autograd")
+
+
+def test_gradients_of_bias_and_factors():
+    (*arrays, g), expected = bridges.weights_of_keys()
+
+    def loss(q, k, v, bias, gates):
+        out = favor_attention(q, k, v, FM, causal=True, key_bias=bias, decay=gates)
+        return (out * g).sum()
+
+    found = [autograd.grad(loss, i)(*arrays) for i in range(5)]
+    bridges.assert_close(found, expected)

@@ -89,6 +89,39 @@ def test_chunks(causal, chunks, dtype):
     assert relative_error(compute(out), expected) < EPS[dtype]
 
 
+@each_causal
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_bias_and_decay(causal, chunks):
+    q, k, v = inputs(2, 3)
+    rng = np.random.default_rng(1)
+    bias, gates = rng.normal(size=(2, 3, 30)), rng.uniform(0.01, 1, (3, 30))
+    bias[0, 0, ::4] = -np.inf
+    arrays = chunked((q, k, v), *chunks)
+    for decay in (None, 0.9, [0.5, 0.9, 1.0], gates[None], da.from_array(gates[None], chunks=7)):
+        if decay is not None and not causal:
+            with pytest.raises(ValueError, match="needs causal"):
+                favor_attention(*arrays, FM, decay=decay)
+            continue
+        more = {"causal": causal, "decay": decay}
+        out = favor_attention(*arrays, FM, key_bias=da.from_array(bias, chunks=chunks), **more)
+        if isinstance(decay, da.Array):
+            more["decay"] = gates[None]
+        expected = favor_np.favor_attention(q, k, v, FM, key_bias=bias, **more)
+        assert relative_error(compute(out), expected) < 1e-13
+
+
+def test_bias_and_decay_that_do_not_fit():
+    q, k, v = chunked(inputs(2, 3), 1, 1, 10)
+    with pytest.raises(ValueError, match="key_bias must have shape"):
+        favor_attention(q, k, v, FM, key_bias=np.zeros(29))
+    with pytest.raises(ValueError, match="factor a token"):
+        favor_attention(q, k, v, FM, causal=True, decay=np.ones((2, 3, 29)))
+    with pytest.raises(ValueError, match="factor a token"):
+        favor_attention(q, k, v, FM, causal=True, decay=np.ones(2))
+    with pytest.raises(ValueError, match="key_bias must not be"):
+        favor_attention(q, k, v, FM, key_bias=np.full(30, np.nan)).compute(scheduler="sync")
+
+
 def partitions(n):
     """Chunks of an axis of length n."""
     cuts = st.lists(st.integers(0, n), max_size=6).map(lambda cuts: sorted({0, *cuts, n}))

@@ -233,3 +233,18 @@ def test_examples():
 
 def test_without_jax_the_error_names_the_extra():
     bridges.assert_error_names_the_extra("jax", "JAX")
+
+
+def test_gradients_of_bias_and_factors():
+    (*arrays, g), expected = bridges.weights_of_keys()
+
+    def loss(q, k, v, bias, gates):
+        out = favor_attention(q, k, v, FM, causal=True, key_bias=bias, decay=gates)
+        return (out * g).sum()
+
+    found = jax.jit(jax.grad(loss, argnums=range(5)))(*arrays)
+    bridges.assert_close(found, expected)
+    several = jax.vmap(lambda bias: favor_attention(*arrays[:3], FM, key_bias=bias))
+    biases = np.random.default_rng(0).normal(size=(3, 2, 20))
+    for out, bias in zip(several(biases), biases, strict=True):
+        assert np.array_equal(out, favor_np.favor_attention(*arrays[:3], FM, key_bias=bias))

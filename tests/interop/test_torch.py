@@ -15,6 +15,8 @@ import favor_np.interop.torch
 from favor_np.interop import bridge
 from favor_np.interop.torch import favor_attention
 
+NAMES = ("q", "k", "v", "projection")
+
 
 def tensors(*, grouped=False, dtype=torch.float64):
     *arrays, g = inputs(grouped=grouped)
@@ -134,13 +136,13 @@ def test_arrays_share_memory_with_tensors():
             seen.update(gradients=super().backward(grad_out, *kept, **arrays), grad_out=grad_out)
             return seen["gradients"]
 
-    given = dict(zip(bridge.NAMES, arrays, strict=True))
-    call = favor_np.interop.torch._Call(Watched(FM), bridge.NAMES)
+    given = dict(zip(NAMES, arrays, strict=True))
+    call = favor_np.interop.torch._Call(Watched(FM), NAMES)
     out = favor_np.interop.torch._run(call, given)
     found = torch.autograd.grad(out, arrays, g)
     for name, x in (given | {"out": out, "grad_out": g}).items():
         assert seen[name].ctypes.data == x.data_ptr(), name
-    for name, x in zip(bridge.NAMES, found, strict=True):
+    for name, x in zip(NAMES, found, strict=True):
         assert getattr(seen["gradients"], name).ctypes.data == x.data_ptr(), name
 
 
@@ -464,7 +466,7 @@ REFUSED = [
     (
         "f(q, k, v, FM, causal=True, decay=torch.tensor(0.9, requires_grad=True))",
         ValueError,
-        "decay has no gradient",
+        "a constant decay has no gradient",
     ),
 ]
 
@@ -482,3 +484,12 @@ def test_examples():
 
 def test_without_torch_the_error_names_the_extra():
     bridges.assert_error_names_the_extra("torch", "PyTorch")
+
+
+def test_gradients_of_bias_and_factors():
+    (*arrays, g), expected = bridges.weights_of_keys()
+    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+    q, k, v, bias, gates = tensors
+    out = favor_attention(q, k, v, FM, causal=True, key_bias=bias, decay=gates)
+    found = torch.autograd.grad((out * torch.tensor(g)).sum(), tensors)
+    bridges.assert_close(found, expected)

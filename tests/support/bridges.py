@@ -22,6 +22,8 @@ OPTIONS = {
     "packed": {"causal": True, "cu_seqlens": np.array([0, 5, 20])},
     "grouped": {"enable_gqa": True},
     "decay": {"causal": True, "decay": np.array([0.5, 0.9])},
+    "bias": {"key_bias": np.linspace(-2, 3, 20)},
+    "gates": {"causal": True, "decay": np.linspace(0.3, 1, 40).reshape(2, 20)},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -46,6 +48,16 @@ def expected(q, k, v, projection, g, **options):
     out, pullback = favor_np.favor_attention_vjp(q, k, v, fm, **options)
     grads = pullback(g)
     return out, (grads.q, grads.k, grads.v, grads.projection)
+
+
+def weights_of_keys():
+    """A bias and a factor for each token, and their gradients with those of q, k and v."""
+    q, k, v, _, g = inputs()
+    rng = np.random.default_rng(4)
+    bias, gates = rng.normal(size=(1, 20)), rng.uniform(0.2, 1, (2, 20))
+    _, pullback = favor_np.favor_attention_vjp(q, k, v, FM, causal=True, key_bias=bias, decay=gates)
+    grads = pullback(g)
+    return (q, k, v, bias, gates, g), (grads.q, grads.k, grads.v, grads.key_bias, grads.decay)
 
 
 def dense(np, q, k, v, projection, *, causal, einsum, scale=6**-0.5):

@@ -115,13 +115,29 @@ def visible_keys(i, key_mask, causal, cu_seqlens=None, window=None):
     return np.array([j for j in range(start, stop) if key_mask[j]], int)
 
 
-def log_weights(num_queries, key_mask, causal, cu_seqlens=None, window=None, decay=1):
-    """What the kernel of query i and key j is multiplied by, as a log: (Lq, Lk)."""
+def log_weights(
+    num_queries, key_mask, causal, cu_seqlens=None, window=None, decay=1, key_bias=None, gates=None
+):
+    """What the kernel of query i and key j is multiplied by, as a log: (Lq, Lk).
+
+    `gates` are factors of a token each, by which it multiplies the weights of all keys before it.
+    """
     weights = np.full((num_queries, len(key_mask)), -np.inf, REAL)
+    bias = np.zeros(len(key_mask), REAL) if key_bias is None else key_bias
+    faded = np.zeros(len(key_mask), REAL) if gates is None else np.cumsum(np.log(gates))
     for i in range(num_queries):
         keys = visible_keys(i, key_mask, causal, cu_seqlens, window)
-        weights[i, keys] = (i - keys) * np.log(REAL(decay))
+        weights[i, keys] = (i - keys) * np.log(REAL(decay)) + bias[keys]
+        if gates is not None and causal:
+            weights[i, keys] += faded[i] - faded[keys]
     return weights
+
+
+def decay_parts(decay, lead, length):
+    """A decay as `each_head` takes it: a constant a head, and factors a token if these are such."""
+    if decay is not None and np.ndim(decay) == lead + 1:
+        return (1, 0), (decay, 1)
+    return (1 if decay is None else decay, 0), (np.ones(length), 1)
 
 
 def unbroadcast(grad, shape):
@@ -154,7 +170,7 @@ def content(state):
 
 def favor_attention(
     q, k, v, feature_map, *, causal=False, key_mask=None, enable_gqa=False, cu_seqlens=None,
-    window=None, decay=None, state=None, return_state=False,
+    window=None, decay=None, state=None, return_state=False, key_bias=None,
 ):  # fmt: skip
     """Dense FAVOR attention; the state that is returned is the pair (S, z) as of `content`."""
     packed, ends = cu_seqlens is not None, [0, np.shape(k)[-2]]
@@ -166,25 +182,33 @@ def favor_attention(
         decay = state.decay if decay is None else decay
         sums = np.concatenate([S, z[..., None]], axis=-1)
         sums = sums if packed else sums[..., None, :, :]
+    bias = np.zeros(np.shape(k)[-2]) if key_bias is None else key_bias
+    mask = every_key(k, key_mask) & ~np.isneginf(bias)
+    batch = max(np.ndim(k) - 2, np.ndim(v) - 2, np.ndim(mask) - 1)
     lead, heads = each_head(
-        q, (k, 2), (v, 2), (feature_map.projection, 2), (every_key(k, key_mask), 1),
-        (1 if decay is None else decay, 0), (sums, 3), enable_gqa=enable_gqa,
+        q, (k, 2), (v, 2), (feature_map.projection, 2), (mask, 1), (bias, 1),
+        *decay_parts(decay, batch, np.shape(k)[-2]), (sums, 3), enable_gqa=enable_gqa,
     )  # fmt: skip
     out = np.zeros((*lead, np.shape(q)[-2], np.shape(v)[-1]), REAL)
     after = np.zeros((*lead, *sums.shape[-3:]), REAL)
     options = map_options(feature_map)
-    for head, q1, k1, v1, W, mask, rate, before in heads:
+    for head, q1, k1, v1, W, mask, bias, rate, gates, before in heads:
         log_q, log_k = log_features(q1, W, **options), log_features(k1, W, **options)
-        weights = log_weights(len(q1), mask, causal, cu_seqlens, window, rate)
+        weights = log_weights(len(q1), mask, causal, cu_seqlens, window, rate, bias, gates)
+        fades = np.r_[0, np.cumsum(np.log(gates))]
         for i in range(len(q1)):
             n, start, _ = sequence_of(i, len(k1), cu_seqlens)
             faded = (i - start) * np.log(rate)
+            if causal:
+                faded = faded + fades[i + 1] - fades[start]
             out[head][i] = favor_row(log_q[i], log_k, v1, weights[i], before[n], faded)
         for n, (start, stop) in enumerate(itertools.pairwise(ends)):
             keys = start + np.flatnonzero(mask[start:stop])
-            phi = np.exp(log_k[keys] + (stop - keys)[:, None] * np.log(rate))
+            later = (stop - keys) * np.log(rate) + bias[keys] + fades[stop] - fades[keys + 1]
+            phi = np.exp(log_k[keys] + later[:, None])
             new = phi.T @ np.c_[v1[keys], np.ones(len(keys))]
-            after[head][n] = rate ** (stop - start) * before[n] + new
+            faded = (stop - start) * np.log(rate) + fades[stop] - fades[start]
+            after[head][n] = np.exp(faded) * before[n] + new
     if not return_state:
         return out
     if enable_gqa:
@@ -209,26 +233,30 @@ def favor_row(log_q, log_k, v, log_weights, before, faded):
 
 def favor_attention_vjp(
     q, k, v, feature_map, grad_out, *, causal=False, key_mask=None, enable_gqa=False,
-    cu_seqlens=None, decay=None,
+    cu_seqlens=None, window=None, decay=None, key_bias=None,
 ):  # fmt: skip
-    """Dense gradients of (out * grad_out).sum() by q, k, v and the projection."""
+    """Dense gradients of (out * grad_out).sum() by q, k, v, projection and, if given, key_bias."""
+    bias = np.zeros(np.shape(k)[-2]) if key_bias is None else key_bias
+    batch = max(np.ndim(k) - 2, np.ndim(v) - 2, np.ndim(bias) - 1)
     lead, heads = each_head(
-        q, (k, 2), (v, 2), (feature_map.projection, 2), (every_key(k, key_mask), 1),
-        (1 if decay is None else decay, 0), enable_gqa=enable_gqa,
+        q, (k, 2), (v, 2), (feature_map.projection, 2), (every_key(k, key_mask), 1), (bias, 1),
+        *decay_parts(decay, batch, np.shape(k)[-2]), enable_gqa=enable_gqa,
     )  # fmt: skip
     grad_out = np.broadcast_to(np.asarray(grad_out, REAL), (*lead, *np.shape(grad_out)[-2:]))
-    shapes = [np.shape(x) for x in (q, k, v, feature_map.projection)]
+    shapes = [np.shape(x) for x in (q, k, v, feature_map.projection, bias[..., None])]
     grads = [np.zeros((*lead, *shape[-2:]), REAL) for shape in shapes]
-    for head, q1, k1, v1, W, mask, rate in heads:
-        weights = log_weights(len(q1), mask, causal, cu_seqlens, decay=rate)
+    for head, q1, k1, v1, W, mask, bias1, rate, gates in heads:
+        mask = mask & ~np.isneginf(bias1)
+        weights = log_weights(len(q1), mask, causal, cu_seqlens, window, rate, bias1, gates)
         parts = favor_head_vjp(q1, k1, v1, W, grad_out[head], weights, **map_options(feature_map))
         for grad, part in zip(grads, parts, strict=True):
             grad[head] = part
-    return tuple(unbroadcast(grad, shape) for grad, shape in zip(grads, shapes, strict=True))
+    found = [unbroadcast(grad, shape) for grad, shape in zip(grads, shapes, strict=True)]
+    return (*found[:4], found[4][..., 0]) if key_bias is not None else tuple(found[:4])
 
 
 def favor_head_vjp(q, k, v, W, grad, log_weights, scale, **options):
-    """Gradients (q, k, v, W) of one head; log_weights (Lq, Lk) are -inf where a query sees no key."""
+    """Gradients (q, k, v, W, bias) of one head; log_weights (Lq, Lk) are -inf where a query sees no key."""
     seen = np.isfinite(log_weights)
     k, v = (np.where(seen.any(0)[:, None], x, 0) for x in (k, v))
     W = np.asarray(W, REAL)
@@ -253,7 +281,7 @@ def favor_head_vjp(q, k, v, W, grad, log_weights, scale, **options):
     )
     if options["antithetic"]:
         dW = dW[: len(W) // 2] - dW[len(W) // 2 :]
-    return dq, dk, a.T @ grad, dW
+    return dq, dk, a.T @ grad, dW, np.sum(a * g, 0)[:, None]
 
 
 # -- Exact attention ------------------------------------------------------------------------------

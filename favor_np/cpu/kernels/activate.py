@@ -52,19 +52,19 @@ def factor(par, y):
 def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, target, share, sums):
     """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature.
 
-    Relative to c; lift, an integer, is what these keys are above their log2-features.  Each key has
-    its share in the sums, 1 as a rule.
+    Relative to c; each key is above its log2-features by an integer, its lift, and has its share in
+    the sums, 1 as a rule.
     """
     lanes = VECTOR_BYTES // raw.itemsize
     worst = splat(c, 0)
     turn = splat(raw, sign)
     for f in range(0, raw.shape[1], lanes):
-        shift = load(c, slot, r0 + f) - splat(c, lift)
+        shift = load(c, slot, r0 + f)
         beta, total = load(bias, b, f), splat(raw, 0)
         if par.kind == POSITIVE:
             for i in range(rows):
                 y = fma(turn, load(raw, i, f), beta) - splat(raw, height[i])
-                n = nearest(y) - shift
+                n = nearest(y) + splat(c, lift[i]) - shift
                 worst = maximum(worst, n)
                 value = exp2(y, n)
                 store(target, i, f, value)
@@ -73,7 +73,7 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
             for i in range(rows):
                 x = load(raw, i, f)
                 y = log_feature(par, x) - splat(raw, height[i])
-                n = nearest(y) - shift
+                n = nearest(y) + splat(c, lift[i]) - shift
                 worst = maximum(worst, n)
                 value = exp2(y, n) * factor(par, x)
                 store(target, i, f, value)
@@ -108,11 +108,12 @@ def raise_keys(
                 beta = load(bias, w + b, f)
                 y = fma(turn, load(raw, 0, f), beta)
                 y = log_feature(par, y) - splat(z, height[0])
-                base = maximum(load(c, slot, r) - splat(c, lift), nearest(y))
+                base = maximum(load(c, slot, r), nearest(y) + splat(c, lift[0]))
                 for i in range(rows):
                     y = fma(turn, load(raw, i, f), beta)
                     y = log_feature(par, y) - splat(z, height[i])
-                    store(excess, i, 0, maximum(load(excess, i, 0), nearest(y) - base))
+                    more = nearest(y) + splat(c, lift[i]) - base
+                    store(excess, i, 0, maximum(load(excess, i, 0), more))
     accepted = count
     for i in range(1, count):
         if highest(load(excess, i, 0)) > par.span:
@@ -127,25 +128,25 @@ def raise_keys(
             for f in range(0, width, lanes):
                 r = (side * blocks + b) * width + f
                 beta = load(bias, w + b, f)
-                old = load(c, slot, r) - splat(c, lift)
+                old = load(c, slot, r)
                 top = old
                 for i in range(accepted):
                     y = fma(turn, load(raw, i, f), beta)
                     y = log_feature(par, y) - splat(z, height[i])
-                    top = maximum(top, nearest(y))
+                    top = maximum(top, nearest(y) + splat(c, lift[i]))
                 raise_state(old, top, s, z, slot, keys.shape[0] * width, r, scale)
-                store(c, slot, r, top + splat(c, lift))
+                store(c, slot, r, top)
     return accepted
 
 
 @jit()
-def activate_block(par, rows, keys, b, t, lift, bias, w, c, slot):
+def activate_block(par, rows, keys, b, t, bias, w, c, slot):
     """Features of a block of keys, of both signs, in place; the largest log2-feature."""
     width, over = keys.shape[2], 0
     for side in range(par.signs - 1, -1, -1):
         r0 = (side * (keys.shape[0] // par.signs) + b) * width
         reach = activate_keys(
-            par, 1 - 2 * side, rows, keys[b * par.signs], t.height, lift, bias, w + b, c, slot, r0,
+            par, 1 - 2 * side, rows, keys[b * par.signs], t.height, t.lift, bias, w + b, c, slot, r0,
             keys[b * par.signs + side], t.share, t.sums,
         )  # fmt: skip
         over = max(over, reach)

@@ -59,13 +59,13 @@ from favor_np.cpu.kernels.state import add_rows, add_sums
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import READ, WHOLE
 from favor_np.cpu.tiles import CHUNK
-from favor_np.jobs import BLOCK, K_ROW, KEYS, MASK_ROW, ROWS, V_ROW
+from favor_np.jobs import BLOCK, K_ROW, KEYS, LIFT_ROW, MASK_ROW, ROWS, V_ROW
 
 #: Positions of a chunk that are tried together once its keys did not fit together: they may not
 #: again.
 PIECE = 8
 #: A problem: the row of a job in the table, and what belongs to it.
-Problem = namedtuple("Problem", "call row q_rows out_rows clock rate")
+Problem = namedtuple("Problem", "call row q_rows out_rows")
 
 
 @jit()
@@ -208,18 +208,13 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def keys_chunk(par, call, row, count, mask_row, w, clock, rate, c, s, z, slot, keys, t):
-    """Pack and map the keys from row on, keeping c above them; how many of them were taken.
-
-    Their log2-features are raised by clock, and from one to the next by rate: so earlier keys
-    decay.
-    """
+def keys_chunk(par, call, row, count, mask_row, lift_row, w, c, s, z, slot, keys, t):
+    """Pack and map the keys from row on, keeping c above them; how many of them were taken."""
     mask, sums = call.mask, t.sums
-    lift = pack_keys(par, call, row, count, mask_row, w, clock, rate, t)
+    pack_keys(par, call, row, count, mask_row, lift_row, w, t)
     accepted = map_keys(
-        par, count, call.k.shape[1], lift, call.key, call.key_parts, call.bias, w, c, s, z, slot,
-        keys, t,
-    )  # fmt: skip
+        par, count, call.k.shape[1], call.key, call.key_parts, call.bias, w, c, s, z, slot, keys, t
+    )
     for i in range(accepted):
         if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
             keys[:, i] = math.nan
@@ -228,8 +223,8 @@ def keys_chunk(par, call, row, count, mask_row, w, clock, rate, c, s, z, slot, k
 
 
 @jit()
-def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, keys, t):
-    """Features of packed keys of log-norm t.height, raised by lift; how many were taken."""
+def map_keys(par, count, d, weight, split_weight, bias, w, c, s, z, slot, keys, t):
+    """Features of packed keys of log-norm t.height, raised by t.lift; how many were taken."""
     rows, blocks, height = -(-count // 8) * 8, keys.shape[0] // par.signs, t.height
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
@@ -242,7 +237,7 @@ def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, 
                     t.pairs, t.parts, t, weight, split_weight, w + b, keys[b * par.signs], rows, d
                 )
             accepted = raise_keys(
-                par, rows, count, keys, 0, blocks, height, lift, bias, w, c, s, z, slot,
+                par, rows, count, keys, 0, blocks, height, t.lift, bias, w, c, s, z, slot,
                 t.excess, t.scale,
             )  # fmt: skip
             for i in range(accepted, rows):
@@ -256,11 +251,11 @@ def map_keys(par, count, d, lift, weight, split_weight, bias, w, c, s, z, slot, 
                         rows, d,
                     )  # fmt: skip
                 if again == 1 and raise_keys(
-                    par, rows, count, keys, b, b + 1, height, lift, bias, w, c, s, z, slot,
+                    par, rows, count, keys, b, b + 1, height, t.lift, bias, w, c, s, z, slot,
                     t.excess, t.scale,
                 ) < count:  # fmt: skip
                     break
-                reach = activate_block(par, rows, keys, b, t, lift, bias, w, c, slot)
+                reach = activate_block(par, rows, keys, b, t, bias, w, c, slot)
                 if reach <= RAISE_KEYS:
                     break
             over = max(over, reach)
@@ -286,15 +281,13 @@ def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
     call, row = p.call, p.row
     k_row, v_row, w = row[K_ROW] + start, row[V_ROW] + start, row[BLOCK]
     mask_row = row[MASK_ROW] + start if row[MASK_ROW] >= 0 else -1
+    lift_row = row[LIFT_ROW] + start if row[LIFT_ROW] >= 0 else -1
     reads = what == READ or (what == WHOLE and par.causal)
     next_count = min(CHUNK, row[KEYS] - start - distance)
     taken = count
     set_float_mode(IEEE)
     if what != READ:
-        clock = p.clock + start * p.rate
-        taken = keys_chunk(
-            par, call, k_row, count, mask_row, w, clock, p.rate, c, s, z, slot, keys, t
-        )
+        taken = keys_chunk(par, call, k_row, count, mask_row, lift_row, w, c, s, z, slot, keys, t)
     next_rows = Prefetch(call.k, k_row + distance, call.v, v_row + distance, next_count)
     if t.pairs is not None:  # nothing below fetches
         prefetch_rows(call.k, next_rows.a_row, next_count)

@@ -31,14 +31,6 @@ def parameters(constants):
 
 
 @jit()
-def clock_of(clocks, job):
-    """By how much the first key of a job is raised, and by how much more every further one."""
-    if clocks.size > 0:
-        return clocks[job, 0], clocks[job, 1]
-    return 0.0, 0.0
-
-
-@jit()
 def attend_one(par, p, c, s, z, slot, t):
     """Everything for one problem: its keys and values, one state, its group of queries."""
     start, keys_count, queries_count, split = 0, p.row[KEYS], p.row[QUERIES], False
@@ -92,8 +84,7 @@ def attend(call):
         if job < 0:
             break
         at = number_of(call.relay, job)
-        clock, rate = clock_of(call.clocks, at)
-        p = Problem(call, call.jobs[at], call.q_rows[at], call.out_rows[at], clock, rate)
+        p = Problem(call, call.jobs[at], call.q_rows[at], call.out_rows[at])
         load_tile_config(call.config)
         attend_job(par, p, call.relay, job, me, t)
         release_tiles(call.config)
@@ -128,5 +119,5 @@ def attend_tokens(call):
         if refused:
             report(call.control, OVERFLOW)
             continue
-        step_token(par, call, job, me, clock_of(call.clocks, job)[0], t)
+        step_token(par, call, job, me, t)
     return leave(call.control, finished, mode)

@@ -20,7 +20,7 @@ from favor_np.cpu.kernels.activate import factor, log_feature
 from favor_np.cpu.kernels.block import room_of
 from favor_np.cpu.kernels.chunk import fold_chunk, map_keys, own_values, piece
 from favor_np.cpu.kernels.counters import claim, enter, leave, report
-from favor_np.cpu.kernels.favor import clock_of, parameters
+from favor_np.cpu.kernels.favor import parameters
 from favor_np.cpu.kernels.floats import IEEE, flush_beside, ordinary_sums, set_float_mode
 from favor_np.cpu.kernels.gemm import gemm, gemm_t
 from favor_np.cpu.kernels.jit import EXACT, jit
@@ -57,6 +57,7 @@ from favor_np.jobs import (
     GRAD_ROW,
     K_ROW,
     KEYS,
+    LIFT_ROW,
     MASK_ROW,
     NUMBER,
     OUT_ROW,
@@ -79,19 +80,20 @@ def dot(a, i, b, j, width):
 
 
 @jit()
-def map_keys_side(par, call, job, at, count, clock, rate, c, s, z, slot, t):
+def map_keys_side(par, call, job, at, count, c, s, z, slot, t):
     """Keys from position at on as side A; how many were taken, and if all are finite."""
     mask, values, share, w = call.mask, t.values, t.share, job[BLOCK]
     m_row = job[MASK_ROW] + at if job[MASK_ROW] >= 0 else -1
-    lift = pack_keys(par, call, job[K_ROW] + at, count, m_row, w, clock + at * rate, rate, t)
+    lift_row = job[LIFT_ROW] + at if job[LIFT_ROW] >= 0 else -1
+    pack_keys(par, call, job[K_ROW] + at, count, m_row, lift_row, w, t)
     clean = pack_values(call.v, job[V_ROW] + at, 1, count, values, mask, m_row)
     for i in range(count):
         if t.square[i] == math.inf and (m_row < 0 or mask[m_row + i]):
             # With a feature of zero NaN reaches nobody who must not see it.
             values[i], share[i], clean = math.nan, math.nan, False
     taken = map_keys(
-        par, count, call.k.shape[1], lift, call.key, call.key_parts, call.bias, w, c, s, z, slot,
-        t.keys, t,
+        par, count, call.k.shape[1], call.key, call.key_parts, call.bias, w, c, s, z, slot, t.keys,
+        t,
     )  # fmt: skip
     return taken, clean
 
@@ -100,23 +102,19 @@ def map_keys_side(par, call, job, at, count, clock, rate, c, s, z, slot, t):
 def map_queries_side(par, call, job, at, step, count, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
     q_row, out_row, width = job[Q_ROW] + at, job[OUT_ROW] + at, call.grad.shape[1]
-    weights, tops, values, height, share = call.weights, call.tops, t.values, t.height, t.share
+    weights, tops, values = call.weights, call.tops, t.values
+    height, lift, share = t.height, t.lift, t.share
     pack_queries(par, call, q_row, step, count, job[BLOCK], t)
     clean = pack_values(call.grad, out_row, step, count, values, call.mask, -1)
     for i in range(CHUNK):
-        height[i], share[i] = math.inf, 0
-    lift = 0
-    for i in range(count):
-        if weights[out_row + i * step] > 0:
-            lift = tops[out_row + i * step]
-            break
+        height[i], lift[i], share[i] = math.inf, 0, 0
     for i in range(count):
         row = out_row + i * step
         weight_of = weights[row]
         if weight_of == 0:  # it sees no key
             values[i] = 0
         elif t.square[i] < math.inf and weight_of > 0:
-            height[i] = tops[row] - lift
+            height[i], lift[i] = 0, -tops[row]
             inverse = 1 / weight_of
             share[i] = -dot(values, i, call.out, row, width) * inverse
             for y in range(width):
@@ -125,8 +123,8 @@ def map_queries_side(par, call, job, at, step, count, c, s, z, slot, t):
             values[i], share[i] = math.nan, math.nan
         clean = clean and math.isfinite(share[i])
     taken = map_keys(
-        par, count, call.q.shape[1], -lift, call.query, call.query_rows_parts, call.none,
-        job[BLOCK], c, s, z, slot, t.keys, t,
+        par, count, call.q.shape[1], call.query, call.query_rows_parts, call.none, job[BLOCK], c,
+        s, z, slot, t.keys, t,
     )  # fmt: skip
     return taken, clean
 
@@ -172,7 +170,7 @@ def activate_rows(par, sign, cols, raws, first, features, bias, b, c, slot, r0, 
 
 @jit(fastmath=EXACT)
 def feature_cotangents(par, side, cols, features, z, slot, r0, bias, row, first, t):
-    """``error (-)= slope * (back + z extra) * factor``, and its sums."""
+    """``error (-)= slope * (back + z extra) * factor``, its sums and, in total, those of phi."""
     lanes = VECTOR_BYTES // t.back.itemsize
     slope = t.phi if par.kind == POSITIVE else t.slope
     for i in range(0, cols, lanes):
@@ -180,7 +178,7 @@ def feature_cotangents(par, side, cols, features, z, slot, r0, bias, row, first,
         for r in range(features):
             back = fma(splat(t.extra, z[slot, r0 + r]), extra, load(t.back, r, i))
             e = load(slope, r, i) * back * by
-            total = total + e
+            total = total + (e if par.kind == POSITIVE else load(t.phi, r, i) * back * by)
             if bias.shape[0] > 0:
                 bias[row, first + r] += sum_lanes(e)
             if side == 0:
@@ -218,7 +216,7 @@ def pack_readers(par, call, job, of_keys, at, step, count, t):
 
 
 @jit()
-def reader_scales(par, call, job, of_keys, at, step, count, clock, rate, t):
+def reader_scales(par, call, job, of_keys, at, step, count, t):
     """``2**(top - height)`` of each row of side B, by which its results are multiplied."""
     weights, tops, mask, factors = call.weights, call.tops, call.mask, t.factor
     factors[:] = 0
@@ -227,8 +225,8 @@ def reader_scales(par, call, job, of_keys, at, step, count, clock, rate, t):
         if of_keys:
             position = at + i * step
             if job[MASK_ROW] < 0 or mask[job[MASK_ROW] + position]:
-                height = t.square[i] - clock - rate * position
-                by = 2.0 ** (t.top[0, i] - height)
+                raised = call.lifts[job[LIFT_ROW] + position] if job[LIFT_ROW] >= 0 else 0.0
+                by = 2.0 ** (t.top[0, i] - (t.square[i] - raised))
         else:
             row = job[OUT_ROW] + at + i * step
             if weights[row] != 0:
@@ -254,7 +252,7 @@ def pair_products(count, cols, rows, d, t):
 
 
 @jit()
-def pull_chunk(par, call, job, of_keys, at, step, count, clock, rate, clean, c, s, z, slot, t):
+def pull_chunk(par, call, job, of_keys, at, step, count, clean, c, s, z, slot, t):
     """Gradients of the rows of side B: of queries, or of keys and values."""
     lanes = VECTOR_BYTES // t.rows.itemsize
     cols = -(-count // lanes) * lanes
@@ -273,7 +271,7 @@ def pull_chunk(par, call, job, of_keys, at, step, count, clock, rate, clean, c, 
         raws = t.raws[b * width : (b + 1) * width]
         project_queries(t.parts, t, weight, split_weight, w + b, raws, cols, d)
     measure_rows(par, cols, t.raws, features_count, bias, w, width, c, slot, t.top)
-    reader_scales(par, call, job, of_keys, at, step, count, clock, rate, t)
+    reader_scales(par, call, job, of_keys, at, step, count, t)
     if par.causal:
         pair_products(count, cols, rows, dv, t)
     for b in range(blocks):
@@ -330,11 +328,12 @@ def add_projection(sums, first, width, count, t):
 
 @jit()
 def write_keys(par, call, job, at, step, count, w, t):
-    """Write the rows of dk and dv; how many numbers are not finite.
+    """Write the rows of dk, dv and dbias; how many numbers are not finite.
 
     A factor of zero is no reason to write zero: it may be 0 * NaN.
     """
-    dk, dv, mask, linear, stretched = call.dk, call.dv, call.mask, call.linear, t.stretched
+    dk, dv, dbias, mask = call.dk, call.dv, call.dbias, call.mask
+    linear, stretched = call.linear, t.stretched
     norm, spoiled = 2 * par.key_norm / LOG2E, 0
     for i in range(count):
         position = at + i * step
@@ -351,6 +350,8 @@ def write_keys(par, call, job, at, step, count, w, t):
             value = dv.dtype.type(t.num[i, y] * by)
             dv[row, y] = value if seen else 0
             spoiled += not abs(value) < math.inf
+        if dbias.size > 0:
+            dbias[row] = t.total[0, i] if seen else 0
     return spoiled
 
 
@@ -367,7 +368,7 @@ def write_queries(call, first, step, count, t):
 
 
 @jit()
-def pull_one(par, call, job, clock, rate, c, s, z, slot, t):
+def pull_one(par, call, job, c, s, z, slot, t):
     """One side of one problem: the gradient of its queries, or that of its keys and values."""
     of_keys = job[SIDE] == 1
     a_count, b_count = (job[QUERIES], job[KEYS]) if of_keys else (job[KEYS], job[QUERIES])
@@ -381,17 +382,15 @@ def pull_one(par, call, job, clock, rate, c, s, z, slot, t):
         if of_keys:
             taken, clean = map_queries_side(par, call, job, at, step, count, c, s, z, slot, t)
         else:
-            taken, clean = map_keys_side(par, call, job, at, count, clock, rate, c, s, z, slot, t)
+            taken, clean = map_keys_side(par, call, job, at, count, c, s, z, slot, t)
         if par.causal:
-            pull_chunk(
-                par, call, job, of_keys, at, step, taken, clock, rate, clean, c, s, z, slot, t
-            )
+            pull_chunk(par, call, job, of_keys, at, step, taken, clean, c, s, z, slot, t)
         flush_beside(t.values, taken, c, True)
         fold_chunk(par, t.pairs, t.keys, t.values, taken, s, z, slot, t.sums, True, None, t.spare)
         done, split = done + taken, taken < count
     for at in range(0, 0 if par.causal else b_count, CHUNK):
         count = min(CHUNK, b_count - at)
-        pull_chunk(par, call, job, of_keys, at, 1, count, clock, rate, True, c, s, z, slot, t)
+        pull_chunk(par, call, job, of_keys, at, 1, count, True, c, s, z, slot, t)
 
 
 @jit()
@@ -409,8 +408,7 @@ def pull(call):
         row = call.jobs[job]
         slot = begin(par, row, me, c, s, z, call.key.shape[2])
         fold_tail(c, s, z, slot)
-        clock, rate = clock_of(call.clocks, job)
-        pull_one(par, call, row, clock, rate, c, s, z, slot, t)
+        pull_one(par, call, row, c, s, z, slot, t)
         finished += 1
     release_tiles(call.config)
     return leave(call.control, finished, mode)

@@ -94,22 +94,27 @@ def pack_queries(par, call, row, step, count, w, t):
 
 
 @jit()
-def pack_keys(par, call, row, count, mask_row, w, clock, rate, t):
-    """Pack keys and set their heights, less the integer by which clock raises all: its value.
+def pack_keys(par, call, row, count, mask_row, lift_row, w, t):
+    """Pack keys and set their heights and, the integers of their bias, their lifts.
 
     Masked keys, and those that are not finite, are infinitely high: they have no feature.
     """
-    mask, height, share = call.mask, t.height, t.share
+    mask, height, lift, share = call.mask, t.height, t.lift, t.share
     pack(call.k, row, 1, count, t.rows, par.limit, t.square)
     heights(par, call, w, count, t)
-    lift = math.floor(clock)
     for i in range(CHUNK):
-        height[i], share[i] = math.inf, 1
+        height[i], lift[i], share[i] = math.inf, 0, 1
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
-            ahead = clock - lift + i * rate
-            height[i] = t.square[i] - ahead
-    return lift
+            raised = call.lifts[lift_row + i] if lift_row >= 0 else 0.0
+            height[i], lift[i] = lifted(t.square[i], raised)
+
+
+@jit(fastmath=EXACT)
+def lifted(height, bias):
+    """The height of a key less the fraction of its bias, and the integer of that."""
+    whole = math.floor(bias)
+    return height - (bias - whole), whole
 
 
 @jit()

@@ -8,7 +8,15 @@ from favor_np.cpu.kernels.activate import RAISE_KEYS, factor, log_feature
 from favor_np.cpu.kernels.floats import flush_beside
 from favor_np.cpu.kernels.gemm import project_two
 from favor_np.cpu.kernels.jit import EXACT, jit
-from favor_np.cpu.kernels.pack import QUERY_CENTER, center, heights, pack, pack_values, write_rows
+from favor_np.cpu.kernels.pack import (
+    QUERY_CENTER,
+    center,
+    heights,
+    lifted,
+    pack,
+    pack_values,
+    write_rows,
+)
 from favor_np.cpu.kernels.simd import (
     exp2,
     fma,
@@ -23,16 +31,16 @@ from favor_np.cpu.kernels.simd import (
 from favor_np.cpu.kernels.state import add_pair, begin, fold_tail, scale_row, tail
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import TAIL
-from favor_np.jobs import BLOCK, K_ROW, ROWS, V_ROW
+from favor_np.jobs import BLOCK, K_ROW, LIFT_ROW, ROWS, V_ROW
 
 
 @jit(fastmath=EXACT)
-def step_token(par, call, job, me, clock, t):
+def step_token(par, call, job, me, t):
     """Add the key and value of a job to the tail of a state, then read with its query."""
     row, c, s, z, sums = call.jobs[job], call.c, call.s, call.z, t.sums
     slot = begin(par, row, me, c, s, z, call.key.shape[2])
     w, features, d = row[BLOCK], row[ROWS], call.q.shape[1]
-    key, query, bias, affine = call.key, call.query, call.bias, call.affine
+    key, query, beta, affine = call.key, call.query, call.bias, call.affine
     rows, square, raw, scale, token = t.rows, t.square, t.raw, t.scale, t.token
     q, lanes, width, every = call.q, VECTOR_BYTES // c.itemsize, key.shape[2], sums.shape[1]
     half = every // par.signs
@@ -47,8 +55,9 @@ def step_token(par, call, job, me, clock, t):
     if par.affine:
         center(rows[1:2], 1, affine[w, QUERY_CENTER], square[1:2])
     heights(par, call, w, 1, t)
-    height = splat(q, min(square[0], par.far) - (clock - math.floor(clock)))
-    lift = splat(c, math.floor(clock))
+    raised = call.lifts[row[LIFT_ROW]] if row[LIFT_ROW] >= 0 else 0.0
+    height, whole = lifted(min(square[0], par.far), raised)
+    height, lift = splat(q, height), splat(c, whole)
     raised, spoiled = False, splat(q, math.nan if square[0] == math.inf else 0)
     for b in range(half // width):
         project_two(rows, key[w + b], raw, width, d)
@@ -61,7 +70,7 @@ def step_token(par, call, job, me, clock, t):
             for f in range(0, width, lanes):
                 r = side * half + b * width + f
                 x = load(raw, 0, f)
-                y = log_feature(par, fma(turn, x, load(bias, w + b, f))) - height
+                y = log_feature(par, fma(turn, x, load(beta, w + b, f))) - height
                 old = load(c, slot, r) - lift
                 top, by = old, splat(q, 1)
                 if highest(nearest(y) - old) > RAISE_KEYS:
