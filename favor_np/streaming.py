@@ -15,11 +15,14 @@ import numpy as np
 from favor_np import storage, validation
 from favor_np.attention import favor_attention
 from favor_np.call import Call
+from favor_np.decay import set_decay
 from favor_np.engine import processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.progress import Progress, reporting
 from favor_np.state import AttentionState, _restore
 
+#: Arrays that have one number a key.
+OF_KEYS = ("key_mask", "key_bias", "decay")
 #: Seconds between two checkpoints; a chunk that takes longer is followed by one.
 CHECKPOINT_SECONDS = 10.0
 
@@ -32,6 +35,10 @@ def stream_attention(
     out: Any,
     *,
     causal: bool = False,
+    key_mask: Any = None,
+    key_bias: Any = None,
+    enable_gqa: bool = False,
+    decay: Any = None,
     chunk_size: int = 65_536,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Progress | None = None,
@@ -60,6 +67,12 @@ def stream_attention(
         file, of either byte order).  It must not overlap an input.
     causal : bool, default False
         Query i sees keys up to i only.
+    key_mask, key_bias : array_like, shape (..., L_k), optional
+        As for `favor_attention`; read in chunks like the others.
+    enable_gqa : bool, default False
+        As for `favor_attention`.
+    decay : array_like of float, optional
+        As for `favor_attention`: a constant, or a factor a token, read in chunks.
     chunk_size : int, default 65536
         Positions of a chunk, of all leading axes together; the last one may be shorter.
     checkpoint : str or os.PathLike, optional
@@ -122,16 +135,30 @@ def stream_attention(
     """
     checked(feature_map, ATTENTION_KINDS)
     size = validation.integer("chunk_size", chunk_size)
+    of_keys = {"key_mask": key_mask, "key_bias": key_bias}
     call = processor().check(
-        _outline("q", q), _outline("k", k), _outline("v", v), feature_map,
-        causal=causal, num_threads=num_threads,
-    )  # fmt: skip
-    _check_out(out, call, {"q": q, "k": k, "v": v})
+        _outline("q", q),
+        _outline("k", k),
+        _outline("v", v),
+        feature_map,
+        causal=causal,
+        enable_gqa=enable_gqa,
+        num_threads=num_threads,
+        **{n: None if x is None else _outline(n, x) for n, x in of_keys.items()},
+    )
+    shape = getattr(decay, "shape", None) or np.shape(decay)
+    if decay is not None and len(shape) == len(call.state_shape) + 1:
+        set_decay(call, np.broadcast_to(1.0, shape))  # to check its shape
+        of_keys["decay"], decay = decay, None
+    elif decay is not None:
+        set_decay(call, decay)
+    of_keys = {name: array for name, array in of_keys.items() if array is not None}
+    _check_out(out, call, {"q": q, "k": k, "v": v, **of_keys})
     reported = reporting(progress)
     if 0 in call.out_shape:
         return out
     state = AttentionState.zeros(
-        feature_map, call.v.shape[-1], call.state_shape, dtype=call.compute
+        feature_map, call.v.shape[-1], call.state_shape, decay=decay, dtype=call.compute
     )
     keys, queries = 0 if call.causal else call.keys, call.out_shape[-2]  # rows of the two passes
     folds = -(-keys // size)
@@ -140,26 +167,24 @@ def stream_attention(
     def part(step: int) -> tuple[slice, dict[str, Any]]:
         """Return the positions that a step works on, and the arrays."""
         if step < folds:
-            start, length, arrays = step * size, keys, {"k": k, "v": v}
+            start, length, arrays = step * size, keys, {"k": k, "v": v, **of_keys}
         else:
             start, length, arrays = (step - folds) * size, queries, {"q": q, "out": out}
             if call.causal:
-                arrays |= {"k": k, "v": v}
+                arrays |= {"k": k, "v": v, **of_keys}
         return slice(start, min(start + size, length)), arrays
 
     def read(step: int) -> dict[str, Any]:
         rows, arrays = part(step)
-        return {
-            name: _read(name, array, rows).astype(getattr(call, name).dtype, copy=False)
-            for name, array in arrays.items()
-            if name != "out"
-        }
+        found = {n: _read(n, array, rows) for n, array in arrays.items() if n != "out"}
+        inputs = {n: getattr(call, n).dtype for n in found if n not in of_keys}
+        return found | {n: found[n].astype(kind, copy=False) for n, kind in inputs.items()}
 
     kept, found, done = None, None, 0
     if checkpoint is not None:
         _check_reopens(out)
         kept = _Checkpoint(
-            storage.path_of("checkpoint", checkpoint), _identity(call, feature_map, size)
+            storage.path_of("checkpoint", checkpoint), _identity(call, of_keys, decay, size)
         )
         found = kept.load(steps)
         if found is not None:
@@ -169,7 +194,7 @@ def stream_attention(
                 state = after
             if done and digests != _digests(*part(done - 1)):
                 kept.refuse("q, k, v or out no longer hold what they held when it was written")
-    if any(map(_masks, (q, k, v))):
+    if any(map(_masks, (q, k, v, *of_keys.values()))):
         for step in range(done, steps):
             read(step)
     _check_writes(out)
@@ -197,10 +222,15 @@ def stream_attention(
                     if call.causal:
                         result, after = favor_attention(
                             **chunk, feature_map=feature_map, causal=True, state=state,
-                            return_state=True, num_threads=num_threads,
+                            return_state=True, enable_gqa=enable_gqa, num_threads=num_threads,
                         )  # fmt: skip
                     else:
-                        result, after = state.attend(**chunk, num_threads=num_threads), state
+                        result = favor_attention(
+                            **chunk, k=call.k[..., :0, :], v=call.v[..., :0, :],
+                            feature_map=feature_map, state=state, enable_gqa=enable_gqa,
+                            num_threads=num_threads,
+                        )  # fmt: skip
+                        after = state
                     out[..., rows, :] = result.astype(call.result, copy=False)
                 state, done = after, step + 1  # together: no interrupt comes between
                 if time.monotonic() - written >= CHECKPOINT_SECONDS:
@@ -222,10 +252,10 @@ def _outline(name: str, array: Any) -> Any:
     """Return an array of the same shape and dtype that takes no memory: to be checked."""
     shape, dtype = _form(name, array)
     if isinstance(array, (np.matrix, np.ma.MaskedArray)):
-        validation.tensor(name, array)
+        validation.array_of(name, array)
     if _library(array) == "netCDF4":  # what it unpacks is of another dtype than what it stores
-        dtype = np.asarray(array[..., :1, :]).dtype.newbyteorder("=")
-    if dtype.kind in "biu":
+        dtype = np.asarray(_rows(name, array, slice(0, 1))).dtype.newbyteorder("=")
+    if dtype.kind in "biu" and name != "key_mask":
         dtype = np.dtype(np.float64)  # what it is converted to, chunk by chunk
     return np.broadcast_to(np.zeros((), dtype), shape)
 
@@ -294,7 +324,7 @@ def _masks(array: Any) -> bool:
 
 def _read(name: str, array: Any, rows: slice) -> Any:
     """Return these rows as they lie in memory or are read from a file."""
-    chunk = array[..., rows, :]
+    chunk = _rows(name, array, rows)
     if np.ma.is_masked(chunk):
         raise TypeError(
             f"{name} has masked values in rows {rows.start} to {rows.stop}, which stand for no "
@@ -358,20 +388,31 @@ def _release(array: Any) -> None:
         mapped._mmap.madvise(mmap.MADV_DONTNEED)  # mode "c" would lose what was written
 
 
-def _identity(call: Call, feature_map: FeatureMap, size: int) -> dict[str, Any]:
+def _rows(name: str, array: Any, rows: slice) -> Any:
+    """Return these rows of an array, or these numbers of one that has one a key."""
+    return array[..., rows] if name in OF_KEYS else array[..., rows, :]
+
+
+def _identity(call: Call, of_keys: dict[str, Any], decay: Any, size: int) -> dict[str, Any]:
     """Return all that two calls must share if one is to continue the other."""
     arrays = {name: getattr(call, name) for name in ("q", "k", "v")}
+    forms = {n: (x.dtype, x.shape) for n, x in arrays.items()}
+    forms |= {name: _form(name, array)[::-1] for name, array in of_keys.items()}
+    more: dict[str, Any] = {"enable_gqa": True} if call.grouped else {}
+    if decay is not None:
+        more["decay"] = np.asarray(decay, np.float64).tolist()
     return {
-        **{name: f"{array.dtype} {array.shape}" for name, array in arrays.items()},
-        "feature_map": feature_map.fingerprint,
+        **{name: f"{dtype} {shape}" for name, (dtype, shape) in forms.items()},
+        "feature_map": call.map.fingerprint,
         "causal": call.causal,
         "chunk_size": size,
+        **more,
     }
 
 
 def _digests(rows: slice, arrays: dict[str, Any]) -> dict[str, str]:
     """Return a hash of these rows of each array, as it holds them now, in any byte order."""
-    chunks = {name: np.asarray(array[..., rows, :]) for name, array in arrays.items()}
+    chunks = {name: np.asarray(_rows(name, array, rows)) for name, array in arrays.items()}
     return {
         name: hashlib.sha256(chunk.astype(chunk.dtype.newbyteorder("<")).tobytes()).hexdigest()
         for name, chunk in chunks.items()
@@ -399,9 +440,10 @@ class _Checkpoint:
         found = extra.get("stream_attention")
         if not isinstance(found, dict):
             self.refuse("it holds a state that stream_attention did not write")
-        for name, value in self.identity.items():
-            if found.get(name) != value:
-                self.refuse(f"its {name} is {found.get(name)}, got {value}")
+        for name in {**self.identity, **found}:
+            if found.get(name) != self.identity.get(name):
+                mine = self.identity.get(name)
+                self.refuse(f"its {name} is {found.get(name)}, got {mine}")
         done, digests = extra.get("done"), extra.get("digests")
         if type(done) is not int or not 0 <= done <= steps:
             self.refuse(f"it must have done 0 to {steps} steps, got {done!r}")

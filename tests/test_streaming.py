@@ -73,6 +73,40 @@ def test_equals_the_whole(options, dtype, causal, chunk_size):
     assert relative_error(out, expected) < 200 * np.finfo(dtype).eps
 
 
+class NumbersOnDisk(OnDisk):
+    """One number a key."""
+
+    def _note(self, index):
+        assert index[0] is Ellipsis
+        assert len(index) == 2
+        self.longest = max(self.longest, index[1].stop - index[1].start)
+
+
+@each_causal
+@pytest.mark.parametrize("decay", [None, [0.9, 0.99], "gates"])
+def test_masks_biases_groups_and_decay(causal, decay, tmp_path):
+    q, k, v = draw(4, 200, 6), draw(2, 200, 6, seed=1), draw(2, 200, 5, seed=2)
+    rng = np.random.default_rng(3)
+    mask, bias = rng.random((2, 200)) < 0.8, rng.normal(size=(2, 200))
+    gates = rng.uniform(0.01, 1, (2, 200))
+    more = {"key_mask": mask, "key_bias": bias, "enable_gqa": True, "causal": causal}
+    on_disk = {n: NumbersOnDisk(more[n]) for n in ("key_mask", "key_bias")}
+    if decay is not None and not causal:
+        with pytest.raises(ValueError, match="needs causal"):
+            stream_attention(q, k, v, FM, np.empty((4, 200, 5)), enable_gqa=True, decay=gates)
+        return
+    if decay == "gates":
+        more["decay"], on_disk["decay"] = gates, NumbersOnDisk(gates)
+    elif decay is not None:
+        more["decay"] = decay
+    expected = favor_attention(q, k, v, FM, **more)
+    out = np.empty_like(expected)
+    resume = tmp_path / "resume"
+    stream_attention(q, k, v, FM, out, chunk_size=37, checkpoint=resume, **more | on_disk)
+    assert relative_error(out, expected) < 1e-13
+    assert all(array.longest == 37 for array in on_disk.values())
+
+
 @each_causal
 def test_leading_axes_broadcast(causal):
     q, k, v = draw(3, 1, 90, 6), draw(2, 90, 6, seed=1), draw(1, 1, 90, 5, seed=2)
@@ -153,6 +187,18 @@ def test_the_number_of_threads_changes_no_bit(causal):
 
 
 # -- Refused, before anything is done -------------------------------------------------------------
+
+
+def test_numbers_of_keys_that_do_not_fit():
+    q, k, v = draw(90, 6), draw(90, 6), draw(90, 5)
+    for name, value in (
+        ("key_mask", np.ones(89, bool)),
+        ("key_bias", np.ones(89)),
+        ("decay", np.ones(89)),
+        ("decay", 1.5),
+    ):
+        with pytest.raises(ValueError, match=name):
+            stream_attention(q, k, v, FM, np.empty((90, 5)), causal=True, **{name: value})
 
 
 def test_refused(tmp_path):
