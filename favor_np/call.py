@@ -244,9 +244,6 @@ def check_call(
         is_causal,
         is_grouped,
     )
-    if bias is not None and (hidden := bias == -np.inf).any():
-        bias, seen = np.where(hidden, bias.dtype.type(0), bias), ~hidden
-        mask = seen if mask is None else mask & seen
     if check_finite is not False and validation.flag("check_finite", check_finite):
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)
