@@ -321,16 +321,17 @@ UNLIMITED = 2**40
 
 def band(window: object, *, causal: bool) -> tuple[int, int]:
     """Return how many keys a query sees before its own position, and how many after it."""
-    left, right = None, 0 if causal else None
-    if window is not None and causal:
-        left = integer("window", window) - 1
-    elif window is not None:
-        if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise ValueError(
-                f"window needs causal=True, or must be a pair (left, right), got {got(window)}"
-            )
-        left, right = (n if n is None else integer("window", n, minimum=0) for n in window)
-    left, right = (UNLIMITED if n is None else min(n, UNLIMITED) for n in (left, right))
+    if window is None:
+        return UNLIMITED, 0 if causal else UNLIMITED
+    if causal:
+        return min(integer("window", window) - 1, UNLIMITED), 0
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(
+            f"window needs causal=True, or must be a pair (left, right), got {got(window)}"
+        )
+    left, right = (
+        UNLIMITED if n is None else min(integer("window", n, minimum=0), UNLIMITED) for n in window
+    )
     return left, right
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import publish
-from rivals import DIM, FEATURES, HEADS, PEERS, Case, sdpa_peer
+from rivals import DIM, FEATURES, HEADS, PEERS, WINDOW, Case, sdpa_peer
 
 from favor_np.compare import crossing
 from favor_np.cpu.layout import worth_bfloat16
@@ -36,7 +36,10 @@ CROSSING_LENGTHS = [48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 
 CROSSING_FEATURES = (64, 128, 256)
 PACKAGES = ["favor_np", "numpy", "numba", "jax", "torch", "performer-pytorch"]
 TOLERANCE, HALF = 1e-3, 1e-2  # between outputs in float32, and if products are in bfloat16
-TASKS = ("causal", "bidirectional", "causal gradient", "causal exact", "full exact")
+TASKS = (
+    "causal", "bidirectional", "causal gradient", "causal exact", "full exact",
+    f"causal exact, window {WINDOW}",
+)  # fmt: skip
 BFLOAT16 = worth_bfloat16()  # else it is float32
 PINS = ["FAVOR_NP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
 PINS += ["NPROC"]  # XLA's

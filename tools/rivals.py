@@ -20,7 +20,7 @@ import numpy as np
 
 import favor_np
 
-HEADS, DIM, FEATURES = 4, 64, 256
+HEADS, DIM, FEATURES, WINDOW = 4, 64, 256, 256
 CHUNKS = (64, 128, 256)
 
 
@@ -35,6 +35,10 @@ class Case:
     @property
     def causal(self):
         return self.task.startswith("causal")
+
+    @property
+    def window(self):
+        return WINDOW if "window" in self.task else None
 
     @functools.cached_property
     def arrays(self):
@@ -57,6 +61,8 @@ class Case:
         """Useful operations: 64 positions of a causal chunk are counted, whatever a peer takes."""
         if "exact" in self.task:
             token = 4 * self.length * DIM // (2 if self.causal else 1)
+            if self.window is not None:
+                token = 4 * min(self.window, self.length) * DIM
         else:
             token = 8 * DIM * FEATURES + (64 * (FEATURES + DIM) if self.causal else 0)
         if "gradient" in self.task:  # 4 times the products of chunks, 22 more of the projections
@@ -93,8 +99,9 @@ class Case:
     def exact(self, precision="full"):
         q, k, v = self.arrays
         return lambda: favor_np.exact_attention(
-            q, k, v, causal=self.causal, precision=precision, num_threads=self.threads
-        )
+            q, k, v, causal=self.causal, window=self.window, precision=precision,
+            num_threads=self.threads,
+        )  # fmt: skip
 
 
 @functools.cache
@@ -358,32 +365,35 @@ def performer_peer(case):
     return {"performer-pytorch": run}
 
 
-def sdpa_peer(case):
+def sdpa_call(case, dtype):
+    """SDPA of arrays of a dtype; a window is a mask of a band."""
     import torch
 
     torch.set_num_threads(case.threads)
-    q, k, v = (torch.from_numpy(x) for x in case.arrays)
-    attend = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.from_numpy(x).to(dtype) for x in case.arrays)
+    options = {"is_causal": case.causal}
+    if case.window is not None:
+        back = torch.arange(case.length)[:, None] - torch.arange(case.length)
+        options = {"attn_mask": (back >= 0) & (back < case.window)}
 
     def run():
         with torch.inference_mode():
-            return attend(q, k, v, is_causal=case.causal)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return attend(q, k, v, **options).float()
 
-    return {"PyTorch SDPA": run}
+    return run
+
+
+def sdpa_peer(case):
+    import torch
+
+    return {"PyTorch SDPA": sdpa_call(case, torch.float32)}
 
 
 def sdpa_bfloat16_peer(case):
     import torch
 
-    torch.set_num_threads(case.threads)
-    q, k, v = (torch.from_numpy(x).bfloat16() for x in case.arrays)
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def run():
-        with torch.inference_mode():
-            return attend(q, k, v, is_causal=case.causal).float()
-
-    return {"PyTorch SDPA of bfloat16": run}
+    return {"PyTorch SDPA of bfloat16": sdpa_call(case, torch.bfloat16)}
 
 
 PEERS = {  # name: (what makes its calls, what to install, for which tasks)
