@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -203,10 +204,13 @@ def _attention(
 
 def _dtype(fm: FeatureMap, dtype: Any) -> np.dtype[Any]:
     if dtype is None:
-        return fm.projection.dtype
-    if np.dtype(dtype) == np.float16:
-        return np.dtype(np.float16)
-    return validation.float_dtype("dtype", dtype)
+        return np.dtype(fm.projection.dtype)
+    name = None
+    with contextlib.suppress(TypeError):
+        name = np.dtype(dtype).name
+    if name not in ("float16", "float32", "float64"):
+        raise TypeError(f"dtype must be float16, float32 or float64, got {validation.got(dtype)}")
+    return np.dtype(name)
 
 
 def _model(

@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 
 from favor_np import FeatureMap, numerics
-from favor_np.interop.onnx.graph import TYPES, Graph
+from favor_np.interop.onnx.graph import BOOL, DOUBLE, TYPES, Graph
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -158,12 +158,12 @@ def key_logs(
 
 def double(g: Graph, x: str) -> str:
     """Convert to float64."""
-    return x if g.type == TensorProto.DOUBLE else g.Cast(x, to=TensorProto.DOUBLE)
+    return x if g.type == DOUBLE else g.Cast(x, to=DOUBLE)
 
 
 def real(g: Graph, x: str) -> str:
     """Convert from float64."""
-    return x if g.type == TensorProto.DOUBLE else g.Cast(x, to=g.type)
+    return x if g.type == DOUBLE else g.Cast(x, to=g.type)
 
 
 def key_features(a: Attention, g: Graph, logs: str, c: str, lift: str | None) -> tuple[str, str]:
@@ -247,7 +247,7 @@ def clock(a: Attention, g: Graph, count: str) -> tuple[str, str, str]:
     first = g.Unsqueeze("past_length", [1])
     tokens = g.Add(first, g.Unsqueeze(g.Range(0, g.Squeeze(count, [0]), 1), [0]))
     start, end, each = (
-        g.Mul(g.Cast(g.Unsqueeze(x, [2]), to=TensorProto.DOUBLE), rates)
+        g.Mul(g.Cast(g.Unsqueeze(x, [2]), to=DOUBLE), rates)
         for x in (first, g.Add(first, count), tokens)
     )
     before, whole = g.Floor(start), g.Floor(each)
@@ -365,14 +365,12 @@ def chunk_body(a: Attention, g: Graph) -> Any:
     rows = b.Add(b.MatMul(weights, v), b.MatMul(reads, before))
     over = b.Slice(rows, [a.value_dim], [a.columns], [3])
     lost = b.And(b.Greater(over, 0.0), b.Less(over, LEAST[a.bytes]))
-    lost = b.ReduceSum(b.Cast(lost, to=TensorProto.FLOAT), keepdims=0)
+    lost = b.ReduceSum(b.Cast(lost, to=b.type), keepdims=0)
     slowly, as_it_is = b.body(), b.body()
     one_by_one = read_one_by_one(a, slowly, (sums, c), query, k, logs, lift, v)
-    rows = b.If(
-        b.Cast(lost, to=TensorProto.BOOL),
-        then_branch=slowly.gives("one_by_one", one_by_one),
-        else_branch=as_it_is.gives("as_it_is", as_it_is.Identity(rows)),
-    )
+    slow = slowly.gives("one_by_one", one_by_one)
+    fast = as_it_is.gives("as_it_is", as_it_is.Identity(rows))
+    (rows,) = b.choice(b.Cast(lost, to=BOOL), slow, fast, 1)
     return b.gives("chunk", b.Add(before, b.MatMul(phi, v)), after, rows)
 
 
@@ -398,22 +396,20 @@ def read_one_by_one(
     """Fold and read the keys of a chunk one after the other, right whatever their norms."""
     n = g.Gather(g.Shape(k), [2])
     query = g.Reshape(query, g.Concat([0, 0, a.group], n, [a.feature_map.num_features], axis=0))
+    each = [g.Transpose(query, perm=[3, 0, 1, 2, 4])]
+    each += (g.Transpose(x, perm=[2, 0, 1, 3]) for x in (logs, v, lift) if x is not None)
     b = g.body()
     sums, c, q, key, value = b.takes("sums", "c", "q", "key", "value")
-    parts, height = [query, logs, v], None
-    if lift is not None:
-        parts.append(lift)
-        height = b.Unsqueeze(b.takes("lift")[0], [2])
+    height = None if lift is None else b.Unsqueeze(b.takes("lift")[0], [2])
     key = b.Unsqueeze(key, [2])
     after = b.Max(c, b.Ceil(raised(b, key, height)))
     phi, _ = key_features(a, b, key, after, height)
     new = b.MatMul(b.swap(phi), b.Unsqueeze(value, [2]))
     new = b.Add(faded(a, b, sums, c, after), new)
     body = b.gives("token", new, after, b.MatMul(query_features(b, q, after), new))
-    axes = [3, *[2] * (len(parts) - 1)]
-    options = {"num_scan_inputs": len(parts), "scan_input_axes": axes, "scan_output_axes": [3]}
-    rows = g.several("Scan", [*state, *parts], 3, body=body, **options)[2]
-    return g.Reshape(rows, g.Concat([0, 0], g.Mul(n, [a.group]), [a.columns], axis=0))
+    rows = g.several("Scan", [*state, *each], 3, body=body, num_scan_inputs=len(each))[2]
+    shape = g.Concat([0, 0], g.Mul(n, [a.group]), [a.columns], axis=0)
+    return g.Reshape(g.Transpose(rows, perm=[1, 2, 3, 0, 4]), shape)
 
 
 def whole_form(a: Attention, g: Graph) -> tuple[str, str, str]:
@@ -468,13 +464,7 @@ def gated_form(a: Attention, g: Graph, domain: str) -> tuple[str, str, str]:
     if a.own:
         logs = g.Squeeze(logs, [3])
         lift = None if lift is None else g.Squeeze(lift, [3])
-    b = g.body()
-    before, now = b.takes("c", "now")
-    after = b.Max(before, now)
-    body = b.gives("highest", after, b.Sub(before, after), b.Identity(after))
-    options = {"num_scan_inputs": 1, "scan_input_axes": [1], "scan_output_axes": [1, 1]}
-    tops = g.Ceil(raised(g, logs, lift))
-    c, gates, tops = g.several("Scan", ["past_max", tops], 3, body=body, **options)
+    c, gates, tops = running_maximum(g, g.Ceil(raised(g, logs, lift)))
     phi, below = key_features(a, g, logs, tops, lift)
     if a.group > 1 or a.own:
         below = g.Unsqueeze(below, [3])
@@ -500,3 +490,26 @@ def gated_form(a: Attention, g: Graph, domain: str) -> tuple[str, str, str]:
     if wound is not None:
         c = lowered(g, c, wound)
     return averages(a, g, g.Reshape(rows, [0, 0, a.heads, a.columns])), sums, c
+
+
+def running_maximum(g: Graph, tops: str) -> list[str]:
+    """Return the last of the running maxima, their differences to the one before, and all of them.
+
+    One position needs no Scan, and none at all must not meet one: that ends onnxruntime.
+    """
+    count = g.Gather(g.Shape(tops), 1)
+    one, other = g.body(), g.body()
+    before = one.Unsqueeze("past_max", [1])
+    after = one.Max(before, tops)
+    single = one.gives("one", one.Squeeze(after, [1]), one.Sub(before, after), after)
+
+    some, none = other.body(), other.body()
+    b = some.body()
+    before, now = b.takes("c", "now")
+    after = b.Max(before, now)
+    body = b.gives("highest", after, b.Sub(before, after), b.Identity(after))
+    options = {"num_scan_inputs": 1, "scan_input_axes": [1], "scan_output_axes": [1, 1]}
+    found = some.several("Scan", ["past_max", tops], 3, body=body, **options)
+    as_it_is = none.gives("none", *(none.Identity(x) for x in ("past_max", tops, tops)))
+    several = other.choice(other.Cast(count, to=BOOL), some.gives("some", *found), as_it_is, 3)
+    return g.choice(g.Equal(count, 1), single, other.gives("other", *several), 3)

@@ -18,6 +18,7 @@ TYPES = {
     "float64": TensorProto.DOUBLE,
     "int64": TensorProto.INT64,
 }
+BOOL, DOUBLE = TYPES["bool"], TYPES["float64"]
 
 
 class Graph:
@@ -82,6 +83,10 @@ class Graph:
         self._nodes.append(helper.make_node(operator, names, results, **attributes))
         return results
 
+    def choice(self, condition: str, true: Any, false: Any, outputs: int) -> list[str]:
+        """Append an If with these branches; return its outputs."""
+        return self.several("If", [condition], outputs, then_branch=true, else_branch=false)
+
     def reduce(self, operator: str, x: str, axis: int) -> str:
         """Append a node that reduces one axis, which stays with length 1."""
         if self.opset < 18:
@@ -94,7 +99,9 @@ class Graph:
 
     def named(self, x: str, name: str) -> None:
         """Call `x` by a name that the world outside knows."""
-        self._nodes.append(helper.make_node("Identity", [x], [name]))
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if n == x else n for n in names]
 
     def constant(self, value: Any) -> str:
         """Return the name of a constant."""
