@@ -210,7 +210,8 @@ def _dtype(fm: FeatureMap, dtype: Any) -> np.dtype[Any]:
         name = np.dtype(dtype).name
     if name not in ("float16", "float32", "float64"):
         raise TypeError(f"dtype must be float16, float32 or float64, got {validation.got(dtype)}")
-    return np.dtype(name)
+    kind: np.dtype[Any] = np.dtype(name)
+    return kind
 
 
 def _model(
