@@ -104,6 +104,7 @@ def test_functions_take_few_parameters():
         "forecast",
         "__init__",
         "favor_attention",
+        "export_attention",
     }
     many = {
         name

@@ -30,8 +30,9 @@ __all__ = ["export_attention", "from_onnx_state", "to_onnx_state"]
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMS = ("auto", "chunk", "gated", "whole")
-#: The first operators with Trilu, and with LinearAttention; the newest that is known to be right.
-OLDEST, LINEAR_ATTENTION, NEWEST = 14, 27, 27
+#: The first operators with Trilu, and with LinearAttention; the newest that models are tested with.
+OLDEST, LINEAR_ATTENTION = 14, 27
+NEWEST = min(27, onnx.defs.onnx_opset_version())
 #: Where onnxruntime has LinearAttention as an operator of its own.
 CONTRIB = "com.microsoft"
 
@@ -140,7 +141,21 @@ def export_attention(
     True
     """
     fm = checked(feature_map, ATTENTION_KINDS)
-    a = _attention(fm, heads, value_dim, kv_heads, causal, key_mask, decay, dtype)
+    heads, kv_heads = _heads(fm, heads, kv_heads)
+    causal = validation.flag("causal", causal)
+    rates = validation.decay_rates(decay, (kv_heads,), causal=causal)
+    io = _dtype(fm, dtype)
+    a = forms.Attention(
+        feature_map=fm,
+        heads=heads,
+        kv_heads=kv_heads,
+        value_dim=validation.integer("value_dim", value_dim),
+        causal=causal,
+        key_mask=validation.flag("key_mask", key_mask),
+        rates=None if rates is None else rates * np.log(2),
+        real=np.dtype(np.float64 if io == np.float64 else np.float32),
+        io=io,
+    )
     opset = validation.integer("opset", opset)
     form = validation.choice("form", form, FORMS)
     if form == "auto":
@@ -165,41 +180,17 @@ def export_attention(
     return model
 
 
-def _attention(
-    fm: FeatureMap,
-    heads: object,
-    value_dim: object,
-    kv_heads: object,
-    causal: object,
-    key_mask: object,
-    decay: Any,
-    dtype: Any,
-) -> forms.Attention:
-    """Check what is to be exported."""
-    heads, value_dim = (
-        validation.integer(name, x) for name, x in (("heads", heads), ("value_dim", value_dim))
-    )
-    kv_heads = heads if kv_heads is None else validation.integer("kv_heads", kv_heads)
-    if heads % kv_heads:
-        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
-    if fm.num_heads not in (None, kv_heads):
+def _heads(fm: FeatureMap, heads: object, kv_heads: object) -> tuple[int, int]:
+    """Check the numbers of heads."""
+    queries = validation.integer("heads", heads)
+    keys = queries if kv_heads is None else validation.integer("kv_heads", kv_heads)
+    if queries % keys:
+        raise ValueError(f"heads must be a multiple of kv_heads, got {queries} and {keys}")
+    if fm.num_heads not in (None, keys):
         raise ValueError(
-            f"kv_heads must be the {fm.num_heads} heads of the feature map, got {kv_heads}"
+            f"kv_heads must be the {fm.num_heads} heads of the feature map, got {keys}"
         )
-    causal = validation.flag("causal", causal)
-    rates = validation.decay_rates(decay, (kv_heads,), causal=causal)
-    io = _dtype(fm, dtype)
-    return forms.Attention(
-        fm,
-        heads,
-        kv_heads,
-        value_dim,
-        causal,
-        validation.flag("key_mask", key_mask),
-        None if rates is None else rates * np.log(2),
-        np.dtype(np.float64 if io == np.float64 else np.float32),
-        io,
-    )
+    return queries, keys
 
 
 def _dtype(fm: FeatureMap, dtype: Any) -> np.dtype[Any]:

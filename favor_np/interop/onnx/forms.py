@@ -367,7 +367,7 @@ def chunk_body(a: Attention, g: Graph) -> Any:
     lost = b.And(b.Greater(over, 0.0), b.Less(over, LEAST[a.bytes]))
     lost = b.ReduceSum(b.Cast(lost, to=b.type), keepdims=0)
     slowly, as_it_is = b.body(), b.body()
-    one_by_one = read_one_by_one(a, slowly, (sums, c), query, k, logs, lift, v)
+    one_by_one = read_one_by_one(a, slowly, (sums, c), query, logs, lift, v)
     slow = slowly.gives("one_by_one", one_by_one)
     fast = as_it_is.gives("as_it_is", as_it_is.Identity(rows))
     (rows,) = b.choice(b.Cast(lost, to=BOOL), slow, fast, 1)
@@ -388,13 +388,12 @@ def read_one_by_one(
     g: Graph,
     state: tuple[str, str],
     query: str,
-    k: str,
     logs: str,
     lift: str | None,
     v: str,
 ) -> str:
     """Fold and read the keys of a chunk one after the other, right whatever their norms."""
-    n = g.Gather(g.Shape(k), [2])
+    n = g.Gather(g.Shape(v), [2])
     query = g.Reshape(query, g.Concat([0, 0, a.group], n, [a.feature_map.num_features], axis=0))
     each = [g.Transpose(query, perm=[3, 0, 1, 2, 4])]
     each += (g.Transpose(x, perm=[2, 0, 1, 3]) for x in (logs, v, lift) if x is not None)
