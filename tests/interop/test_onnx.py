@@ -70,9 +70,11 @@ every_form = pytest.mark.parametrize("form", ["chunk", "gated", "whole"])
 causal_forms = pytest.mark.parametrize("form", ["chunk", "gated"])
 
 
-def runner(model):
+def runner(model, **entries):
     """Return a function from inputs to outputs, by name."""
     options = onnxruntime.SessionOptions()
+    for name, value in entries.items():
+        options.add_session_config_entry(f"session.{name}", value)
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -169,6 +171,16 @@ def test_every_norm(kind, form):
     run = runner(export(fm, form))
     for seed, (length, std) in enumerate([(4, 0.1), (17, 4), (64, 8), (128, 12), (300, 12)]):
         q, k, v = data(length, std=std, seed=seed)
+        out = run(inputs(q, k, v, empty(fm, 2)))["out"]
+        assert relative_rms(out, expected(q, k, v, fm, causal=form != "whole")) <= PROMISE
+
+
+@every_form
+def test_subnormal_numbers_are_not_needed(form):
+    fm = maps()["antithetic"]
+    run = runner(export(fm, form), set_denormal_as_zero="1")
+    for std in (1, 8, 12):
+        q, k, v = data(200, std=std)
         out = run(inputs(q, k, v, empty(fm, 2)))["out"]
         assert relative_rms(out, expected(q, k, v, fm, causal=form != "whole")) <= PROMISE
 

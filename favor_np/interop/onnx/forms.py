@@ -172,10 +172,17 @@ def key_features(a: Attention, g: Graph, logs: str, c: str, lift: str | None) ->
     return g.Exp(g.Clip(g.Sub(logs, below), LOWEST[a.bytes], 1.0)), below
 
 
-def query_features(g: Graph, logs: str, c: str) -> str:
-    """Return features of queries times ``exp(c)``, over their sum: the largest is at least 1/M."""
-    highest = g.reduce("ReduceMax", c, -1)
-    return g.Softmax(g.Add(logs, g.Sub(c, highest)), axis=-1)
+def query_features(a: Attention, g: Graph, logs: str, c: str) -> str:
+    """Return features of queries times ``exp(c)``, over their sum."""
+    return shares(a, g, g.Add(logs, g.Sub(c, g.reduce("ReduceMax", c, -1))))
+
+
+def shares(a: Attention, g: Graph, logs: str) -> str:
+    """Return ``exp(logs)`` over its sum: at least 1/M for one feature, a normal number for all.
+
+    Some processors take a hundred times as long for numbers below.
+    """
+    return g.Max(g.Softmax(logs, axis=-1), math.exp(LOWEST[a.bytes]))
 
 
 def raised(g: Graph, logs: str, lift: str | None) -> str:
@@ -359,7 +366,7 @@ def chunk_body(a: Attention, g: Graph) -> Any:
     after = b.Max(c, b.Ceil(b.reduce("ReduceMax", raised(b, logs, lift), 2)))
     phi, _ = key_features(a, b, logs, after, lift)
     phi = b.swap(phi)
-    reads = query_features(b, query, after)
+    reads = query_features(a, b, query, after)
     before = faded(a, b, sums, c, after)
     weights = lower_triangles(a, b, b.MatMul(reads, phi), k)
     rows = b.Add(b.MatMul(weights, v), b.MatMul(reads, before))
@@ -405,7 +412,7 @@ def read_one_by_one(
     phi, _ = key_features(a, b, key, after, height)
     new = b.MatMul(b.swap(phi), b.Unsqueeze(value, [2]))
     new = b.Add(faded(a, b, sums, c, after), new)
-    body = b.gives("token", new, after, b.MatMul(query_features(b, q, after), new))
+    body = b.gives("token", new, after, b.MatMul(query_features(a, b, q, after), new))
     rows = g.several("Scan", [*state, *each], 3, body=body, num_scan_inputs=len(each))[2]
     shape = g.Concat([0, 0], g.Mul(n, [a.group]), [a.columns], axis=0)
     return g.Reshape(g.Transpose(rows, perm=[1, 2, 3, 0, 4]), shape)
@@ -435,7 +442,7 @@ def whole_form(a: Attention, g: Graph) -> tuple[str, str, str]:
     cut = Cut(g, "q", BLOCK)
     b = g.body()
     kept, highest, q = b.takes("sums", "c", "q")
-    rows = b.MatMul(query_features(b, query_logs(a, b, q), highest), kept)
+    rows = b.MatMul(query_features(a, b, query_logs(a, b, q), highest), kept)
     q = cut.apart(real_input(a, g, "q"), a.kv_heads, d, a.group)
     body = b.gives("read", b.Identity(kept), b.Identity(highest), rows)
     rows = g.several("Scan", [sums, c, q], 3, body=body, num_scan_inputs=1)[2]
@@ -471,7 +478,7 @@ def gated_form(a: Attention, g: Graph, domain: str) -> tuple[str, str, str]:
     if a.group > 1 and not a.own:
         reads = g.Reshape(reads, [0, 0, heads, a.group, fm.num_features])
     # Any number that all features of a query have in common cancels: `below` is smaller than c.
-    reads = g.Softmax(g.Add(reads, below), axis=-1)
+    reads = shares(a, g, g.Add(reads, below))
     features = fm.num_features
     v = g.Reshape(values(a, g, alive), [0, 0, heads * a.columns])
     reads = g.Reshape(reads, [0, 0, a.heads * features])
