@@ -107,6 +107,7 @@ def test_functions_take_few_parameters():
         "compare",
         "__init__",
         "favor_attention",
+        "export_attention",
     }
     many = {
         name

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "forecast": "forecast a price series from its own past, and judge it honestly",
     "compare": "FAVOR+ against exact attention: error, time and memory",
+    "export": "attention as an ONNX model, for runtimes without Python",
     "info": "versions, processor, threads, cache and GPU of this installation",
     "warmup": "compile the kernels now, so that the first call is quick",
 }
