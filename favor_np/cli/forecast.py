@@ -425,16 +425,18 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
     if len(result.sections) > 1:
         once = seconds(exact.calibration_seconds)
         rows.insert(1, ("", f"and {once} once for the calibration, however long the series"))
-    ratio = exact.seconds / exact.favor_seconds
+    pays = f"{exact.pays_from:,} windows on, with the calibration"
     rows.append(
-        ("faster", f"FAVOR+, {ratio:.3g} times, but for the calibration" if ratio >= 1
-                   else f"exact, {1 / ratio:.3g} times, at this length")
+        ("faster", f"FAVOR+, {exact.speedup:.3g} times; it pays from {pays}" if exact.speedup >= 1
+                   else f"exact, {1 / exact.speedup:.3g} times: the series is short. FAVOR+ pays from "
+                        + pays)
     )  # fmt: skip
     share = 100 * exact.rmse / exact.spread if exact.spread > 0 else math.nan
     part = f" (first {exact.rows:,})" if exact.extrapolated else ""
     rows.append(
         ("difference", f"correlation {exact.correlation:.4f}, rmse {percent.fine(exact.rmse)}: "
-                       f"{_two(share)}{GLUE}% of the spread of the exact forecasts{part}")
+                       f"{_two(share)}{GLUE}% of the spread of the exact forecasts{part}"
+                       + _beside_doubt(result, exact))
     )  # fmt: skip
     rows.append(
         ("error bars", f"effective sample size {found['effective_sample_size']:,.0f} of "
@@ -444,6 +446,13 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
                        f"standard errors{part}: {_held(found)}")
     )  # fmt: skip
     return f"FAVOR+ AND EXACT ATTENTION on the same {len(result):,} windows, compiled", rows
+
+
+def _beside_doubt(result: Forecast, exact: ExactComparison) -> str:
+    doubt = result.next.standard_error
+    if result.target != "return" or not 0 < doubt < math.inf:
+        return ""
+    return f", and {_two(100 * exact.rmse / doubt)}{GLUE}% of the standard error of the next one"
 
 
 def _held(found: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from ._next import Precedent as Precedent
 from ._prices import PriceError as PriceError
 from ._prices import Prices as Prices
 from ._prices import read_prices as read_prices
+from ._simulate import simulated_minutes as simulated_minutes
 
 
 def __getattr__(name: str) -> _Any:
