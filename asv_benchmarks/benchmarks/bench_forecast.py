@@ -20,7 +20,7 @@ def made(rows):
 class Minutes:
     """Simulated minutes, volatility, the default number of features."""
 
-    params = [10_000, 262_800]
+    params = (10_000, 262_800)
     param_names = ("rows",)
     timer = TIMER
     timeout = 300

@@ -12,6 +12,7 @@ from favor_np import validation
 
 from ._calendar import steps_per_year
 from ._forecast import Forecast
+from ._scores import z_score
 from ._windows import F64
 
 Signals = npt.NDArray[np.int8]
@@ -232,18 +233,6 @@ def wilson_interval(hits: int, trials: int, overlap: int = 1) -> tuple[float, fl
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * share * (1 - share) / count + z2**2 / (4 * count**2)) / (1 + z2 / count)
     return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def z_score(values: F64, horizon: int) -> float:
-    """Mean over its standard error, with the autocovariances of overlapping outcomes."""
-    count = len(values)
-    centred = values - values.mean()
-    lags = min(max(horizon - 1, int(count ** (1 / 3))), count - 1)
-    variance = centred @ centred
-    for lag in range(1, lags + 1):
-        variance += 2 * (1 - lag / (lags + 1)) * (centred[lag:] @ centred[:-lag])
-    error = math.sqrt(max(variance, 0.0)) / count
-    return float(values.mean() / error) if error > 0 else 0.0
 
 
 def _skill(ours: F64, theirs: F64) -> float:
