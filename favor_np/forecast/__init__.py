@@ -24,6 +24,8 @@ from ._evaluate import VolatilityEvaluation as VolatilityEvaluation
 from ._evaluate import evaluate as evaluate
 from ._forecast import Forecast as Forecast
 from ._forecast import forecast as forecast
+from ._intervals import Intervals as Intervals
+from ._intervals import conformal_intervals as conformal_intervals
 from ._live import LiveForecast as LiveForecast
 from ._live import Replay as Replay
 from ._live import Tick as Tick
