@@ -39,6 +39,7 @@ from ._scores import DieboldMariano as DieboldMariano
 from ._scores import diebold_mariano as diebold_mariano
 from ._scores import qlike as qlike
 from ._simulate import simulated_minutes as simulated_minutes
+from ._trading import Trading as Trading
 
 
 def __getattr__(name: str) -> _Any:

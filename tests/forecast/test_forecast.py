@@ -255,7 +255,7 @@ def test_a_pattern_is_found_and_traded():
     assert record.hit_low > 0.9
     assert record.r2 > 0.8
     assert record.z > 5
-    assert record.equity[-1] > 10 * record.equity_hold[-1]
+    assert record.strategy.gain > 10 * record.hold.gain
     assert result.next.move == pytest.approx(0.01, abs=0.003)  # the next of the six goes up
     assert result.next.chance > 0.9
     assert math.copysign(1, result.next.similar[0].move) == 1
@@ -370,7 +370,7 @@ def test_equity_is_that_of_a_ledger(horizon):
     prices = walk(200)
     result = forecast(prices, window=8, horizon=horizon, num_features=64)
     record = evaluate(result, threshold=1e-4, cost=0.003)
-    cash, hold, position, turnover = 1.0, 1.0, 0.0, 0.0
+    cash, hold, position, turnover, trades = 1.0, 1.0, 0.0, 0.0, 0
     given = []
     for row in range(record.start, len(result) - 1):
         t = result.index[row]
@@ -379,12 +379,15 @@ def test_equity_is_that_of_a_ledger(horizon):
         given.append(1 if predicted > 1e-4 else -1 if predicted < -1e-4 else 0)
         target = sum(given[-horizon:]) / horizon
         turnover += abs(target - position)
+        trades += target != position
         cash *= 1 + target * move - 0.003 * abs(target - position)
         hold *= 1 + move - (0.003 if row == record.start else 0)
         position = target
-    assert record.equity[-1] == pytest.approx(cash, rel=1e-12)
-    assert record.equity_hold[-1] == pytest.approx(hold, rel=1e-12)
-    assert record.turnover == pytest.approx(turnover)
+    assert record.strategy.equity[-1] == pytest.approx(cash, rel=1e-12)
+    assert record.hold.equity[-1] == pytest.approx(hold, rel=1e-12)
+    assert record.strategy.turnover == pytest.approx(turnover)
+    assert record.strategy.trades == trades
+    assert (record.hold.turnover, record.hold.trades) == (1.0, 1)
     judged = slice(record.start, record.stop)
     agree = np.sign(result.predicted[judged]) == np.sign(result.outcome[judged])
     moved = result.outcome[judged] != 0
