@@ -102,6 +102,7 @@ def test_functions_take_few_parameters():
         "from_projection",
         "zeros",
         "forecast",
+        "train",
         "__init__",
         "favor_attention",
     }

@@ -6,6 +6,7 @@ like theirs. ``key=None`` evaluates, a key trains: whatever is random is a funct
 """
 
 from favor_np.nn.attention import FavorSelfAttention
+from favor_np.nn.checkpoint import Checkpoint, load, save
 from favor_np.nn.feedforward import FeedForward
 from favor_np.nn.layer import Chain, Layer
 from favor_np.nn.linear import Dropout, Embedding, Linear
@@ -14,16 +15,19 @@ from favor_np.nn.models import Block, Performer, PerformerLM, Residual
 from favor_np.nn.norms import LayerNorm, RMSNorm, ScaleNorm, UnitScale
 from favor_np.nn.optim import AdamW, constant, cosine, warmup_stable_decay
 from favor_np.nn.position import LearnedPositions, Rotary, ShiftTokens, SinusoidalPositions
+from favor_np.nn.training import History, diagnose_attention, train
 from favor_np.nn.tree import astype, leaves, zeros_like
 
 __all__ = [
     "AdamW",
     "Block",
     "Chain",
+    "Checkpoint",
     "Dropout",
     "Embedding",
     "FavorSelfAttention",
     "FeedForward",
+    "History",
     "Layer",
     "LayerNorm",
     "LearnedPositions",
@@ -41,11 +45,15 @@ __all__ = [
     "constant",
     "cosine",
     "cross_entropy",
+    "diagnose_attention",
     "gaussian",
     "leaves",
+    "load",
     "mean_squared",
     "qlike",
     "quantile",
+    "save",
+    "train",
     "warmup_stable_decay",
     "zeros_like",
 ]

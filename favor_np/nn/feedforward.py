@@ -118,9 +118,11 @@ class FeedForward(Layer):
     dropout: float = 0.0
     std: float | None = None
 
+    def __post_init__(self) -> None:
+        validation.choice("activation", self.activation, ACTIVATIONS)
+
     @cached_property
     def parts(self) -> dict[str, Layer]:
-        validation.choice("activation", self.activation, ACTIVATIONS)
         hidden = 4 * self.dim if self.hidden is None else self.hidden
         wide = hidden * (2 if self.activation in GATED else 1)
         return {

@@ -60,6 +60,7 @@ class LayerNorm(Layer):
             y += leaf(params, "bias", (self.dim,))
 
         def pullback(grad: Array, grads: Params) -> Array:
+            grad = rows("grad_y", grad, self.dim, weight.dtype)
             add_sum(grads["weight"], grad * unit)
             if self.bias:
                 add_sum(grads["bias"], grad)
@@ -103,6 +104,7 @@ class RMSNorm(Layer):
         unit = x * inverse
 
         def pullback(grad: Array, grads: Params) -> Array:
+            grad = rows("grad_y", grad, self.dim, weight.dtype)
             add_sum(grads["weight"], grad * unit)
             grad = grad * weight
             return (grad - _dot(grad, unit) / self.dim * unit) * inverse
@@ -149,6 +151,7 @@ class ScaleNorm(Layer):
         unit = x * inverse
 
         def pullback(grad: Array, grads: Params) -> Array:
+            grad = rows("grad_y", grad, self.dim, weight.dtype)
             along = _dot(grad, unit)
             grads["weight"] += along.sum()
             along[size < self.eps] = 0  # there x is divided by a constant
