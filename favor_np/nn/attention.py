@@ -16,7 +16,8 @@ from favor_np.attention import favor_attention
 from favor_np.exact import exact_attention, exact_attention_vjp
 from favor_np.features import ATTENTION_KINDS, FeatureMap
 from favor_np.gradients import favor_attention_vjp
-from favor_np.nn.layer import Key, Layer, Pullback, generator, leaf, part
+from favor_np.nn.fused import Heads
+from favor_np.nn.layer import Key, Layer, Pullback, generator, leaf, part, within
 from favor_np.nn.linear import Linear
 from favor_np.nn.norms import UnitScale
 from favor_np.nn.position import Rotary
@@ -153,6 +154,14 @@ class FavorSelfAttention(Layer):
         return self.antithetic and self.kind == "positive"
 
     @property
+    def _grouped(self) -> bool:
+        return self.heads > self._kv_heads
+
+    @cached_property
+    def _sphere(self) -> UnitScale | None:
+        return UnitScale(self._kv_heads) if self.qk == "sphere" else None
+
+    @property
     def _scale(self) -> float:
         return 1.0 if self.qk == "sphere" else self._dim_head**-0.5
 
@@ -162,10 +171,8 @@ class FavorSelfAttention(Layer):
         parts: dict[str, Layer] = {
             "qkv": Linear(self.dim, (self.heads + 2 * self._kv_heads) * d, self.bias)
         }
-        if self.qk == "sphere":
-            parts["sphere"] = UnitScale(self._kv_heads)
-        if self.rotary is not None:
-            parts["rotary"] = Rotary(d, self.rotary)
+        if self._sphere is not None:
+            parts["sphere"] = self._sphere
         parts["output"] = Linear(self.heads * d, self.dim, self.output_bias, self.std)
         return parts
 
@@ -191,40 +198,37 @@ class FavorSelfAttention(Layer):
         more = self._antithetic, self.kernel_epsilon
         return _map_of(w.tobytes(), w.shape, w.dtype.str, self.kind, self._scale, more)
 
-    def _split(self, qkv: Array) -> tuple[Array, Array, Array]:
-        """Return q, k and v (..., heads, L, d) of rows (..., L, all heads * d)."""
-        d, h, kv = self._dim_head, self.heads, self._kv_heads
-        heads = qkv.reshape(*qkv.shape[:-1], -1, d).swapaxes(-2, -3)
-        q, k, v = heads[..., :h, :, :], heads[..., h : h + kv, :, :], heads[..., h + kv :, :, :]
-        return q, k, v
+    def _heads(self, params: Params, start: int, count: int, dtype: Any) -> Heads:
+        """Return how rows from the position `start` on are cut into heads."""
+        counts = self.heads, self._kv_heads, self._kv_heads
+        lengths = turns = None
+        if self._sphere is not None:
+            with within("sphere"):
+                radii = self._sphere.lengths(params.get("sphere", {}))
+            lengths = np.concatenate([np.repeat(radii, self.heads // self._kv_heads), radii])
+        if self.rotary is not None:
+            turns = Rotary(self._dim_head, self.rotary).turns(start, count, dtype)
+        return Heads(
+            counts, self._dim_head, lengths=lengths, turns=turns, adjacent=self.rotary != "halves"
+        )
 
-    def _merge(self, *parts: Array) -> Array:
-        """Return rows (..., L, all heads * d) of heads (..., heads, L, d): what `_split` does, back."""
-        d, length = self._dim_head, parts[0].shape[-2]
-        counts = [x.shape[-3] for x in parts]
-        out = np.empty((*parts[0].shape[:-3], length, sum(counts), d), parts[0].dtype)
-        at = 0
-        for x, count in zip(parts, counts, strict=True):
-            out[..., at : at + count, :] = x.swapaxes(-2, -3)
-            at += count
-        return out.reshape(*out.shape[:-2], -1)
+    def _add_to_sphere(self, lengths: Array, of_lengths: Array, grads: Params) -> None:
+        """Add the gradient of the radii, which queries share with keys."""
+        assert self._sphere is not None
+        of_q = of_lengths[: self.heads].reshape(self._kv_heads, -1).sum(-1)
+        self._sphere.add_gradient(
+            lengths[self.heads :], of_q + of_lengths[self.heads :], grads["sphere"]
+        )
 
-    def _place(self, params: Params, q: Array, k: Array, key: Key | None) -> tuple[Any, Any]:
-        """Put queries and keys on their spheres, and rotate them; how to pull that back."""
-        pulls = []
-        for name in ("sphere", "rotary"):
-            if name in self.parts:
-                layer = self.parts[name]
-                q, of_q = part(layer, name, params, q, key)
-                k, of_k = part(layer, name, params, k, key)
-                pulls.append((of_q, of_k))
+    @cached_property
+    def _plain(self) -> Heads:
+        """How heads of results are put together."""
+        return Heads((self.heads, 0, 0), self._dim_head)
 
-        def pullback(q: Array, k: Array, grads: Params) -> tuple[Array, Array]:
-            for of_q, of_k in reversed(pulls):
-                q, k = of_q(q, grads), of_k(k, grads)
-            return q, k
-
-        return (q, k), pullback
+    def _joined(self, out: Array) -> Array:
+        """Return rows (..., L, heads * d) of heads (..., heads, L, d)."""
+        none = np.empty((*out.shape[:-3], 0, *out.shape[-2:]), out.dtype)
+        return self._plain.merge((out, none, none))[0]
 
     def vjp(
         self, params: Params, x: Any, *, key: Key | None = None, mask: Any = None
@@ -232,9 +236,9 @@ class FavorSelfAttention(Layer):
         if np.ndim(x) < 2 or not np.size(x):
             raise ValueError(f"x must have shape (..., L, {self.dim}), L > 0, got {np.shape(x)}")
         qkv, pull_qkv = part(self.parts["qkv"], "qkv", params, x, key)
-        q, k, v = self._split(qkv)
-        (q, k), pull_place = self._place(params, q, k, key)
-        options: dict[str, Any] = {"causal": self.causal, "enable_gqa": self.heads > len_of(k)}
+        heads = self._heads(params, 0, qkv.shape[-2], qkv.dtype)
+        q, k, v = heads.split(qkv)
+        options: dict[str, Any] = {"causal": self.causal, "enable_gqa": self._grouped}
         if mask is not None:
             options["key_mask"] = np.asarray(mask)[..., None, :]
         pull: Any
@@ -246,17 +250,16 @@ class FavorSelfAttention(Layer):
             if watch is not None:
                 watch.append((q, k, v, fm, self.causal))
             out, pull = favor_attention_vjp(q, k, v, fm, decay=self.decay, **options)
-        y, pull_output = part(self.parts["output"], "output", params, self._merge(out), key)
+        y, pull_output = part(self.parts["output"], "output", params, self._joined(out), key)
 
         def pullback(grad: Array, grads: Params) -> Array:
-            rows = pull_output(grad, grads)
-            heads = rows.reshape(*rows.shape[:-1], -1, self._dim_head).swapaxes(-2, -3)
-            found = pull(heads)
+            found = pull(self._plain.split(pull_output(grad, grads))[0])
             if self.learn_projection and not self.exact:
                 grads["projection"] += found.projection
-            q, k = pull_place(found.q, found.k, grads)
-            grad_x: Array = pull_qkv(self._merge(q, k, found.v), grads)
-            return grad_x
+            rows, of_lengths = heads.merge((found.q, found.k, found.v), qkv)
+            if heads.lengths is not None:
+                self._add_to_sphere(heads.lengths, of_lengths, grads)
+            return pull_qkv(rows, grads)
 
         return y, pullback
 
@@ -264,19 +267,13 @@ class FavorSelfAttention(Layer):
         if not self.causal:
             raise ValueError("causal must be True to go on from earlier rows, got False")
         qkv, _ = part(self.parts["qkv"], "qkv", params, x)
-        q, k, v = self._split(qkv)
-        if self.qk == "sphere":
-            (q, _), (k, _) = (part(self.parts["sphere"], "sphere", params, a) for a in (q, k))
-        if self.rotary is not None:
-            start = state.get("length", 0)
-            rotate = self.parts["rotary"].rotate  # type: ignore[attr-defined]
-            q, k = rotate(q, start), rotate(k, start)
-            state["length"] = start + x.shape[-2]
+        start, count = state.get("length", 0), qkv.shape[-2]
+        state["length"] = start + count
+        q, k, v = self._heads(params, start, count, qkv.dtype).split(qkv)
         out = (self._extend_exact if self.exact else self._extend_favor)(params, state, q, k, v)
-        return part(self.parts["output"], "output", params, self._merge(out))[0]
+        return part(self.parts["output"], "output", params, self._joined(out))[0]
 
     def _extend_favor(self, params: Params, state: dict[str, Any], q: Any, k: Any, v: Any) -> Array:
-        grouped = self.heads > len_of(k)
         if "attention" not in state:
             lead, fm = k.shape[:-2], self.feature_map(params)
             state["attention"] = AttentionState(
@@ -284,20 +281,20 @@ class FavorSelfAttention(Layer):
             )
         memory = state["attention"]
         if q.shape[-2] == 1:
-            if not grouped:
+            if not self._grouped:
                 return np.asarray(memory.step(q, k, v))
             shared = q.reshape(*k.shape[:-2], -1, q.shape[-1])  # the queries of each head of keys
             return np.asarray(memory.update(k, v).attend(shared)).reshape(q.shape)
         out, state["attention"] = favor_attention(
-            q, k, v, memory.feature_map, causal=True, enable_gqa=grouped, decay=self.decay,
+            q, k, v, memory.feature_map, causal=True, enable_gqa=self._grouped, decay=self.decay,
             state=memory, return_state=True,
         )  # fmt: skip
         return out
 
     def _extend_exact(self, params: Params, state: dict[str, Any], q: Any, k: Any, v: Any) -> Array:
         """Keep all keys and values: a token costs as much as there are tokens before it."""
-        known = state.get("length_kept", 0)
-        end = known + k.shape[-2]
+        end = state["length"]
+        known = end - k.shape[-2]
         for name, new in (("keys", k), ("values", v)):
             kept = state.get(name)
             if kept is None or kept.shape[-2] < end:
@@ -307,8 +304,7 @@ class FavorSelfAttention(Layer):
                     grown[..., :known, :] = kept[..., :known, :]
                 kept = state[name] = grown
             kept[..., known:end, :] = new
-        state["length_kept"] = end
-        options: dict[str, Any] = {"scale": self._scale, "enable_gqa": self.heads > len_of(k)}
+        options: dict[str, Any] = {"scale": self._scale, "enable_gqa": self._grouped}
         if not known:
             return exact_attention(q, k, v, causal=True, **options)
         found = [
@@ -321,8 +317,3 @@ class FavorSelfAttention(Layer):
             for i in range(q.shape[-2])
         ]
         return np.concatenate(found, -2)
-
-
-def len_of(k: Array) -> int:
-    """Return the number of heads of (..., heads, L, d)."""
-    return int(k.shape[-3])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from favor_np import validation
+from favor_np.nn import fused
 from favor_np.nn.tree import Array
 
 
@@ -41,7 +42,7 @@ def cross_entropy(logits: Any, targets: Any, *, ignore: int | None = None) -> tu
     loss : float
         Mean over the targets that count.
     grad : ndarray
-        Its gradient, of the shape and dtype of `logits`.
+        Its gradient, of the shape of `logits`.
 
     Raises
     ------
@@ -73,18 +74,10 @@ def cross_entropy(logits: Any, targets: Any, *, ignore: int | None = None) -> tu
     wrong = right[counted & ((right < 0) | (right >= classes))]
     if wrong.size:
         raise ValueError(f"targets must be from 0 to {classes - 1}, got {wrong[0]}")
-    right = np.where(counted, right, 0)
-    rows = np.arange(len(right))
-    shifted = logits.reshape(-1, classes) - logits.reshape(-1, classes).max(-1, keepdims=True)
-    grad = np.exp(shifted)
-    sums = grad.sum(-1, keepdims=True)
-    losses = np.log(sums[:, 0]) - shifted[rows, right]
-    grad /= sums
-    grad[rows, right] -= 1
-    grad[~counted] = 0
-    grad /= total
-    loss = float(losses[counted].sum(dtype=np.float64)) / total
-    return loss, grad.reshape(logits.shape)
+    kind = np.float64 if logits.dtype == np.float64 else np.float32
+    scores = validation.contiguous(logits.reshape(-1, classes), np.dtype(kind))
+    losses, grad = fused.cross_entropy(scores, np.where(counted, right, -1), 1 / total)
+    return float(losses.sum()) / total, grad.reshape(logits.shape)
 
 
 def mean_squared(output: Any, targets: Any) -> tuple[float, Array]:

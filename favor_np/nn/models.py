@@ -14,6 +14,7 @@ from favor_np.nn.attention import FavorSelfAttention
 from favor_np.nn.feedforward import FeedForward
 from favor_np.nn.layer import Chain, Key, Layer, Pullback, extend_part, leaf, part, rows
 from favor_np.nn.linear import Dropout, Embedding, Linear
+from favor_np.nn.memory import empty_like
 from favor_np.nn.norms import LayerNorm, RMSNorm, ScaleNorm
 from favor_np.nn.position import LearnedPositions, ShiftTokens, SinusoidalPositions
 from favor_np.nn.products import add_product, multiply, multiply_back
@@ -61,6 +62,12 @@ class Residual(Layer):
         parts["dropout"] = Dropout(self.dropout) if self.dropout else None
         return {name: layer for name, layer in parts.items() if layer is not None}
 
+    @cached_property
+    def _shifts_in_norm(self) -> bool:
+        """Whether one pass over memory does both."""
+        shift = self.shift is not None and self.shift.causal
+        return shift and isinstance(self.norm, (LayerNorm, RMSNorm))
+
     def init(self, rng: np.random.Generator) -> Params:
         params = super().init(rng)
         if self.gate:
@@ -71,8 +78,13 @@ class Residual(Layer):
         self, params: Params, x: Any, *, key: Key | None = None, **options: Any
     ) -> tuple[Array, Pullback]:
         pulls, out = [], x
+        fused = self._shifts_in_norm
         for name, layer in self.parts.items():
-            more = options if name == "branch" else {}
+            if fused and name == "shift":
+                continue
+            more: dict[str, Any] = {"shifted": True} if fused and name == "norm" else {}
+            if name == "branch":
+                more = options
             out, pull = part(layer, name, params, out, key, **more)
             pulls.append(pull)
         gate = leaf(params, "gate", (1,)) if self.gate else None
@@ -85,9 +97,10 @@ class Residual(Layer):
                 back = grad * gate
             for pull in reversed(pulls):
                 back = pull(back, grads)
-            return grad + back
+            return np.add(grad, back, out=empty_like(grad))
 
-        return x + (branch if gate is None else branch * gate), pullback
+        scaled = branch if gate is None else branch * gate
+        return np.add(x, scaled, out=empty_like(scaled)), pullback
 
     def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
         out = x

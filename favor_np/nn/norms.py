@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from favor_np.nn.fused import Norm
 from favor_np.nn.layer import Key, Layer, Pullback, leaf, rows
-from favor_np.nn.products import add_sum
 from favor_np.nn.tree import Array, Params
 
 
 def _dot(a: Array, b: Array) -> Array:
     """Return the products of rows with rows, (..., 1)."""
     return np.einsum("...i,...i->...", a, b)[..., None]
+
+
+def _back(norm: Norm, grad: Array, grads: Params) -> Array:
+    """Pull a cotangent back through a norm, and add the gradients of weight and bias."""
+    dx, sums = norm.back(grad)
+    for name, total in zip(("weight", "bias"), sums, strict=False):
+        grads[name] += total
+    return dx
 
 
 @dataclass(frozen=True)
@@ -49,26 +57,16 @@ class LayerNorm(Layer):
             params["bias"] = np.zeros(self.dim, np.float32)
         return params
 
-    def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
+    def vjp(
+        self, params: Params, x: Any, *, key: Key | None = None, shifted: bool = False
+    ) -> tuple[Array, Pullback]:
         weight = leaf(params, "weight", (self.dim,))
+        bias = leaf(params, "bias", (self.dim,)) if self.bias else None
         x = rows("x", x, self.dim, weight.dtype)
-        unit = x - x.mean(-1, keepdims=True)
-        inverse = 1 / np.sqrt(_dot(unit, unit) / self.dim + self.eps)
-        unit *= inverse
-        y = unit * weight
-        if self.bias:
-            y += leaf(params, "bias", (self.dim,))
-
-        def pullback(grad: Array, grads: Params) -> Array:
-            grad = rows("grad_y", grad, self.dim, weight.dtype)
-            add_sum(grads["weight"], grad * unit)
-            if self.bias:
-                add_sum(grads["bias"], grad)
-            grad = grad * weight
-            along = _dot(grad, unit) / self.dim
-            return (grad - grad.mean(-1, keepdims=True) - along * unit) * inverse
-
-        return y, pullback
+        norm = Norm(x, weight, bias, self.eps, centred=True, shifted=shifted)
+        return norm.y, lambda grad, grads: _back(
+            norm, rows("grad_y", grad, self.dim, x.dtype), grads
+        )
 
 
 @dataclass(frozen=True)
@@ -97,19 +95,15 @@ class RMSNorm(Layer):
     def init(self, rng: np.random.Generator) -> Params:
         return {"weight": np.ones(self.dim, np.float32)}
 
-    def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
+    def vjp(
+        self, params: Params, x: Any, *, key: Key | None = None, shifted: bool = False
+    ) -> tuple[Array, Pullback]:
         weight = leaf(params, "weight", (self.dim,))
         x = rows("x", x, self.dim, weight.dtype)
-        inverse = 1 / np.sqrt(_dot(x, x) / self.dim + self.eps)
-        unit = x * inverse
-
-        def pullback(grad: Array, grads: Params) -> Array:
-            grad = rows("grad_y", grad, self.dim, weight.dtype)
-            add_sum(grads["weight"], grad * unit)
-            grad = grad * weight
-            return (grad - _dot(grad, unit) / self.dim * unit) * inverse
-
-        return unit * weight, pullback
+        norm = Norm(x, weight, None, self.eps, centred=False, shifted=shifted)
+        return norm.y, lambda grad, grads: _back(
+            norm, rows("grad_y", grad, self.dim, x.dtype), grads
+        )
 
 
 @dataclass(frozen=True)
@@ -190,22 +184,28 @@ class UnitScale(Layer):
     def init(self, rng: np.random.Generator) -> Params:
         return {"radius": np.zeros(self.heads, np.float32)}
 
+    def lengths(self, params: Params) -> Array:
+        """Return the radius of each head."""
+        return np.sqrt(self.bound / (1 + np.exp(-leaf(params, "radius", (self.heads,)))))
+
+    def add_gradient(self, lengths: Array, of_lengths: Array, grads: Params) -> None:
+        """Add the gradient of the parameters, from that of the radii."""
+        grads["radius"] += of_lengths * lengths * (1 - lengths**2 / self.bound) / 2
+
     def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
-        radius = leaf(params, "radius", (self.heads,))
-        x = rows("x", x, np.shape(x)[-1], radius.dtype)
+        lengths = self.lengths(params)
+        x = rows("x", x, np.shape(x)[-1], lengths.dtype)
         if x.ndim < 3 or x.shape[-3] % self.heads:
             raise ValueError(f"x must have shape (..., {self.heads}, L, d), got {x.shape}")
         group = x.shape[-3] // self.heads
-        gate = 1 / (1 + np.exp(-radius))
-        length = np.repeat(np.sqrt(self.bound * gate), group)[:, None, None]
-        tiny = np.finfo(x.dtype).tiny
-        inverse = 1 / np.sqrt(np.maximum(_dot(x, x), tiny))
+        each = np.repeat(lengths, group)[:, None, None]
+        inverse = 1 / np.sqrt(np.maximum(_dot(x, x), np.finfo(x.dtype).tiny))
         unit = x * inverse
 
         def pullback(grad: Array, grads: Params) -> Array:
             along = _dot(grad, unit)
-            per_head = (along * length).reshape(-1, self.heads, group * x.shape[-2]).sum((0, 2))
-            grads["radius"] += per_head * (1 - gate) / 2
-            return (grad - along * unit) * (length * inverse)
+            per_head = along.reshape(-1, self.heads, group * x.shape[-2]).sum((0, 2))
+            self.add_gradient(lengths, per_head, grads)
+            return (grad - along * unit) * (each * inverse)
 
-        return unit * length, pullback
+        return unit * each, pullback

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from favor_np import validation
+from favor_np.nn import fused, memory
 from favor_np.nn.tree import Params, leaves, pack, zeros_like
 
-#: Numbers of a vector that are updated, or whose squares are summed, at a time.
-BLOCK = 1 << 16
-
-
-class _Piece(NamedTuple):
-    """A part of the vectors that is treated alike."""
-
-    start: int
-    stop: int
-    decayed: bool
+#: Numbers of a vector that are changed, or whose squares are summed, at a time.
+BLOCK = 1 << 14
 
 
 def matches(name: str, words: Iterable[str]) -> bool:
@@ -99,9 +93,12 @@ class AdamW:
         self.grads = zeros_like(params)
         self.gradient = pack(self.grads)
         self.m, self.v, self.count = np.zeros_like(self.vector), np.zeros_like(self.vector), 0
-        self._pieces = list(self._cut())
+        #: A row for each piece: where it begins, where it ends, and whether it decays.
+        self._pieces = np.array(list(self._cut()), np.int64).reshape(-1, 3)
+        memory.begin()
+        weakref.finalize(self, memory.end)
 
-    def _cut(self) -> Iterable[_Piece]:
+    def _cut(self) -> Iterable[tuple[int, int, bool]]:
         """Cut the vectors into pieces: parameters treated alike, of a size that a cache holds."""
         start = 0
         for name, array in leaves(self.params):
@@ -109,7 +106,7 @@ class AdamW:
             if not matches(name, self.frozen):
                 decayed = array.ndim > 1 and not matches(name, self.undecayed)
                 for at in range(start, stop, BLOCK):
-                    yield _Piece(at, min(at + BLOCK, stop), decayed)
+                    yield at, min(at + BLOCK, stop), decayed
             start = stop
 
     @property
@@ -126,10 +123,7 @@ class AdamW:
         float
             Their root of the sum of squares, the same on every number of threads.
         """
-        total = 0.0
-        for start, stop, _ in self._pieces:
-            total += float(np.square(self.gradient[start:stop], dtype=np.float64).sum())
-        return math.sqrt(total)
+        return math.sqrt(fused.square_sum(self.gradient, self._pieces))
 
     def step(self, rate: float, *, clip: float | None = None) -> float:
         """Change the parameters by the gradients, which are set to zero.
@@ -162,23 +156,14 @@ class AdamW:
         self.count += 1
         a, b = self.betas
         first = rate / (1 - a**self.count)
-        second = math.sqrt(1 - b**self.count)
-        for piece in self._pieces:
-            self._update(piece, factor, first, second, rate)
-        self.gradient[:] = 0
+        second = 1 / math.sqrt(1 - b**self.count)
+        kept = 1 - rate * self.weight_decay
+        constants = np.array([factor, a, b, first, second, self.eps, kept], np.float64)
+        fused.adam((self.vector, self.gradient, self.m, self.v), self._pieces, constants)
+        if self.frozen:
+            self.gradient[:] = 0
+        memory.turn()
         return norm
-
-    def _update(
-        self, piece: _Piece, factor: float, first: float, second: float, rate: float
-    ) -> None:
-        at, (a, b) = slice(piece.start, piece.stop), self.betas
-        x, g, m, v = self.vector[at], self.gradient[at], self.m[at], self.v[at]
-        g *= x.dtype.type(factor)
-        m += (1 - a) * (g - m)
-        v += (1 - b) * (g * g - v)
-        if piece.decayed:
-            x *= x.dtype.type(1 - rate * self.weight_decay)
-        x -= first * m / (np.sqrt(v) / second + self.eps)
 
     def _refuse(self) -> None:
         wrong = [name for name, g in leaves(self.grads) if not np.isfinite(g).all()]

@@ -14,10 +14,21 @@ from favor_np.nn.tree import Array, Params
 
 
 @lru_cache(maxsize=16)
-def angles(length: int, dim: int, base: float) -> tuple[Array, Array]:
-    """Return cosine and sine (length, dim / 2) of position times frequency, in float64."""
+def angles(length: int, dim: int, base: float, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Return cosine and sine (length, dim / 2) of position times frequency."""
     turns = np.arange(length)[:, None] * base ** (-np.arange(0, dim, 2) / dim)
-    return np.cos(turns), np.sin(turns)
+    return np.cos(turns).astype(dtype), np.sin(turns).astype(dtype)
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    length: int, dim: int, base: float, pairs: str, dtype: np.dtype[Any]
+) -> tuple[Array, Array]:
+    """Return the tables of `Rotary.turns`."""
+    cos, sin = angles(length, dim, base, dtype)
+    if pairs == "halves":
+        return np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+    return np.repeat(cos, 2, -1), np.stack([-sin, sin], -1).reshape(length, dim)
 
 
 @dataclass(frozen=True)
@@ -54,24 +65,26 @@ class Rotary(Layer):
             raise ValueError(f"dim must be even, got {self.dim}")
         validation.choice("pairs", self.pairs, ("adjacent", "halves"))
 
+    def turns(self, start: int, count: int, dtype: Any) -> tuple[Array, Array]:
+        """Return tables (count, dim) of the positions from `start` on.
+
+        A rotated number is its product with the first, plus that of its partner with the second.
+        """
+        end = start + count
+        known = 1 << (end - 1).bit_length() if end else 0  # so that few tables are made
+        cos, sin = _tables(known, self.dim, self.base, self.pairs, np.dtype(dtype))
+        return cos[start:end], sin[start:end]
+
+    def _partners(self, x: Array) -> Array:
+        """Return the other number of each pair."""
+        if self.pairs == "halves":
+            return np.roll(x, self.dim // 2, -1)
+        return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+
     def rotate(self, x: Array, start: int = 0, *, back: bool = False) -> Array:
         """Rotate vectors (..., L, dim) of the positions from `start` on, or back."""
-        end = start + x.shape[-2]
-        known = 1 << (end - 1).bit_length() if end else 0  # so that few tables are made
-        cos, sin = (t[start:end].astype(x.dtype) for t in angles(known, self.dim, self.base))
-        if back:
-            sin = -sin
-        y = np.empty_like(x)
-        if self.pairs == "adjacent":
-            a, b, to_a, to_b = x[..., ::2], x[..., 1::2], y[..., ::2], y[..., 1::2]
-        else:
-            half = self.dim // 2
-            a, b, to_a, to_b = x[..., :half], x[..., half:], y[..., :half], y[..., half:]
-        np.multiply(a, cos, out=to_a)
-        to_a -= b * sin
-        np.multiply(b, cos, out=to_b)
-        to_b += a * sin
-        return y
+        cos, sin = self.turns(start, x.shape[-2], x.dtype)
+        return x * cos + self._partners(x) * (-sin if back else sin)
 
     def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
         x = validation.tensor("x", x)
@@ -165,8 +178,8 @@ class SinusoidalPositions(Layer):
         start = state.get("length", 0)
         end = state["length"] = start + x.shape[-2]
         known = 1 << (end - 1).bit_length() if end else 0
-        cos, sin = angles(known, self.dim, 1e4)
-        return x + np.concatenate([sin, cos], -1)[start:end].astype(x.dtype)
+        cos, sin = angles(known, self.dim, 1e4, x.dtype)
+        return x + np.concatenate([sin, cos], -1)[start:end]
 
 
 @dataclass(frozen=True)

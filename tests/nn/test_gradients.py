@@ -8,6 +8,7 @@ from favor_np import nn
 
 RNG = np.random.default_rng(3)
 ROWS = RNG.standard_normal((2, 9, 8))
+WIDE = RNG.standard_normal((2, 70, 32))  # whole vectors, and more rows than a block has
 HEADS = RNG.standard_normal((2, 4, 9, 6))
 TOKENS = RNG.integers(0, 11, (2, 9))
 SMALL = {"num_features": 12}
@@ -26,6 +27,16 @@ LAYERS = {
     "rotary halves": (nn.Rotary(6, "halves"), HEADS),
     "learned positions": (nn.LearnedPositions(12, 8), ROWS),
     "sinusoidal positions": (nn.SinusoidalPositions(8), ROWS),
+    "layer norm of vectors": (nn.LayerNorm(32), WIDE),
+    "layer norm of vectors, shifted": (
+        nn.Residual(nn.Linear(32, 32), nn.LayerNorm(32), nn.ShiftTokens()),
+        WIDE,
+    ),
+    "layer norm, shifted": (nn.Residual(nn.Linear(8, 8), nn.LayerNorm(8), nn.ShiftTokens()), ROWS),
+    "rms norm of vectors, shifted": (
+        nn.Residual(nn.Linear(32, 32), nn.RMSNorm(32), nn.ShiftTokens()),
+        WIDE,
+    ),
     "shift": (nn.ShiftTokens(), ROWS),
     "shift both ways": (nn.ShiftTokens(causal=False), ROWS),
     "chain": (nn.Chain((nn.Linear(8, 4), nn.RMSNorm(4), nn.Linear(4, 3))), ROWS),
@@ -77,6 +88,11 @@ def test_layers(layer, x):
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
 def test_attention(options):
     check(nn.FavorSelfAttention(8, 4, **SMALL | options), ROWS)
+
+
+@pytest.mark.parametrize("rotary", [None, "adjacent", "halves"])
+def test_attention_of_whole_vectors(rotary):
+    check(nn.FavorSelfAttention(32, 2, 16, kv_heads=1, rotary=rotary), WIDE)
 
 
 @pytest.mark.parametrize("options", [{}, {"exact": True}, {"causal": True}])
