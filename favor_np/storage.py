@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -76,9 +77,9 @@ def write(
     extra: dict[str, Any] | None = None,
     window: dict[str, Array] | None = None,
 ) -> None:
-    """Write a state, and `extra` for whoever reads it (anything JSON can hold), atomically.
+    """Write a state, and `extra` for whoever reads it (anything JSON can hold), whole or not at all.
 
-    If it is that of a `WindowState`'s segment, `window` has its tokens.  A file that is replaced leaves its mode to the new one and, where that is allowed, its owner.
+    If it is that of a `WindowState`'s segment, `window` has its tokens.
     """
     fm = parts.feature_map
     header = {
@@ -114,6 +115,17 @@ def write(
     arrays |= window or {}
     for name, array in arrays.items():
         arrays[name] = np.require(array, array.dtype.newbyteorder("<"), "C")
+    with replacing(path) as file:
+        _write_archive(file, arrays)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Give a file to write, which takes the place of that at `path` at the end of the block.
+
+    So a file is written whole or not at all.  One that is replaced leaves its mode to the new one
+    and, where that is allowed, its owner.
+    """
     target = path_of("path", path).resolve()  # what a link points to, not the link
     if target.exists() and not target.is_file():
         raise ValueError(f"path must be a regular file, got {os.fspath(path)!r}")
@@ -126,7 +138,7 @@ def write(
                 with contextlib.suppress(OSError):
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
                 os.fchmod(file.fileno(), mode)
-            _write_archive(file, arrays)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
