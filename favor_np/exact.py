@@ -60,9 +60,9 @@ def exact_attention(
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
     key_bias : array_like of float, shape (..., L_k), optional
-        What is added to all logits of a key, so that its weight is multiplied with
-        ``exp(key_bias)``; -inf masks it.  Only differences count, and they keep their precision
-        however large the biases are, up to 2.3e7; below -2.3e7 a bias counts as that.
+        What is added to the logits of a key, so that its weight is multiplied with
+        ``exp(key_bias)``; -inf masks it.  At most 2.3e7; below -2.3e7 it counts as that.  It moves
+        exponents and costs no accuracy, whatever its range.
     decay : array_like of float, optional
         With `causal`: the weight of key j for query i is multiplied with ``decay**(i - j)``.  In
         (0, 1], broadcast to the leading axes of keys and values, such as one a head.  With one axis
@@ -95,8 +95,8 @@ def exact_attention(
         If an array is not real (complex, object, str, longdouble, numpy.matrix) or has a mask set.
     ValueError
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `window` is no pair
-        without `causal`, `decay` is not in (0, 1] or given without `causal`, `key_bias` holds NaN
-        or +inf, `cu_seqlens` does not rise from 0 to L, `scale` is not finite and positive,
+        without `causal`, `decay` is not in (0, 1] or given without `causal`, `key_bias` holds NaN,
+        +inf or what is too large, `cu_seqlens` does not rise from 0 to L, `scale` is not finite and positive,
         `precision` is "bfloat16" with float64 (integers included), or `check_finite` is set and an
         array is not finite.
 
@@ -342,7 +342,7 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
     lead, own = call.out_shape[:-2], call.state_shape
     queries = np.broadcast_to(call.q, (*lead, *call.q.shape[-2:]))
     keys, values = (np.broadcast_to(x, (*own, *x.shape[-2:])) for x in (call.k, call.v))
-    mask, bias = (
+    mask, lifts = (
         None if x is None else np.broadcast_to(x, (*own, call.keys))
         for x in (call.mask, call.lifts)
     )
@@ -365,8 +365,8 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
         q, k, v = (x.astype(np.float64) for x in (queries[at], keys[of][seen], values[of][seen]))
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             logits = k @ (q * call.scale)
-            if bias is not None:
-                logits += bias[of][seen] * numerics.LN2
+            if lifts is not None:
+                logits += lifts[of][seen] * numerics.LN2
             weights = np.exp(logits - logits.max(initial=-np.inf))
         yield _Row(at, of, seen, q, k, v, weights / weights.sum())
 

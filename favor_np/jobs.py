@@ -23,8 +23,7 @@ Shape: TypeAlias = tuple[int, ...]
 #: rows of W.
 K_ROW, V_ROW, MASK_ROW, LIFT_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(9)
 #: Its gradient besides: the side that reads (1: keys), the first rows of the head's queries, of its
-#: results and of its gradients of keys and values (in exact attention also of the biases of its
-#: keys), and the number of the job.
+#: results and of its gradients of keys and values, and the number of the job.
 SIDE, Q_ROW, OUT_ROW, GRAD_ROW, NUMBER = range(9, 14)
 #: Exact attention besides: the position of the first query.  Its gradient: the position of the
 #: first key, how many positions further the next block of keys is, and the first row of the part's

@@ -470,12 +470,12 @@ def _exact_work(call: Call) -> int:
 
 
 def _factors(call: Call, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Return the biases of all keys of all problems, as exponents and shares of 1/2 to 1."""
+    """Return what the weights of keys are multiplied with, as exponents and shares of 1/2 to 1."""
     if call.lifts is None:
         return _NO_NORMALIZERS[dtype][::-1]
-    bias = np.broadcast_to(call.lifts, (*call.state_shape, call.keys)).ravel()
-    whole = np.ceil(bias)
-    return whole.astype(memory.integer_of(dtype)), np.exp2((bias - whole).astype(dtype))
+    whole = np.ceil(call.lifts)
+    shares = np.exp2((call.lifts - whole).astype(dtype))
+    return whole.astype(memory.integer_of(dtype)).reshape(-1), shares.reshape(-1)
 
 
 def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array]) -> None:
@@ -490,12 +490,12 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     g, inverse, delta, tops = _cotangents(forward, cotangents)
     queries, dim = q.shape[-2:]
     dq, dk, dv = (x.reshape(-1, x.shape[-1]) for x in grads[:3])
-    d_bias = grads[3].reshape(-1) if call.lifts is not None else np.empty(0)
+    dbias = grads[3].reshape(-1) if len(grads) > 3 else np.empty(0)
     columns = padded(dim, dtype.itemsize)
     sums = memory.aligned((jobs.parts, jobs.heads, jobs.rows, columns), dtype)
     arrays = (
         contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), g, inverse, delta, tops,
-        sums.reshape(-1, columns), dk, dv, *_factors(call, dtype), d_bias,
+        sums.reshape(-1, columns), dk, dv, *_factors(call, dtype), dbias,
     )  # fmt: skip
     constants = exact_parameters(dtype, call.scale, *call.band)
     fields = (constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows)

@@ -226,8 +226,8 @@ class Exact(NamedTuple):
     Attributes
     ----------
     exponents, shares
-        Biases of keys, shares * 2**exponents, of all problems; or none.  Those of a job begin at
-        its GRAD_ROW.
+        What the weights of keys are multiplied with, shares * 2**exponents, in jobs that have a
+        LIFT_ROW.
     """
 
     q: Rows
@@ -258,8 +258,9 @@ class ExactPull(NamedTuple):
         their dq in each part.
     dq
         Padded: whole vectors, rows in multiples of 8; it still lacks the scale.
-    exponents, shares, d_bias
-        Biases of keys as in `Exact`, and their gradient; or none.
+    exponents, shares, dbias
+        What the weights of keys are multiplied with, as in `Exact`, and the gradient by its
+        logarithm.
     """
 
     q: Rows
@@ -275,7 +276,7 @@ class ExactPull(NamedTuple):
     dv: Floats2
     exponents: Whole1
     shares: Floats1
-    d_bias: Doubles1
+    dbias: Doubles1
     room: Bytes2
     control: Ints1
     constants: Annotated[Array, Field(EXACT_PARAMETERS)]

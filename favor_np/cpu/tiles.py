@@ -233,7 +233,7 @@ class ExactGradientTiles(NamedTuple):
     square: Doubles1
     share: Floats2
     sums: Floats2
-    d_bias: Doubles2
+    dbias: Doubles2
     c: Whole2
 
 
@@ -388,6 +388,6 @@ def exact_gradient_room(of: Sizes) -> Room:
         "dv": (tiles, CHUNK, columns),
         "square": (CHUNK,),
         "sums": (1, CHUNK),
-        **dict.fromkeys(("share", "d_bias", "c"), (tiles, CHUNK)),
+        **dict.fromkeys(("share", "dbias", "c"), (tiles, CHUNK)),
     }
     return record.room(ExactGradientTiles, shapes, of.dtype)

@@ -8,8 +8,8 @@ Query i sees the keys from i - left to i + right; causal attention has right = 0
 no query of a tile sees are not even read.  In the others row i sees the keys first + i <= j < last
 + i: only where that cuts into a tile, logits become minus infinity one by one.
 
-A bias is a factor of a key: its integer part is the exponent c, the rest (from 1/2 to 1) multiplies
-its value and counts in the denominator.
+By bias and decay the weight of a key is multiplied with share * 2**c: the integer goes where those of
+logits are, and the share, from 1/2 to 1, multiplies the value and counts in the denominator.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from favor_np.cpu.kernels.simd import load, maximum, splat, store, sum_lanes
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import TROUBLE, ExactParameters
 from favor_np.cpu.tiles import CHUNK, PARTS, STRIP
-from favor_np.jobs import GRAD_ROW, K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
+from favor_np.jobs import K_ROW, KEYS, LIFT_ROW, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
 
 @jit()
@@ -151,7 +151,7 @@ def pack_queries(par, q, row, count, t):
 
 
 @jit()
-def pack_keys(par, call, row, count, mask_row, bias_row, t):
+def pack_keys(par, call, row, count, mask_row, lift_row, t):
     """Pack a tile of keys; the longest squared norm, and how many keys are not finite."""
     rows, square, ones, c, bad = t.rows, t.key_square, t.ones, t.c, 0
     k, mask, exponents, shares = call.k, call.mask, call.exponents, call.shares
@@ -166,19 +166,19 @@ def pack_keys(par, call, row, count, mask_row, bias_row, t):
             seen, bad = False, bad + 1
         ones[0, j] = 1 if seen else 0
         c[0, j] = 0 if seen else par.hidden
-        if seen and shares.size > 0:
-            ones[0, j], c[0, j] = shares[bias_row + j], exponents[bias_row + j]
+        if seen and lift_row >= 0:
+            ones[0, j], c[0, j] = shares[lift_row + j], exponents[lift_row + j]
     load_keys(t.pairs, t.parts, t)
     return longest_of(square[:count], par.limit), bad
 
 
 @jit()
-def weigh_values(call, bias_row, count, values):
-    """Multiply packed values with what is left of the biases of their keys."""
+def weigh_values(call, lift_row, count, values):
+    """Multiply packed values with the shares of their keys."""
     shares = call.shares
-    for j in range(count if shares.size > 0 else 0):
+    for j in range(count if lift_row >= 0 else 0):
         for x in range(values.shape[1]):
-            values[j, x] *= shares[bias_row + j]
+            values[j, x] *= shares[lift_row + j]
 
 
 @jit()
@@ -296,16 +296,17 @@ def exact_block(par, call, job, t):
     False if a logit may be too large for this precision: the rows it belongs to are then wrong.
     """
     fits, k, v, mask = True, call.k, call.v, call.mask
-    k_row, v_row, mask_row, bias_row = job[K_ROW], job[V_ROW], job[MASK_ROW], job[GRAD_ROW]
+    k_row, v_row, mask_row, lift_row = job[K_ROW], job[V_ROW], job[MASK_ROW], job[LIFT_ROW]
     out_row, count, keys_count, offset = job[OUT_ROW], job[QUERIES], job[KEYS], job[START]
     tiles = -(-count // CHUNK)
     pack_queries(par, call.q, job[Q_ROW], count, t)
     for start in range(first_tile(par, offset), min(keys_count, offset + count + par.right), CHUNK):
         here = min(CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
-        longest, bad = pack_keys(par, call, k_row + start, here, m_row, bias_row + start, t)
+        l_row = lift_row + start if lift_row >= 0 else -1
+        longest, bad = pack_keys(par, call, k_row + start, here, m_row, l_row, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
-        weigh_values(call, bias_row + start, here, t.values)
+        weigh_values(call, l_row, here, t.values)
         flush_beside(t.values, here, t.top, True)
         next_count = min(CHUNK, keys_count - start - here)
         prefetch_rows(k, k_row + start + here, next_count)

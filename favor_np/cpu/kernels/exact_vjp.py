@@ -22,6 +22,7 @@ from favor_np.jobs import (
     GRAD_ROW,
     K_ROW,
     KEYS,
+    LIFT_ROW,
     MASK_ROW,
     NUMBER,
     QUERIES,
@@ -33,9 +34,9 @@ from favor_np.numerics import LN2
 
 
 @jit()
-def pack_key_block(par, call, k_row, v_row, count, mask_row, bias_row, t):
+def pack_key_block(par, call, k_row, v_row, count, mask_row, lift_row, t):
     """Pack a block of keys and values; its sums start at zero."""
-    keys, c, dk, dv, share, d_bias = t.k, t.c, t.dk, t.dv, t.share, t.d_bias
+    keys, c, dk, dv, share, dbias = t.k, t.c, t.dk, t.dv, t.share, t.dbias
     k, v, mask, exponents, shares = call.k, call.v, call.mask, call.exponents, call.shares
     for b in range(-(-count // CHUNK)):
         start = b * CHUNK
@@ -51,13 +52,13 @@ def pack_key_block(par, call, k_row, v_row, count, mask_row, bias_row, t):
         for j in range(CHUNK):
             alive = j < here and (m_row < 0 or mask[m_row + j])
             c[b, j] = 0 if alive else par.hidden
-        for j in range(here if shares.size > 0 else 0):
-            share[b, j] = shares[bias_row + start + j]
+        for j in range(here if lift_row >= 0 else 0):
+            share[b, j] = shares[lift_row + start + j]
             if c[b, j] == 0:
-                c[b, j] = exponents[bias_row + start + j]
+                c[b, j] = exponents[lift_row + start + j]
             for x in range(k.shape[1]):  # what dq sums over; logits have the columns
                 keys[b, j, x] *= share[b, j]
-        dk[b], dv[b], d_bias[b] = 0, 0, 0
+        dk[b], dv[b], dbias[b] = 0, 0, 0
 
 
 @jit()
@@ -99,7 +100,7 @@ def weigh(call, row, count, first, last, c, b, p, ds):
 
 
 @jit()
-def add_bias(ds, count, sums, d_bias, b):
+def add_bias(ds, count, sums, dbias, b):
     """Add dS of `count` queries to the gradient of the biases."""
     lanes = VECTOR_BYTES // ds.itemsize
     for j in range(0, CHUNK, lanes):
@@ -108,14 +109,14 @@ def add_bias(ds, count, sums, d_bias, b):
             total = total + load(ds, i, j)
         store(sums, 0, j, total)
     for j in range(CHUNK):
-        d_bias[b, j] += sums[0, j]
+        dbias[b, j] += sums[0, j]
 
 
 @jit()
-def differentiate_tile(call, row, count, keys, d, dv, first, last, b, dq, t):
+def differentiate_tile(call, row, count, keys, first, last, lifted, b, dq, t):
     """Add what the packed queries and key tile b give to dq, dk and dv."""
     q_rows, k_rows = -(-count // 8) * 8, -(-keys // 8) * 8
-    d_cols, dv_cols = t.q.shape[1], t.g.shape[1]
+    d_cols, dv_cols, d, dv = t.q.shape[1], t.g.shape[1], call.q.shape[1], call.v.shape[1]
     project_t(t.q_columns, t.k_columns[b], t.p, q_rows, CHUNK, d)
     gemm_t(t.g_columns, t.v_columns[b], t.ds, 0, q_rows, 0, CHUNK, 0, dv, False)
     weigh(call, row, count, first, last, t.c, b, t.p, t.ds)
@@ -133,37 +134,38 @@ def differentiate_tile(call, row, count, keys, d, dv, first, last, b, dq, t):
         gemm_t(t.p, t.g, t.dv[b], 0, k_rows, 0, dv_cols, 0, count, True)
         gemm_t(t.ds, t.q, t.dk[b], 0, k_rows, 0, d_cols, 0, count, True)
         gemm(t.ds, t.k[b], dq, 0, q_rows, 0, d_cols, 0, keys, True)
-    if call.shares.size > 0:
-        add_bias(t.ds, count, t.sums, t.d_bias, b)
+    if lifted:
+        add_bias(t.ds, count, t.sums, t.dbias, b)
 
 
 @jit()
-def write_key_block(call, mask_row, count, row, t):
+def write_key_block(call, mask_row, lifted, count, row, t):
     """Write the rows of dk, dv and what is of the biases, zeros for masked keys."""
     mask, dk, dv, dk_tiles, dv_tiles = call.mask, call.dk, call.dv, t.dk, t.dv
-    d_bias, biased = call.d_bias, call.shares.size > 0
+    dbias = call.dbias
     for j in range(count):
         alive = mask_row < 0 or mask[mask_row + j]
         b, at = j // CHUNK, j % CHUNK
-        share = t.share[b, at] if biased else dk.dtype.type(1)
+        share = t.share[b, at] if lifted else dk.dtype.type(1)
         factor = dk.dtype.type(LN2) * share  # the packed q has the scale and log2(e)
         for x in range(dk.shape[1]):
             dk[row + j, x] = dk_tiles[b, at, x] * factor if alive else 0
         for x in range(dv.shape[1]):
             dv[row + j, x] = dv_tiles[b, at, x] * share if alive else 0
-        if biased:
-            d_bias[row + j] = t.d_bias[b, at] * share if alive else 0
+        if lifted:
+            dbias[row + j] = t.dbias[b, at] * share if alive else 0
 
 
 @jit()
 def differentiate_keys(par, call, job, offset, t):
     """One block of keys, from offset on, over all queries that may see them."""
-    q, v, mask = call.q, call.v, call.mask
+    q, mask, lifted = call.q, call.mask, job[LIFT_ROW] >= 0
     q_rows, g_rows, dq_rows = call.q_rows, call.out_rows, call.dq_rows
     owner, mask_row, queries = job[NUMBER], job[MASK_ROW], job[QUERIES]
     grad_row, count = job[GRAD_ROW] + offset, min(KEY_TILES * CHUNK, job[KEYS] - offset)
     m_row = mask_row + offset if mask_row >= 0 else -1
-    pack_key_block(par, call, job[K_ROW] + offset, job[V_ROW] + offset, count, m_row, grad_row, t)
+    l_row = job[LIFT_ROW] + offset if lifted else -1
+    pack_key_block(par, call, job[K_ROW] + offset, job[V_ROW] + offset, count, m_row, l_row, t)
     begin = max(offset - par.right, 0) // CHUNK * CHUNK
     for h in range(q_rows.shape[1]):
         for start in range(begin, min(queries, offset + count + par.left), CHUNK):
@@ -178,10 +180,8 @@ def differentiate_keys(par, call, job, offset, t):
                 keys = min(CHUNK, count - b * CHUNK)
                 if here + last < 2 or first >= keys:
                     continue
-                differentiate_tile(
-                    call, row, here, keys, q.shape[1], v.shape[1], first, last, b, dq, t
-                )
-    write_key_block(call, m_row, count, grad_row, t)
+                differentiate_tile(call, row, here, keys, first, last, lifted, b, dq, t)
+    write_key_block(call, m_row, lifted, count, grad_row, t)
 
 
 @jit()
