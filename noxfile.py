@@ -35,6 +35,31 @@ def interop(session: nox.Session) -> None:
     session.run("pytest", *files, env={"FAVOR_NP_TEST_INTEROP": "require"})
 
 
+#: The oldest onnxruntime that each form claims, and which of its tests that passes.
+OLD_ONNXRUNTIMES = {
+    "1.19.2": "(chunk or whole) and not (gated or float64 or opset)",
+    "1.25.1": "gated and not (float64 or opset or no_positions or export)",
+}
+
+
+@nox.session(default=False, python="3.11")
+def onnx(session: nox.Session) -> None:
+    """Test ONNX models in old versions of onnxruntime, OpenVINO, and onnxruntime-web under Node."""
+    if not shutil.which("npm"):
+        session.error("onnxruntime-web needs Node.js and npm")
+    session.install(
+        "-e", ".[onnx]", "openvino>=2026.4", *nox.project.dependency_groups(PROJECT, "test")
+    )
+    folder = Path(session.create_tmp()).absolute()
+    packages = ("onnxruntime-web@1.30.0",)
+    session.run("npm", "install", f"--prefix={folder}", "--no-audit", *packages, external=True)
+    environ = {"FAVOR_NP_TEST_INTEROP": "require", "FAVOR_NP_TEST_NODE": str(folder)}
+    session.run("pytest", "tests/interop/test_onnx_runtimes.py", env=environ)
+    for version, tests in OLD_ONNXRUNTIMES.items():
+        session.install(f"onnxruntime=={version}")
+        session.run("pytest", "tests/interop/test_onnx.py", "-k", tests, env=environ)
+
+
 @nox.session(default=False)
 def cuda(session: nox.Session) -> None:
     """Test the kernels for GPUs where there is none, and the tools that compile and execute them."""

@@ -9,29 +9,34 @@ estimator of exp(x.y) unbiased; what changes is its variance.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+F32: TypeAlias = npt.NDArray[np.float32]
 F64: TypeAlias = npt.NDArray[np.float64]
 Solution: TypeAlias = tuple[F64, F64]
 
 
 class Sample(NamedTuple):
-    """Some queries and keys (L, d) of a head, and what is added to the logits of each key."""
+    """Some queries and keys (L, d) of a head, what is added to the logits of each key, and weights."""
 
     x: F64
     y: F64
     height: F64
+    exact: F32
 
 
 #: The methods, the cheaper before the dearer ones.
 METHODS = ("oprf", "sderf", "saderf", "aderf", "saderf+sderf", "aderf+sderf", "spherical")
+#: Those that "auto" chooses from: the others are special cases of the first, or err more.
+CANDIDATES = ("aderf+sderf", "spherical")
 #: What part of the error a dearer method has to save to be chosen by "auto".
 GAIN = 0.02
 #: Queries, keys, and pairs of them at which errors and objectives are evaluated, at most.
-SAMPLE, PAIRS = 128, 2048
+SAMPLE, PAIRS = 64, 2048
 #: Directions with less than this part of the mean second moment count as having that much.
 FLOOR = 1e-4
 #: Products of different coordinates are shrunk by L / (L + SHRINK d): few rows know them badly.
@@ -67,11 +72,8 @@ def calibrate(
         Whether its negative is used as well.
     """
     rows = np.broadcast_to(rows, (len(x), *rows.shape[1:]))
-    samples = [
-        Sample(*(part[:: -(-len(part) // SAMPLE)] for part in parts))
-        for parts in zip(x, y, height, strict=True)
-    ]
-    options = [option for option in METHODS if option != "aderf"] if method == "auto" else [method]
+    samples = [sampled(*parts) for parts in zip(x, y, height, strict=True)]
+    options = CANDIDATES if method == "auto" else (method,)
     best = math.inf
     chosen: tuple[str, list[Solution]] = method, []
     for option in options:
@@ -86,6 +88,15 @@ def calibrate(
         if total < (1 - GAIN) * best:
             best, chosen = total, (option, solutions)
     return chosen
+
+
+def sampled(x: F64, y: F64, height: F64) -> Sample:
+    """Return some rows of each, evenly spread, and their attention matrix."""
+    x, y, height = (part[:: -(-len(part) // SAMPLE)] for part in (x, y, height))
+    logits = x @ y.T + height
+    exact = np.exp(logits - logits.max(-1, keepdims=True))
+    exact /= exact.sum(-1, keepdims=True)
+    return Sample(x, y, height, exact.astype(np.float32))
 
 
 def solve(method: str, x: F64, y: F64, sample: Sample, rows: F64, antithetic: bool) -> Solution:
@@ -170,16 +181,14 @@ def strength(x: F64, y: F64, a: F64) -> float:
 
     It minimises the mean logarithm of the relative variance, which no outlier can spoil.
     """
-    from scipy.optimize import minimize_scalar
-
     count = math.isqrt(PAIRS)
     x, y = x[:: -(-len(x) // count)], y[:: -(-len(y) // count)]
-    z = x[:, None] + y
+    z = (x[:, None] + y).reshape(-1, x.shape[-1])
 
     def objective(multiple: float) -> float:
         return float(log_relative_variance(z, multiple * a, antithetic=True).mean())
 
-    return float(minimize_scalar(objective, bounds=(0.0, 3.0), options={"xatol": 0.01}).x)
+    return minimum(objective, 0.0, 3.0)
 
 
 def radius(sample: Sample, rows: F64, antithetic: bool, change: F64, a: F64) -> F64:
@@ -189,7 +198,6 @@ def radius(sample: Sample, rows: F64, antithetic: bool, change: F64, a: F64) -> 
     smaller variance; which length is best depends on the data and the number of features, and
     is measured.
     """
-    from scipy.optimize import minimize_scalar
 
     def stretched(length: float) -> F64:
         return np.minimum(a + (1 - length**2) / 4, LARGEST)
@@ -197,24 +205,49 @@ def radius(sample: Sample, rows: F64, antithetic: bool, change: F64, a: F64) -> 
     def objective(length: float) -> float:
         return error(sample, rows, antithetic, change, stretched(length))
 
-    bounds = (SHORTEST, LONGEST)
-    return stretched(minimize_scalar(objective, bounds=bounds, options={"xatol": 0.01}).x)
+    return stretched(minimum(objective, SHORTEST, LONGEST))
+
+
+def minimum(objective: Callable[[float], float], low: float, high: float) -> float:
+    """Return where a function with one minimum has it, to some 2% of the interval: golden sections."""
+    golden = (math.sqrt(5) - 1) / 2
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = objective(left), objective(right)
+    tolerance = 0.02 * (high - low)
+    while right - left > tolerance:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = objective(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = objective(right)
+    return left if at_left < at_right else right
 
 
 def error(sample: Sample, rows: F64, antithetic: bool, change: F64, a: F64) -> float:
     """Return the mean squared error of the rows of the attention matrix of x and y."""
-    x, y, height = sample
-    tilted = rows * np.sqrt(1 - 4 * a)
-    u, v = x @ change.T, y @ np.linalg.inv(change)
-    log_q, log_k, bias = u @ tilted.T, v @ tilted.T, 2 * (rows * rows) @ a
-    log_k_pair = bias - log_k
-    log_k = bias + log_k
-    if antithetic:
-        log_q, log_k = np.hstack([log_q, -log_q]), np.hstack([log_k, log_k_pair])
-    log_k += (height - 0.5 * np.sum(v * v, axis=-1))[:, None]
+    u, v = sample.x @ change.T, sample.y @ np.linalg.inv(change)
+    tilted = (rows * np.sqrt(1 - 4 * a)).astype(np.float32)
+    log_q, log_k = logarithms(u, tilted, antithetic), logarithms(v, tilted, antithetic)
+    bias = (2 * (rows * rows) @ a).astype(np.float32)
+    log_k += np.concatenate([bias, bias]) if antithetic else bias
+    log_k += (sample.height - 0.5 * np.sum(v * v, axis=-1)).astype(np.float32)[:, None]
     top = log_k.max(0)
-    products = np.exp(log_q + top - (log_q + top).max(-1, keepdims=True)) @ np.exp(log_k - top).T
-    logits = x @ y.T + height
-    exact = np.exp(logits - logits.max(-1, keepdims=True))
-    difference = products / products.sum(-1, keepdims=True) - exact / exact.sum(-1, keepdims=True)
-    return float(np.mean(np.sum(difference * difference, axis=-1)))
+    log_k -= top
+    log_q += top
+    log_q -= log_q.max(-1, keepdims=True)
+    products = np.exp(log_q, out=log_q) @ np.exp(log_k, out=log_k).T
+    products /= products.sum(-1, keepdims=True)
+    products -= sample.exact
+    return float(np.vdot(products, products)) / len(products)
+
+
+def logarithms(x: F64, tilted: F32, antithetic: bool) -> F32:
+    """Return the products of x and the tilted rows, and of x and their negatives."""
+    products = np.empty((len(x), len(tilted) * (1 + antithetic)), np.float32)
+    np.matmul(x.astype(np.float32), tilted.T, out=products[:, : len(tilted)])
+    if antithetic:
+        np.negative(products[:, : len(tilted)], out=products[:, len(tilted) :])
+    return products

@@ -33,6 +33,7 @@ COMMON = 8.0
 LOW, ENOUGH = 30.0, 80.0
 #: Rows, of all problems together, at which the bias of maps with rows of one length is measured.
 PROBES = 32
+NORMAL = 1.959963984540054  # 97.5% quantile
 EMPTY = -1e30  # log2 of a feature of no key
 
 
@@ -196,21 +197,42 @@ def _error_bars(call: Call, errors: Array, sizes: Array, group: int, dof: int) -
 
     Few groups know the variance badly; Student's t says by how much errors have to be larger.
     """
-    from scipy.special import stdtrit
-
     width = call.v.shape[-1]
     sample = np.unique(np.linspace(0, call.keys - 1, min(call.keys, SAMPLE)).astype(np.int64))
     values = call.v.reshape(-1, call.keys, width)[:, sample].astype(np.float64)
-    t_factor = stdtrit(dof * max(1, width), 0.975) / stdtrit(np.inf, 0.975)
+    t_factor = t_quantile(dof * max(1, width)) / NORMAL
     return ErrorBars(
         errors.reshape(-1, width),
         sizes.reshape(-1),
         values.var(1).astype(call.compute),
         float(dof),
         COMMON,
-        float(t_factor),
+        t_factor,
         group,
     )
+
+
+def t_quantile(dof: int) -> float:
+    """Return the 97.5% quantile of Student's t, without the tenth of a second that SciPy takes.
+
+    Its distribution is a finite sum of powers of a cosine (Abramowitz and Stegun 26.7.3, 26.7.4);
+    for many degrees of freedom the expansion around the normal one is exact (26.7.5).
+    """
+    if dof > 200:
+        x, n = NORMAL, 1 / dof
+        terms = (x**3 + x) / 4, (5 * x**5 + 16 * x**3 + 3 * x) / 96
+        third = (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384
+        return x + n * (terms[0] + n * (terms[1] + n * third))
+    odd, low, high = dof % 2, 0.0, math.pi / 2
+    while (middle := (low + high) / 2) not in (low, high):
+        term = math.sin(middle) * (math.cos(middle) if odd else 1.0)
+        total = 0.0
+        for i in range(1 + odd, dof, 2):
+            total += term
+            term *= math.cos(middle) ** 2 * i / (i + 1)
+        inside = (middle + total) * 2 / math.pi if odd else total
+        low, high = (middle, high) if inside < 0.95 else (low, middle)
+    return math.sqrt(dof) * math.tan(middle)
 
 
 def _mean_square(array: Array) -> float:

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from favor_np import decay as decays
 from favor_np import numerics, validation
 from favor_np.call import Call, Forward, Options, sum_to
-from favor_np.decay import gradient_of, set_decay
 from favor_np.engine import processor
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -60,14 +60,15 @@ def exact_attention(
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
     key_bias : array_like of float, shape (..., L_k), optional
-        What is added to the logits of a key, so that its weight is multiplied with
-        ``exp(key_bias)``; -inf masks it.  At most 2.3e7; below -2.3e7 it counts as that.  It moves
-        exponents and costs no accuracy, whatever its range.
+        What is added to the logits of a key: its weight is multiplied with ``exp(key_bias)``.  At
+        most 2.3e7; below -2.3e7 it counts as that, and -inf masks the key.  It moves exponents and
+        costs no accuracy, whatever its range.
     decay : array_like of float, optional
         With `causal`: the weight of key j for query i is multiplied with ``decay**(i - j)``.  In
-        (0, 1], broadcast to the leading axes of keys and values, such as one a head.  With one axis
-        more, of length L, it has a factor for each token: the weight is multiplied with those of
-        the tokens j + 1 to i.  A masked key counts as time all the same.
+        (0, 1], broadcast to the leading axes of keys and values, such as one a head; or with one
+        axis more, (..., L_k), a factor a token: the weight is multiplied with those of the tokens
+        j + 1 to i, as with ``key_bias = -cumsum(log(decay))``.  A masked key counts as time all the
+        same.
     cu_seqlens : array_like of int, shape (sequences + 1,), optional
         Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
         and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.
@@ -261,8 +262,9 @@ def exact_attention_vjp(
             if call.key_bias is not None:
                 found.key_bias = sum_to(grads[3], call.key_bias)
             if call.gates is not None:
-                gates = call.gates.astype(np.float64)
-                found.decay = sum_to(gradient_of(grads[3], gates, call.offsets), call.gates)
+                gates = np.broadcast_to(call.gates.astype(np.float64), keys)
+                by_gates = decays.gradient_of(grads[3], gates, call.offsets)
+                found.decay = sum_to(by_gates, call.gates)
             return found
 
     return out, pullback
@@ -286,7 +288,8 @@ def _check(
     call.band = validation.band(window, causal=call.causal)
     if cu_seqlens is not None:
         call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
-    set_decay(call, decay)
+    if decay is not None:
+        decays.set_decay(call, decay)
     return call
 
 

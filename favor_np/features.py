@@ -260,8 +260,8 @@ class FeatureMap:
             - "spherical": as "aderf+sderf", with rows of one length, the one with the smallest
               error on the data.  It errs least, but is not unbiased: its limit for many features
               is not exactly exp(scale q.k).
-            - "auto": the one with the smallest error on a sample of the data, with this
-              projection; of nearly equal ones the cheapest.
+            - "auto": "aderf+sderf", or "spherical" where its error on a sample of the data is
+              smaller, with this projection.
         center : bool, default True
             Subtract the mean query and the mean key.  This changes the variance only.
 

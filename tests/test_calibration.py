@@ -211,6 +211,12 @@ def test_spherical_is_for_few_features():
     assert np.allclose(lengths, 2.0)
 
 
+@pytest.mark.parametrize("place", [0.0, 0.03, 1.2, 2.9, 3.0])
+def test_golden_sections_find_the_minimum(place):
+    found = calibration.minimum(lambda x: (x - place) ** 4 + abs(x - place), 0.0, 3.0)
+    assert abs(found - place) < 0.025 * 3
+
+
 def test_oprf_is_the_optimum_of_its_objective():
     """The closed form beats its neighbours, and the numerical one is the minimum for pairs."""
     for moment in (0.01, 0.3, 2.0):

@@ -8,6 +8,7 @@ from support.tolerance import relative_error
 
 import favor_np
 from favor_np import FeatureMap, diagnose, favor_attention, feature_map
+from favor_np.diagnostics import t_quantile
 
 
 def coverage(family, num_features, *, method=None, causal=False, columns=32, draws=25, **options):
@@ -83,6 +84,11 @@ def test_output_and_sample_size_are_those_of_the_definition(causal, antithetic):
         shares = fm.query_features(q)[h, i] * fm.key_features(k)[h][sees].sum(0)
         size = shares.sum() ** 2 / np.sum(shares**2)
         assert found.effective_sample_size[h, i] == pytest.approx(size, rel=1e-9)
+
+
+def test_quantiles_of_student_are_those_of_scipy():
+    for freedom in (*range(1, 30), 199, 200, 201, 1000, 10**6):
+        assert t_quantile(freedom) == pytest.approx(stdtrit(freedom, 0.975), rel=1e-9)
 
 
 def _by_groups(q, k, v, fm, group, causal):

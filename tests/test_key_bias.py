@@ -87,7 +87,8 @@ def test_minus_infinity_masks(causal):
     low = np.where(mask, bias, np.finfo(np.float64).min)  # as other libraries mask
     found = favor_attention(q, q, q, fm, causal=causal, key_bias=low)
     expected = favor_attention(q, q, q, fm, causal=causal, key_bias=bias)
-    assert np.array_equal(found[:, 1:], expected[:, 1:])
+    some = slice(1 if causal else 0, None)  # row 0 sees no other key
+    np.testing.assert_allclose(found[:, some], expected[:, some], atol=1e-13)
     none = favor_attention(q, k, v, fm, causal=causal, key_bias=np.full(LENGTH, -np.inf))
     assert not none.any()
 

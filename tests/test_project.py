@@ -80,7 +80,6 @@ MOST_PARAMETERS = 7
 MANY_PARAMETERS = {
     "attention.check": "the arguments of favor_attention as they came: it makes the Call of them",
     "exact._check": "the same of exact_attention",
-    "compare._compare.compare": "public: what is compared, how, and what is shown",
     "state.update": "public: what weights of keys may be made of, and options",
     "call.check_call": "the options of all attention functions: a dictionary of them costs a step more",
 }
@@ -105,8 +104,10 @@ def test_functions_take_few_parameters():
         "from_projection",
         "zeros",
         "forecast",
+        "compare",
         "__init__",
         "favor_attention",
+        "export_attention",
     }
     many = {
         name

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "forecast": "forecast a price series from its own past, and judge it honestly",
+    "demo": "what the method is for, in one screen: a short series beside a long one",
     "compare": "FAVOR+ against exact attention: error, time and memory",
+    "export": "attention as an ONNX model, for runtimes without Python",
     "info": "versions, processor, threads, cache and GPU of this installation",
     "warmup": "compile the kernels now, so that the first call is quick",
 }
@@ -38,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     try:
+        if argv is None:  # this process is the program
+            import os
+
+            # Threads of NumPy's products wait for more work for a while, at the cost of ours.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from ._program import run
 
         return run(argv)

@@ -23,6 +23,7 @@ from favor_np.forecast import (
     Prices,
     Replay,
     ReturnEvaluation,
+    Trading,
     VolatilityEvaluation,
     compare_with_exact,
     error_bars,
@@ -46,6 +47,7 @@ Section = tuple[str, list[tuple[str, str]]]
 LABEL = 18  # width of the first column
 BAR = 48  # longest bar of a histogram
 HELD = 0.9  # share of differences within error bars from which on these are said to hold
+WAYS = ("strategy", "hold", "steady")
 SIGNALS = {1: "BUY", 0: "HOLD", -1: "SELL"}
 
 DESCRIPTION = """\
@@ -370,7 +372,10 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
     if exact.extrapolated:
         beside += f" (on the first {count:,}, where FAVOR+ has {percent(ours)})"
     if isinstance(record, ReturnEvaluation):
-        overlap = "" if result.horizon == 1 else f", outcomes overlap {result.horizon}-fold"
+        overlap = thinned = ""
+        if result.horizon > 1:
+            overlap = f", outcomes overlap {result.horizon}-fold"
+            thinned = f", {_z(record.z_thinned)} without overlap"
         judged = record.signals[record.start : record.stop]
         counts = {sign: int((judged == sign).sum()) for sign in SIGNALS}
         hit = f"{100 * record.hit_rate:.1f}{GLUE}% of {record.moves:,} moves"
@@ -378,18 +383,21 @@ def _past_section(result: Forecast, record: Evaluation, exact: ExactComparison) 
             ("judged", no_peeking),
             ("hit rate", f"{hit if record.moves else 'no moves'}, 95{GLUE}% interval "
                          f"{100 * record.hit_low:.1f} to {100 * record.hit_high:.1f}{GLUE}%"
-                         f"{overlap}; always up: {100 * record.up_share:.1f}{GLUE}%"),
+                         f"{overlap}; always up: {100 * record.up_share:.1f}{GLUE}%, the more "
+                         f"frequent direction so far: {100 * record.base_rate:.1f}{GLUE}% "
+                         f"({_z(record.z_hits)})"),
             ("error (rmse)", f"{percent(record.rmse)}, zero forecast {percent(record.rmse_zero)}, "
                              + beside),
             ("band", f"one standard deviation held {100 * record.coverage:.1f}{GLUE}% of the "
                      f"outcomes (normal: 68.3{GLUE}%)"),
-            ("against zero", f"R² {record.r2:+.5f} ({_z(record.z)}): "
+            ("against zero", f"R² {record.r2:+.5f} ({_z(record.z)}{thinned}): "
                              + _verdict(record.z, "the zero forecast")),
-            ("strategy", f"{_growth(record.equity)} after costs of {percent.plain(record.cost)},"
-                         f" Sharpe {_sharpe(record.sharpe, record)}; {counts[1]:,}{GLUE}BUY, "
+            ("strategy", f"{_earned(record.strategy, record)}, after costs of "
+                         f"{percent.plain(record.cost)}; {counts[1]:,}{GLUE}BUY, "
                          f"{counts[-1]:,}{GLUE}SELL, {counts[0]:,}{GLUE}HOLD"),
-            ("buy and hold", f"{_growth(record.equity_hold)}, "
-                             f"Sharpe {_sharpe(record.sharpe_hold, record)}"),
+            ("buy and hold", _earned(record.hold, record)),
+            ("steady risk", f"{_earned(record.steady, record)}: long, by the mean volatility "
+                            "so far over the present one"),
         ]  # fmt: skip
         if record.year:
             rows.append(("steps a year", f"{record.steps_per_year:,.0f}: {record.year}"))
@@ -425,16 +433,18 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
     if len(result.sections) > 1:
         once = seconds(exact.calibration_seconds)
         rows.insert(1, ("", f"and {once} once for the calibration, however long the series"))
-    ratio = exact.seconds / exact.favor_seconds
+    pays = f"{exact.pays_from:,} windows on, with the calibration"
     rows.append(
-        ("faster", f"FAVOR+, {ratio:.3g} times, but for the calibration" if ratio >= 1
-                   else f"exact, {1 / ratio:.3g} times, at this length")
+        ("faster", f"FAVOR+, {exact.speedup:.3g} times; it pays from {pays}" if exact.speedup >= 1
+                   else f"exact, {1 / exact.speedup:.3g} times: the series is short. FAVOR+ pays from "
+                        + pays)
     )  # fmt: skip
     share = 100 * exact.rmse / exact.spread if exact.spread > 0 else math.nan
     part = f" (first {exact.rows:,})" if exact.extrapolated else ""
     rows.append(
         ("difference", f"correlation {exact.correlation:.4f}, rmse {percent.fine(exact.rmse)}: "
-                       f"{_two(share)}{GLUE}% of the spread of the exact forecasts{part}")
+                       f"{_two(share)}{GLUE}% of the spread of the exact forecasts{part}"
+                       + _beside_doubt(result, exact))
     )  # fmt: skip
     rows.append(
         ("error bars", f"effective sample size {found['effective_sample_size']:,.0f} of "
@@ -444,6 +454,13 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
                        f"standard errors{part}: {_held(found)}")
     )  # fmt: skip
     return f"FAVOR+ AND EXACT ATTENTION on the same {len(result):,} windows, compiled", rows
+
+
+def _beside_doubt(result: Forecast, exact: ExactComparison) -> str:
+    doubt = result.next.standard_error
+    if result.target != "return" or not 0 < doubt < math.inf:
+        return ""
+    return f", and {_two(100 * exact.rmse / doubt)}{GLUE}% of the standard error of the next one"
 
 
 def _held(found: dict[str, Any]) -> str:
@@ -537,8 +554,8 @@ def _verdict(z: float, rival: str) -> str:
 
 
 def _honest_words(record: ReturnEvaluation) -> str:
-    skill = record.hit_low > max(record.up_share, 1 - record.up_share) or record.z > 2
-    gain, hold = float(record.equity[-1]), float(record.equity_hold[-1])
+    skill = record.z_hits > 2 or record.z > 2
+    gain, hold = float(record.strategy.equity[-1]), float(record.hold.equity[-1])
     if math.isclose(gain, hold, rel_tol=1e-9):
         earned = "strategy and buying and holding earned an equal sum."
     elif gain > hold:
@@ -553,10 +570,16 @@ def _honest_words(record: ReturnEvaluation) -> str:
     )
 
 
-def _sharpe(value: float, record: ReturnEvaluation) -> str:
-    if math.isnan(value):
-        return "undefined"
-    return f"{value:.2f}{GLUE}a{GLUE}{'year' if record.year else 'step'}"
+def _earned(trading: Trading, record: ReturnEvaluation) -> str:
+    sharpe = "undefined"
+    if not math.isnan(trading.sharpe):
+        year = "year" if record.year else "step"
+        sharpe = f"{trading.sharpe:.2f}{GLUE}±{GLUE}{trading.sharpe_error:.2f}{GLUE}a{GLUE}{year}"
+    trades = f"{trading.trades:,}{GLUE}trade{'' if trading.trades == 1 else 's'}"
+    return (
+        f"{100 * trading.gain:+,.1f}{GLUE}%, Sharpe {sharpe}, {trades}, turnover "
+        f"{trading.turnover:,.0f}"
+    )
 
 
 class _Percent:
@@ -579,10 +602,6 @@ class _Percent:
 
     def signed(self, value: float) -> str:
         return f"{100 * math.expm1(value):+.{self._digits}f}{GLUE}%"
-
-
-def _growth(equity: Any) -> str:
-    return f"{100 * (float(equity[-1]) - 1):+,.1f}{GLUE}%"
 
 
 def _two(value: float) -> str:
@@ -616,7 +635,7 @@ def _as_dict(
     past = {
         name: value
         for name, value in vars(record).items()
-        if name not in ("signals", "equity", "equity_hold", "constant", "ewma")
+        if name not in ("signals", *WAYS, "constant", "ewma")
     }
     past |= {
         "forecasts": record.stop - record.start,
@@ -632,8 +651,7 @@ def _as_dict(
         judged = signals[record.start : record.stop]
         past |= {
             "hit_rate": record.hit_rate,
-            "strategy_return": float(record.equity[-1]) - 1,
-            "buy_and_hold_return": float(record.equity_hold[-1]) - 1,
+            **{name: _trading_dict(getattr(record, name)) for name in WAYS},
             "signals": {name: int((judged == sign).sum()) for sign, name in SIGNALS.items()},
         }
         forecast["signal"] = SIGNALS[int(signals[-1])]
@@ -679,6 +697,11 @@ def _as_dict(
             if name not in ("predicted", "favor_seconds", "favor_peak_bytes", "calibration_seconds")
         },
     }
+
+
+def _trading_dict(trading: Trading) -> dict[str, Any]:
+    named = {name: value for name, value in vars(trading).items() if name != "equity"}
+    return {"return": trading.gain, **named}
 
 
 def _clean(value: Any) -> Any:

@@ -7,6 +7,14 @@ by FAVOR+ in linear time.  Nothing here ever looks ahead.
 
 from typing import Any as _Any
 
+from ._backtest import Backtest as Backtest
+from ._backtest import Samples as Samples
+from ._backtest import backtest as backtest
+from ._backtest import samples as samples
+from ._baselines import EWMA as EWMA
+from ._baselines import GARCH as GARCH
+from ._baselines import HAR as HAR
+from ._baselines import Constant as Constant
 from ._compare import ExactComparison as ExactComparison
 from ._compare import compare_with_exact as compare_with_exact
 from ._error_bars import ErrorBars as ErrorBars
@@ -16,6 +24,8 @@ from ._evaluate import VolatilityEvaluation as VolatilityEvaluation
 from ._evaluate import evaluate as evaluate
 from ._forecast import Forecast as Forecast
 from ._forecast import forecast as forecast
+from ._intervals import Intervals as Intervals
+from ._intervals import conformal_intervals as conformal_intervals
 from ._live import LiveForecast as LiveForecast
 from ._live import Replay as Replay
 from ._live import Tick as Tick
@@ -25,6 +35,11 @@ from ._next import Precedent as Precedent
 from ._prices import PriceError as PriceError
 from ._prices import Prices as Prices
 from ._prices import read_prices as read_prices
+from ._scores import DieboldMariano as DieboldMariano
+from ._scores import diebold_mariano as diebold_mariano
+from ._scores import qlike as qlike
+from ._simulate import simulated_minutes as simulated_minutes
+from ._trading import Trading as Trading
 
 
 def __getattr__(name: str) -> _Any:

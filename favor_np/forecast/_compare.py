@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ._windows import F32, F64
 
 PART = 0.4  # share of the time limit that a part takes, where the whole would exceed it
 TRIAL_ROWS = 4096
+LONG, ENOUGH = 0.25, 0.05  # seconds: a call that is its own average, and all calls of a shorter one
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,22 @@ class ExactComparison:
     favor_peak_bytes: int
     calibration_seconds: float
 
+    @property
+    def speedup(self) -> float:
+        """How many times faster FAVOR+ is, but for the calibration."""
+        return self.seconds / self.favor_seconds
+
+    @property
+    def pays_from(self) -> int:
+        """Windows from which on FAVOR+ is faster, with the calibration.
+
+        Its time grows with the length, that of exact attention with the square of the length.
+        """
+        total = math.sqrt(self.matrix_bytes / 4)
+        square, linear = self.seconds / total**2, self.favor_seconds / total
+        root = math.sqrt(linear**2 + 4 * square * self.calibration_seconds)
+        return math.ceil((linear + root) / (2 * square))
+
 
 @validation.own_error_state
 def compare_with_exact(
@@ -81,7 +99,7 @@ def compare_with_exact(
     """Compute the forecasts by exact attention, as far as the time allows, and measure both.
 
     Time and memory are measured here, in the caller's process, by running FAVOR+ and exact
-    attention several times; `forecast` itself measures nothing.
+    attention several times; `forecast` itself measures nothing.  Times are medians.
 
     Parameters
     ----------
@@ -124,13 +142,12 @@ def compare_with_exact(
         )
 
     rows = total = len(result)
-    _, favor_seconds, favor_peak = timed(
-        lambda count: attend(windows, result.sections, count, num_threads), total
-    )
     guess = 0.0
     if total > TRIAL_ROWS:
-        trial = timed(exact, TRIAL_ROWS)[1]
-        guess = trial * (total / TRIAL_ROWS) ** 2
+        compiled(exact, TRIAL_ROWS)
+        start = time.perf_counter()
+        exact(TRIAL_ROWS)
+        guess = (time.perf_counter() - start) * (total / TRIAL_ROWS) ** 2
         if guess > max_seconds:
             rows = max(TRIAL_ROWS, int(total * math.sqrt(PART * max_seconds / guess)))
             guess = PART * max_seconds
@@ -139,6 +156,10 @@ def compare_with_exact(
             report(f"exact attention, about {guess:.0f} s", 0, rows)
         out, seconds, peak = timed(exact, rows)
         report("exact attention", rows, rows)
+    # Not before: threads of NumPy's products, of the calibration, still spin for a while.
+    _, favor_seconds, favor_peak = timed(
+        lambda count: attend(windows, result.sections, count, num_threads), total
+    )
 
     predicted = out[:, 0].astype(np.float64) * windows.unit[:rows]
     judged = slice(result.warm_up, rows)
@@ -172,21 +193,25 @@ def _calibration_seconds(result: Forecast) -> float:
 
 
 def timed(run: Callable[[int], F32], rows: int) -> tuple[F32, float, int]:
-    """Result, seconds and peak bytes of ``run(rows)``, after short runs that compile it."""
+    """Result, median seconds and peak bytes of ``run(rows)``, after short runs that compile it."""
+    compiled(run, rows)
+    results: list[F32] = []
+    seconds: list[float] = []
+
+    def call() -> None:
+        start = time.perf_counter()
+        results[:] = [run(rows)]
+        seconds.append(time.perf_counter() - start)
+
+    peak = measure.peak_memory(call)
+    while seconds[0] < LONG and (len(seconds) < 3 or (sum(seconds) < ENOUGH and len(seconds) < 9)):
+        call()
+    return results[0], statistics.median(seconds), peak
+
+
+def compiled(run: Callable[[int], F32], rows: int) -> None:
+    """Run what up to `rows` rows need, so that no time has compilation in it."""
     from favor_np.cpu.tuning import MIN_SHARED_LENGTH  # from there on another kernel runs
 
     for some in (64, MIN_SHARED_LENGTH):
         run(min(rows, PREFIX + some))
-    results: list[F32] = []
-
-    def call() -> None:
-        start = time.perf_counter()
-        results.append(run(rows))
-        seconds.append(time.perf_counter() - start)
-
-    seconds: list[float] = []
-    peak = measure.peak_memory(call)
-    while sum(seconds) < 0.25 and len(seconds) < 5:  # short calls: the best of several
-        call()
-        results.pop()
-    return results[0], min(seconds), peak

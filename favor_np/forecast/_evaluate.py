@@ -12,13 +12,13 @@ from favor_np import validation
 
 from ._calendar import steps_per_year
 from ._forecast import Forecast
+from ._scores import z_score
+from ._trading import DECAY, Trading, mean_of_signals, steady_position, trade
 from ._windows import F64
 
 Signals = npt.NDArray[np.int8]
 
 DEFAULT_COST = 2e-4
-CONSTANT = 1e-3  # returns that vary by less than this part of their mean do so by rounding
-DECAY = 0.94  # of the exponentially weighted average (RiskMetrics 1996, daily)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +35,17 @@ class ReturnEvaluation:
         Wilson's 95% interval of the hit rate (outcomes that overlap count as 1 / horizon).
     up_share : float
         Share of up moves: the hit rate of a forecast that always says up.
+    base_rate, z_hits : float
+        Hit rate of the direction that was more frequent until then, and that of the forecasts less
+        it over the standard error of the difference.
     rmse, rmse_zero : float
         Root mean square error of the forecast, and of the forecast zero, in log returns.
     r2 : float
         1 - (rmse / rmse_zero)²: above 0 is better than zero.
-    z : float
+    z, z_thinned : float
         Mean difference of the squared errors (zero's less ours) over its standard error
-        (Newey and West): beyond ±2 is more than chance.
+        (Newey and West): beyond ±2 is more than chance.  The same for every `horizon`-th forecast
+        alone, whose outcomes do not overlap.
     coverage : float
         Share of outcomes within one standard deviation (`Forecast.spread`) of the forecast.
     signals : ndarray, shape (L,), int8
@@ -49,15 +53,11 @@ class ReturnEvaluation:
     threshold, cost : float
         Predicted log return beyond which a signal is given; cost of a whole position, as a
         part of its value.
-    equity, equity_hold : ndarray, shape (steps + 1,), float64
-        Worth of 1 put into the strategy and into buy-and-hold, both with costs, from forecast
-        `start` to the last price.  BUY is one unit long, SELL one short, HOLD none; with a
-        horizon of h the position is the mean of the last h signals.
-    turnover : float
-        Sum of all changes of position.
-    sharpe, sharpe_hold : float
-        Mean over standard deviation of a step's return, times the root of `steps_per_year`;
-        NaN where the returns are constant, as without a single trade.
+    strategy, hold, steady : Trading
+        From forecast `start` to the last price, with costs: BUY is one unit long, SELL one short,
+        HOLD none, and with a horizon of h the position is the mean of the last h signals; buying
+        and holding; and a long position of equal risk, the mean volatility so far over the present
+        one (decay 0.94), at most 2, changed where it is off by a tenth.
     steps_per_year : float
         From the times of the series; 1 where they are not known, or too few to tell.
     year : str
@@ -71,19 +71,20 @@ class ReturnEvaluation:
     hit_low: float
     hit_high: float
     up_share: float
+    base_rate: float
+    z_hits: float
     rmse: float
     rmse_zero: float
     r2: float
     z: float
+    z_thinned: float
     coverage: float
     signals: Signals = field(repr=False)
     threshold: float
     cost: float
-    equity: F64 = field(repr=False)
-    equity_hold: F64 = field(repr=False)
-    turnover: float
-    sharpe: float
-    sharpe_hold: float
+    strategy: Trading
+    hold: Trading
+    steady: Trading
     steps_per_year: float
     year: str
 
@@ -164,8 +165,17 @@ def evaluate(
     low, high = wilson_interval(hits, moves, result.horizon)
     squares, zero = (outcome - predicted) ** 2, outcome**2
     signals = signals_of(result.predicted, threshold)
-    equity, equity_hold, turnover = _trade(result, signals, start, cost)
     per_year, year = steps_per_year(result.prices.times)
+    values, first = result.prices.values, int(result.index[start])
+    steps = np.diff(values[first:]) / values[first:-1]
+    positions = (
+        mean_of_signals(signals[start:-1], result.horizon),
+        np.ones(len(steps)),
+        steady_position(np.diff(values) / values[:-1], first),
+    )
+    strategy, hold, steady = (trade(steps, position, cost, per_year) for position in positions)
+    base, right = _base_rate(result, start, stop, moved)
+    difference = right - base
     return ReturnEvaluation(
         start=start,
         stop=stop,
@@ -174,19 +184,20 @@ def evaluate(
         hit_low=low,
         hit_high=high,
         up_share=float(np.mean(outcome[moved] > 0)) if moves else math.nan,
+        base_rate=float(base.mean()) if moves else math.nan,
+        z_hits=z_score(difference, result.horizon) if moves else math.nan,
         rmse=math.sqrt(squares.mean()),
         rmse_zero=math.sqrt(zero.mean()),
         r2=_skill(squares, zero),
         z=z_score(zero - squares, result.horizon),
+        z_thinned=z_score((zero - squares)[:: result.horizon], 1),
         coverage=float(np.mean(np.sqrt(squares) <= result.spread[start:stop])),
         signals=signals,
         threshold=threshold,
         cost=cost,
-        equity=equity,
-        equity_hold=equity_hold,
-        turnover=turnover,
-        sharpe=_sharpe(equity, per_year),
-        sharpe_hold=_sharpe(equity_hold, per_year),
+        strategy=strategy,
+        hold=hold,
+        steady=steady,
         steps_per_year=per_year,
         year=year,
     )
@@ -234,53 +245,21 @@ def wilson_interval(hits: int, trials: int, overlap: int = 1) -> tuple[float, fl
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def z_score(values: F64, horizon: int) -> float:
-    """Mean over its standard error, with the autocovariances of overlapping outcomes."""
-    count = len(values)
-    centred = values - values.mean()
-    lags = min(max(horizon - 1, int(count ** (1 / 3))), count - 1)
-    variance = centred @ centred
-    for lag in range(1, lags + 1):
-        variance += 2 * (1 - lag / (lags + 1)) * (centred[lag:] @ centred[:-lag])
-    error = math.sqrt(max(variance, 0.0)) / count
-    return float(values.mean() / error) if error > 0 else 0.0
-
-
 def _skill(ours: F64, theirs: F64) -> float:
     """1 - mean squared error over that of the simple forecast."""
     total = float(theirs.sum())
     return 1 - float(ours.sum()) / total if total > 0 else math.nan
 
 
-def _trade(result: Forecast, signals: Signals, start: int, cost: float) -> tuple[F64, F64, float]:
-    """Equity of the strategy and of buy-and-hold from forecast `start` on, and the turnover."""
-    values = result.prices.values
-    steps = values[result.index[start:-1] + 1] / values[result.index[start:-1]] - 1
-    total = np.concatenate([[0], np.cumsum(signals[start:-1], dtype=np.int64)])
-    first = np.maximum(np.arange(len(steps)) + 1 - result.horizon, 0)
-    position = (total[1:] - total[first]) / result.horizon
-    changes = np.abs(np.diff(position, prepend=0.0))
-    hold_cost = np.zeros(len(steps))
-    hold_cost[:1] = cost
-    return (
-        _equity(position * steps - cost * changes),
-        _equity(steps - hold_cost),
-        float(changes.sum()),
-    )
-
-
-def _equity(returns: F64) -> F64:
-    """Growth of 1; who has lost all stays at 0."""
-    return np.cumprod(np.concatenate([[1.0], np.maximum(1 + returns, 0.0)]))
-
-
-def _sharpe(equity: F64, per_year: float) -> float:
-    alive = equity[:-1] > 0
-    returns = equity[1:][alive] / equity[:-1][alive] - 1
-    mean, spread = (float(np.mean(returns)), float(np.std(returns))) if len(returns) else (0.0, 0.0)
-    if spread <= CONSTANT * abs(mean):
-        return math.nan
-    return mean / spread * math.sqrt(per_year)
+def _base_rate(
+    result: Forecast, start: int, stop: int, moved: npt.NDArray[np.bool_]
+) -> tuple[F64, F64]:
+    """Whether the more frequent direction so far, and ours, was right, at each outcome that moved."""
+    known = result.windows.known  # row i: the newest outcome that forecast i may know
+    usual = np.where(np.cumsum(np.sign(known)) >= 0, 1.0, -1.0)[start:stop]
+    direction = np.sign(result.outcome[start:stop])
+    base, right = usual == direction, np.sign(result.predicted[start:stop]) == direction
+    return base[moved].astype(np.float64), right[moved].astype(np.float64)
 
 
 def non_negative(name: str, value: float) -> float:

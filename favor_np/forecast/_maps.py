@@ -31,8 +31,6 @@ class Section(NamedTuple):
 
 def plain_map(dim: int, num_features: int, scale: float, seed: int) -> FeatureMap:
     """Return the map that knows nothing of the data."""
-    from scipy import optimize  # noqa: F401  # calibration will need it: not while a clock runs
-
     from favor_np.features import feature_map
 
     return feature_map("positive", dim=dim, num_features=num_features, scale=scale, rng=seed)

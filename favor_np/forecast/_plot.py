@@ -195,12 +195,12 @@ def _recent_volatility(axes: Any, result: Forecast, record: VolatilityEvaluation
 def _equity(axes: Any, result: Forecast, record: ReturnEvaluation) -> None:
     when = _time(result, result.index[record.start :])
     for equity, colour, label in (
-        (record.equity_hold, GREY, "buy and hold"),
-        (record.equity, BLUE, "strategy"),
+        (record.hold.equity, GREY, "buy and hold"),
+        (record.strategy.equity, BLUE, "strategy"),
     ):
         label = f"{label} {100 * (equity[-1] - 1):+,.0f}%"
         axes.plot(when, np.maximum(equity, 1e-12), color=colour, lw=1, label=label)
-    worth = np.concatenate([record.equity, record.equity_hold])
+    worth = np.concatenate([record.strategy.equity, record.hold.equity])
     if worth.max() > 3 * worth.min() > 0:
         _log_scale(axes)
     axes.axhline(1, color=INK, lw=0.6)

@@ -18,7 +18,7 @@ class Setting:
     target: str = "return"
     window: int = 32
     horizon: int = 1
-    num_features: int = 1024
+    num_features: int = 192  # the fewest with error bars that hold: docs/forecast.md
     calibration: str = "auto"
     scale: float | None = None
     seed: int = 0

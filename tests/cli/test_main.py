@@ -43,6 +43,16 @@ def test_the_program_alone_shows_its_help(capsys):
         assert name in captured.out
 
 
+def test_the_program_multiplies_with_one_thread_of_openblas():
+    """The others would spin beside ours; a call of `main` from Python leaves them as they are."""
+    code = "import os, sys; from favor_np.cli import main; main({}); print(os.environ.get({!r}))"
+    for argv, expected in (("", "1"), ("['info']", "None")):
+        command = [sys.executable, "-c", code.format(argv, "OPENBLAS_NUM_THREADS"), "info"]
+        environ = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+        assert done.stdout.splitlines()[-1] == expected
+
+
 def test_help_imports_little():
     code = (
         "import sys; from favor_np.cli import main\n"
@@ -69,6 +79,7 @@ def test_help_imports_little():
         ["forecast", "--target", "profit"],
         ["forecast", "--seed", "-1"],
         ["forecast", "--calibration", "best"],
+        ["demo", "--rows", "100"],
         ["warmup", "--float16"],
     ],
 )
@@ -165,7 +176,7 @@ def test_interrupt(monkeypatch, capsys):
         "favor_np.calibration",
         "numpy",
         "numpy._core._multiarray_umath",
-        "scipy.optimize._highspy._core",
+        "favor_np.cpu.processor",
         "numba",
         "llvmlite.binding",
         "favor_np.cpu.kernels.simd",

@@ -87,12 +87,12 @@ def test_gaps():
 def test_the_sharpe_ratio_of_constant_returns_is_undefined():
     prices = Prices.from_array(100 * 1.001 ** np.arange(300))
     record = evaluate(forecast(prices, num_features=16), cost=0.0)
-    assert math.isnan(record.sharpe_hold)
-    assert math.isnan(record.sharpe)  # always long
+    assert math.isnan(record.hold.sharpe)
+    assert math.isnan(record.strategy.sharpe)  # always long
     never = evaluate(forecast(prices, num_features=16), threshold=1.0)
     assert (never.signals == 0).all()
-    assert math.isnan(never.sharpe)
+    assert math.isnan(never.strategy.sharpe)
     usual = evaluate(forecast(series(sessions("2024-03-04", 60, 7, HOUR, NEW_YORK))))
-    growth = usual.equity_hold[1:] / usual.equity_hold[:-1] - 1
+    growth = usual.hold.equity[1:] / usual.hold.equity[:-1] - 1
     assert usual.steps_per_year == 7 * 252
-    assert usual.sharpe_hold == pytest.approx(growth.mean() / growth.std() * (7 * 252) ** 0.5)
+    assert usual.hold.sharpe == pytest.approx(growth.mean() / growth.std() * (7 * 252) ** 0.5)

@@ -21,8 +21,9 @@ from .objects import METHODS, WAYS
 RECORD = {
     "volatility": "start stop rmse r2 z rmse_constant rmse_ewma r2_ewma constant ewma",
     "return": "start stop rmse r2 z moves hits hit_low hit_high up_share rmse_zero coverage signals "
-    "threshold equity equity_hold turnover sharpe sharpe_hold steps_per_year year hit_rate",
+    "threshold base_rate z_hits z_thinned steps_per_year year hit_rate",
 }
+TRADING = "equity turnover trades sharpe sharpe_error"
 RESULT = "index predicted spread chance chance_down outcome mean_s scale warm_up weight_error"
 NEXT = "time price move spread chance chance_down exact standard_error precedents"
 
@@ -32,10 +33,13 @@ def told(prices: Any, **options: Any) -> Any:
     result = forecast.forecast(prices, **options)
     similar = [take(x, "time weight move") for x in result.next.similar]
     bars, exact = forecast.error_bars(result), forecast.compare_with_exact(result)
+    record = forecast.evaluate(result, cost=1e-4)
+    ways = [getattr(record, way) for way in ("strategy", "hold", "steady") if hasattr(record, way)]
     return [
         take(result, RESULT),
         [take(result.next, NEXT), similar],
-        take(forecast.evaluate(result, cost=1e-4), RECORD[result.target]),
+        take(record, RECORD[result.target]),
+        [take(way, TRADING) for way in ways],
         take(bars, "standard_error effective_sample_size warnings"),
         take(exact, "predicted rows correlation rmse spread"),
         take(forecast.replay(result), "predicted signals difference"),

@@ -152,7 +152,10 @@ def time_column(table: Table, price: int, *, date_format: str | None = None) -> 
         found = [*dates, *(i for i in named if table.kind(i) == "number")]
         found += [i for i in others if i not in found and _looks_like_time(table, i)]
     if found:
-        index = min(found, key=lambda i: (not _readable(table, i, date_format), i not in named, i))
+        index = found[0]
+        if len(found) > 1:
+            readable = {i: _readable(table, i, date_format) for i in found}
+            index = min(found, key=lambda i: (not readable[i], i not in named, i))
         date = TimeColumn(table.header[index], table.column(index), indices=(index,))
         return _with_clock(table, date, others, date_format)
     found = [i for i in others if _is_clock_column(table, i)]

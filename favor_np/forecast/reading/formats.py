@@ -127,7 +127,7 @@ class Reading:
 
 
 @functools.lru_cache(maxsize=256)
-def pattern(form: str) -> re.Pattern[str]:
+def pattern(form: str) -> str:
     """The expression of a format of our own."""
     found = ""
     for token in re.findall("%.|.", form):
@@ -140,10 +140,10 @@ def pattern(form: str) -> re.Pattern[str]:
         else:
             found += _LOOSE[token]
     if "%d" not in form:
-        return re.compile(found)
+        return found
     if form in DIGITS:  # behind two digits of a year an hour alone would be 8 digits, a date
-        return re.compile(found + _digit_clock("" if "%y" in form else "?"))
-    return re.compile(_WEEKDAY + found + _CLOCK)
+        return found + _digit_clock("" if "%y" in form else "?")
+    return _WEEKDAY + found + _CLOCK
 
 
 def spread(cells: Sequence[str]) -> Sequence[str]:
@@ -155,10 +155,12 @@ def viable(forms: Sequence[str], cells: Sequence[str]) -> list[str]:
     """The formats that read at least half of some cells, which all can be read in then."""
     some = [cell for cell in spread(cells) if cell]
     text = "\n".join(some)
+    if not any(map(str.isalpha, text)):
+        forms = [form for form in forms if not re.search("%b|(?<!%)[A-Z]", form)]
     return [f for f in forms if 2 * len(read_as(text, pattern(f)).known) >= len(some) > 0]
 
 
-def literal_pattern(form: str) -> re.Pattern[str]:
+def literal_pattern(form: str) -> str:
     """The expression of a format that the user gives; a clock may follow where it has none."""
     found = ""
     for token in re.findall("%.|.", form):
@@ -166,7 +168,7 @@ def literal_pattern(form: str) -> re.Pattern[str]:
             known = " ".join(f"%{part}" for part in _PARTS)
             raise PriceError(f"--date-format: {token} is not known, but {known} are")
         found += _PARTS[token[1]] if token[1:] else re.escape(token)
-    return re.compile(found + ("" if "(?P<H>" in found else _CLOCK), re.IGNORECASE)
+    return "(?i:" + found + ("" if "(?P<H>" in found else _CLOCK) + ")"
 
 
 def month_number(name: str) -> int:
@@ -175,9 +177,9 @@ def month_number(name: str) -> int:
     return max((len(p), m) for p, m in {"": 0, **_BEGINNINGS}.items() if name.startswith(p))[1]
 
 
-def read_as(text: str, expression: re.Pattern[str]) -> Reading:
+def read_as(text: str, expression: str) -> Reading:
     """All times of a column, whose cells are the lines of a text."""
-    line = re.compile(rf"^(?:{expression.pattern})$|^.*$", expression.flags | re.MULTILINE)
+    line = re.compile(rf"^(?:{expression})$|^.*$", re.MULTILINE)
     rows = line.findall(text)
     columns = list(zip(*rows, strict=True)) if line.groups > 1 else [rows]
 

@@ -43,7 +43,7 @@ def is_time(text: str) -> bool:
     text = _one_line(text)
     if not any(map(str.isdigit, text)):
         return False
-    matches = (pattern(form).fullmatch(text) for form in (*FORMATS, *DIGITS))
+    matches = (re.fullmatch(pattern(form), text) for form in (*FORMATS, *DIGITS))
     return is_clock(text) or any(
         match and ("b" not in match.re.groupindex or month_number(match["b"])) for match in matches
     )
