@@ -215,7 +215,7 @@ def check_call(
     # A step is short: what is True or False need not be checked by a call.
     is_causal = causal is True or (causal is not False and validation.flag("causal", causal))
     is_grouped = enable_gqa is not False and validation.flag("enable_gqa", enable_gqa)
-    dim = heads = batch_shape = value_dim = mask = bias = None
+    dim = heads = batch_shape = value_dim = mask = bias = unmasked = None
     if feature_map is not None:
         dim, heads = feature_map.dim, feature_map.num_heads
     if state is not None:
@@ -230,8 +230,6 @@ def check_call(
         mask = validation.mask_of(key_mask, k.shape[-2])
     if key_bias is not None:
         bias, unmasked = validation.key_bias_of(key_bias, k.shape[-2])
-        if unmasked is not None:
-            mask = np.ascontiguousarray(unmasked if mask is None else mask & unmasked)
     state_shape, out_shape = call_shapes(
         (
             q.shape,
@@ -244,6 +242,8 @@ def check_call(
         is_causal,
         is_grouped,
     )
+    if unmasked is not None:
+        mask = np.ascontiguousarray(unmasked if mask is None else mask & unmasked)
     if check_finite is not False and validation.flag("check_finite", check_finite):
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)

@@ -101,6 +101,7 @@ def attend(fm: FeatureMap | None, options: dict[str, Any], *, vjp: bool, **shape
     if pullback is not None:
         grads = pullback(numbers(*found[0].shape, seed=5).astype(found[0].dtype), *after)
         found += take(grads, "q k v")
+        found += [x for x in (grads.key_bias, grads.decay) if x is not None]
         if fm is not None:
             found += [grads.projection, grads.state and take(grads.state, "S z")]
     return found
@@ -143,6 +144,20 @@ EXACT: Options = {
     "finite": ({}, {"check_finite": True}),
     "keys": ({"keys": 77}, {}),
     "no keys": ({"keys": 0}, {}),
+}
+BIAS = numbers(2, 150, seed=7, std=300.0)
+GATES = 1 / (1 + numbers(2, 150, seed=8) ** 2)
+#: What only exact attention takes, or differentiates.
+WEIGHED: dict[str, dict[str, Any]] = {
+    "window": {"causal": True, "window": 40},
+    "window packed": {"causal": True, "window": 9, "key_mask": mask_of(150)} | PACKED,
+    "window pair": {"causal": False, "window": (30, 7)},
+    "one side": {"causal": False, "window": (None, 7)} | PACKED,
+    "bias": {"causal": False, "key_bias": BIAS},
+    "bias causal": {"causal": True, "key_bias": np.where(mask_of(150), BIAS, -np.inf)},
+    "gates": {"causal": True, "decay": GATES},
+    "decay": {"causal": True, "decay": [0.9, 1.0], "key_bias": BIAS[:1]} | PACKED,
+    "all": {"causal": True, "decay": GATES, "key_bias": BIAS, "window": 20} | PACKED,
 }
 FAVOR: Options = EXACT | {
     "packed": ({}, {"key_mask": mask_of(150)} | PACKED),
@@ -245,3 +260,6 @@ def exact() -> Cases:
     yield from crossed(("exact",), EXACT, ("f4", "b2"), (False,), precision="bfloat16")
     yield from sized(("exact",), SIZES, ["default"], ("f4", "f8"))
     yield from sized(("exact",), MEDIUM, ["default", "mask", "bfloat16"], threads=(1, 2, 3))
+    for (title, options), dtype, vjp in product(WEIGHED.items(), ("f4", "f8", "b2"), BOTH):
+        call = partial(attend, None, options, dtype=dtype, vjp=vjp)
+        yield title_of("exact", dtype, options["causal"], vjp, title), call

@@ -16,13 +16,7 @@ from __future__ import annotations
 
 import math
 
-from favor_np.cpu.kernels.activate import (
-    RAISE_QUERIES,
-    activate_queries,
-    lift_queries,
-    measure_queries,
-    strip_features,
-)
+from favor_np.cpu.kernels.activate import RAISE_QUERIES, lift_queries, strip_features
 from favor_np.cpu.kernels.bfloat16 import (
     add_nonfinite,
     finite_pairs,
@@ -37,15 +31,30 @@ from favor_np.cpu.kernels.bfloat16 import (
 from favor_np.cpu.kernels.block import room_of
 from favor_np.cpu.kernels.counters import claim, enter, leave, report
 from favor_np.cpu.kernels.floats import flush_beside
-from favor_np.cpu.kernels.gemm import gemm_t, prefetch_rows, project_t
-from favor_np.cpu.kernels.jit import jit
+from favor_np.cpu.kernels.gemm import SLICE, gemm_t, prefetch_rows, project_t
+from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.pack import across, pack, pack_values, write_rows
 from favor_np.cpu.kernels.products import load_tile_config, release_tiles, seen_by
-from favor_np.cpu.kernels.simd import load, maximum, splat, store, sum_lanes
+from favor_np.cpu.kernels.simd import (
+    exp2,
+    fma,
+    highest,
+    load,
+    maximum,
+    nearest,
+    splat,
+    store,
+    sum_lanes,
+)
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import TROUBLE, ExactParameters
 from favor_np.cpu.tiles import CHUNK, PARTS, STRIP
 from favor_np.jobs import K_ROW, KEYS, LIFT_ROW, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
+
+#: Queries of a tile that an edge cuts, of which keys that none of them sees are left out: of weights,
+#: and of logits.
+BLOCK = max(VECTOR_BYTES // 4, 8)
+WIDE = 2 * BLOCK
 
 
 @jit()
@@ -106,13 +115,34 @@ def load_keys(pairs, parts, t):
 
 
 @jit()
-def logits(parts, g, cols, d, t):
-    """The logits (F, C) of a tile of keys and one of queries."""
-    if parts is None:
-        project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
-    else:
+def seen_by_some(first, last, i, count):
+    """The keys that some of so many queries of a tile, from i on, see: where they begin and end."""
+    begin = max(i + first, 0)
+    return begin, max(min(i + count - 1 + last, CHUNK), begin)
+
+
+@jit()
+def logits(parts, g, cols, d, edge, first, last, t):
+    """The logits (F, C) of a tile of keys and one of queries; at an edge of those that count."""
+    if parts is not None:
         depth = parts.keys.shape[1] // PARTS
         gemm_bf16x3(parts.keys, parts.queries[g], t.raw, CHUNK, cols, depth, False)
+    elif edge:
+        for i in range(0, cols, WIDE):
+            begin, end = seen_by_some(first, last, i, WIDE)
+            begin, end, stop = begin // 8 * 8, -(-end // 8) * 8, min(i + WIDE, cols)
+            for k in range(0, d if begin < end else 0, SLICE):
+                deep = min(k + SLICE, d)
+                gemm_t(t.keys, t.across[g], t.raw, begin, end, i, stop, k, deep, k > 0)
+    else:
+        project_t(t.keys, t.across[g], t.raw, CHUNK, cols, d)
+    for i in range(0, cols if edge else 0, BLOCK):
+        begin, end = seen_by_some(first, last, i, BLOCK)
+        for j in range(begin, end):
+            for x in range(i, min(j - last + 1, i + BLOCK)):
+                t.raw[j, x] = -math.inf
+            for x in range(max(j - first + 1, i), i + BLOCK):
+                t.raw[j, x] = -math.inf
 
 
 @jit()
@@ -191,23 +221,35 @@ def spoil_rows(par, offset, count, start, here, t):
                 square[i // CHUNK, i % CHUNK] = math.inf
 
 
-@jit()
-def hide(first, last, cols, raw):
-    """Set the logits of keys that a query does not see to minus infinity."""
-    for j in range(CHUNK):
-        for i in range(min(j - last + 1, cols)):
-            raw[j, i] = -math.inf
-        for i in range(max(j - first + 1, 0), cols):
-            raw[j, i] = -math.inf
-
-
-@jit()
-def measure(par, cols, t, top):
+@jit(fastmath=EXACT)
+def measure(par, cols, first, last, t, top):
     """top = the largest logit of each query, or less than any where it sees none."""
-    measure_queries(par, 1, cols, t.raw, CHUNK, t.c, 0, 0, top)
-    floor = splat(top, 2 * par.hidden)
-    for i in range(0, cols, VECTOR_BYTES // top.itemsize):
-        store(top, 0, i, maximum(load(top, 0, i), floor))
+    raw, c, lanes = t.raw, t.c, VECTOR_BYTES // t.raw.itemsize
+    for i in range(0, cols, lanes):
+        begin, end = seen_by_some(first, last, i // BLOCK * BLOCK, BLOCK)
+        level = splat(top, 2 * par.hidden)
+        for j in range(begin, end):
+            level = maximum(level, nearest(load(raw, j, i)) + splat(c, c[0, j]))
+        store(top, 0, i, level)
+
+
+@jit(fastmath=EXACT)
+def weigh(cols, first, last, t, top):
+    """Logits to weights phi relative to 2**top, and their sums; how far the largest passes top."""
+    raw, c, ones, phi, lanes = t.raw, t.c, t.ones, t.phi, VECTOR_BYTES // t.raw.itemsize
+    worst = splat(c, 0)
+    for i in range(0, cols, lanes):
+        begin, end = seen_by_some(first, last, i // BLOCK * BLOCK, BLOCK)
+        level, total = load(top, 0, i), splat(raw, 0)
+        for j in range(begin, end):
+            y = load(raw, j, i)
+            n = nearest(y) + (splat(c, c[0, j]) - level)
+            worst = maximum(worst, n)
+            value = exp2(y, n)
+            store(phi, j, i, value)
+            total = fma(value, splat(raw, ones[0, j]), total)
+        store(t.part, 0, i, total)
+    return highest(worst)
 
 
 @jit()
@@ -233,16 +275,13 @@ def read_tile(par, g, count, d, new, first, last, clean, t):
     rows = -(-count // 8) * 8
     edge = first + count > 1 or last < CHUNK
     top, den, num = t.top[g : g + 1], t.den[g : g + 1], t.num[g]
-    logits(t.parts, g, cols, d, t)
-    if edge:
-        hide(first, last, cols, t.raw)
+    logits(t.parts, g, cols, d, edge, first, last, t)
     if new:
-        measure(par, cols, t, top)
-    over = activate_queries(par, 1, cols, t.raw, CHUNK, t.c, t.ones, 0, 0, top, t.phi, t.part)
-    if over > RAISE_QUERIES:
-        measure(par, cols, t, t.higher)
+        measure(par, cols, first, last, t, top)
+    if weigh(cols, first, last, t, top) > RAISE_QUERIES:
+        measure(par, cols, first, last, t, t.higher)
         lift_queries(t.higher, top, cols, 0, den, num, t.raw)
-        activate_queries(par, 1, cols, t.raw, CHUNK, t.c, t.ones, 0, 0, top, t.phi, t.part)
+        weigh(cols, first, last, t, top)
     for i in range(count):
         den[0, i] += t.part[0, i]
     if edge:
