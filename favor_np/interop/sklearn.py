@@ -32,6 +32,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from favor_np import validation
 from favor_np.features import FeatureMap, feature_map
+from favor_np.sphere import on_sphere, sphere_map
 from favor_np.state import AttentionState
 
 __all__ = ["FavorClassifier", "FavorFeatures", "FavorRegressor"]
@@ -39,7 +40,6 @@ __all__ = ["FavorClassifier", "FavorFeatures", "FavorRegressor"]
 Array = npt.NDArray[Any]
 F64 = npt.NDArray[np.float64]
 DTYPES = (np.float64, np.float32)
-KNOWN = 512  # normal rows that the map is calibrated on
 
 
 @dataclass
@@ -71,16 +71,6 @@ class _Moments:
         if not penalty > 0:  # rows that are all the same
             return np.zeros_like(cross)
         return np.asarray(np.linalg.solve(inner + penalty * np.eye(columns), cross))
-
-
-def _on_sphere(X: Array) -> Array:
-    """Append a constant to rows, as long as a typical one, and make them of length one."""
-    dim = X.shape[1]
-    rows = np.empty((len(X), dim + 1), X.dtype)
-    largest = np.maximum(np.abs(X).max(1, initial=0.0), 1.0)[:, None]  # squares do not overflow
-    rows[:, :dim], rows[:, dim:] = X / largest, np.sqrt(dim) / largest
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows
 
 
 class _Attention(BaseEstimator):
@@ -145,11 +135,7 @@ class _Attention(BaseEstimator):
         """Draw the map, and make a state that knows nothing."""
         dim = X.shape[1]
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        fm = feature_map(
-            "positive", dim + 1, self.num_features, scale=self.scale, rng=seed, dtype=X.dtype.type
-        )
-        typical = _on_sphere(np.random.default_rng(seed).standard_normal((KNOWN, dim)))
-        fm = fm.calibrate(typical, typical)
+        fm = sphere_map(dim, self.num_features, self.scale, seed, X.dtype.type)
         ridge = self.ridge
         if not (np.isfinite(ridge) and ridge > 0):
             raise ValueError(f"ridge must be finite and greater than 0, got {ridge}")
@@ -160,13 +146,13 @@ class _Attention(BaseEstimator):
     def _fold(self, X: Array, values: Array) -> None:
         """Take rows and their values."""
         both = np.hstack([X, values]).astype(X.dtype, copy=False)
-        self.state_.update(_on_sphere(X), both if self.linear else both[:, X.shape[1] :])
+        self.state_.update(on_sphere(X), both if self.linear else both[:, X.shape[1] :])
         self.moments_ = self.moments_ + _Moments.of(both.astype(np.float64))
 
     def _smooth(self, X: Array) -> F64:
         """Weighted means of the values around a regression: those of ``y - X b``, plus ``x b``."""
         columns = X.shape[1]
-        rows = _on_sphere(X.astype(self.state_.dtype, copy=False))
+        rows = on_sphere(X.astype(self.state_.dtype, copy=False))
         means = self.state_.attend(rows).astype(np.float64)
         if not self.linear:
             return np.asarray(means)
