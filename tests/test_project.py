@@ -80,6 +80,7 @@ MOST_PARAMETERS = 7
 MANY_PARAMETERS = {
     "attention.check": "the arguments of favor_attention as they came: it makes the Call of them",
     "call.check_call": "the options of all attention functions: a dictionary of them costs a step more",
+    "forecast._backtest.backtest": "data, and how to walk over them: each is a keyword of its own elsewhere",
 }
 
 

@@ -405,7 +405,7 @@ class FavorClassifier(ClassifierMixin, _Attention):
 class FavorFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Positive random features of the softmax kernel, or of the Gaussian one: see `RBFSampler`.
 
-    The product of two rows estimates exp(scale x.x'), or exp(-scale |x - x'|² / 2).  They are never
+    The product of two rows estimates ``exp(scale x.x')``, or ``exp(-scale |x - x'|² / 2)``.  They are never
     negative, and where the kernel is small they are as well, which cosines are not.
 
     Parameters
