@@ -82,7 +82,6 @@ MANY_PARAMETERS = {
     "exact._check": "the same of exact_attention",
     "state.update": "public: what weights of keys may be made of, and options",
     "call.check_call": "the options of all attention functions: a dictionary of them costs a step more",
-    "forecast._backtest.backtest": "data, and how to walk over them: each is a keyword of its own elsewhere",
 }
 
 
