@@ -55,11 +55,11 @@ from favor_np.cpu.kernels.spread import (
     keep_group,
     lift_squares,
 )
-from favor_np.cpu.kernels.state import add_rows, add_sums
+from favor_np.cpu.kernels.state import add_rows, add_sums, holds_nothing
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import READ, WHOLE
 from favor_np.cpu.tiles import CHUNK
-from favor_np.jobs import BLOCK, K_ROW, KEYS, LIFT_ROW, MASK_ROW, ROWS, V_ROW
+from favor_np.jobs import BLOCK, K_ROW, KEYS, LIFT_ROW, MASK_ROW, ROWS, SLOT, V_ROW
 
 #: Positions of a chunk that are tried together once its keys did not fit together: they may not
 #: again.
@@ -99,7 +99,7 @@ def read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, groups, clean, 
     half = blocks * width
     pack_queries(par, call, row, 1, count, w, t)
     turn_queries(t.parts, t)
-    first, fetched = True, 0
+    first, fetched, empty = True, 0, par.causal and holds_nothing(z, slot, half * par.signs)
     for b in range(blocks):
         features = min(par.filled, features_count - b * par.filled)
         project_queries(t.parts, t, call.query, call.query_parts, w + b, t.raw, cols, d)
@@ -121,11 +121,14 @@ def read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, groups, clean, 
             den, part = t.den, t.part
             for i in range(cols):
                 den[0, i] = part[0, i] if first else den[0, i] + part[0, i]
-            state = s[slot, r0 : r0 + width]
-            fetched = gemm_t_fetching(
-                t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width, not first, next_rows,
-                fetched,
-            )  # fmt: skip
+            if not empty:
+                state = s[slot, r0 : r0 + width]
+                fetched = gemm_t_fetching(
+                    t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width, not first,
+                    next_rows, fetched,
+                )  # fmt: skip
+            elif first:
+                t.num[:] = 0
             if par.causal:
                 tile = keys[b * par.signs + side]
                 for i in range(0, cols, 2 * lanes):  # keys after these queries are not needed
@@ -302,7 +305,9 @@ def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
                 t.pairs, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
                 t,
             )  # fmt: skip
-    if what != READ:
+    # What nobody reads need not be folded: the end of a sequence without a state.
+    unread = what == WHOLE and reads and row[SLOT] < 0 and start + taken == row[KEYS]
+    if what != READ and not unread:
         fold_chunk(
             par, t.pairs, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
             t.spare,

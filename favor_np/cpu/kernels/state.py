@@ -81,6 +81,15 @@ def raise_state(old, new, s, z, slot, features, r, scale):
 
 
 @jit()
+def holds_nothing(z, slot, features):
+    """Whether no key has been folded into a state that has no tail."""
+    for r in range(features):
+        if z[slot, r] != 0:
+            return False
+    return True
+
+
+@jit()
 def scale_row(rows, r, by):
     """Multiply a row."""
     for x in range(rows.shape[1]):
