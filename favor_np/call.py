@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import numpy as np
@@ -323,6 +323,15 @@ def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
             f"got {q[-1]} and {keys[-1]}"
         )
     return (*validation.broadcast(q=q[:-1], keys=keys[:-1]), q[-1])
+
+
+def by_groups(call: Call) -> Call:
+    """Return a grouped call as one whose heads have the queries of their groups one after another."""
+    *lead, heads, rows, width = call.out_shape
+    shared = call.state_shape[-1]
+    q = np.broadcast_to(call.q, (*lead, heads, *call.q.shape[-2:]))
+    q = q.reshape(*lead, shared, heads // shared * rows, q.shape[-1])
+    return replace(call, q=q, grouped=False, out_shape=(*lead, shared, q.shape[-2], width))
 
 
 def sum_to(grad: Array, like: Array) -> Array:

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
-from favor_np.call import Call, ErrorBars
+from favor_np.call import Call, ErrorBars, by_groups
+from favor_np.decay import set_decay
 from favor_np.engine import processor
 from favor_np.features import FeatureMap, checked
+from favor_np.numerics import LN2
 from favor_np.variance import structure
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -100,6 +102,10 @@ def diagnose(
     *,
     causal: bool = False,
     key_mask: npt.ArrayLike | None = None,
+    key_bias: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
+    enable_gqa: bool = False,
+    decay: npt.ArrayLike | None = None,
 ) -> Diagnosis:
     """Estimate the errors of FAVOR+ attention, without computing exact attention.
 
@@ -117,6 +123,8 @@ def diagnose(
         Each row sees the keys up to its own.
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.
+    key_bias, cu_seqlens, enable_gqa, decay : optional
+        As for `favor_attention`.
 
     Returns
     -------
@@ -154,7 +162,14 @@ def diagnose(
     The error bars can be trusted: about 95% of errors are within 1.96 of them.
     """
     checked(feature_map, ("positive",))
-    call = processor().check(q, k, v, feature_map, causal=causal, key_mask=key_mask)
+    call = processor().check(
+        q, k, v, feature_map, causal=causal, key_mask=key_mask, key_bias=key_bias,
+        enable_gqa=enable_gqa,
+    )  # fmt: skip
+    if cu_seqlens is not None:
+        call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
+    if decay is not None:
+        set_decay(call, decay)
     group, groups, biased = _groups(feature_map)
     output, error = (np.zeros(call.out_shape, call.compute) for _ in range(2))
     sizes = np.zeros(output.shape[:-1], call.compute)
@@ -245,15 +260,24 @@ def _bias(fm: FeatureMap, call: Call, output: Array, error: Array) -> float:
     count, problems = output.shape[-2], math.prod(output.shape[:-2])
     probes = min(count, max(4, PROBES // problems))
     rows = np.unique(np.linspace(0, count - 1, probes).astype(np.int64))
-    arrays = (call.q[..., rows, :], call.k, call.v)
-    q, k, v = (x.astype(call.compute, copy=False) for x in arrays)
+    shape, places, positions = output[..., rows, :].shape, np.arange(call.keys), rows
+    of = dataclasses.replace(call, q=call.q[..., rows, :], out_shape=shape)
+    if call.grouped:
+        of = by_groups(of)
+        positions = np.tile(rows, shape[-3] // of.out_shape[-3])
+    q, k, v = (x.astype(call.compute, copy=False) for x in (of.q, of.k, of.v))
     logits = fm.scale * (q @ np.swapaxes(k, -1, -2))
+    if call.lifts is not None:
+        logits = logits + (call.lifts * LN2).astype(call.compute)[..., None, :]
     if call.causal:
-        logits = np.where(rows[:, None] >= np.arange(call.keys), logits, EMPTY)
+        logits = np.where(positions[:, None] >= places, logits, EMPTY)
+    if call.offsets is not None:
+        owners = np.searchsorted(call.offsets, places, "right")
+        logits = np.where(owners[positions][:, None] == owners, logits, EMPTY)
     if call.mask is not None:
         logits = np.where(call.mask[..., None, :], logits, EMPTY)
     weights = np.exp(logits - logits.max(-1, keepdims=True, initial=EMPTY))
-    exact = weights @ v / weights.sum(-1, keepdims=True).clip(1e-30)
+    exact = (weights @ v / weights.sum(-1, keepdims=True).clip(1e-30)).reshape(shape)
     predicted = error[..., rows, :]
     known = predicted > 0  # not so where a row sees no key, or but one
     found, total = ((output[..., rows, :] - exact)[known] ** 2).sum(), (predicted[known] ** 2).sum()

@@ -7,16 +7,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from favor_np import validation
 
 Progress: TypeAlias = Callable[[str, int, int], object]
 
+
+class Report(Protocol):
+    """What work calls to tell how far it is; a bar shows the note beside the time left."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> object:
+        """Tell it."""
+
+
 PATIENCE = 2.0  # seconds that work takes before a bar is worth it
 
 
-def reporting(progress: bool | Progress | None) -> AbstractContextManager[Progress]:
+def reporting(progress: bool | Progress | None) -> AbstractContextManager[Report]:
     """Check the argument of this name, and return the context of work whose progress is told.
 
     Parameters
@@ -29,7 +37,7 @@ def reporting(progress: bool | Progress | None) -> AbstractContextManager[Progre
     Returns
     -------
     context manager
-        It gives what to call as ``progress(stage, done, total)``. A stage whose first call has
+        It gives what to call as ``report(stage, done, total)``: see `Report`. A stage whose first call has
         ``done = 0`` is one long call: its bar is shown at once.
 
     Raises
@@ -40,7 +48,8 @@ def reporting(progress: bool | Progress | None) -> AbstractContextManager[Progre
         If it is True and tqdm is missing.
     """
     if callable(progress):
-        return nullcontext(progress)
+        told = progress
+        return nullcontext(lambda stage, done, total, note="": told(stage, done, total))  # noqa: ARG005
     if progress is None:
         terminal = sys.stderr is not None and sys.stderr.isatty()
         shown = terminal and find_spec("tqdm") is not None
@@ -57,18 +66,18 @@ def reporting(progress: bool | Progress | None) -> AbstractContextManager[Progre
     return _bars(tqdm, stay=progress is not None)
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def silent(stage: str, done: int, total: int, note: str = "") -> None:
     """Tell nobody."""
 
 
 @contextmanager
-def _bars(tqdm: Callable[..., Any], *, stay: bool) -> Iterator[Progress]:
+def _bars(tqdm: Callable[..., Any], *, stay: bool) -> Iterator[Report]:
     """Yield what shows a bar for each stage, one after the other."""
     now: str | None = None
     bar: Any = None
     begin = time.monotonic()
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(stage: str, done: int, total: int, note: str = "") -> None:
         nonlocal now, bar, begin
         if stage != now:
             if bar is not None:
@@ -80,6 +89,7 @@ def _bars(tqdm: Callable[..., Any], *, stay: bool) -> Iterator[Progress]:
                 desc=stage, initial=done, total=total, delay=max(wait, 0.0), leave=stay,
                 unit_scale=total >= 10_000,
             )  # fmt: skip
+        bar.set_postfix_str(note, refresh=False)
         bar.update(max(done - bar.n, 0))
 
     try:

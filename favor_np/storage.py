@@ -1,4 +1,4 @@
-"""The file of an `AttentionState`: an npz archive, written whole or not at all.
+"""The file of an `AttentionState` or a `WindowState`: an npz archive, written whole or not at all.
 
 The entry ``header`` is JSON (bytes, as an array of uint8); every other entry is an array, and all
 are uncompressed and little-endian.  Nothing in a file is executed, and nothing is believed: the
@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,6 +29,9 @@ from favor_np.features import Calibration, FeatureMap
 Array: TypeAlias = npt.NDArray[Any]
 
 FORMAT = "favor_np.AttentionState"
+#: The same of the segment of a `WindowState`, and these entries beside.
+WINDOW_FORMAT = "favor_np.WindowState"
+WINDOW = ("window_k", "window_v", "window_mask", "window_lifts", "window_faded")
 #: Raised when an older reader could no longer understand what is written: 2 has calibrated maps, 3
 #: what states hold beside (c, S, z), 4 how far factors of a token each have made keys fade.
 VERSION = 4
@@ -67,14 +71,19 @@ def path_of(name: str, value: str | os.PathLike[str]) -> Path:
         ) from None
 
 
-def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | None = None) -> None:
-    """Write a state, and `extra` for whoever reads it (anything JSON can hold), atomically.
+def write(
+    path: str | os.PathLike[str],
+    parts: Parts,
+    extra: dict[str, Any] | None = None,
+    window: dict[str, Array] | None = None,
+) -> None:
+    """Write a state, and `extra` for whoever reads it (anything JSON can hold), whole or not at all.
 
-    A file that is replaced leaves its mode to the new one and, where that is allowed, its owner.
+    If it is that of a `WindowState`'s segment, `window` has its tokens.
     """
     fm = parts.feature_map
     header = {
-        "format": FORMAT,
+        "format": FORMAT if window is None else WINDOW_FORMAT,
         "version": 3 if parts.fade is None else VERSION,
         "favor_np": __version__,
         "dtype": np.dtype(parts.dtype).name,
@@ -103,8 +112,20 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
     arrays |= zip(REST, parts.rest or (), strict=parts.rest is not None)
     if parts.fade is not None:
         arrays |= zip(FADE, parts.fade, strict=True)
+    arrays |= window or {}
     for name, array in arrays.items():
         arrays[name] = np.require(array, array.dtype.newbyteorder("<"), "C")
+    with replacing(path) as file:
+        _write_archive(file, arrays)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Give a file to write, which takes the place of that at `path` at the end of the block.
+
+    So a file is written whole or not at all.  One that is replaced leaves its mode to the new one
+    and, where that is allowed, its owner.
+    """
     target = path_of("path", path).resolve()  # what a link points to, not the link
     if target.exists() and not target.is_file():
         raise ValueError(f"path must be a regular file, got {os.fspath(path)!r}")
@@ -117,7 +138,7 @@ def write(path: str | os.PathLike[str], parts: Parts, extra: dict[str, Any] | No
                 with contextlib.suppress(OSError):
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
                 os.fchmod(file.fileno(), mode)
-            _write_archive(file, arrays)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -145,23 +166,37 @@ def _write_archive(file: Any, arrays: dict[str, Any]) -> None:
 
 def read(path: str | os.PathLike[str]) -> tuple[Parts, dict[str, Any]]:
     """Read what `write` wrote; ValueError for anything else."""
+    parts, extra, _ = _read(path, FORMAT)
+    return parts, extra
+
+
+def read_window(
+    path: str | os.PathLike[str],
+) -> tuple[Parts, dict[str, Any], dict[str, Array]]:
+    """Read what `write` wrote of a `WindowState`."""
+    return _read(path, WINDOW_FORMAT)
+
+
+def _read(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[Parts, dict[str, Any], dict[str, Array]]:
     data = path_of("path", path).read_bytes()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as file:
-            return _parse(file)
+            return _parse(file, kind)
     except MemoryError:
         raise
     except Exception as error:  # bytes can be wrong in more ways than can be listed
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{os.fspath(path)} cannot be read as an AttentionState: {reason}"
-        ) from error
+        of = kind.rpartition(".")[2]
+        article = "an" if of[0] == "A" else "a"
+        raise ValueError(f"{os.fspath(path)} cannot be read as {article} {of}: {reason}") from error
 
 
-def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
+def _parse(file: zipfile.ZipFile, kind: str) -> tuple[Parts, dict[str, Any], dict[str, Array]]:
     header = json.loads(_array(file, "header", "|u1").tobytes())
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"its header does not name the format {FORMAT}")
+    if not isinstance(header, dict) or header.get("format") != kind:
+        raise ValueError(f"its header does not name the format {kind}")
     version = validation.integer("version", header["version"])
     if version > VERSION:
         raise ValueError(
@@ -172,7 +207,8 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
     calibrated = [name for name in Calibration._fields if f"{name}.npy" in names]
     exact = REST if version >= 3 else ()
     faded = FADE if any(f"{name}.npy" in names for name in FADE) else ()
-    known = sorted(f"{name}.npy" for name in (*ENTRIES, *exact, *faded, *calibrated))
+    tokens = WINDOW[: 5 if "window_lifts.npy" in names else 3] if kind == WINDOW_FORMAT else ()
+    known = sorted(f"{name}.npy" for name in (*ENTRIES, *exact, *faded, *calibrated, *tokens))
     if names != known:
         raise ValueError(f"it must have the entries {known}, got {names}")
     calibration = None
@@ -219,7 +255,18 @@ def _parse(file: zipfile.ZipFile) -> tuple[Parts, dict[str, Any]]:
     ):
         raise ValueError(f"fade must be a whole part, from 0 to {LONGEST}, and a fraction")
     parts = (c, s, z, sequences, rates if rates.any() else None, lengths, rest, fade)
-    return Parts(fm, value_dim, batch, dtype.str, *parts), {**header["extra"]}
+    extra, window = {**header["extra"]}, {}
+    if tokens:
+        rows = (*batch, validation.integer("window", extra["window"]))
+        validation.integer("length", extra["length"], minimum=0)
+        of_numbers = {"window_k": (*rows, fm.dim), "window_v": (*rows, value_dim)}
+        kinds = {"window_mask": ("|b1", rows), "window_lifts": ("<f8", rows),
+                 "window_faded": ("<f8", batch)}  # fmt: skip
+        kinds |= {name: (f"<f{size}", shape) for name, shape in of_numbers.items()}
+        window = {n: _array(file, n, kinds[n][0], shape=kinds[n][1]) for n in tokens}
+        if any(not np.isfinite(window[n]).all() for n in tokens[3:]):
+            raise ValueError("window_lifts and window_faded must be finite")
+    return Parts(fm, value_dim, batch, dtype.str, *parts), extra, window
 
 
 def _rest(

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from favor_np import columns
+
 #: Decorates functions that compute with NumPy: whatever the caller's error state is (`np.seterr`),
 #: they see the one that NumPy begins with.
 own_error_state = np.errstate(divide="warn", over="warn", under="ignore", invalid="warn")
@@ -214,11 +216,15 @@ def array_of(name: str, value: object) -> Array:
         value = value.data
     if isinstance(value, np.matrix):
         raise TypeError(f"{name} must be an array, got numpy.matrix; use numpy.asarray")
-    if not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
-        try:
+    if hasattr(value, "toarray"):
+        raise TypeError(f"{name} is sparse; use its method toarray")
+    try:
+        if type(value).__module__.partition(".")[0] in columns.LIBRARIES:
+            value = columns.values(name, value)
+        elif not hasattr(value, "__array__") and hasattr(value, "__dlpack__"):
             value = np.from_dlpack(value)
-        except (BufferError, RuntimeError, ValueError) as error:
-            raise TypeError(f"{name} does not lie in this machine's memory: {error}") from None
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise TypeError(f"{name} does not lie in this machine's memory: {error}") from None
     try:
         return np.asarray(value)
     except ValueError as error:

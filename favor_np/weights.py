@@ -8,8 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np import validation
+from favor_np.call import by_groups
+from favor_np.decay import set_decay
 from favor_np.engine import processor
 from favor_np.features import ATTENTION_KINDS, F64, FeatureMap, checked
+from favor_np.numerics import LN2
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -24,6 +27,9 @@ def attention_weights(
     causal: bool = False,
     positions: npt.ArrayLike | None = None,
     key_mask: npt.ArrayLike | None = None,
+    key_bias: npt.ArrayLike | None = None,
+    enable_gqa: bool = False,
+    decay: npt.ArrayLike | None = None,
 ) -> Array:
     """Compute rows of the attention matrix that a feature map implies.
 
@@ -47,6 +53,8 @@ def attention_weights(
         after it get 0.
     key_mask : array_like of bool, shape (..., L_k), optional
         True where a key takes part.
+    key_bias, enable_gqa, decay : optional
+        As for `favor_attention`; a decay with `causal` or `positions`.
 
     Returns
     -------
@@ -77,7 +85,9 @@ def attention_weights(
            [0.44, 0.56, 0.  , 0.  ]])
     """
     checked(feature_map, ATTENTION_KINDS)
-    call = processor().check(q, k, k, feature_map, key_mask=key_mask)
+    call = processor().check(
+        q, k, k, feature_map, key_mask=key_mask, key_bias=key_bias, enable_gqa=enable_gqa
+    )
     rows, keys = call.q.shape[-2], call.keys
     seen = np.full(rows, keys)  # how many keys, from the first one on, a row sees
     if validation.flag("causal", causal):
@@ -86,6 +96,13 @@ def attention_weights(
         positions = np.arange(rows)
     if positions is not None:
         seen = np.minimum(validation.row_positions("positions", positions, rows), keys - 1) + 1
+        call.causal = True
+    if decay is not None:
+        set_decay(call, decay)
+    out_shape = call.out_shape
+    if call.grouped:  # the queries of a group are more rows of one head
+        call = by_groups(call)
+        seen = np.tile(seen, out_shape[-3] // call.out_shape[-3])
     # A block ends where the view of a row does: a row sees all of a block or nothing of it, so
     # that no key which it does not see decides how its own are scaled.
     ends = np.unique(np.concatenate([seen, np.arange(BLOCK, keys, BLOCK)]))
@@ -98,6 +115,8 @@ def attention_weights(
             log_k = _log_key_features(feature_map, call.k[..., block, :].astype(np.float64))
             if call.mask is not None:
                 log_k = np.where(call.mask[..., block, None], log_k, -np.inf)
+            if call.lifts is not None:
+                log_k = log_k + call.lifts[..., block, None] * LN2
             sees = seen >= end
             logs[..., sees, block] = _log_products(log_q[..., sees, :], log_k)
             start = end
@@ -105,7 +124,7 @@ def attention_weights(
         weights = np.exp(logs - top, out=logs)
         total = weights.sum(-1, keepdims=True)
         np.divide(weights, total, out=weights, where=total != 0)
-        result: Array = weights.astype(call.result, copy=False)
+        result: Array = weights.reshape(*out_shape[:-1], keys).astype(call.result, copy=False)
         return result
 
 

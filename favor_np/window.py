@@ -10,6 +10,7 @@ decoder keeps a state that grows, and states of the ends of the segment before.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, Unpack
@@ -322,17 +323,26 @@ class WindowState:
         return out, w, top
 
     def _append(self, call: Call) -> None:
-        new, before = min(call.keys, self.window), self._begin
-        start, self.length = self.length, self.length + call.keys
-        rows, last = np.arange(self.length - new, self.length) % self.window, call.keys - new
-        self._k[..., rows, :] = call.k[..., last:, :]
-        self._v[..., rows, :] = call.v[..., last:, :]
-        self._mask[..., rows] = True if call.mask is None else call.mask[..., last:]
-        raised = self._raised(call)
-        if raised is not None:
-            self._lifts[..., rows] = raised[..., last:]
+        """Remember the keys of a call, and fold them."""
+        last, mask, lifts = slice(-self.window, None), call.mask, self._raised(call)
+        tokens = (
+            call.k[..., last, :],
+            call.v[..., last, :],
+            True if mask is None else mask[..., last],
+            None if lifts is None else lifts[..., last],
+        )
+        self._remember(call, tokens, call.keys)
+
+    def _remember(self, call: Call, tokens: tuple[Any, ...], count: int) -> None:
+        """Take the last of `count` new tokens: their keys, values, mask and lifts."""
+        new, before = min(count, self.window), self._begin
+        start, self.length = self.length, self.length + count
+        rows = np.arange(self.length - new, self.length) % self.window
+        self._k[..., rows, :], self._v[..., rows, :], self._mask[..., rows], lifts = tokens
+        if lifts is not None:
+            self._lifts[..., rows] = lifts
         if self._begin > before:
-            if raised is not None:  # the raise of the latest key is where exponents begin
+            if self._lifts is not None:  # exponents begin at the raise of the latest key
                 self._lifts -= self._faded[..., None]
                 self._faded[...] = 0
             self._own = self._empty()
@@ -344,7 +354,7 @@ class WindowState:
         if self._lifts is None:
             if self.rates is None and call.gates is None and call.lifts is None:
                 return None
-            self._lifts, self._faded = np.zeros(self._mask.shape), np.zeros(self.batch_shape)
+            self._be_raised()
         gates = np.zeros((*self.batch_shape, call.keys))
         if call.gates is not None:
             gates = validation.gates_of(call.gates, self.batch_shape, call.keys)
@@ -353,6 +363,9 @@ class WindowState:
         raised: Array = self._faded[..., None] + np.cumsum(gates, -1)
         self._faded = raised[..., -1].copy()
         return raised if call.lifts is None else raised + call.lifts
+
+    def _be_raised(self) -> None:
+        self._lifts, self._faded = np.zeros(self._mask.shape), np.zeros(self.batch_shape)
 
     def _before(self, call: Call) -> Any:
         """Return the state of the keys before the latest segment that its position sees."""
@@ -521,6 +534,126 @@ class WindowState:
             check_finite=check_finite,
         )  # fmt: skip
         return out[..., 0, :] if flat else out
+
+    @validation.own_error_state
+    def merge(self, other: WindowState) -> WindowState:
+        """Append what another state has seen, in place: its tokens come after the state's own.
+
+        Parameters
+        ----------
+        other : WindowState
+            Of the same map, window, dtype, `value_dim`, `batch_shape` and `decay`; it is not
+            changed.
+
+        Returns
+        -------
+        WindowState
+            The state itself.
+
+        Raises
+        ------
+        TypeError
+            If `other` is no WindowState.
+        ValueError
+            If it differs in one of these.
+        """
+        if not isinstance(other, WindowState):
+            raise TypeError(f"other must be a WindowState, got {validation.got(other)}")
+        if other.feature_map != self.feature_map:
+            raise ValueError("other must have the feature map of the state")
+        for name in ("window", "dtype", "value_dim", "batch_shape"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(f"other must have {name} {mine}, got {theirs}")
+        mine, theirs = (s.rates if s.rates is not None else np.zeros(1) for s in (self, other))
+        if not np.array_equal(mine, theirs):
+            raise ValueError("other must have the decay of the state")
+        self._guard.change(self._merge, other.copy())
+        return self
+
+    def _merge(self, other: WindowState) -> None:
+        new = min(other.length, self.window)
+        if not new:
+            return
+        rows = np.arange(other.length - new, other.length) % self.window
+        lifts = None
+        if self._lifts is not None or other._lifts is not None:
+            for state in (self, other):
+                if state._lifts is None:
+                    state._be_raised()
+            lifts = other._lifts.take(rows, -1) + self._faded[..., None]
+            self._faded = self._faded + other._faded
+        tokens = other._k.take(rows, -2), other._v.take(rows, -2), other._mask.take(rows, -1), lifts
+        call = processor().check(None, None, None, self.feature_map, self, dtype=self.dtype)
+        self._remember(call, tokens, other.length)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, as `AttentionState.save` does: whole or not at all.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file; it is replaced if it exists.  No suffix is added.
+
+        Raises
+        ------
+        TypeError, ValueError, OSError
+            As `AttentionState.save`.
+        """
+        from favor_np import storage
+
+        kept = self.__getstate__()
+        (c, s, z), rest = kept["_own"]
+        form, batch = self._form, self.batch_shape
+        count = math.prod(batch)
+        c, s, z = (x.reshape(*batch, *x.shape[1:]) for x in (c, s, z))
+        lengths = np.full(count, kept["length"])
+        parts = storage.Parts(
+            form.feature_map, form.value_dim, batch, form.dtype.str, c, s, z, None, self.rates,
+            lengths, None if rest[0] is None else rest,
+        )  # fmt: skip
+        tokens = {
+            name: kept[name[len("window") :]]
+            for name in storage.WINDOW
+            if kept[name[len("window") :]] is not None
+        }
+        storage.write(path, parts, {"window": self.window, "length": kept["length"]}, tokens)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WindowState:
+        """Read a state that `save` wrote, its feature map included; nothing in it is executed.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            The file.
+
+        Returns
+        -------
+        WindowState
+            It continues with the same bits.
+
+        Raises
+        ------
+        OSError, ValueError
+            As `AttentionState.load`.
+        """
+        from favor_np import storage
+
+        parts, extra, tokens = storage.read_window(path)
+        state = cls(
+            parts.feature_map, parts.value_dim, extra["window"], parts.batch_shape,
+            dtype=parts.dtype,
+        )  # fmt: skip
+        rows = math.prod(parts.batch_shape), parts.feature_map.num_features
+        sums = parts.c.reshape(rows), parts.s.reshape(*rows, -1), parts.z.reshape(rows)
+        kept = {name[len("window") :]: array for name, array in tokens.items()}
+        state.__setstate__(
+            state.__getstate__()
+            | kept
+            | {"rates": parts.rates, "length": extra["length"], "_own": (sums, parts.rest or ())}
+        )
+        return state
 
     def copy(self) -> WindowState:
         """Return an independent copy: to continue one prefix in two ways.

@@ -86,6 +86,42 @@ def test_output_and_sample_size_are_those_of_the_definition(causal, antithetic):
         assert found.effective_sample_size[h, i] == pytest.approx(size, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"key_bias": "bias"},
+        {"causal": True, "decay": "gates"},
+        {"causal": True, "decay": 0.97, "cu_seqlens": [0, 120, 300]},
+        {"enable_gqa": True, "key_bias": "bias"},
+    ],
+)
+@pytest.mark.parametrize("method", ["independent", "spherical"])
+def test_error_bars_of_other_options(options, method):
+    """Of single heads, made by hand, they are the same; the ones of a bias are measured as well."""
+    rng = np.random.default_rng(0)
+    q, k, v = 0.4 * rng.standard_normal((3, 4, 300, 8))
+    numbers = {"bias": rng.normal(size=(2, 300)), "gates": rng.uniform(0.9, 1, (2, 300))}
+    if "enable_gqa" not in options:
+        q = q[:2]
+    k, v = k[:2], v[:2]
+    more = {n: numbers.get(x, x) if isinstance(x, str) else x for n, x in options.items()}
+    norms = {"norms": "sqrt"} if method == "spherical" else {}
+    fm = feature_map("positive", 8, 128, **norms)
+    found = diagnose(q, k, v, fm, **more)
+    assert relative_error(found.output, favor_attention(q, k, v, fm, **more)) < 1e-12
+    exact = favor_np.exact_attention(q, k, v, **more)
+    errors = np.abs(found.output - exact)[:, 30:]
+    inside = (errors < 1.96 * found.standard_error[:, 30:]).mean()
+    assert 0.75 < inside < 0.999
+    if "enable_gqa" in options:
+        del more["enable_gqa"]
+        again = [diagnose(q[h::2], k, v, fm, **more) for h in range(2)]
+        for h, alone in enumerate(again):
+            assert relative_error(found.output[h::2], alone.output) < 1e-12
+            ratio = found.standard_error[h::2] / alone.standard_error
+            np.testing.assert_allclose(ratio, ratio[0, 0, 0], rtol=1e-6)
+
+
 def test_quantiles_of_student_are_those_of_scipy():
     for freedom in (*range(1, 30), 199, 200, 201, 1000, 10**6):
         assert t_quantile(freedom) == pytest.approx(stdtrit(freedom, 0.975), rel=1e-9)

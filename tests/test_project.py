@@ -105,6 +105,8 @@ def test_functions_take_few_parameters():
         "zeros",
         "forecast",
         "compare",
+        "train",
+        "backtest",
         "__init__",
         "favor_attention",
         "export_attention",

@@ -224,7 +224,9 @@ def test_there_are_no_fields_but_those_of_the_record():
 
 
 #: What machine code may look for elsewhere: memory, the C library's mathematics, and nothing else.
-MAY_NEED = re.compile(r"mem(cpy|set|move)|(exp|exp2|log|log2|pow|ldexp|floor|ceil|rint|trunc)f?")
+MAY_NEED = re.compile(
+    r"mem(cpy|set|move)|(erf|exp|exp2|log|log2|pow|ldexp|floor|ceil|rint|trunc)f?"
+)
 
 
 def undefined(code):

@@ -53,6 +53,27 @@ def test_weights_are_those_of_the_definition(name, causal):
 
 
 @pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("heads", [None, 2])
+def test_biases_decay_and_groups(heads):
+    fm = maps("antithetic" if "antithetic" in MAPS else next(iter(MAPS)), heads=heads)
+    q, k, v = random_inputs(13, 8, lead=(3, 4), kv_lead=(3, 2))
+    bias, gates = RNG.normal(size=(2, 13)), RNG.uniform(0.01, 1, (3, 2, 13))
+    bias[0, 3] = -np.inf
+    for decay in (None, 0.8, gates):
+        options = {"key_bias": bias, "enable_gqa": True, "decay": decay}
+        chosen = [{"causal": True}] if decay is not None else [{"causal": True}, {}]
+        for more in chosen:
+            got = attention_weights(q, k, fm, **options, **more)
+            expected = favor_np.favor_attention(q, k, v, fm, **options, **more)
+            shared = np.repeat(v, 2, axis=1)
+            assert relative_error(got @ shared, expected) < 1e-13
+    some = attention_weights(q[..., 5:9, :], k, fm, positions=range(5, 9), **options)
+    assert relative_error(some, got[..., 5:9, :]) < 1e-13
+    with pytest.raises(ValueError, match="needs causal"):
+        attention_weights(q, k, fm, decay=0.9, enable_gqa=True)
+
+
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize(
     ("dtype", "std", "rounding"),

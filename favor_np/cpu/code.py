@@ -43,6 +43,15 @@ KERNELS: dict[str, tuple[str, Any, Any, list[str], list[str]]] = {
     "attend_exact": ("exact", records.Exact, tiles.ExactTiles, [""], ["pairs", "parts"]),
     "differentiate_exact": ("exact_vjp", records.ExactPull, tiles.ExactGradientTiles, [""], []),
     "holds_large": ("pack", records.Numbers, None, [""], []),
+    "normalize": ("layers", records.Normalize, None, [""], []),
+    "normalize_back": ("layers", records.NormalizeBack, None, [""], []),
+    "activate": ("layers", records.Activate, None, [""], []),
+    "activate_back": ("layers", records.ActivateBack, None, [""], []),
+    "split_heads": ("heads", records.Heads, None, [""], []),
+    "merge_heads": ("heads", records.Heads, None, [""], []),
+    "cross_entropy": ("learning", records.Entropy, None, [""], []),
+    "square_sums": ("learning", records.Squares, None, [""], []),
+    "adam": ("learning", records.Adam, None, [""], []),
 }  # fmt: skip
 
 

@@ -290,3 +290,128 @@ class Numbers(NamedTuple):
     """What `holds_large` takes."""
 
     rows: Floats2
+
+
+# Layers of favor_np.nn.  A job is a block of rows, or a piece of a vector.
+
+
+class Normalize(NamedTuple):
+    """What `normalize` takes.
+
+    Attributes
+    ----------
+    bias
+        One, or none.
+    stats
+        What is written for each row: its mean, if it is subtracted, and one over its size.
+    constants
+        What is added to the mean square; whether the mean is subtracted; the rows of a sequence;
+        from which column on a row gets what belongs to the one before it.
+    """
+
+    x: Floats2
+    y: Floats2
+    stats: Floats2
+    control: Ints1
+    weight: Floats1
+    bias: Floats1
+    constants: Doubles1
+
+
+class NormalizeBack(NamedTuple):
+    """What `normalize_back` takes; `sums` are those of a block for weight and bias."""
+
+    x: Floats2
+    stats: Floats2
+    grad: Floats2
+    dx: Floats2
+    sums: Floats3
+    control: Ints1
+    weight: Floats1
+    constants: Doubles1
+
+
+class Activate(NamedTuple):
+    """What `activate` takes; `constants` has the number of the function, and whether it is gated."""
+
+    x: Floats2
+    y: Floats2
+    control: Ints1
+    constants: Ints1
+
+
+class ActivateBack(NamedTuple):
+    """What `activate_back` takes."""
+
+    x: Floats2
+    grad: Floats2
+    dx: Floats2
+    control: Ints1
+    constants: Ints1
+
+
+class Heads(NamedTuple):
+    """What `split_heads` and `merge_heads` take: rows (batch * L, all heads * d), and their heads.
+
+    Attributes
+    ----------
+    q, k, v
+        Heads (batch * heads * L, d); `merge_heads` finds cotangents there.
+    lengths
+        Of q and k on the sphere of each of their heads, or none.
+    cos, sin
+        What each number of a head, and its partner, are multiplied with at each position, (L, d), or
+        none.
+    sums
+        What a block adds to the gradient of the lengths; `merge_heads` only.
+    constants
+        The rows of a sequence; heads of q, of k and of v; how far apart partners are, 1 or d / 2.
+    """
+
+    rows: Floats2
+    out: Floats2
+    q: Floats2
+    k: Floats2
+    v: Floats2
+    sums: Doubles2
+    control: Ints1
+    lengths: Floats1
+    cos: Floats2
+    sin: Floats2
+    constants: Ints1
+
+
+class Entropy(NamedTuple):
+    """What `cross_entropy` takes; a target of -1 does not count."""
+
+    logits: Floats2
+    grad: Floats2
+    losses: Doubles1
+    targets: Ints1
+    control: Ints1
+    factor: Doubles1
+
+
+class Squares(NamedTuple):
+    """What `square_sums` takes: `pieces` has where each begins and ends."""
+
+    x: Floats1
+    sums: Doubles1
+    control: Ints1
+    pieces: Ints2
+
+
+class Adam(NamedTuple):
+    """What `adam` takes; a piece has its begin, its end, and whether it decays.
+
+    `constants`: what gradients are multiplied with, both betas, the rate over the first correction,
+    one over the second, epsilon, and what weights that decay are multiplied with.
+    """
+
+    x: Floats1
+    grad: Floats1
+    m: Floats1
+    v: Floats1
+    control: Ints1
+    pieces: Ints2
+    constants: Doubles1

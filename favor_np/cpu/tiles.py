@@ -30,6 +30,8 @@ CHUNK = 64
 #: Tiles of queries that share one packed tile of keys in exact attention; and of keys that share
 #: one of queries in its gradient.
 QUERY_TILES, KEY_TILES = 16, 8
+#: Rows that a kernel of a layer takes at a time.
+LAYER_ROWS = 64
 #: Tokens that a state keeps before it folds them together.
 TAIL = 16
 #: Integers behind the exponents of a state, of which the first is used: rows begin on cache lines.

@@ -173,7 +173,10 @@ def on_device(array: Any) -> bool:
     if _of_numba(array):  # which would make its interface first
         return True
     if hasattr(array, "__dlpack_device__"):
-        return int(array.__dlpack_device__()[0]) in _DLPACK
+        try:
+            return int(array.__dlpack_device__()[0]) in _DLPACK
+        except (BufferError, ValueError):  # of a kind that DLPack does not know
+            return False
     return hasattr(array, "__cuda_array_interface__")
 
 

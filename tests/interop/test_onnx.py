@@ -332,6 +332,18 @@ def test_float64(kind, run_with, form):
 
 
 @pytest.mark.parametrize("form", ["chunk", "whole"])
+@pytest.mark.parametrize("kind", ["oprf", "aderf+sderf", "own aderf+sderf", "spherical"])
+def test_float64_of_calibrated_maps(kind, form):
+    """Beside favor_np, whose own rounding is a part of the difference."""
+    fm = maps()[kind]
+    run = runner(export(fm, form, dtype="float64"))
+    for length, std in ((1, 1), (130, 1), (100, 4)):
+        q, k, v = data(length, batch=1, std=std, dtype=np.float64)
+        out = run(inputs(q, k, v, empty(fm, 1, dtype=np.float64)))["out"]
+        assert relative_rms(out, expected(q, k, v, fm, causal=form != "whole")) <= 5e-15
+
+
+@pytest.mark.parametrize("form", ["chunk", "whole"])
 @pytest.mark.parametrize("kind", ["antithetic", "relu", "own aderf+sderf"])
 def test_the_evaluator_of_onnx(kind, form):
     fm, options = maps()[kind], {"key_mask": True}
