@@ -40,6 +40,7 @@ from ._scores import diebold_mariano as diebold_mariano
 from ._scores import qlike as qlike
 from ._simulate import simulated_minutes as simulated_minutes
 from ._trading import Trading as Trading
+from ._volatility import FavorHAR as FavorHAR
 
 
 def __getattr__(name: str) -> _Any:

@@ -20,7 +20,7 @@ FLOOR = 0.01  # a smaller square, of the mean square, counts as that: a tenth of
 SETTLED = 1e-6  # what is left of a square that no longer counts in an average
 
 
-class _Parameters:
+class Parameters:
     """`get_params` and `set_params` of a dataclass, so that scikit-learn can clone it."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
@@ -37,7 +37,7 @@ class _Parameters:
 
 
 @dataclass
-class Constant(_Parameters):
+class Constant(Parameters):
     """The mean of all that is known.
 
     Examples
@@ -58,7 +58,7 @@ class Constant(_Parameters):
 
 
 @dataclass
-class EWMA(_Parameters):
+class EWMA(Parameters):
     """Exponentially weighted mean of squared returns (RiskMetrics 1996).
 
     Parameters
@@ -89,20 +89,20 @@ class EWMA(_Parameters):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be from 0 to below 1, got {self.decay}")
         validation.integer("horizon", self.horizon)
-        self.variance_ = float(np.mean(_returns(X) ** 2))
+        self.variance_ = float(np.mean(returns_of(X) ** 2))
         return self
 
     def predict(self, X: npt.ArrayLike) -> F64:
         """Return the variance after each row, from the rows up to it."""
         average, found = self.variance_, []
-        for square in (_returns(X) ** 2).tolist():
+        for square in (returns_of(X) ** 2).tolist():
             average = self.decay * average + (1 - self.decay) * square
             found.append(average)
         return self.horizon * np.array(found)
 
 
 @dataclass
-class HAR(_Parameters):
+class HAR(Parameters):
     """Regression of the log variance on those of the last day, week and month (HAR-log).
 
     The logarithms of the mean squares of the last 1, 5 and 22 returns explain that of what
@@ -138,13 +138,13 @@ class HAR(_Parameters):
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
         """Regress."""
-        returns, outcome = _returns(X), np.asarray(y, np.float64)
+        returns, outcome = returns_of(X), np.asarray(y, np.float64)
         last = slice(0 if self.window is None else max(0, len(outcome) - self.window), None)
         mean = float(np.mean(returns[last] ** 2))
         if not mean > 0:
             raise ValueError("the returns never vary: no volatility can be fitted")
         self.floor_ = FLOOR * mean
-        rows = self._features(returns)[last]
+        rows = _with_ones(self.features(returns)[last])
         target = np.log(np.maximum(outcome[last], FLOOR * np.mean(outcome[last])))
         self.coefficients_ = np.linalg.lstsq(rows, target, rcond=None)[0]
         self.coefficients_[0] += np.log(np.mean(outcome[last] / np.exp(rows @ self.coefficients_)))
@@ -152,13 +152,17 @@ class HAR(_Parameters):
 
     def predict(self, X: npt.ArrayLike) -> F64:
         """Return the variance after each row, from the rows up to it."""
-        return np.asarray(np.exp(self._features(_returns(X)) @ self.coefficients_))
+        return self.variance(self.features(returns_of(X)))
 
-    def _features(self, returns: F64) -> F64:
-        """One, and logarithms of mean squares; the first rows have shorter means."""
+    def variance(self, features: F64) -> F64:
+        """Return the variance that features say."""
+        return np.asarray(np.exp(_with_ones(features) @ self.coefficients_))
+
+    def features(self, returns: F64) -> F64:
+        """Return logarithms of mean squares (n, spans); the first rows have shorter means."""
         total = np.concatenate([[0.0], np.cumsum(returns**2)])
         ends = np.arange(1, len(total))
-        columns = [np.ones(len(returns))]
+        columns = []
         for span in self.spans:
             begins = np.maximum(ends - span, 0)
             mean = (total[ends] - total[begins]) / (ends - begins)
@@ -167,7 +171,7 @@ class HAR(_Parameters):
 
 
 @dataclass
-class GARCH(_Parameters):
+class GARCH(Parameters):
     """GARCH(1,1) with Student's t, by maximum likelihood: needs the package arch.
 
     Parameters
@@ -195,7 +199,7 @@ class GARCH(_Parameters):
                 "GARCH needs arch: pip install 'favor_np[volatility]'", name="arch"
             ) from None
         validation.integer("horizon", self.horizon)
-        returns = _returns(X)
+        returns = returns_of(X)
         unit = float(np.std(returns))
         model = arch_model(returns / unit, mean="Zero", vol="GARCH", p=1, q=1, dist="t")
         found = model.fit(disp="off", show_warning=False).params
@@ -206,7 +210,7 @@ class GARCH(_Parameters):
     def predict(self, X: npt.ArrayLike) -> F64:
         """Return the variance after each row, from the rows up to it."""
         variance, found = self.variance_, []
-        for square in (_returns(X) ** 2).tolist():
+        for square in (returns_of(X) ** 2).tolist():
             variance = self.omega_ + self.alpha_ * square + self.beta_ * variance
             found.append(variance)
         total = step = np.array(found)
@@ -216,6 +220,11 @@ class GARCH(_Parameters):
         return total
 
 
-def _returns(X: npt.ArrayLike) -> F64:
+def returns_of(X: npt.ArrayLike) -> F64:
+    """Return the first column."""
     rows = np.asarray(X, np.float64)
     return rows if rows.ndim == 1 else rows[:, 0]
+
+
+def _with_ones(features: F64) -> F64:
+    return np.hstack([np.ones((len(features), 1)), features])

@@ -14,6 +14,7 @@ from favor_np.forecast import (
     GARCH,
     HAR,
     Constant,
+    FavorHAR,
     backtest,
     diebold_mariano,
     qlike,
@@ -22,7 +23,7 @@ from favor_np.forecast import (
     simulated_minutes,
 )
 
-BASELINES = [Constant(), EWMA(), HAR(), HAR(window=None), GARCH()]
+BASELINES = [Constant(), EWMA(), HAR(), HAR(window=None), GARCH(), FavorHAR(seed=1)]
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +304,49 @@ def test_bad_losses_are_named():
         diebold_mariano(np.ones(10), np.ones(10), horizon=6)
     with pytest.raises(ValueError, match="3 prices are too few for a horizon of 2"):
         samples([1.0, 2.0, 3.0], horizon=2)
+
+
+# -- HAR corrected by attention -------------------------------------------------------------------
+
+
+def test_favor_har_is_har_times_a_weighted_mean_of_ratios(minutes):
+    X, y = minutes
+    X, y = X[:2000], y[:2000]
+    model = FavorHAR(num_features=1024, scale=4.0).fit(X, y)
+    har = HAR(model.spans, None).fit(X, y)
+    logs = har.features(X[:, 0])
+    rows = np.hstack([(logs - logs.mean(0)) / logs.std(0), np.full((2000, 1), 2.0)])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    weights = np.exp(4 * rows @ rows.T)
+    ratio = weights @ (y / har.predict(X)) / weights.sum(1)
+    found = model.predict(X) / har.predict(X)
+    assert np.std(ratio) > 0.02
+    assert np.corrcoef(found, ratio)[0, 1] > 0.95
+    assert np.abs(found - ratio).mean() < 0.3 * np.std(ratio)
+
+
+def test_favor_har_learns_what_no_regression_of_logarithms_can():
+    """Volatility that falls after it has been largest, and rises after it has been least."""
+    rng = np.random.default_rng(0)
+    level = np.repeat(np.tile([0.0, 1.5, 3.0], 100), 40)  # each a spell, then from large to small
+    returns = np.exp(level / 2) * rng.standard_normal(len(level))
+    returns *= np.where(np.arange(len(level)) % 40 < 20, 1.0, np.exp(-level / 2))
+    X, y = samples(np.exp(np.cumsum(returns) / 100))
+    ours, har = (
+        backtest(model, X, y, start=4000, refit=1000)
+        for model in (FavorHAR(), HAR((1, 5, 22, 100), None))
+    )
+    test = ours.against(har)
+    assert test.verdict("HAR").startswith("better than HAR")
+    assert test.difference > 0.01
+
+
+def test_favor_har_is_no_worse_than_its_start():
+    """Within noise, on real prices and on returns that have no structure at all."""
+    noise = np.exp(np.cumsum(0.01 * np.random.default_rng(0).standard_normal(4000)))
+    for prices in (read_prices(), noise):
+        X, y = samples(prices)
+        ours, start = (
+            backtest(model, X, y, refit=250) for model in (FavorHAR(), HAR((1, 5, 22, 100), None))
+        )
+        assert ours.against(start).statistic > -2
