@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from favor_np.cpu.kernels.block import room_of
 from favor_np.cpu.kernels.counters import claim, enter, leave
-from favor_np.cpu.kernels.exact import parameters, visible
+from favor_np.cpu.kernels.exact import WIDE, parameters, visible
 from favor_np.cpu.kernels.floats import flush_beside
-from favor_np.cpu.kernels.gemm import gemm, gemm_t, project_t
+from favor_np.cpu.kernels.gemm import SLICE, gemm, gemm_t
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.pack import across, pack, pack_values
 from favor_np.cpu.kernels.simd import exp2, load, nearest, splat, store, view
@@ -113,14 +113,27 @@ def add_bias(ds, count, sums, dbias, b):
 
 
 @jit()
+def multiply(a, b, c, rows, depth, step, edge, first, last):
+    """``c[:rows] = a[:depth].T @ b[:depth]``, summed by `step`; at an edge what some query sees."""
+    wide = WIDE if edge else CHUNK
+    for j in range(0, CHUNK, wide):
+        begin, end = 0, rows
+        if edge:
+            begin = max(j - last + 1, 0) // 8 * 8
+            end = min(-(-max(j + wide - first, 0) // 8) * 8, rows)
+        for k in range(0, depth if begin < end else 0, step):
+            gemm_t(a, b, c, begin, end, j, j + wide, k, min(k + step, depth), k > 0)
+
+
+@jit()
 def differentiate_tile(call, row, count, keys, first, last, lifted, b, dq, t):
     """Add what the packed queries and key tile b give to dq, dk and dv."""
-    q_rows, k_rows = -(-count // 8) * 8, -(-keys // 8) * 8
+    q_rows, k_rows, edge = -(-count // 8) * 8, -(-keys // 8) * 8, first + count > 1 or last < CHUNK
     d_cols, dv_cols, d, dv = t.q.shape[1], t.g.shape[1], call.q.shape[1], call.v.shape[1]
-    project_t(t.q_columns, t.k_columns[b], t.p, q_rows, CHUNK, d)
-    gemm_t(t.g_columns, t.v_columns[b], t.ds, 0, q_rows, 0, CHUNK, 0, dv, False)
+    multiply(t.q_columns, t.k_columns[b], t.p, q_rows, d, SLICE, edge, first, last)
+    multiply(t.g_columns, t.v_columns[b], t.ds, q_rows, dv, dv, edge, first, last)
     weigh(call, row, count, first, last, t.c, b, t.p, t.ds)
-    if first + count > 1 or last < CHUNK:
+    if edge:
         for j in range(0, keys, 8):  # the queries that see the keys from j to j + 7
             begin, end = max(j - last + 1, 0), min(j + 8 - first, count)
             if begin < end:
