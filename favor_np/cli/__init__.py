@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "forecast": "forecast a price series from its own past, and judge it honestly",
     "compare": "FAVOR+ against exact attention: error, time and memory",
+    "train": "train a language model on a text, and judge it honestly",
+    "generate": "continue a text with a model that was trained",
     "info": "versions, processor, threads, cache and GPU of this installation",
     "warmup": "compile the kernels now, so that the first call is quick",
 }
