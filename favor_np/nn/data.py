@@ -15,8 +15,9 @@ from favor_np import validation
 from favor_np.nn.layer import generator
 from favor_np.nn.tree import Array
 
-#: Of 256 values of the first byte of a paragraph's digest, those that hold it out.
-HELD_OUT = 26
+#: Of 256 values of the first byte of a digest, those that hold a run of paragraphs out; and the
+#: characters of a run.
+HELD_OUT, RUN = 26, 4096
 
 
 def windows(
@@ -80,17 +81,25 @@ def in_order(tokens: Array, length: int, batch: int) -> list[tuple[Array, Array]
 
 
 def split(text: str) -> tuple[bytes, bytes]:
-    """Return the paragraphs of a text to learn from, and a tenth that is held out.
+    """Return the parts of a text to learn from, and a tenth that is held out.
 
-    Which ones these are is decided by their digests, and of equal paragraphs one is left.
+    Of paragraphs that differ in white space alone one is left. What is held out are runs of
+    paragraphs, some four thousand characters each: the digest of the first decides.
     """
+    paragraphs = {" ".join(part.split()): part for part in reversed(text.split("\n\n"))}
+    paragraphs.pop("", None)
+    kept = list(paragraphs.values())[::-1]
+    length = min(RUN, sum(map(len, kept)) // 64)
     parts: tuple[list[str], list[str]] = ([], [])
-    for paragraph in dict.fromkeys(text.split("\n\n")):
-        if paragraph.strip():
-            digest = hashlib.sha256(paragraph.encode()).digest()
-            parts[digest[0] < HELD_OUT].append(paragraph)
-    learned, held_out = ("\n\n".join(part).encode() for part in parts)
-    return learned, held_out
+    room, held_out = 0, False
+    for paragraph in kept:
+        if room <= 0:
+            held_out = hashlib.sha256(paragraph.encode()).digest()[0] < HELD_OUT
+            room = length
+        parts[held_out].append(paragraph)
+        room -= len(paragraph)
+    learned, rest = ("\n\n".join(part).encode() for part in parts)
+    return learned, rest
 
 
 def python_docs() -> str:

@@ -127,11 +127,17 @@ def test_bad_input(text, tmp_path, capsys):
 
 
 def test_of_equal_paragraphs_one_is_left():
-    parts = [f"paragraph {i % 300}" for i in range(900)]
-    learned, held_out = data.split("\n\n".join(parts))
-    assert not set(learned.split(b"\n\n")) & set(held_out.split(b"\n\n"))
-    assert len(learned.split(b"\n\n")) + len(held_out.split(b"\n\n")) == 300
-    assert 10 < len(held_out.split(b"\n\n")) < 60
+    """Those that differ in white space count as equal, and the first is the one that is left."""
+    parts = [f"paragraph {' ' * (i // 300)}{i % 300}" for i in range(900)]
+    learned, held_out = (part.decode().split("\n\n") for part in data.split("\n\n".join(parts)))
+    assert not set(learned) & set(held_out)
+    assert sorted(learned + held_out) == sorted(parts[:300])
+    assert 3 < len(held_out) < 100
+
+
+def test_a_tenth_is_held_out():
+    learned, held_out = data.split(data.python_docs())
+    assert 0.05 < len(held_out) / len(learned) < 0.2
 
 
 def test_counts_of_bytes_are_chances():
