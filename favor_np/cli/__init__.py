@@ -15,6 +15,8 @@ COMMANDS = {
     "demo": "what the method is for, in one screen: a short series beside a long one",
     "compare": "FAVOR+ against exact attention: error, time and memory",
     "export": "attention as an ONNX model, for runtimes without Python",
+    "train": "train a language model on a text, and judge it honestly",
+    "generate": "continue a text with a model that was trained",
     "info": "versions, processor, threads, cache and GPU of this installation",
     "warmup": "compile the kernels now, so that the first call is quick",
 }

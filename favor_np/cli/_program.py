@@ -57,7 +57,7 @@ def run(argv: Sequence[str] | None) -> int:
     except MemoryError as error:
         return _complain(f"not enough memory: {error}" if str(error) else "not enough memory")
     except ImportError as error:
-        if error.name not in ("matplotlib", "onnx", "onnxruntime", "tqdm"):
+        if error.name not in ("matplotlib", "onnx", "onnxruntime", "safetensors", "tqdm"):
             raise
         return _complain(str(error))
     return status

@@ -7,6 +7,7 @@ like theirs. ``key=None`` evaluates, a key trains: whatever is random is a funct
 
 from favor_np.nn.attention import FavorSelfAttention
 from favor_np.nn.checkpoint import Checkpoint, load, save
+from favor_np.nn.data import windows
 from favor_np.nn.feedforward import FeedForward
 from favor_np.nn.layer import Chain, Layer
 from favor_np.nn.linear import Dropout, Embedding, Linear
@@ -55,5 +56,6 @@ __all__ = [
     "save",
     "train",
     "warmup_stable_decay",
+    "windows",
     "zeros_like",
 ]

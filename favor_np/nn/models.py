@@ -192,11 +192,13 @@ class Performer(Layer):
         As for `FavorSelfAttention`. In E blocks `qk` and `decay` are None.
     hidden, activation
         As for `FeedForward`.
-    norm, shift, gate
+    norm
         As for `Block`.
     final_norm : {True, False, "rms", "layer", "scale"}, default True
         What the last rows go through: a norm as in the blocks ("layer" if these have none),
         nothing, or this norm.
+    shift, gate
+        As for `Block`.
     dropout : float, default 0
         Share dropped in training, of what each half of a block adds.
     qkv_bias : bool, default False

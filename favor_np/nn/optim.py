@@ -160,8 +160,9 @@ class AdamW:
         kept = 1 - rate * self.weight_decay
         constants = np.array([factor, a, b, first, second, self.eps, kept], np.float64)
         fused.adam((self.vector, self.gradient, self.m, self.v), self._pieces, constants)
-        if self.frozen:
-            self.gradient[:] = 0
+        for name, gradient in leaves(self.grads):
+            if matches(name, self.frozen):
+                gradient[...] = 0
         memory.turn()
         return norm
 

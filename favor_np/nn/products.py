@@ -23,21 +23,29 @@ class _Jobs:
     """Jobs in Python, which threads share as they share those of a kernel."""
 
     def __init__(self, do: Callable[[int], object], count: int) -> None:
-        self._do, self._count = do, count
-        self._next, self._finished = itertools.count(), 0
-        self._lock = threading.Lock()
+        self._do, self._count, self._left = do, count, count
+        self._next, self._lock = itertools.count(), threading.Lock()
+        self._working, self._told = 0, False
+        self.errors: list[BaseException] = []
 
     def load(self) -> Callable[[bytes], int]:
         return self._run
 
     def _run(self, _: bytes) -> int:
-        mine = 0
-        while (job := next(self._next)) < self._count:
-            self._do(job)
-            mine += 1
+        """Do jobs until none is left; whoever is the last to work says how many there were."""
         with self._lock:
-            self._finished += mine
-            return self._finished if mine else 0
+            self._working += 1
+        try:
+            while (job := next(self._next)) < self._left:
+                self._do(job)
+        except BaseException as error:  # an interrupt: others may still work on these arrays
+            self.errors.append(error)
+            self._left = 0
+        with self._lock:
+            self._working -= 1
+            last = not self._working and not self._told
+            self._told |= last
+            return self._count if last else 0
 
 
 def share(do: Callable[[int], object], count: int) -> None:
@@ -46,9 +54,11 @@ def share(do: Callable[[int], object], count: int) -> None:
     if count <= 1 or threads <= 1:
         for job in range(count):
             do(job)
-    else:
-        jobs = cast(Any, _Jobs(do, count))
-        POOL.call(jobs, (), fixed(()), count, threads)
+        return
+    jobs = _Jobs(do, count)
+    POOL.call(cast(Any, jobs), (), fixed(()), count, threads)
+    if jobs.errors:
+        raise jobs.errors[0]
 
 
 def _blocks(count: int, work: int, do: Callable[[slice], object]) -> None:

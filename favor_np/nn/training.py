@@ -19,6 +19,7 @@ from favor_np import validation
 from favor_np.diagnostics import Diagnosis, diagnose
 from favor_np.features import FeatureMap
 from favor_np.nn.attention import seen
+from favor_np.nn.blas import one_thread
 from favor_np.nn.checkpoint import save
 from favor_np.nn.layer import Key, Layer
 from favor_np.nn.losses import cross_entropy
@@ -175,9 +176,7 @@ class _Run:
                 raise FloatingPointError(
                     f"the loss of step {step} is {loss}; the parameters are those before it"
                 )
-            if accumulate > 1:
-                grad /= accumulate
-            pullback(grad, self.optimizer.grads)
+            pullback(grad / accumulate if accumulate > 1 else grad, self.optimizer.grads)
             total += loss / accumulate
             self.history.tokens += np.size(targets)
         return total
@@ -328,7 +327,7 @@ def train(
         if path is not None:
             save(path, model, params, optimizer, step=history.step)
 
-    with reporting(progress) as report, _interrupts() as interrupted:
+    with reporting(progress) as report, _interrupts() as interrupted, one_thread():
         for step in range(start, steps):
             if redraw is not None and step and step % redraw == 0:
                 model.redraw(params, (run.seed, step))

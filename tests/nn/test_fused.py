@@ -1,6 +1,7 @@
 """Compiled passes of layers: values against NumPy and SciPy in float64, at ordinary numbers and far ones."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -147,6 +148,34 @@ def test_products(shape, dtype):
         np.testing.assert_allclose(
             one, right, rtol=0, atol=100 * TOLERANCE[dtype] * abs(right).max()
         )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_jobs_in_python_are_done_once(threads):
+    for count in (1, 2, 3, 50):
+        done = []
+        with favor_np.thread_limit(threads):
+            products.share(done.append, count)
+        assert sorted(done) == list(range(count))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("wrong", [0, 1, 7])
+def test_an_interrupt_of_a_job_reaches_the_caller(threads, wrong):
+    """Whichever thread it meets, and nobody works on the arrays any more."""
+    for _ in range(50):
+        working = []
+
+        def job(number, working=working):
+            working.append(number)
+            if number == wrong:
+                raise KeyboardInterrupt
+            time.sleep(1e-4)
+            working.remove(number)
+
+        with favor_np.thread_limit(threads), pytest.raises(KeyboardInterrupt):
+            products.share(job, 8)
+        assert working == [wrong]
 
 
 def test_the_threads_of_blas_are_put_back():
