@@ -38,6 +38,7 @@ from favor_np.forecast._maps import CALIBRATIONS
 from favor_np.forecast._setting import TARGETS, Setting
 
 from . import _options as options
+from ._models import Models, models_of, models_section
 from ._options import integer, real
 from ._text import GLUE, WIDTH, memory, printed, seconds
 
@@ -204,6 +205,7 @@ def run(args: argparse.Namespace) -> int:
         exact = compare_with_exact(result, num_threads=args.threads)
         bars = error_bars(result)
         replayed = replay(result, threshold=threshold) if args.replay else None
+        models = models_of(result) if args.target == "volatility" else None
         if table is not None:
             _write_csv(table, result, record, exact, bars)
         if figure is not None:
@@ -213,9 +215,11 @@ def run(args: argparse.Namespace) -> int:
         data = _as_dict(result, record, exact, bars)
         if replayed is not None:
             data["replay"] = _replay_dict(result, record, replayed)
+        if models is not None:
+            data["models"] = models.as_dict()
         print(json.dumps(_clean(data), indent=2, allow_nan=False))
         return 0
-    lines = _report(result, record, exact, bars, replayed)
+    lines = _report(result, record, exact, bars, replayed, models)
     lines += [f"Wrote {path}" for path in (args.csv, args.plot) if path is not None]
     print(printed(lines))
     return 0
@@ -232,6 +236,7 @@ def _report(
     exact: ExactComparison,
     bars: ErrorBars,
     replayed: Replay | None,
+    models: Models | None,
 ) -> list[str]:
     """The report, at most 80 columns wide."""
     sections = [
@@ -239,6 +244,7 @@ def _report(
         _method_section(result),
         _next_section(result, record, bars, _bars_dict(result, bars, exact)),
         _past_section(result, record, exact),
+        *([] if models is None else [models_section(models)]),
         _exact_section(result, exact, bars),
     ]
     if replayed is not None:

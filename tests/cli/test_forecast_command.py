@@ -68,7 +68,6 @@ def test_default_run_prints_what_was_promised(capsys):
         "the more frequent direction so far",
         "peak extra memory",
         "correlation 0.98",
-        "it pays from",
         "of the standard error of the",
         "random features",
         "they hold here (95 %",
@@ -76,6 +75,7 @@ def test_default_run_prints_what_was_promised(capsys):
         "252: counted over 40.6 years",
     ):
         assert part in out, part
+    assert "windows on, with the calibration" in " ".join(out.split())
     assert "WARNING" not in out
     assert "\N{NO-BREAK SPACE}" not in out
 
@@ -351,3 +351,24 @@ def test_no_traceback_in_a_process_of_its_own(tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith("favor-np: error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_volatility_is_forecast_by_models_as_well(capsys, series):
+    out = " ".join(run(capsys, "--target", "volatility", *QUICK).split())
+    for part in (
+        "MODELS that are refitted as they would have been, 9,224 forecasts",
+        "EWMA QLIKE 2.6129, R² +0.150",
+        "HAR and attention is better than the constant (p = 0.00",
+        "90 % of the next moves; such intervals held 90.0 %, in calm, usual and wild times 8",
+    ):
+        assert part in out, part
+    options = ("--target", "volatility", "--horizon", "2", "--json", *QUICK)
+    models = json.loads(run(capsys, series(700), *options))["models"]
+    assert models["forecasts"] == 350
+    assert list(models["models"]) == ["constant", "EWMA", "HAR", "HAR and attention"]
+    interval = models["interval"]
+    assert interval["next_low"] == -interval["next_high"] < 0
+    assert 0.8 < interval["coverage"] < 1
+    size = models["models"]["EWMA"]["next_standard_deviation"]
+    assert size == pytest.approx(0.014, rel=0.3)  # of two steps of one percent
+    assert "models" not in json.loads(run(capsys, series(400), *options))  # too few to refit
