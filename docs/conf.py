@@ -41,6 +41,7 @@ numpydoc_validation_exclude = {  # classes are told by their attributes
     r"favor_np\.forecast\.[A-Z]",
     r"favor_np\.(diagnostics|exact|gradients|recommendation)\.[A-Z]",
     r"favor_np\.features\.Calibration\.",
+    r"favor_np\.nn\.[A-Z]",
 }
 
 plot_formats = [("png", 150)]

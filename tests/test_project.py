@@ -198,7 +198,9 @@ def documented(module):
     return sorted(re.findall(r"^   (\w+)$", "".join(texts), re.MULTILINE))
 
 
-@pytest.mark.parametrize("name", ["favor_np", "favor_np.compare", "favor_np.forecast"])
+@pytest.mark.parametrize(
+    "name", ["favor_np", "favor_np.compare", "favor_np.forecast", "favor_np.nn"]
+)
 def test_public_names_are_the_documented_ones(name):
     module = importlib.import_module(name)
     exported = getattr(module, "__all__", None) or [

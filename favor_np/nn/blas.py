@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _lock = threading.RLock()
+#: Who multiplies now, and how many threads BLAS had before the first of them came.
 _inside = 0
 _before = 0
 
@@ -56,3 +58,17 @@ def one_thread() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 put(_before)
+
+
+def _begin_anew() -> None:
+    """Forget the other threads: none of them lives in the child of a fork."""
+    global _lock, _inside
+    _lock = threading.RLock()
+    functions = _thread_functions() if _inside else None
+    if functions is not None:
+        functions[1](_before)
+    _inside = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)

@@ -194,8 +194,9 @@ class Performer(Layer):
         As for `FeedForward`.
     norm, shift, gate
         As for `Block`.
-    final_norm : bool, default True
-        Whether the last rows go through a norm, too.
+    final_norm : {True, False, "rms", "layer", "scale"}, default True
+        What the last rows go through: a norm as in the blocks ("layer" if these have none),
+        nothing, or this norm.
     dropout : float, default 0
         Share dropped in training, of what each half of a block adds.
     qkv_bias : bool, default False
@@ -232,7 +233,7 @@ class Performer(Layer):
     hidden: int | None = None
     activation: str = "gelu"
     norm: Literal["rms", "layer", "scale"] | None = "rms"
-    final_norm: bool = True
+    final_norm: Literal["rms", "layer", "scale"] | bool = True
     shift: bool = False
     gate: bool = False
     dropout: float = 0.0
@@ -245,6 +246,8 @@ class Performer(Layer):
             raise ValueError(f"layers must be a string of F and E, got {self.layers!r}")
         if self.norm is not None:
             validation.choice("norm", self.norm, tuple(NORMS))
+        if not isinstance(self.final_norm, bool):
+            validation.choice("final_norm", self.final_norm, tuple(NORMS))
         for each in self.parts["blocks"].parts.values():
             assert each.parts
 
@@ -273,7 +276,8 @@ class Performer(Layer):
         letters = (self.layers * self.depth)[: self.depth]
         parts: dict[str, Layer] = {"blocks": Chain(tuple(map(self._block, letters)))}
         if self.final_norm:
-            parts["norm"] = NORMS[self.norm or "layer"](self.dim)
+            last = (self.norm or "layer") if self.final_norm is True else self.final_norm
+            parts["norm"] = NORMS[last](self.dim)
         return parts
 
     @cached_property

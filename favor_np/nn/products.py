@@ -15,14 +15,14 @@ from favor_np.nn.blas import one_thread
 from favor_np.nn.memory import empty
 from favor_np.nn.tree import Array
 
-#: Rows of the result that two blocks have at most, and multiply-adds below which there is but one.
+#: Rows, or columns, that two blocks have at most, and multiply-adds below which there is but one.
 BLOCK, LEAST = 2048, 1 << 22
 
 
 class _Jobs:
     """Jobs in Python, which threads share as they share those of a kernel."""
 
-    def __init__(self, do: Callable[[int], None], count: int) -> None:
+    def __init__(self, do: Callable[[int], object], count: int) -> None:
         self._do, self._count = do, count
         self._next, self._finished = itertools.count(), 0
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ class _Jobs:
             return self._finished if mine else 0
 
 
-def share(do: Callable[[int], None], count: int) -> None:
+def share(do: Callable[[int], object], count: int) -> None:
     """Do ``do(0)`` to ``do(count - 1)`` on our threads."""
     threads = resolve_threads(None)
     if count <= 1 or threads <= 1:
@@ -51,39 +51,42 @@ def share(do: Callable[[int], None], count: int) -> None:
         POOL.call(jobs, (), fixed(()), count, threads)
 
 
-def _blocks(a: Array, b: Array, c: Array) -> None:
-    """Compute c = a @ b, in blocks of the rows of a."""
-    count, work = len(a), a.size * b.shape[1]
+def _blocks(count: int, work: int, do: Callable[[slice], object]) -> None:
+    """Do so many rows, or columns, of a product of so many multiply-adds, in blocks."""
     # An even number of blocks, so that two threads have as much to do; small ones cost a tenth more.
     blocks = 2 * -(-count // BLOCK) if work >= LEAST else 1
-    rows = -(-count // blocks)
-
-    def block(job: int) -> None:
-        these = slice(job * rows, (job + 1) * rows)
-        np.matmul(a[these], b, out=c[these])
-
+    size = -(-count // blocks)
     with one_thread():
-        share(block, blocks)
+        share(lambda job: do(slice(job * size, (job + 1) * size)), blocks)
+
+
+def _multiply(a: Array, b: Array, shape: tuple[int, ...]) -> Array:
+    """Return rows times a matrix, in an array of this shape."""
+    out = empty(shape, b.dtype)
+    rows, flat = _flat(a), out.reshape(-1, shape[-1])
+    work = rows.size * shape[-1]
+    _blocks(len(rows), work, lambda these: np.matmul(rows[these], b, out=flat[these]))
+    return out
 
 
 def multiply(x: Array, weight: Array) -> Array:
     """Return x @ weight.T for rows x (..., inputs) and a weight (outputs, inputs)."""
-    y = empty((*x.shape[:-1], len(weight)), weight.dtype)
-    _blocks(_flat(x), weight.T, _flat(y))
-    return y
+    return _multiply(x, weight.T, (*x.shape[:-1], len(weight)))
 
 
 def multiply_back(grad: Array, weight: Array) -> Array:
     """Return grad @ weight: the gradient of the rows."""
-    x = empty((*grad.shape[:-1], weight.shape[1]), weight.dtype)
-    _blocks(_flat(grad), weight, _flat(x))
-    return x
+    return _multiply(grad, weight, (*grad.shape[:-1], weight.shape[1]))
 
 
 def add_product(to: Array, grad: Array, x: Array) -> None:
     """Add grad.T @ x, summed over all rows: the gradient of the weight."""
-    product = empty(to.shape, to.dtype)
-    _blocks(_flat(grad).T, _flat(x), product)
+    g, x, product = _flat(grad).T, _flat(x), empty(to.shape, to.dtype)
+    work = g.size * x.shape[1]
+    if len(g) >= x.shape[1]:  # the longer side is cut
+        _blocks(len(g), work, lambda these: np.matmul(g[these], x, out=product[these]))
+    else:
+        _blocks(x.shape[1], work, lambda these: np.matmul(g, x[:, these], out=product[:, these]))
     to += product
 
 

@@ -167,7 +167,7 @@ class _Run:
         total = 0.0
         for part in range(accumulate):
             x, targets = batches(step * accumulate + part)
-            key: Key = (self.seed, step, part)
+            key: Key = (self.seed, step) if accumulate == 1 else (self.seed, step, part)
             y, pullback = self.model.vjp(self.params, x, key=key)
             loss, grad = self.loss(y, targets)
             if not math.isfinite(loss):

@@ -85,6 +85,7 @@ OPTIONS = {
     "kind": (lambda: nn.Performer(dim=8, depth=1, heads=2, kind="trig"), "kind must be one of"),
     "activation": (lambda: nn.Performer(dim=8, depth=1, heads=2, activation="x"), "activation must"),
     "norm": (lambda: nn.Performer(dim=8, depth=1, heads=2, norm="x"), "norm must be one of"),
+    "last norm": (lambda: nn.Performer(dim=8, depth=1, heads=2, final_norm="x"), "final_norm must be"),
     "features": (lambda: nn.FavorSelfAttention(8, 2, 7), "num_features must be even"),
     "decay": (lambda: nn.FavorSelfAttention(8, 2, causal=False, decay=0.9), "decay needs causal"),
     "qk": (lambda: nn.FavorSelfAttention(8, 2, qk="rms"), "qk must be 'sphere' or None"),

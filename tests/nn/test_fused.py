@@ -1,8 +1,11 @@
 """Compiled passes of layers: values against NumPy and SciPy in float64, at ordinary numbers and far ones."""
 
+import os
+
 import numpy as np
 import pytest
 from scipy import special
+from support.child import python
 
 import favor_np
 from favor_np import nn
@@ -158,6 +161,37 @@ def test_the_threads_of_blas_are_put_back():
     with threadpoolctl.threadpool_limits(1):
         products.multiply(np.ones((3000, 64)), np.ones((64, 64)))
         assert set(counts()) == {1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_in_the_midst_of_products():
+    """The child multiplies as if nobody else had been there."""
+    code = """
+import os, threading
+import numpy as np, threadpoolctl
+from favor_np.nn import blas, products
+
+def counts():
+    return [each["num_threads"] for each in threadpoolctl.threadpool_info()]
+
+before, hold, ready = counts(), threading.Event(), threading.Event()
+
+def multiply():
+    with blas.one_thread(), blas._lock:
+        ready.set()
+        hold.wait()
+
+thread = threading.Thread(target=multiply)
+thread.start()
+ready.wait()
+child = os.fork()
+if not child:
+    products.multiply(np.ones((3000, 64)), np.ones((64, 64)))
+    os._exit(counts() != before)
+print(os.waitpid(child, 0)[1])
+hold.set()
+"""
+    assert python(code) == "0\n"
 
 
 def test_memory_is_used_again_while_an_optimizer_lives():

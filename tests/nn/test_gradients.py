@@ -76,7 +76,12 @@ LANGUAGE = {
     "mixed": {"layers": "FE", "depth": 2},
     "exact": {"exact": True},
     "untied": {"tied": False, "positions": "learned", "rotary": None, "length": 9, "bias": True},
-    "sinusoidal": {"positions": "sinusoidal", "norm": "scale", "activation": "swiglu"},
+    "sinusoidal": {
+        "positions": "sinusoidal",
+        "norm": "scale",
+        "final_norm": "layer",
+        "activation": "swiglu",
+    },
 }
 
 

@@ -55,7 +55,7 @@ def test_a_loop_of_ones_own_is_what_train_does():
         if step == 7:
             MODEL.redraw(params, (0, step))
         x, targets = batches(step)
-        logits, pullback = MODEL.vjp(params, x, key=(0, step, 0))
+        logits, pullback = MODEL.vjp(params, x, key=(0, step))
         _, grad = nn.cross_entropy(logits, targets)
         pullback(grad, optimizer.grads)
         optimizer.step(0.01, clip=1.0)

@@ -130,7 +130,11 @@ def gelu_tanh(x):
     """Its usual approximation: tanh(u) = 2 sigmoid(2u) - 1."""
     one, far = like(x, 1), like(x, 30)
     scale, cubic = like(x, 1.5957691216057308), like(x, 0.044715)
-    near = far if x > far else (max(x, -far))  # so that no product overflows
+    near = x  # but not so far that a product overflows
+    if x > far:
+        near = far
+    if x < -far:
+        near = -far
     square = near * near
     s = one / (one + exp(-scale * near * (one + cubic * square)))
     return x * s, s + near * s * (one - s) * scale * (one + like(x, 3) * cubic * square)
