@@ -40,7 +40,7 @@ def feature_map(data, meta):
 
 
 def test_folder_is_complete():
-    assert len(list(GOLDEN.glob("*.npz"))) == 20
+    assert len(list(GOLDEN.glob("*.npz"))) == 22
 
 
 @files("google_jax_*", "performer_pytorch_attention_*", "favor_grad_*")

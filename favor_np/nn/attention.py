@@ -230,6 +230,10 @@ class FavorSelfAttention(Layer):
         none = np.empty((*out.shape[:-3], 0, *out.shape[-2:]), out.dtype)
         return self._plain.merge((out, none, none))[0]
 
+    def attend_vjp(self, params: Params, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
+        """Attend with random features: what stands between the linear layers."""
+        return favor_attention_vjp(q, k, v, self.feature_map(params), decay=self.decay, **options)
+
     def vjp(
         self, params: Params, x: Any, *, key: Key | None = None, mask: Any = None
     ) -> tuple[Array, Pullback]:
@@ -245,11 +249,10 @@ class FavorSelfAttention(Layer):
         if self.exact:
             out, pull = exact_attention_vjp(q, k, v, scale=self._scale, **options)
         else:
-            fm = self.feature_map(params)
             watch = _WATCH.get()
             if watch is not None:
-                watch.append((q, k, v, fm, self.causal))
-            out, pull = favor_attention_vjp(q, k, v, fm, decay=self.decay, **options)
+                watch.append((q, k, v, self.feature_map(params), self.causal))
+            out, pull = self.attend_vjp(params, q, k, v, **options)
         y, pull_output = part(self.parts["output"], "output", params, self._joined(out), key)
 
         def pullback(grad: Array, grads: Params) -> Array:

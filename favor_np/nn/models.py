@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -242,6 +242,9 @@ class Performer(Layer):
     qkv_bias: bool = False
     bias: bool = False
 
+    #: What makes the attention of a block.
+    attention: ClassVar[type[FavorSelfAttention]] = FavorSelfAttention
+
     def __post_init__(self) -> None:
         validation.integer("depth", self.depth)
         if not self.layers or set(self.layers) - set("FE"):
@@ -266,7 +269,7 @@ class Performer(Layer):
         if own["exact"]:
             own["decay"] = None
         return Block(
-            FavorSelfAttention(**own),
+            self.attention(**own),
             FeedForward(self.dim, self.hidden, self.activation, self.bias, std=std),
             self.norm,
             self.shift,

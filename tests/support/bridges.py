@@ -32,7 +32,7 @@ def require(name):
     """Import a framework; where there is none the tests are skipped, but not in CI."""
     if os.environ.get("FAVOR_NP_TEST_INTEROP") == "require":
         return importlib.import_module(name)
-    return pytest.importorskip(name, reason=f"needs pip install 'favor_np[{name}]'")
+    return pytest.importorskip(name, reason=f"needs {name}, see noxfile.py")
 
 
 def inputs(*, grouped=False, dtype=np.float64, seed=0):
