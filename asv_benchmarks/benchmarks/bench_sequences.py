@@ -67,9 +67,12 @@ class Packed(Variant):
 
 
 class Weighted(Variant):
-    """L = 8192, four heads: all keys alike, fading keys, the last keys only."""
+    """L = 8192, four heads: all keys alike, weighted or fading ones, the last keys only."""
 
-    params = (["plain", "decay", "fast_decay", "window_64", "window_1024"],)
+    params = (
+        ["plain", "decay", "fast_decay", "key_bias", "gates", "window_64", "window_256",
+         "window_1024"],
+    )  # fmt: skip
 
     def plain(self):
         return inputs(8192), {}
@@ -80,14 +83,28 @@ class Weighted(Variant):
     def fast_decay(self):
         return inputs(8192), {"decay": 0.1}
 
+    def key_bias(self):
+        return inputs(8192), {"key_bias": np.random.default_rng(0).normal(size=(4, 8192))}
+
+    def gates(self):
+        return inputs(8192), {"decay": np.random.default_rng(0).uniform(0.9, 1, (1, 4, 8192))}
+
     def window_64(self):
         return inputs(8192), {"window": 64}
+
+    def window_256(self):
+        return inputs(8192), {"window": 256}
 
     def window_1024(self):
         return inputs(8192), {"window": 1024}
 
     def time_causal(self, variant):
         self.call()
+
+    def time_gradient(self, variant):
+        (q, k, v), options = getattr(self, variant)()
+        pullback = favor_np.favor_attention_vjp(q, k, v, feature_map(), causal=True, **options)[1]
+        pullback(v)
 
 
 class ExactOptions:

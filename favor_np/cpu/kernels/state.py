@@ -83,10 +83,10 @@ def raise_state(old, new, s, z, slot, features, r, scale):
 @jit()
 def holds_nothing(z, slot, features):
     """Whether no key has been folded into a state that has no tail."""
+    found = 0
     for r in range(features):
-        if z[slot, r] != 0:
-            return False
-    return True
+        found += z[slot, r] != 0
+    return found == 0
 
 
 @jit()
