@@ -8,7 +8,7 @@ from typing import Any
 
 from favor_np import validation
 from favor_np.nn.fused import GATED, activate, activate_back
-from favor_np.nn.layer import Key, Layer, Pullback, part
+from favor_np.nn.layer import InOrder, Key, Layer, Pullback
 from favor_np.nn.linear import Dropout, Linear
 from favor_np.nn.tree import Array, Params
 
@@ -24,7 +24,7 @@ class _Activation(Layer):
 
 
 @dataclass(frozen=True)
-class FeedForward(Layer):
+class FeedForward(InOrder):
     """Two linear layers with a function between them.
 
     Parameters
@@ -73,16 +73,3 @@ class FeedForward(Layer):
             "dropout": Dropout(self.dropout),
             "down": Linear(hidden, self.dim, self.bias, self.std),
         }
-
-    def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
-        pulls = []
-        for name, layer in self.parts.items():
-            x, pull = part(layer, name, params, x, key)
-            pulls.append(pull)
-
-        def pullback(grad: Array, grads: Params) -> Array:
-            for pull in reversed(pulls):
-                grad = pull(grad, grads)
-            return grad
-
-        return x, pullback

@@ -202,8 +202,32 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Arra
     return (std * rng.standard_normal(shape)).astype(np.float32)
 
 
+class InOrder(Layer):
+    """A layer whose parts are applied one after the other."""
+
+    def vjp(
+        self, params: Params, x: Any, *, key: Key | None = None, **options: Any
+    ) -> tuple[Array, Pullback]:
+        pulls = []
+        for name, layer in self.parts.items():
+            x, pull = part(layer, name, params, x, key, **options)
+            pulls.append(pull)
+
+        def pullback(grad: Array, grads: Params) -> Any:
+            for pull in reversed(pulls):
+                grad = pull(grad, grads)
+            return grad
+
+        return x, pullback
+
+    def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
+        for name, layer in self.parts.items():
+            x = extend_part(layer, name, params, state, x)
+        return x
+
+
 @dataclasses.dataclass(frozen=True)
-class Chain(Layer):
+class Chain(InOrder):
     """Layers one after the other; their parameters are named "0", "1" and so on.
 
     Parameters
@@ -226,23 +250,3 @@ class Chain(Layer):
     @cached_property
     def parts(self) -> dict[str, Layer]:
         return {str(number): layer for number, layer in enumerate(self.layers)}
-
-    def vjp(
-        self, params: Params, x: Any, *, key: Key | None = None, **options: Any
-    ) -> tuple[Array, Pullback]:
-        pulls = []
-        for name, layer in self.parts.items():
-            x, pull = part(layer, name, params, x, key, **options)
-            pulls.append(pull)
-
-        def pullback(grad: Array, grads: Params) -> Any:
-            for pull in reversed(pulls):
-                grad = pull(grad, grads)
-            return grad
-
-        return x, pullback
-
-    def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
-        for name, layer in self.parts.items():
-            x = extend_part(layer, name, params, state, x)
-        return x

@@ -12,7 +12,17 @@ import numpy as np
 from favor_np import validation
 from favor_np.nn.attention import FavorSelfAttention
 from favor_np.nn.feedforward import FeedForward
-from favor_np.nn.layer import Chain, Key, Layer, Pullback, extend_part, leaf, part, rows
+from favor_np.nn.layer import (
+    Chain,
+    InOrder,
+    Key,
+    Layer,
+    Pullback,
+    extend_part,
+    leaf,
+    part,
+    rows,
+)
 from favor_np.nn.linear import Dropout, Embedding, Linear
 from favor_np.nn.memory import empty_like
 from favor_np.nn.norms import LayerNorm, RMSNorm, ScaleNorm
@@ -113,7 +123,7 @@ class Residual(Layer):
 
 
 @dataclass(frozen=True)
-class Block(Layer):
+class Block(InOrder):
     """Attention, then a feed-forward layer, each added to its input.
 
     Parameters
@@ -165,14 +175,9 @@ class Block(Layer):
         x, pull_two = part(two, "feedforward", params, x, key)
         return x, lambda grad, grads: pull_one(pull_two(grad, grads), grads)
 
-    def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
-        for name, layer in self.parts.items():
-            x = extend_part(layer, name, params, state, x)
-        return x
-
 
 @dataclass(frozen=True, kw_only=True)
-class Performer(Layer):
+class Performer(InOrder):
     """Blocks one after the other: an encoder of rows, or what a language model is made of.
 
     Parameters
@@ -205,6 +210,10 @@ class Performer(Layer):
         Whether the linear layer that makes queries, keys and values has a bias.
     bias : bool, default False
         Whether the other linear layers have one.
+
+    Notes
+    -----
+    `vjp` and `apply` take ``mask=``, a bool for each row (..., L): True where attention may see it.
 
     Examples
     --------
@@ -290,19 +299,13 @@ class Performer(Layer):
         return self._body()
 
     def vjp(
-        self, params: Params, x: Any, *, key: Key | None = None, mask: Any = None
+        self, params: Params, x: Any, *, key: Key | None = None, **options: Any
     ) -> tuple[Array, Pullback]:
-        options = {} if mask is None else {"mask": mask}
         x, pull_blocks = part(self.parts["blocks"], "blocks", params, x, key, **options)
         if not self.final_norm:
             return x, pull_blocks
         x, pull_norm = part(self.parts["norm"], "norm", params, x, key)
         return x, lambda grad, grads: pull_blocks(pull_norm(grad, grads), grads)
-
-    def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
-        for name, layer in self.parts.items():
-            x = extend_part(layer, name, params, state, x)
-        return x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,12 +377,11 @@ qkv_bias, bias
         return parts
 
     def vjp(
-        self, params: Params, x: Any, *, key: Key | None = None, mask: Any = None
+        self, params: Params, x: Any, *, key: Key | None = None, **options: Any
     ) -> tuple[Array, Pullback]:
         pulls = []
         for name, layer in self.parts.items():
-            options = {"mask": mask} if name == "blocks" and mask is not None else {}
-            x, pull = part(layer, name, params, x, key, **options)
+            x, pull = part(layer, name, params, x, key, **(options if name == "blocks" else {}))
             pulls.append(pull)
 
         def pullback(grad: Array, grads: Params) -> None:
@@ -398,8 +400,7 @@ qkv_bias, bias
         return multiply(hidden, table), tied_pullback
 
     def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
-        for name, layer in self.parts.items():
-            x = extend_part(layer, name, params, state, x)
+        x = super().extend(params, state, x)
         return multiply(x, params["embedding"]["weight"]) if self.tied else x
 
     def generate(

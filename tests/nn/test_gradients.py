@@ -107,6 +107,21 @@ def test_attention_with_a_mask(options):
     check(nn.FavorSelfAttention(8, 4, **{"causal": False, **SMALL} | options), ROWS, mask=mask)
 
 
+@pytest.mark.parametrize("model", [MODELS["encoder"], nn.PerformerLM(
+    vocab=11, dim=8, depth=1, heads=2, num_features=12, causal=False)])  # fmt: skip
+def test_models_with_a_mask(model):
+    """What is masked changes nothing elsewhere."""
+    x = TOKENS if isinstance(model, nn.PerformerLM) else ROWS
+    mask = np.ones((2, 9), bool)
+    mask[:, 7:] = False
+    check(model, x, mask=mask)
+    other, params = x.copy(), double(model)
+    other[:, 7:] = 0
+    model = model.replace(shift=False)
+    one, two = (model.apply(params, each, mask=mask)[:, :7] for each in (x, other))
+    np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
 def test_a_learned_projection():
     layer = nn.FavorSelfAttention(8, 2, 12, learn_projection=True)
     check(layer, ROWS, fixed=())
