@@ -24,7 +24,7 @@ from favor_np.gradients import favor_attention_vjp
 from favor_np.nn import FavorSelfAttention, Performer, PerformerLM, astype, leaves
 from favor_np.nn.tree import Array, Params
 
-__all__ = ["OriginalAttention", "OriginalPerformer", "OriginalPerformerLM", "load"]
+__all__ = ["load"]
 
 Config: TypeAlias = Mapping[str, Any]
 
@@ -243,10 +243,9 @@ class _Arrays:
     def __init__(self, name: str, weights: Any) -> None:
         if not isinstance(weights, Mapping):
             weights = _read(weights)
-        # A wrapper (AutoregressiveWrapper, DataParallel) puts its own name before the others.
-        first = "token_emb.weight" if name == "PerformerLM" else "net.layers.0.0.g"
-        found = [key for key in weights if key.endswith(first)]
-        before = found[0].removesuffix(first) if found else ""
+        # A wrapper (AutoregressiveWrapper) puts its own name before the others.
+        wrapped = name == "PerformerLM" and "net.token_emb.weight" in weights
+        before = "net." if wrapped else ""
         self._left = {
             key.removeprefix(before): validation.array_of(key, weights[key])
             for key in weights
