@@ -252,7 +252,8 @@ def check(
         raise TypeError(
             f"state has dtype {before.dtype}, but these arrays are computed in {call.compute}"
         )
-    decays.set_decay(call, decay, before)
+    if decay is not None or before is not None:
+        decays.set_decay(call, decay, before)
     if window is not None:
         call.window = validation.integer("window", window)
         if not call.causal:
@@ -304,6 +305,8 @@ def attend(
 
     `normalizers`, zeros, receive the denominators of the rows.
     """
+    if after is not None:
+        decays.raise_by(call, after._start)
     if target.size == 0 and (after is None or call.keys == 0):
         pass
     elif call.keys == 0 and after is None and isinstance(target, np.ndarray):

@@ -6,6 +6,7 @@ raises each key above those before it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -25,9 +26,6 @@ class Fading(Protocol):
 
     @property
     def _rates(self) -> Array | None: ...
-
-    @property
-    def _start(self) -> Array | None: ...
 
     def _fits(
         self, offsets: Array | None, decay: object = None, *, causal: bool = ..., gated: bool = ...
@@ -69,27 +67,30 @@ def totals(gates: Array, offsets: Array | None) -> Array:
 
 
 def raised(
-    rates: Array | None,
-    gates: Array | None,
-    start: Array | None,
-    length: int,
-    offsets: Array | None = None,
+    rates: Array | None, gates: Array | None, length: int, offsets: Array | None = None
 ) -> Array | None:
-    """Return by how much decay raises each key: (..., length); None if it raises none.
+    """Return by how much decay raises each key above the first of its sequence: (..., length).
 
-    `rates` (...) are log2 of a constant decay, `gates` (..., length) those of one a token, `start`
-    (..., sequences) what the first key of each sequence is raised by.
+    `rates` (...) are log2 of a constant decay, `gates` (..., length) those of one a token.
     """
-    begin, end = bounds(offsets, length)
-    lengths, found = end - begin, None
     if gates is not None:
-        found = faded(gates, offsets)
-    elif rates is not None:
-        found = rates[..., None] * (np.arange(length) - np.repeat(begin, lengths))
-    if start is not None:
-        start = np.repeat(start, lengths, -1) if len(lengths) > 1 or length != 1 else start
-        found = start if found is None else found + start
+        return faded(gates, offsets)
+    if rates is None:
+        return None
+    begin, end = bounds(offsets, length)
+    found: Array = rates[..., None] * (np.arange(length) - np.repeat(begin, end - begin))
     return found
+
+
+def raise_by(call: Call, start: Array | None) -> None:
+    """Raise the keys of a call by what those before them have faded: a number for each slot."""
+    if start is None or not call.keys:
+        return
+    begin, end = bounds(call.offsets, call.keys)
+    first = start.reshape(*call.state_shape, len(begin))
+    if len(begin) != call.keys or (end - begin).max() > 1:
+        first = np.repeat(first, end - begin, -1)
+    call.lifts = np.ascontiguousarray(first if call.lifts is None else call.lifts + first)
 
 
 def together(bias: Array | None, lifted: Array | None) -> Array | None:
@@ -123,7 +124,7 @@ def gradient_of(
 
 def set_decay(call: Call, value: object, before: Fading | None = None) -> None:
     """Check what of a call makes earlier keys fade, and raise its keys by it."""
-    batch, start, rates = call.state_shape, None, None
+    batch, rates = call.state_shape, None
     ordered = call.causal or call.q.shape[-2] == 0  # or keys are folded only
     if value is not None:
         found = validation.decay_of(value, causal=ordered)
@@ -133,21 +134,15 @@ def set_decay(call: Call, value: object, before: Fading | None = None) -> None:
             rates = validation.decay_rates(found, batch)
     if before is not None:
         before._fits(call.offsets, value, causal=ordered, gated=call.gates is not None)
-        rates, start = before._rates, before._start
-    if rates is None and call.gates is None and start is None:
-        return
-    slots = 1 if call.offsets is None else len(call.offsets) - 1
-    if rates is not None and before is not None:
-        rates = rates.reshape(-1, slots)[:, 0]
+        rates = before._rates
+        if rates is not None:  # of every sequence the same
+            rates = rates.reshape(math.prod(batch), -1)[:, 0] if rates.size else rates[:0]
     call.decay_rates = rates
-    if rates is not None:
-        rates = rates.reshape(batch)
-        validation.decay_span(rates.max(initial=0.0) * call.keys, call.keys)
     gates = None
+    if rates is not None:
+        validation.decay_span(rates.max(initial=0.0) * call.keys, call.keys)
+        rates = rates.reshape(batch)
     if call.gates is not None:
         gates = validation.gates_of(call.gates, batch, call.keys)
         validation.decay_span(gates.sum(-1).max(initial=0.0), call.keys)
-    if start is not None:
-        start = start.reshape(*batch, slots)
-    lifted = raised(rates, gates, start, call.keys, call.offsets)
-    call.lifts = together(call.key_bias, lifted)
+    call.lifts = together(call.key_bias, raised(rates, gates, call.keys, call.offsets))

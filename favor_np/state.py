@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import Call, StateForm, StateParts
-from favor_np.decay import Fade, set_decay, totals
+from favor_np.decay import Fade, raise_by, set_decay, totals
 from favor_np.engine import Engine, engine_for, processor, refuse
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
@@ -488,8 +488,8 @@ class AttentionState:
             self._fits(call.offsets)
         if call.engine.refused:
             refuse(call.engine, key_bias=call.key_bias is not None, decay=decay)
-        if decay is not None or (keys and self._raised() is not None):
-            set_decay(call, decay, self)
+        if decay is not None or (keys and self._rates is not None and not call.causal):
+            set_decay(call, decay, self)  # a single token is raised by what has faded alone
         if 0 < keys < LONG:
             return self._guard.change(self._advance, call)
         if keys:
@@ -506,6 +506,7 @@ class AttentionState:
         if not keys and engine.has_tails(arrays):
             # A token came since `_run` looked: what only reads changes nothing.
             arrays = self._copy()._without_tail()._arrays
+        raise_by(call, self._start)
         if len(arrays[0]) and (target.size or keys):
             engine.attend(call, target, arrays)
         if (

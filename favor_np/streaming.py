@@ -15,7 +15,6 @@ import numpy as np
 from favor_np import storage, validation
 from favor_np.attention import favor_attention
 from favor_np.call import Call
-from favor_np.decay import set_decay
 from favor_np.engine import processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.progress import Progress, reporting
@@ -148,10 +147,12 @@ def stream_attention(
     )
     shape = getattr(decay, "shape", None) or np.shape(decay)
     if decay is not None and len(shape) == len(call.state_shape) + 1:
-        set_decay(call, np.broadcast_to(1.0, shape))  # to check its shape
+        if not call.causal:
+            raise ValueError("decay needs causal=True")
+        validation.gates_shape(shape, call.state_shape, call.keys)
         of_keys["decay"], decay = decay, None
     elif decay is not None:
-        set_decay(call, decay)
+        validation.decay_rates(decay, call.state_shape, causal=call.causal)
     of_keys = {name: array for name, array in of_keys.items() if array is not None}
     _check_out(out, call, {"q": q, "k": k, "v": v, **of_keys})
     reported = reporting(progress)

@@ -428,14 +428,18 @@ def decay_of(value: object, *, causal: bool = True) -> Array:
 
 def gates_of(decay: Array, batch: tuple[int, ...], keys: int) -> Array:
     """Return -log2 of a ``decay`` of one factor a token: (*batch, keys)."""
-    try:
-        gates = np.broadcast_to(decay, (*batch, keys))
-    except ValueError:
+    gates_shape(decay.shape, batch, keys)
+    gates = np.broadcast_to(decay, (*batch, keys))
+    return -np.log2(gates.astype(np.float64))
+
+
+def gates_shape(shape: Shape, batch: Shape, keys: int) -> None:
+    """Refuse a ``decay`` of one factor a token that has another shape."""
+    if any(n not in (1, m) for n, m in zip(shape, (*batch, keys), strict=True)):
         raise ValueError(
             f"decay of {len(batch) + 1} axes must have a factor a token, of shape "
-            f"{(*batch, keys)}, got shape {decay.shape}"
-        ) from None
-    return -np.log2(gates.astype(np.float64))
+            f"{(*batch, keys)}, got shape {shape}"
+        )
 
 
 def decay_rates(value: object, batch: tuple[int, ...], *, causal: bool = True) -> Array | None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import threading
 
 import hypothesis.strategies as st
 import numpy as np
@@ -250,6 +251,28 @@ def test_a_long_stream_of_gates_does_not_drift():
     expected = (weights @ v[-2::-1, 0] + v[-1, 0]) / (weights.sum() + 1)
     np.testing.assert_allclose(state.attend(k[:1])[0, 0], expected, rtol=3e-6)
     assert np.abs(state.c).max() < 100  # what has faded is taken off the exponents
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_threads_that_share_a_fading_state(gated):
+    """Each token is raised by what has faded when its turn comes, not when its call began."""
+    fm, (q, k, v, *_) = fm_of(), inputs()
+    state, alone = (AttentionState(fm, DIM, decay=None if gated else 0.83) for _ in range(2))
+    more = {"decay": 0.83} if gated else {}
+
+    def steps(state, count):
+        for _ in range(count):
+            state.step(q[0], k[0], v[0], **more)
+
+    threads = [threading.Thread(target=steps, args=(state, 100)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    steps(alone, 300)
+    z, expected = (s.z * 2.0**s.c for s in (state, alone))
+    assert (state.lengths == alone.lengths).all()
+    np.testing.assert_allclose(z, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 7, 64])

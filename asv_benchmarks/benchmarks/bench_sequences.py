@@ -122,7 +122,7 @@ class ExactOptions:
         elif variant == "key_bias":
             self.options["key_bias"] = np.random.default_rng(0).standard_normal((4, 8192))
         elif variant == "gates":
-            self.options["decay"] = np.random.default_rng(0).uniform(0.9, 1, (4, 8192))
+            self.options["decay"] = np.random.default_rng(0).uniform(0.9, 1, (1, 4, 8192))
         elif variant == "packed":
             self.options["cu_seqlens"] = np.arange(0, 8193, 512)
         else:
