@@ -15,8 +15,6 @@ compared with that of one call in memory.
 
 import argparse
 import itertools
-import resource
-import sys
 import time
 from pathlib import Path
 
@@ -42,7 +40,7 @@ class Run:
     """The files of a run, and how far it has come."""
 
     def __init__(self, args):
-        self.folder, self.length = args.folder, args.length
+        self.folder, self.length, self.memory = args.folder, args.length, 0
         cuts = [*range(0, args.length, args.piece), args.length]
         self.pieces = [slice(*cut) for cut in itertools.pairwise(cuts)]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +59,7 @@ class Run:
             for number, piece in pieces:
                 yield number, piece
                 bar.update(piece.stop - piece.start)
+                self.memory = max(self.memory, anonymous_memory())
 
     def numbered(self):
         return list(enumerate(self.pieces))
@@ -75,6 +74,7 @@ class Run:
             self.x[piece] = STD * rng.standard_normal(shape, np.float32)
             self.x.flush()
             replace(done, str(number + 1))
+            release(self.x)
 
     def state_before(self, number):
         return self.folder / f"state-{number}"
@@ -130,6 +130,14 @@ def relative(gradient, c):
     return np.ldexp(s, by[:, None]), np.ldexp(z, by)
 
 
+def anonymous_memory():
+    """Return how much memory is no copy of a file (Linux; 0 elsewhere)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")]
+    return sum(found)
+
+
 def replace(path, text):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
@@ -153,12 +161,11 @@ def main():
     middle = time.perf_counter()
     loss = run.pull()
     end = time.perf_counter()
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{args.length:,} positions, loss {loss:.6g}")
     print(f"forward fold {middle - start:.1f} s, forward and backward {end - middle:.1f} s")
     print(f"{args.length / (end - start):,.0f} positions a second (of what this run did)")
-    print(f"peak resident memory, pages of files included: {peak / 1e6:.0f} MB")
+    if run.memory:
+        print(f"resident memory beside the pages of files: {run.memory / 1e6:.0f} MB")
     if args.check:
         x = np.array(run.x)
         out, pullback = favor_np.favor_attention_vjp(x, x, x, run.map, causal=True)
