@@ -506,11 +506,13 @@ class AttentionState:
         if not keys and engine.has_tails(arrays):
             # A token came since `_run` looked: what only reads changes nothing.
             arrays = self._copy()._without_tail()._arrays
-        raise_by(call, self._start)
+        fade = self._raised()
+        if fade is not None:
+            raise_by(call, fade.fraction)
         if len(arrays[0]) and (target.size or keys):
             engine.attend(call, target, arrays)
         if (
-            keys and call.offsets is None and self._raised() is None and call.gates is None
+            keys and call.offsets is None and fade is None and call.gates is None
         ):  # a token: sooner than by `_count`
             self._tokens = self._tokens + keys
         else:
