@@ -163,10 +163,10 @@ def favor_attention(
     ValueError
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
         without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `key_bias`
-        is NaN, +inf or too large, `decay` is not in (0, 1] or not that of `state`, `precision` is "bfloat16" with float64 (integers
-        included) or `window`, an option is not for the device, the map is "trig" or of another
-        dimension, `state` belongs to another map or packing, `out` is read-only, or `check_finite`
-        is set and an array is not finite.
+        is NaN, +inf or too large, `decay` is not in (0, 1] or not that of `state`, `precision` is
+        "bfloat16" with float64 (integers included) or `window`, an option is not for the device,
+        the map is "trig" or of another dimension, `state` belongs to another map or packing, `out`
+        is read-only, or `check_finite` is set and an array is not finite.
 
     See Also
     --------

@@ -50,6 +50,8 @@ class Call:
         log2 of what the weight of a key is multiplied with, decay included.
     key_bias, gates : ndarray or None
         The bias, and the decay of one factor a token, as the caller gave them.
+    faded : ndarray of float64 or None
+        By how much, in log2, such factors make what came before fade: for each slot of a state.
     decay_rates : ndarray of float64 or None
         -log2 of a constant decay for each batch and head, flat.
     feature_map : FeatureMap or None
@@ -93,6 +95,7 @@ class Call:
     key_bias: Array | None = None
     lifts: Array | None = None
     gates: Array | None = None
+    faded: Array | None = None
     decay_rates: Array | None = None
     window: int | None = None
     bfloat16: bool = False
@@ -262,7 +265,7 @@ def check_call(
         result,
         compute,
         key_bias=bias,
-        lifts=decay.together(bias, None),
+        lifts=None if bias is None else decay.in_log2(bias),
     )
 
 

@@ -38,10 +38,10 @@ class Fade(NamedTuple):
     whole: Array
     fraction: Array
 
-    def plus(self, more: Array | float) -> Fade:
+    def plus(self, more: Fade) -> Fade:
         """Return what it is after more of it."""
-        carry, fraction = np.divmod(self.fraction + more, 1.0)
-        return Fade(self.whole + carry, fraction)
+        carry, fraction = np.divmod(self.fraction + more.fraction, 1.0)
+        return Fade(self.whole + more.whole + carry, fraction)
 
 
 def bounds(offsets: Array | None, length: int) -> tuple[Array, Array]:
@@ -59,29 +59,6 @@ def faded(gates: Array, offsets: Array | None) -> Array:
     return total
 
 
-def totals(gates: Array, offsets: Array | None) -> Array:
-    """Return by how much each sequence makes the keys before it fade: (..., sequences)."""
-    begin, end = bounds(offsets, gates.shape[-1])
-    last: Array = faded(gates, offsets)[..., np.maximum(end - 1, 0)]
-    return np.where(end > begin, last, 0)
-
-
-def raised(
-    rates: Array | None, gates: Array | None, length: int, offsets: Array | None = None
-) -> Array | None:
-    """Return by how much decay raises each key above the first of its sequence: (..., length).
-
-    `rates` (...) are log2 of a constant decay, `gates` (..., length) those of one a token.
-    """
-    if gates is not None:
-        return faded(gates, offsets)
-    if rates is None:
-        return None
-    begin, end = bounds(offsets, length)
-    found: Array = rates[..., None] * (np.arange(length) - np.repeat(begin, end - begin))
-    return found
-
-
 def raise_by(call: Call, start: Array | None) -> None:
     """Raise the keys of a call by what those before them have faded: a number for each slot."""
     if start is None or not call.keys:
@@ -90,18 +67,18 @@ def raise_by(call: Call, start: Array | None) -> None:
     first = start.reshape(*call.state_shape, len(begin))
     if len(begin) != call.keys or (end - begin).max() > 1:
         first = np.repeat(first, end - begin, -1)
-    call.lifts = np.ascontiguousarray(first if call.lifts is None else call.lifts + first)
+    _lift(call, first)
 
 
-def together(bias: Array | None, lifted: Array | None) -> Array | None:
-    """Return in log2 what a bias, which is finite, and decay make of the weights together.
+def _lift(call: Call, by: Array) -> None:
+    """Raise the keys of a call by so much more."""
+    call.lifts = np.ascontiguousarray(by if call.lifts is None else call.lifts + by)
 
-    A bias that is too low to matter beside any other is raised to a limit.
-    """
-    if bias is None:
-        return None if lifted is None else np.ascontiguousarray(lifted)
+
+def in_log2(bias: Array) -> Array:
+    """Return a bias, which is finite, in log2; what is too low to matter is raised to a limit."""
     bias = np.maximum(bias.astype(np.float64), -validation.LARGEST_BIAS / LOG2E) * LOG2E
-    return np.ascontiguousarray(bias if lifted is None else bias + lifted)
+    return np.ascontiguousarray(bias)
 
 
 def gradient_of(
@@ -138,11 +115,15 @@ def set_decay(call: Call, value: object, before: Fading | None = None) -> None:
         if rates is not None:  # of every sequence the same
             rates = rates.reshape(math.prod(batch), -1)[:, 0] if rates.size else rates[:0]
     call.decay_rates = rates
-    gates = None
+    begin, end = bounds(call.offsets, call.keys)
     if rates is not None:
         validation.decay_span(rates.max(initial=0.0) * call.keys, call.keys)
-        rates = rates.reshape(batch)
+        position = np.arange(call.keys) - np.repeat(begin, end - begin)
+        _lift(call, rates.reshape(*batch, 1) * position)
     if call.gates is not None:
         gates = validation.gates_of(call.gates, batch, call.keys)
         validation.decay_span(gates.sum(-1).max(initial=0.0), call.keys)
-    call.lifts = together(call.key_bias, raised(rates, gates, call.keys, call.offsets))
+        found = faded(gates, call.offsets)
+        _lift(call, found)
+        if call.keys:
+            call.faded = np.where(end > begin, found[..., np.maximum(end - 1, 0)], 0).ravel()

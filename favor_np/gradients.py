@@ -174,17 +174,19 @@ def pullback_of(
             if after is None:
                 raise ValueError("grad_state needs return_state=True")
             final = _final_state(state, after, grad_state)
-        parts: Any
         if windowed(call):
             from favor_np import window
 
             found = window.attend_vjp(call, forward, grad)
-            parts = window.projection_vjp(call, forward, grad)
         else:
             found = engine.attend_vjp(call, forward, grad, final)
-            parts = (engine.projection_vjp(call, forward, grad, final) for _ in range(1))
 
         def projection() -> Array:
+            parts: Any
+            if windowed(call):
+                parts = window.projection_vjp(call, forward, grad)
+            else:
+                parts = [engine.projection_vjp(call, forward, grad, final)]
             total: Any = sum(_projection(call.map, *part) for part in parts)
             found: Array = total.astype(call.compute, copy=False)
             return found

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import Call, StateForm, StateParts
-from favor_np.decay import Fade, raise_by, set_decay, totals
+from favor_np.decay import Fade, raise_by, set_decay
 from favor_np.engine import Engine, engine_for, processor, refuse
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
@@ -230,9 +230,7 @@ class AttentionState:
         before = self._raised()
         self._tokens = self._tokens + tokens
         if faded is not None:
-            zero = np.zeros(len(self._arrays[0]))
-            mine = Fade(zero, zero) if self._fade is None else self._fade
-            self._fade = Fade(mine.whole + faded.whole, mine.fraction).plus(faded.fraction)
+            self._fade = faded if self._fade is None else self._fade.plus(faded)
         now = self._raised()
         if now is not None:
             by = now.whole if before is None else now.whole - before.whole
@@ -534,10 +532,8 @@ class AttentionState:
         if call.offsets is not None:
             tokens = np.tile(np.diff(call.offsets), math.prod(self.batch_shape))
         faded = None
-        if call.gates is not None:
-            gates = validation.gates_of(call.gates, self.batch_shape, call.keys)
-            total = totals(gates, call.offsets).ravel()
-            faded = Fade(np.zeros_like(total), np.zeros_like(total)).plus(total)
+        if call.faded is not None:
+            faded = Fade(*np.divmod(call.faded, 1.0))
         self._age(tokens, faded)
 
     @validation.own_error_state

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from favor_np import validation
 from favor_np.call import Call, Cotangents, Forward, Options, StateForm, StateParts, sum_to
+from favor_np.decay import set_decay
 from favor_np.engine import processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
@@ -352,16 +353,16 @@ class WindowState:
     def _raised(self, call: Call) -> Array | None:
         """Return by how much new keys are raised, in log2; None if none ever was."""
         if self._lifts is None:
-            if self.rates is None and call.gates is None and call.lifts is None:
+            if self.rates is None and call.lifts is None:
                 return None
             self._be_raised()
-        gates = np.zeros((*self.batch_shape, call.keys))
-        if call.gates is not None:
-            gates = validation.gates_of(call.gates, self.batch_shape, call.keys)
-        elif self.rates is not None:
-            gates += self.rates.reshape(*self.batch_shape, 1)
-        raised: Array = self._faded[..., None] + np.cumsum(gates, -1)
-        self._faded = raised[..., -1].copy()
+        raised: Array = np.repeat(self._faded[..., None], call.keys, -1)
+        if self.rates is not None:
+            rates = self.rates.reshape(*self.batch_shape, 1)
+            raised += np.cumsum(np.broadcast_to(rates, raised.shape), -1)
+            self._faded = raised[..., -1].copy()
+        elif call.faded is not None:
+            self._faded = self._faded + call.faded.reshape(self.batch_shape)
         return raised if call.lifts is None else raised + call.lifts
 
     def _be_raised(self) -> None:
@@ -396,9 +397,12 @@ class WindowState:
         if decay is not None:
             if self.rates is not None:
                 raise ValueError("decay must be that of the state, got one a token")
-            call.gates = validation.decay_of(decay)
-            gates = validation.gates_of(call.gates, self.batch_shape, call.keys)
-            validation.decay_span(gates.sum(-1).max(initial=0.0), call.keys)
+            set_decay(call, decay)
+            if call.gates is None:
+                raise ValueError(
+                    f"decay must have a factor a token, of shape {(*self.batch_shape, call.keys)}, "
+                    f"got shape {validation.array_of('decay', decay).shape}"
+                )
         return self._guard.change(self._advance, call, spoils=call.keys > 0)
 
     def _advance(self, call: Call) -> Array:
@@ -613,9 +617,9 @@ class WindowState:
             lengths, None if rest[0] is None else rest,
         )  # fmt: skip
         tokens = {
-            name: kept[name[len("window") :]]
+            name: kept[name.removeprefix("window")]
             for name in storage.WINDOW
-            if kept[name[len("window") :]] is not None
+            if kept[name.removeprefix("window")] is not None
         }
         storage.write(path, parts, {"window": self.window, "length": kept["length"]}, tokens)
 
@@ -647,7 +651,7 @@ class WindowState:
         )  # fmt: skip
         rows = math.prod(parts.batch_shape), parts.feature_map.num_features
         sums = parts.c.reshape(rows), parts.s.reshape(*rows, -1), parts.z.reshape(rows)
-        kept = {name[len("window") :]: array for name, array in tokens.items()}
+        kept = {name.removeprefix("window"): array for name, array in tokens.items()}
         state.__setstate__(
             state.__getstate__()
             | kept

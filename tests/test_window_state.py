@@ -106,6 +106,13 @@ def test_damaged_files_are_refused(tmp_path):
             WindowState.load(path)
 
 
+@pytest.mark.parametrize("decay", [0.9, np.full(9, 0.9), np.full((1, 2, 9), 0.9)])
+def test_factors_that_are_not_one_a_token(decay):
+    (_, k, v), *_ = numbers(9)
+    with pytest.raises(ValueError, match=r"^decay must"):
+        state_of(4).update(k, v, decay=decay)
+
+
 def test_states_that_cannot_be_merged():
     state = state_of(4)
     with pytest.raises(TypeError, match="other must be a WindowState"):

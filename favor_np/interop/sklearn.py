@@ -42,6 +42,11 @@ F64 = npt.NDArray[np.float64]
 DTYPES = (np.float64, np.float32)
 
 
+def _seed(random_state: Any) -> int:
+    """Return the seed of a map."""
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
 @dataclass
 class _Moments:
     """Count, mean and centred products of rows: enough for a regression, and they add up."""
@@ -134,7 +139,7 @@ class _Attention(BaseEstimator):
     def _begin(self, X: Array, outputs: int) -> None:
         """Draw the map, and make a state that knows nothing."""
         dim = X.shape[1]
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = _seed(self.random_state)
         fm = sphere_map(dim, self.num_features, self.scale, seed, X.dtype.type)
         ridge = self.ridge
         if not (np.isfinite(ridge) and ridge > 0):
@@ -469,7 +474,7 @@ class FavorFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         validation.choice("kernel", self.kernel, ("softmax", "gaussian"))
         dim = rows.shape[1]
         scale = 1.0 / dim if self.scale is None else self.scale
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = _seed(self.random_state)
         self.feature_map_: FeatureMap = feature_map(
             "positive", dim, self.num_features, scale=scale, rng=seed
         )
