@@ -184,6 +184,7 @@ class UnitScale(Layer):
     def init(self, rng: np.random.Generator) -> Params:
         return {"radius": np.zeros(self.heads, np.float32)}
 
+    @np.errstate(over="ignore")  # far below zero it is zero
     def lengths(self, params: Params) -> Array:
         """Return the radius of each head."""
         return np.sqrt(self.bound / (1 + np.exp(-leaf(params, "radius", (self.heads,)))))

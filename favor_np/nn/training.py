@@ -164,7 +164,14 @@ class _Run:
     history: History
 
     def learn(self, batches: Batches, step: int, accumulate: int) -> float:
-        """Add the gradients of a step, and return its loss."""
+        """Add the gradients of a step, and return its loss; after an error there are none."""
+        try:
+            return self._learn(batches, step, accumulate)
+        except BaseException:
+            self.optimizer.gradient[:] = 0
+            raise
+
+    def _learn(self, batches: Batches, step: int, accumulate: int) -> float:
         total = 0.0
         for part in range(accumulate):
             x, targets = batches(step * accumulate + part)
@@ -172,7 +179,6 @@ class _Run:
             y, pullback = self.model.vjp(self.params, x, key=key)
             loss, grad = self.loss(y, targets)
             if not math.isfinite(loss):
-                self.optimizer.gradient[:] = 0
                 raise FloatingPointError(
                     f"the loss of step {step} is {loss}; the parameters are those before it"
                 )

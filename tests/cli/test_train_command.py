@@ -75,6 +75,20 @@ def test_the_report(text, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("The ")
 
 
+def test_a_run_that_diverges_is_one_line(text, tmp_path, capsys):
+    assert train(text, tmp_path / "a", "--steps", "60", "--rate", "1e9", "--no-baselines") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("favor-np: error: the ")
+    assert "not finite" in error or " is nan" in error
+
+
+def test_a_prompt_of_any_bytes(text, tmp_path, capsys):
+    train(text, tmp_path / "a", "--steps", "5", "--no-baselines")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "a"), "--length", "5", "--prompt", "\udcff"]) == 0
+    assert capsys.readouterr().out.startswith("\ufffd")
+
+
 def test_a_run_goes_on(text, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(text, whole, "--steps", "20", "--no-baselines")
