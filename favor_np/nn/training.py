@@ -229,6 +229,7 @@ def train(
     every: int = 100,
     patience: int | None = None,
     path: str | os.PathLike[str] | None = None,
+    info: dict[str, Any] | None = None,
     progress: bool | Progress | None = None,
 ) -> History:
     """Train a model: ten lines, and what one would like to have around them.
@@ -267,6 +268,8 @@ def train(
         Stop after so many looks without a smaller validation loss.
     path : str or os.PathLike, optional
         A checkpoint, written at every look and at the end.
+    info : dict, optional
+        What else the checkpoint shall hold, such as the seed and the rate: anything that JSON can.
     progress : bool or callable, optional
         As in `favor_np.forecast.evaluate`: None shows a bar in a terminal, True anywhere.
 
@@ -331,7 +334,7 @@ def train(
                 history.best_params = _copy(params)
         run.look(history.step, batches(history.step * accumulate)[0])
         if path is not None:
-            save(path, model, params, optimizer, step=history.step)
+            save(path, model, params, optimizer, step=history.step, **(info or {}))
 
     with reporting(progress) as report, _interrupts() as interrupted, one_thread():
         for step in range(start, steps):

@@ -110,6 +110,24 @@ def test_a_run_goes_on(text, tmp_path, capsys):
         assert (x == y).all(), name
 
 
+def test_other_settings_are_refused_by_name(text, tmp_path, capsys):
+    out, other = tmp_path / "model", tmp_path / "other.txt"
+    assert train(text, out, "--steps", "2", "--no-baselines", "--decay", "0.9") == 0
+    capsys.readouterr()
+    go_on = ["train", text, "--out", str(out), *SMALL, "--resume", "--steps", "4", "--no-baselines"]
+    same = ["--decay", "0.9"]
+    error = failed([*go_on, *same, "--rate", "0.1", "--local-heads", "0"], capsys)
+    assert "model was trained with --local-heads 1, not 0; --rate 0.002, not 0.1" in error
+    assert "--decay [0.9], not None" in failed(go_on, capsys)
+    other.write_text("".join(reversed((tmp_path / "text.txt").read_text())))
+    assert "trained with another text" in failed(
+        [*go_on[:1], str(other), *go_on[2:], *same], capsys
+    )
+    assert nn.load(out).step == 2
+    assert main([*go_on, *same]) == 0
+    assert "was to have 2 steps; with 4" in capsys.readouterr().err
+
+
 def failed(arguments, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -136,7 +154,7 @@ def test_bad_input(text, tmp_path, capsys):
     assert "no language model of bytes" in failed(["generate", str(bad)], capsys)
     assert train(text, tmp_path / "done", "--steps", "2", "--no-baselines") == 0
     capsys.readouterr()
-    again = ["train", text, "--out", str(tmp_path / "done"), "--steps", "2", "--resume"]
+    again = ["train", text, "--out", str(tmp_path / "done"), *SMALL, "--steps", "2", "--resume"]
     assert "has 2 steps already" in failed(again, capsys)
 
 
