@@ -581,7 +581,7 @@ def test_wrong_states():
     "options",
     [
         (),
-        ("--form", "gated", "--kv-heads", "1", "--decay", "0.9", "--key-mask"),
+        ("--form", "gated", "--kv-heads", "1", "--decay", "0.9", "--key-mask", "--key-bias"),
         ("--bidirectional", "--map", "elu", "--dtype", "float64"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ onnx = bridges.require("onnx")
 onnxruntime = bridges.require("onnxruntime")
 
 from favor_np import nn
+from favor_np.cli import main
 from favor_np.interop.onnx import empty_state, export_model, models
 
 PROMISE = 3e-6
@@ -369,6 +371,8 @@ def test_wrong_models_and_parameters():
     params["norm"]["weight"] = params["norm"]["weight"][1:]
     with pytest.raises(ValueError, match=r"norm\.weight must have shape"):
         export_model(model, params)
+    with pytest.raises(ValueError, match=r"key_mask.*Chain"):
+        export_model(nn.Chain((model,)), {"0": params}, key_mask=True)
     with pytest.raises(ValueError, match="Dropout"):
         export_model(nn.Dropout(0.5), {})
     with pytest.raises(ValueError, match="UnitScale"):
@@ -377,6 +381,75 @@ def test_wrong_models_and_parameters():
         empty_state(params)
     with pytest.raises(ValueError, match="batch"):
         empty_state(export_model(encoder(), parameters(encoder())), 0)
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+def saved(path, model, **options):
+    nn.save(path, model, parameters(model), **options)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (language_model(vocab=256), ()),
+        (language_model(vocab=256, layers="FE", decay=0.9), ("--form", "gated", "--key-mask")),
+        (language_model(positions="learned", length=40), ("--opset", "22")),
+        (encoder(), ("--key-mask",)),
+    ],
+    ids=["default", "gated", "learned", "encoder"],
+)
+def test_export(model, options, tmp_path, capsys):
+    checkpoint, path = saved(tmp_path / "model.safetensors", model, step=7), tmp_path / "model.onnx"
+    assert main(["export", checkpoint, str(path), *options]) == 0
+    text = capsys.readouterr().out
+    assert main(["export", *options, "--json", checkpoint, str(path)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert f"{report['difference']:.1e}" in text
+    assert 0 < report["difference"] < 1e-5
+    assert (report["step"], report["model"]) == (7, repr(model))
+    exported = onnx.load(path)
+    onnx.checker.check_model(exported, full_check=True)
+    assert path.stat().st_size == report["bytes"]
+    assert list(report["inputs"]) == [x.name for x in exported.graph.input]
+    assert list(report["outputs"]) == [x.name for x in exported.graph.output]
+
+
+def test_export_of_what_training_saved(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{i} is a number, and {i + 1} is the next." for i in range(200)))
+    checkpoint, path = str(tmp_path / "run.safetensors"), tmp_path / "run.onnx"
+    size = ("--steps", "2", "--dim", "16", "--depth", "1", "--heads", "2", "--features", "16")
+    rest = ("--length", "32", "--batch", "2", "--no-baselines")
+    assert main(["train", str(text), "--out", checkpoint, *size, *rest]) == 0
+    assert main(["export", checkpoint, str(path)]) == 0
+    assert "differs from favor_np by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run.safetensors",), "CHECKPOINT and OUT.onnx"),
+        (("--attention", "run.safetensors", "out.onnx"), "wants OUT.onnx"),
+        (("run.safetensors", "out.onnx", "--dim", "8"), "--dim is for --attention"),
+        (("run.safetensors", "run.safetensors"), "overwrite"),
+        (("missing", "out.onnx"), "missing"),
+        (("text", "out.onnx"), "cannot be read as a checkpoint"),
+        (("run.safetensors", "out.onnx", "--form", "whole"), "causal"),
+    ],
+    ids=str,
+)
+def test_export_of_what_cannot_be(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved("run.safetensors", language_model())
+    before = Path("run.safetensors").read_bytes()
+    Path("text").write_text("nothing")
+    assert main(["export", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not Path("out.onnx").exists()
+    assert Path("run.safetensors").read_bytes() == before
 
 
 def test_examples():

@@ -50,7 +50,8 @@ def export_model(
     params : dict
         Its parameters, in float32 or float64: that is what the ONNX model computes in.
     key_mask : bool, default False
-        Whether there is an input that says which positions attention may see.
+        Whether there is an input that says which positions attention may see; for
+        `favor_np.nn.Performer` and `favor_np.nn.PerformerLM`, as ``mask`` is.
     form : {"auto", "chunk", "gated", "whole"}, default "auto"
         How attention with random features is written: see `export_attention`.
     opset : int, default 17
@@ -121,6 +122,8 @@ def export_model(
     if not isinstance(model, Layer):
         raise TypeError(f"model must be a layer of favor_np.nn, got {validation.got(model)}")
     masked = validation.flag("key_mask", key_mask)
+    if masked and not isinstance(model, nn.Performer):
+        raise ValueError(f"key_mask is for a Performer or PerformerLM, got {type(model).__name__}")
     real = _dtype(params)
     causal = _causal(model)
     form = forms.form_of(form, real, causal=causal)
