@@ -76,7 +76,7 @@ class Residual(Layer):
     def _shifts_in_norm(self) -> bool:
         """Whether one pass over memory does both."""
         shift = self.shift is not None and self.shift.causal
-        return shift and isinstance(self.norm, (LayerNorm, RMSNorm))
+        return shift and isinstance(self.norm, (LayerNorm, RMSNorm)) and self.norm.dim % 2 == 0
 
     def init(self, rng: np.random.Generator) -> Params:
         params = super().init(rng)

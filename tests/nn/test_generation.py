@@ -19,6 +19,7 @@ MODELS = {
     "learned": {"positions": "learned", "length": 64, "rotary": None, "shift": False},
     "sinusoidal": {"positions": "sinusoidal", "tied": False, "gate": True, "norm": None},
     "relu": {"kind": "relu", "qk": None},
+    "odd": {"dim": 15, "dim_head": 4},
 }
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 50))
 
