@@ -116,7 +116,9 @@ def picture_format(path: str | None) -> str:
 @contextlib.contextmanager
 def compilation_told() -> Iterator[None]:
     """Say on standard error, once, that kernels are being compiled, if any are."""
-    from favor_np.cpu import code, store
+    from favor_np import store
+    from favor_np.cpu import code
+    from favor_np.cuda import code as code_of_gpu
 
     told: list[object] = []
 
@@ -126,14 +128,17 @@ def compilation_told() -> Iterator[None]:
             folder = store.cache_path()
             kept = f"kept in {folder}" if folder else "not kept, as there is no cache"
             print(
-                "favor-np: compiling the kernels of attention for this processor, up to a "
-                f"minute; they are {kept}",
+                "favor-np: compiling the kernels of attention for this machine, which takes a minute or "
+                f"two; they are {kept}",
                 file=sys.stderr,
                 flush=True,
             )
 
-    code.LISTENERS.append(tell)
+    listeners = code.LISTENERS, code_of_gpu.LISTENERS
+    for each in listeners:
+        each.append(tell)
     try:
         yield
     finally:
-        code.LISTENERS.remove(tell)
+        for each in listeners:
+            each.remove(tell)
