@@ -313,7 +313,7 @@ class WindowState:
         if self._begin > before:
             if self._lifts is not None:  # exponents begin at the raise of the latest key
                 self._lifts -= self._faded[..., None]
-                self._faded[...] = 0
+                self._faded = np.zeros(self.batch_shape)
             self._own = self._empty()
             self._forget()
         self._fold(call, self._own, max(start, self._begin), self.length)
