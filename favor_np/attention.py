@@ -164,7 +164,7 @@ def favor_attention(
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
         without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `key_bias`
         is NaN, +inf or too large, `decay` is not in (0, 1] or not that of `state`, `precision` is
-        "bfloat16" with float64 (integers included) or `window`, an option is not for the device,
+        "bfloat16" with float64 (integers included), an option is not for the device,
         the map is "trig" or of another dimension, `state` belongs to another map or packing, `out`
         is read-only, or `check_finite` is set and an array is not finite.
 
@@ -263,8 +263,6 @@ def check(
     if precision != "full":
         call.bfloat16 = validation.is_bfloat16(precision, call.compute)
         refuse(engine, **{f"precision={precision!r}": call.bfloat16})
-        if call.bfloat16 and window is not None:
-            raise ValueError("precision='bfloat16' cannot be used with window")
     return call
 
 

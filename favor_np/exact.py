@@ -174,6 +174,7 @@ def exact_attention_vjp(
     decay: npt.ArrayLike | None = None,
     cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
+    precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
 ) -> tuple[Array, Callable[[npt.ArrayLike], AttentionGradients]]:
@@ -183,8 +184,8 @@ def exact_attention_vjp(
     ----------
     q, k, v : array_like
         As in `exact_attention`.
-    causal, window, scale, key_mask, key_bias, decay, cu_seqlens, enable_gqa : optional
-        As in `exact_attention`.
+    causal, window, scale, key_mask, key_bias, decay, cu_seqlens, enable_gqa, precision : optional
+        As in `exact_attention`.  With ``precision="bfloat16"`` the pullback computes in float32.
     num_threads : int, optional
         Of this call and of the pullback.  Both results are the same for any number.
     check_finite : bool, default False
@@ -234,6 +235,7 @@ def exact_attention_vjp(
         key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
         check_finite=check_finite,
     )  # fmt: skip
+    call.bfloat16 = validation.is_bfloat16(precision, call.compute)
     out, forward, rows = _attend(call, keep=True)
 
     def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
