@@ -144,8 +144,7 @@ def favor_attention(
     device : {"cpu", "cuda"}, optional
         "cuda": copy NumPy arrays to a GPU and the result back.  Arrays that lie on a GPU (CuPy,
         Numba, PyTorch, JAX) are computed there anyway, on the caller's stream, in float32: the
-        result is an array of their kind.  `key_bias`, `decay`, `window` and `check_finite` are
-        for the CPU only.
+        result is an array of their kind.  `window` is for the CPU only.
 
     Returns
     -------
@@ -237,7 +236,8 @@ def check(
     """Check the arguments of `favor_attention`."""
     engine = engine_for(device, q, k, v, options.get("key_mask"))
     if engine.refused:
-        refuse(engine, decay=decay, key_bias=options.get("key_bias"), window=window)
+        refuse(engine, window=window)
+        decay = engine.to_host(decay)
         q, k, v, options["key_mask"] = engine.views(q, k, v, options.get("key_mask"))
     fm = checked(feature_map, ATTENTION_KINDS)
     before = None if state is None else _checked_state(state, fm, engine)
@@ -262,7 +262,6 @@ def check(
             raise ValueError("window cannot be used with state or return_state: see WindowState")
     if precision != "full":
         call.bfloat16 = validation.is_bfloat16(precision, call.compute)
-        refuse(engine, **{f"precision={precision!r}": call.bfloat16})
     return call
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from favor_np import validation
 from favor_np.call import Call, StateForm, StateParts
 from favor_np.decay import Fade, raise_by, set_decay
-from favor_np.engine import Engine, engine_for, processor, refuse
+from favor_np.engine import Engine, engine_for, processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
 
@@ -55,7 +55,7 @@ class AttentionState:
         Default: that of the map's projection; on a CUDA device float32.
     device : {"cpu", "cuda"}, optional
         "cuda": the state lies on a GPU.  It takes arrays that lie there, or NumPy's, and gives back
-        arrays of the same kind; its c, S and z are copied to main memory.  No decay.
+        arrays of the same kind; its c, S and z are copied to main memory.
 
     Raises
     ------
@@ -116,7 +116,6 @@ class AttentionState:
         value_dim, batch_shape, kind = validation.state_arguments(
             value_dim, batch_shape, dtype, fm.num_heads
         )
-        refuse(engine, decay=decay)
         if engine.dtype not in (None, kind):
             raise TypeError(f"dtype must be {engine.dtype} {engine.home}, got {kind}")
         if sequences is not None:
@@ -312,7 +311,7 @@ class AttentionState:
             Default: see `thread_limit`.
         check_finite : bool, default False
             Refuse NaN and infinity, in masked keys as well, before the state is touched: one such
-            key stays in it for ever.  For the CPU only.
+            key stays in it for ever.
 
         Returns
         -------
@@ -340,7 +339,7 @@ class AttentionState:
             check_finite=check_finite,
             dtype=self.dtype,
         )
-        self._run(call, cu_seqlens, decay)
+        self._run(call, cu_seqlens, engine.to_host(decay))
         return self
 
     def attend(
@@ -412,7 +411,6 @@ class AttentionState:
             Default: see `thread_limit`.
         check_finite : bool, default False
             Refuse NaN and infinity before the state is touched: one such key stays in it for ever.
-            For the CPU only.
 
         Returns
         -------
@@ -429,10 +427,12 @@ class AttentionState:
         engine, (q, k, v, _) = self._engine.receive(q, k, v)
         if key_bias is not None:
             key_bias = validation.number_a_token(
-                "key_bias", key_bias, self.batch_shape, self.sequences
+                "key_bias", engine.to_host(key_bias), self.batch_shape, self.sequences
             )
         if decay is not None:
-            decay = validation.number_a_token("decay", decay, self.batch_shape, self.sequences)
+            decay = validation.number_a_token(
+                "decay", engine.to_host(decay), self.batch_shape, self.sequences
+            )
         (q, k, v), flat = engine.token(
             q, k, v, self.batch_shape, self.feature_map.dim, self.sequences
         )
@@ -485,8 +485,6 @@ class AttentionState:
             call.offsets = validation.sequence_offsets(cu_seqlens, max(keys, call.q.shape[-2]))
         if call.offsets is not None or self.sequences is not None:
             self._fits(call.offsets)
-        if call.engine.refused:
-            refuse(call.engine, key_bias=call.key_bias is not None, decay=decay)
         if decay is not None or (keys and self._rates is not None and not call.causal):
             set_decay(call, decay, self)  # a single token is raised by what has faded alone
         if 0 < keys < LONG:
@@ -589,8 +587,7 @@ class AttentionState:
         c, s, z = other._without_tail()._arrays
         before, theirs = self._raised(), other._raised()
         if before is not None:
-            factor = np.exp2(before.fraction).astype(z.dtype)[:, None]
-            s, z = s * factor[..., None], z * factor
+            self._engine.scale_states((c, s, z), np.exp2(before.fraction))
         self._age(other._tokens, other._fade)
         now = self._raised()
         if before is not None and theirs is not None and now is not None:
