@@ -208,7 +208,7 @@ def wheel(session: nox.Session) -> None:
 @nox.session(default=False)
 def release(session: nox.Session) -> None:
     """Make the files of a release in dist/, if the version, the changelog and they are in order."""
-    version = re.search(r'"(.+)"', Path("favor_np/_version.py").read_text())[1]
+    version = re.search(r'= "(.+)"', Path("favor_np/_version.py").read_text())[1]
     newest = re.search(r"^## (.*)$", Path("CHANGELOG.md").read_text(), re.MULTILINE)[1]
     if not re.fullmatch(re.escape(version) + r" \(\d{4}-\d\d-\d\d\)", newest):
         session.error(f"CHANGELOG.md should begin with '## {version} (date)', got '## {newest}'")

@@ -110,7 +110,7 @@ def main():
                     read_well += 1
                 except REFUSED:
                     pass
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is told
                     wrong += 1
                     print(f"{kind}, seed {seed}: {type(error).__name__}: {error}", flush=True)
                 os.unlink(path)
