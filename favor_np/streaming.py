@@ -71,7 +71,7 @@ def stream_attention(
     enable_gqa : bool, default False
         As for `favor_attention`.
     decay : array_like of float, optional
-        As for `favor_attention`: a constant, or a factor a token, read in chunks.
+        As for `favor_attention`: a constant, or one factor per token, read in chunks.
     chunk_size : int, default 65536
         Positions of a chunk, of all leading axes together; the last one may be shorter.
     checkpoint : str or os.PathLike, optional
