@@ -252,6 +252,47 @@ def test_a_token_at_a_time(kind, form, name):
             assert np.array_equal(last[state], end[state])
 
 
+@every_form
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("kind", ["antithetic", "relu", "elu", "oprf"])
+def test_biases(kind, kv_heads, form):
+    """Of any size, and beside everything else; -inf masks a key, NaN in it included."""
+    fm, rng = maps()[kind], np.random.default_rng(3)
+    options = {} if form == "whole" else {"decay": 0.9}
+    run = runner(export(fm, form, kv_heads=kv_heads, key_mask=True, key_bias=True, **options))
+    for length, size in ((1, 1), (90, 3), (150, 1000), (200, 1e6)):
+        q, k, v = data(length, kv_heads=kv_heads, std=2)
+        bias = (size * rng.standard_normal((2, length, kv_heads))).astype(np.float32)
+        bias[rng.random(bias.shape) < 0.2] = -np.inf
+        mask = some_mask(2, length)
+        k[np.isneginf(bias.swapaxes(1, 2))] = np.nan
+        arrays = [x.astype(np.float64) for x in (q, np.nan_to_num(k), v)]
+        want = favor_attention(
+            *arrays, fm, causal=form != "whole", enable_gqa=True, key_mask=mask[:, None],
+            key_bias=bias.swapaxes(1, 2).astype(np.float64), **options,
+        )  # fmt: skip
+        given = inputs(q, k, v, empty(fm, 2, kv_heads, **options), mask) | {"key_bias": bias}
+        out = run(given)["out"]
+        assert relative_rms(out, flat(want)) <= PROMISE
+
+
+@causal_forms
+def test_biases_a_token_at_a_time(form):
+    fm = maps()["antithetic"]
+    run = runner(export(fm, form, key_bias=True))
+    q, k, v = data(100)
+    bias = (30 * np.random.default_rng(0).standard_normal((2, 100, 4))).astype(np.float32)
+    outs, state = [], empty(fm, 2)
+    for i in range(100):
+        part = [x[:, :, i : i + 1] for x in (q, k, v)]
+        outputs = run(inputs(*part, state) | {"key_bias": bias[:, i : i + 1]})
+        outs.append(outputs["out"])
+        state = past(outputs)
+    arrays = [x.astype(np.float64) for x in (q, k, v)]
+    want = favor_attention(*arrays, fm, causal=True, key_bias=bias.swapaxes(1, 2))
+    assert relative_rms(np.concatenate(outs, axis=1), flat(want)) <= PROMISE
+
+
 @causal_forms
 @pytest.mark.parametrize("decay", [0.99999, 0.999])
 def test_decay_near_one(form, decay):
@@ -473,6 +514,7 @@ def test_auto():
         ({"value_dim": 2.5}, TypeError, "value_dim"),
         ({"causal": 1}, TypeError, "causal"),
         ({"key_mask": None}, TypeError, "key_mask"),
+        ({"key_bias": [1.0]}, TypeError, "key_bias"),
         ({"form": "loop"}, ValueError, "form"),
         ({"form": "whole"}, ValueError, "causal"),
         ({"form": "gated", "causal": False}, ValueError, "causal"),
@@ -539,7 +581,7 @@ def test_wrong_states():
     "options",
     [
         (),
-        ("--form", "gated", "--kv-heads", "1", "--decay", "0.9", "--key-mask"),
+        ("--form", "gated", "--kv-heads", "1", "--decay", "0.9", "--key-mask", "--key-bias"),
         ("--bidirectional", "--map", "elu", "--dtype", "float64"),
     ],
     ids=str,

@@ -13,9 +13,13 @@ MODELS = {
     "grouped": {"kv_heads": 2},
     "grouped exact": {"kv_heads": 2, "exact": True},
     "decay": {"decay": 0.9},
+    "exact with decay": {"decay": (0.9, 1.0), "exact": True, "kv_heads": 2},
+    "local": {"local_heads": 2, "window": 9, "kv_heads": 2, "decay": 0.9},
+    "local, a window of one": {"local_heads": 1, "window": 1, "layers": "FE"},
     "learned": {"positions": "learned", "length": 64, "rotary": None, "shift": False},
     "sinusoidal": {"positions": "sinusoidal", "tied": False, "gate": True, "norm": None},
     "relu": {"kind": "relu", "qk": None},
+    "odd": {"dim": 15, "dim_head": 4},
 }
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 50))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -17,24 +16,15 @@ except ImportError:
         "favor_np.interop.onnx needs onnx: pip install 'favor_np[onnx]'", name="onnx"
     ) from None
 
-from onnx import helper
-
 from favor_np import AttentionState, FeatureMap, storage, validation
-from favor_np._version import __version__
 from favor_np.features import ATTENTION_KINDS, checked
 from favor_np.interop.onnx import forms
-from favor_np.interop.onnx.graph import TYPES, Graph
+from favor_np.interop.onnx.graph import TYPES, Graph, end
+from favor_np.interop.onnx.models import empty_state, export_model
 
-__all__ = ["export_attention", "from_onnx_state", "to_onnx_state"]
+__all__ = ["empty_state", "export_attention", "export_model", "from_onnx_state", "to_onnx_state"]
 
 Array: TypeAlias = npt.NDArray[Any]
-
-FORMS = ("auto", "chunk", "gated", "whole")
-#: The first operators with Trilu, and with LinearAttention; the newest that models are tested with.
-OLDEST, LINEAR_ATTENTION = 14, 27
-NEWEST = min(27, onnx.defs.onnx_opset_version())
-#: Where onnxruntime has LinearAttention as an operator of its own.
-CONTRIB = "com.microsoft"
 
 
 def export_attention(
@@ -45,6 +35,7 @@ def export_attention(
     kv_heads: int | None = None,
     causal: bool = True,
     key_mask: bool = False,
+    key_bias: bool = False,
     decay: npt.ArrayLike | None = None,
     form: str = "auto",
     opset: int = 17,
@@ -69,6 +60,8 @@ def export_attention(
         Query i sees keys up to i only.
     key_mask : bool, default False
         Whether the model has an input that says which keys take part.
+    key_bias : bool, default False
+        Whether it has one of numbers that are added to the logits of keys.
     decay : array_like of float, optional
         In (0, 1], one number or one a head of keys; at every token the weight of all earlier keys
         is multiplied with it.  Causal only.
@@ -93,6 +86,7 @@ def export_attention(
         - ``q`` (batch, positions, heads * d), ``k`` (batch, positions, kv_heads * d) and ``v``
           (batch, positions, kv_heads * dv); not causal, ``k`` and ``v`` may have other positions;
         - ``key_mask`` (batch, positions) of bool, if asked for;
+        - ``key_bias`` (batch, positions, kv_heads), if asked for; -inf masks a key;
         - ``past_state`` (batch, kv_heads, M, dv + 1) and ``past_max`` (batch, kv_heads, M), of float32,
           or float64 like the rest; before the first key zeros and -1e30;
         - ``past_length`` (batch) of int64 with a decay: how many tokens are in the state.
@@ -117,7 +111,7 @@ def export_attention(
     Notes
     -----
     No finite queries and keys give NaN.  Rows whose log-features pass 2**20 are cut to what does not,
-    number by number, and values beyond 2**100 to that.  Unlike favor_np, a model does not keep what
+    number by number, biases beyond 2**22 to that, and values beyond 2**100.  Unlike favor_np, a model does not keep what
     rounding takes from its sums: in float32 that is felt after some ten thousand calls that go on
     from each other.
 
@@ -151,33 +145,37 @@ def export_attention(
         kv_heads=kv_heads,
         value_dim=validation.integer("value_dim", value_dim),
         causal=causal,
-        key_mask=validation.flag("key_mask", key_mask),
         rates=None if rates is None else rates * np.log(2),
         real=np.dtype(np.float64 if io == np.float64 else np.float32),
         io=io,
     )
-    opset = validation.integer("opset", opset)
-    form = validation.choice("form", form, FORMS)
-    if form == "auto":
-        form = "chunk" if a.causal else "whole"
-    if not OLDEST <= opset <= NEWEST:
-        raise ValueError(f"opset must be from {OLDEST} to {NEWEST}, got {opset}")
-    if a.causal == (form == "whole"):
-        raise ValueError(f"form={form!r} is for causal={not a.causal}, got causal={a.causal}")
-    if form == "gated" and a.real == np.float64:
-        raise ValueError(
-            "form='gated' is not for float64, in which LinearAttention does not compute"
-        )
-    graph = Graph(opset, a.real)
-    domain = CONTRIB if form == "gated" and opset < LINEAR_ATTENTION else ""
-    if form == "gated":
-        results = forms.gated_form(a, graph, domain)
-    else:
-        results = (forms.chunk_form if a.causal else forms.whole_form)(a, graph)
-    model = _model(a, graph, results, domain)
-    helper.set_model_props(model, _properties(a, form))
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    given = forms.Given(
+        "q",
+        "k",
+        "v",
+        "past_state",
+        "past_max",
+        mask="key_mask" if validation.flag("key_mask", key_mask) else None,
+        bias="key_bias" if validation.flag("key_bias", key_bias) else None,
+        length=None if rates is None else "past_length",
+    )
+    graph = Graph(validation.integer("opset", opset), a.real)
+    form = forms.form_of(form, a.real, causal=causal)
+    out, sums, c = forms.write(form, a, graph, given)
+    for name, x in (("out", out), ("present_state", sums), ("present_max", c)):
+        graph.named(x, name)
+    facts = {
+        "form": form,
+        "fingerprint": fm.fingerprint,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "dim": fm.dim,
+        "value_dim": a.value_dim,
+        "num_features": fm.num_features,
+        "causal": causal,
+        "decay": None if rates is None else np.exp2(-rates).tolist(),
+    }
+    return graph.model("favor_attention", *_ends(a, graph, given), facts)
 
 
 def _heads(fm: FeatureMap, heads: object, kv_heads: object) -> tuple[int, int]:
@@ -205,64 +203,34 @@ def _dtype(fm: FeatureMap, dtype: Any) -> np.dtype[Any]:
     return kind
 
 
-def _model(
-    a: forms.Attention, graph: Graph, results: tuple[str, str, str], domain: str
-) -> onnx.ModelProto:
-    """Return the model of a graph that is written: names and shapes of what goes in and out."""
-    out, sums, c = results
-    for x, name in ((out, "out"), (sums, "present_state"), (c, "present_max")):
-        graph.named(x, name)
+def _ends(a: forms.Attention, graph: Graph, given: forms.Given) -> tuple[list[Any], list[Any]]:
+    """Return names and shapes of what goes in and out."""
     io, dim = TYPES[a.io.name], a.feature_map.dim
     state = "batch", a.kv_heads, a.feature_map.num_features
     keys = "positions" if a.causal else "key_positions"
-
-    def array(name: str, kind: int, *shape: str | int) -> Any:
-        return helper.make_tensor_value_info(name, kind, shape)
-
     inputs = [
-        array("q", io, "batch", "positions", a.heads * dim),
-        array("k", io, "batch", keys, a.kv_heads * dim),
-        array("v", io, "batch", keys, a.kv_heads * a.value_dim),
-        array("past_state", graph.type, *state, a.columns),
-        array("past_max", graph.type, *state),
+        end("q", io, "batch", "positions", a.heads * dim),
+        end("k", io, "batch", keys, a.kv_heads * dim),
+        end("v", io, "batch", keys, a.kv_heads * a.value_dim),
+    ]
+    if given.mask:
+        inputs.append(end("key_mask", TYPES["bool"], "batch", keys))
+    if given.bias:
+        inputs.append(end("key_bias", io, "batch", keys, a.kv_heads))
+    inputs += [
+        end("past_state", graph.type, *state, a.columns),
+        end("past_max", graph.type, *state),
     ]
     outputs = [
-        array("out", io, "batch", "positions", a.heads * a.value_dim),
-        array("present_state", graph.type, *state, a.columns),
-        array("present_max", graph.type, *state),
+        end("out", io, "batch", "positions", a.heads * a.value_dim),
+        end("present_state", graph.type, *state, a.columns),
+        end("present_max", graph.type, *state),
     ]
-    if a.key_mask:
-        inputs.insert(3, array("key_mask", TYPES["bool"], "batch", keys))
-    if a.rates is not None:
-        inputs.append(array("past_length", TYPES["int64"], "batch"))
-        outputs.append(array("present_length", TYPES["int64"], "batch"))
+    if given.length:
+        inputs.append(end("past_length", TYPES["int64"], "batch"))
+        outputs.append(end("present_length", TYPES["int64"], "batch"))
         graph.named(graph.Add("past_length", graph.Gather(graph.Shape("k"), [1])), "present_length")
-    opsets = [helper.make_opsetid("", graph.opset)]
-    if domain:
-        opsets.append(helper.make_opsetid(domain, 1))
-    return helper.make_model(
-        graph.finished("favor_attention", inputs, outputs),
-        opset_imports=opsets,
-        ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
-        producer_name="favor_np",
-        producer_version=__version__,
-    )
-
-
-def _properties(a: forms.Attention, form: str) -> dict[str, str]:
-    """What a model says of itself: texts by name."""
-    facts = {
-        "form": form,
-        "fingerprint": a.feature_map.fingerprint,
-        "heads": a.heads,
-        "kv_heads": a.kv_heads,
-        "dim": a.feature_map.dim,
-        "value_dim": a.value_dim,
-        "num_features": a.feature_map.num_features,
-        "causal": a.causal,
-        "decay": None if a.rates is None else np.exp(-a.rates).tolist(),
-    }
-    return {f"favor_np.{n}": x if isinstance(x, str) else json.dumps(x) for n, x in facts.items()}
+    return inputs, outputs
 
 
 def to_onnx_state(state: AttentionState) -> dict[str, Array]:
