@@ -231,7 +231,7 @@ def oldest(session: nox.Session) -> None:
     oldest = [
         re.sub(r">=([\d.]+).*", r"==\1.*", name) for name in PROJECT["project"]["dependencies"]
     ]
-    session.install(*oldest, "hypothesis>=6.130", "pytest>=9", "safetensors>=0.5")
+    session.install(*oldest, "hypothesis>=6.130", "ml_dtypes>=0.5", "pytest>=9")
     session.install("--no-deps", "-e", ".")
     session.run("python", "-m", "pip", "list")
     session.run("pytest", *(session.posargs or ON_OLDEST))
@@ -239,8 +239,8 @@ def oldest(session: nox.Session) -> None:
 
 #: What `oldest` tests: what touches other packages, and every kind of kernel once.
 ON_OLDEST = [
-    *(f"tests/test_{name}.py" for name in ("projection", "golden", "features", "state", "storage")),
-    *(f"tests/test_{name}.py" for name in ("attention", "exact", "vjp", "store", "code")),
+    f"tests/test_{name}.py"
+    for name in "projection golden features state storage attention exact vjp".split()
 ]
 
 
