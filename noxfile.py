@@ -239,8 +239,8 @@ def oldest(session: nox.Session) -> None:
 
 #: What `oldest` tests: what touches other packages, and every kind of kernel once.
 ON_OLDEST = [
-    f"tests/test_{name}.py"
-    for name in "projection golden features state storage attention exact vjp".split()
+    *(f"tests/test_{name}.py" for name in ("projection", "golden", "features", "state")),
+    *(f"tests/test_{name}.py" for name in ("storage", "attention", "exact", "vjp")),
 ]
 
 
