@@ -116,7 +116,7 @@ def favor_attention(
     decay : array_like of float, optional
         With `causal`: at every token the weights of all earlier keys are multiplied with it, so
         ``a_ij`` with ``decay**(i - j)``.  In (0, 1], broadcast to the leading axes of keys and
-        values, such as one a head; or with one axis more, (..., L_k), a factor a token:
+        values, such as one per head; or with one axis more, (..., L_k), one factor per token:
         forgetting that data decide.  Token j multiplies the weights of the keys before it, those in
         `state` included; for keys this is ``key_bias = -cumsum(log(decay))``.  A masked key counts
         as time all the same.

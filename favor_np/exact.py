@@ -65,10 +65,10 @@ def exact_attention(
         costs no accuracy, whatever its range.
     decay : array_like of float, optional
         With `causal`: the weight of key j for query i is multiplied with ``decay**(i - j)``.  In
-        (0, 1], broadcast to the leading axes of keys and values, such as one a head; or with one
-        axis more, (..., L_k), a factor a token: the weight is multiplied with those of the tokens
-        j + 1 to i, as with ``key_bias = -cumsum(log(decay))``.  A masked key counts as time all the
-        same.
+        (0, 1], broadcast to the leading axes of keys and values, such as one per head; or with one
+        axis more, (..., L_k), one factor per token: the weight is multiplied with those of the
+        tokens j + 1 to i, as with ``key_bias = -cumsum(log(decay))``.  A masked key counts as time
+        all the same.
     cu_seqlens : array_like of int, shape (sequences + 1,), optional
         Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
         and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.

@@ -72,7 +72,7 @@ def stream_attention(
     enable_gqa : bool, default False
         As for `favor_attention`.
     decay : array_like of float, optional
-        As for `favor_attention`: a constant, or a factor a token, read in chunks.
+        As for `favor_attention`: a constant, or one factor per token, read in chunks.
     precision : {"full", "bfloat16"}, default "full"
         As for `favor_attention`; unless `causal`, keys are folded in full.
     chunk_size : int, default 65536
