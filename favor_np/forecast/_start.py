@@ -11,6 +11,7 @@ from ._windows import F64
 
 DEGREES = 5.0  # of freedom, of Student's t
 STEPS, CLOSE = 50, 1e-6  # of Newton's method
+LARGEST = 100.0  # ratio of a squared return to its variance that counts in the level
 LEAST = 0.1  # curvature of a row in Newton's method, so that each adds some
 
 
@@ -85,5 +86,16 @@ def fit_mean(columns: F64, relative: F64, ridge: float) -> F64:
 
 
 def level(squares: F64, log_variance: F64) -> float:
-    """Return what has to be added to forecasts, so that the mean of outcome over forecast is 1."""
-    return float(np.log(np.mean(squares * np.exp(-log_variance))))
+    """Return what has to be added to forecasts, so that the mean of outcome over forecast is 1.
+
+    A single wrong price would decide that alone, so a return counts as ten standard deviations at
+    most.
+    """
+    found = 0.0
+    for _ in range(STEPS):
+        ratio = np.minimum(squares * np.exp(-log_variance - found), LARGEST)
+        step = float(np.log(np.mean(ratio)))
+        found += step
+        if abs(step) < CLOSE:
+            break
+    return found

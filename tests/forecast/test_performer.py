@@ -112,6 +112,14 @@ def test_without_training_it_is_its_start(minutes):
     assert np.mean(y[settled] / model.predict(X)[settled]) == pytest.approx(1, rel=1e-4)
 
 
+def test_one_wrong_price_does_not_decide_the_level():
+    rng = np.random.default_rng(0)
+    returns = rng.standard_normal((1000, 1))
+    returns[500] = 200.0
+    model = PerformerForecaster(epochs=0).fit(returns)
+    assert model.predict(returns)[900:].mean() < 3  # the mean square is 41
+
+
 def test_a_network_begins_with_zeros():
     model = network(5, 2, 16, 1, 4, 16)
     params = model.init(np.random.default_rng(0))
