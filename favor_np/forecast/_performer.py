@@ -14,7 +14,7 @@ from favor_np.progress import Progress, reporting
 
 from ._baselines import Parameters
 from ._inputs import Memory
-from ._residual import Learned, Targets, apply, network, train
+from ._residual import Effort, Learned, Targets, apply, network, train
 from ._scores import qlike
 from ._start import TAILS, fit_mean, fit_variance, level
 from ._windows import F64
@@ -402,7 +402,8 @@ class PerformerForecaster(Parameters):
             raise ValueError(f"horizons must hold at least one integer, got {self.horizons!r}")
         for horizon in self.horizons:
             validation.integer("horizons", horizon)
-        return Targets(len(self.horizons), self.target == "return", TAILS[self.tail])
+        overlap = max(self.horizons)
+        return Targets(len(self.horizons), self.target == "return", TAILS[self.tail], overlap)
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "params_"):
@@ -454,17 +455,20 @@ class PerformerForecaster(Parameters):
         base = _linear(self._regress(columns[:stop], outcome[:stop], targets), columns)
         model, learned = self._network(targets), []
         rows, split = columns.astype(np.float32), (stop, held)
+        effort = Effort(self.epochs, self.rate, self.patience)
         with reporting(progress) as report:
             for member in range(self.members):
 
                 def told(epoch: int, note: str, done: int = member * self.epochs) -> None:
                     report("training", done + epoch, self.members * self.epochs, note)
 
-                options: dict[str, Any] = {
-                    name: getattr(self, name) for name in ("epochs", "rate", "patience")
-                }
-                options |= {"seed": self.seed + member, "report": told}
-                learned.append(train(model, rows, outcome, base, split, targets, **options))
+                seed = self.seed + member
+                found = train(
+                    model, rows, outcome, base, split, targets, effort, seed=seed, report=told
+                )
+                learned.append(found)
+                if found.interrupted:
+                    break
         return learned
 
     def _network(self, targets: Targets) -> Layer:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ._scores import standard_error
 from ._start import Tail
 from ._windows import F32, F64
 
@@ -39,6 +40,7 @@ class Targets:
     horizons: int
     means: bool
     tail: Tail
+    overlap: int = 1  # rows that outcomes span: those of neighbours overlap
 
     @property
     def outputs(self) -> int:
@@ -98,6 +100,15 @@ class Learned:
     training: list[float]
     validation: list[float]
     best: float
+    interrupted: bool = False
+
+
+class Effort(NamedTuple):
+    """Passes at most, the highest rate of learning, and passes without improvement to stop after."""
+
+    epochs: int
+    rate: float
+    patience: int
 
 
 def train(
@@ -107,10 +118,8 @@ def train(
     start: F64,
     split: tuple[int, int],
     targets: Targets,
+    effort: Effort,
     *,
-    epochs: int,
-    rate: float,
-    patience: int,
     seed: int,
     report: Callable[[int, str], object],
 ) -> Learned:
@@ -133,8 +142,9 @@ def train(
     before = targets.losses(base, held)
     first = float(np.nanmean(before))
     found = Learned(_copy(params), [], [first], first)
+    epochs = effort.epochs
     steps = epochs * -(-len(batches[0]) // BATCH)
-    schedule = nn.cosine(rate, steps=steps, warmup=max(steps // 20, 1))
+    schedule = nn.cosine(effort.rate, steps=steps, warmup=max(steps // 20, 1))
     step = 0
     with one_thread():
         try:
@@ -151,22 +161,23 @@ def train(
                 rest = apply(model, params, columns)[split[1] :]
                 gains = before - targets.losses(base + rest, held)
                 value = first - float(np.nanmean(gains))
-                if value < found.best and _clear(gains):
+                if value < found.best and _clear(gains, targets.overlap):
                     found.params, found.best = _copy(params), value
                 found.training.append(float(np.mean(losses)))
                 found.validation.append(value)
                 report(epoch + 1, f"validation {value - first:+.4f}")
-                if epoch + 1 - int(np.argmin(found.validation)) >= patience:
+                if epoch + 1 - int(np.argmin(found.validation)) >= effort.patience:
                     break
         except KeyboardInterrupt:
             warnings.warn("training was interrupted; its best is kept", stacklevel=2)
+            found.interrupted = True
     return found
 
 
-def _clear(gains: F64) -> bool:
+def _clear(gains: F64, overlap: int) -> bool:
     """Whether the mean is above 0 by more than chance would have it once in twenty times."""
-    known = gains[np.isfinite(gains)]
-    return bool(known.mean() > CLEAR * known.std() / np.sqrt(len(known)))
+    known = gains[np.isfinite(gains).all(1)].mean(1)
+    return bool(known.mean() > CLEAR * standard_error(known, overlap))
 
 
 def _sequences(columns: F32, outcome: F64, start: F64, stop: int) -> tuple[Any, Any, Any]:
