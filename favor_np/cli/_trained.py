@@ -30,6 +30,7 @@ from favor_np.forecast import (
     samples,
 )
 from favor_np.forecast._backtest import Estimator
+from favor_np.forecast._setting import Setting
 
 from . import _options as options
 from ._report import Section, about_input, clean, lines_of, read_section, write_table
@@ -38,6 +39,7 @@ from ._text import GLUE, printed, seconds
 F64 = npt.NDArray[np.float64]
 
 FEWEST, START, REFIT = 600, 1000, 250
+FEWEST_TO_LOAD = 20
 LONG, FITS, FITS_OF_LONG = 15_000, 20, 8  # how often the past is fitted, and that of a long series
 COVERAGE = 0.9
 OURS, BEGINNING = "Performer", "its start"
@@ -154,6 +156,15 @@ def _loaded(args: argparse.Namespace, X: F64) -> PerformerForecaster:
         raise options.CommandError(
             f"{args.load}: was trained on {model.n_features_in_} columns (the return, hours and "
             f"weekdays), these prices have {X.shape[1]}: of another step, or without times"
+        )
+    if args.horizon not in (Setting.horizon, model.horizons[0]):
+        raise options.CommandError(
+            f"{args.load}: was trained for a horizon of {model.horizons[0]}, not {args.horizon}"
+        )
+    fewest = max((FEWEST_TO_LOAD, *model.spans))
+    if len(X) < fewest:
+        raise options.CommandError(
+            f"{args.load}: its averages need {fewest} returns to go on from, got {len(X)}"
         )
     return model
 

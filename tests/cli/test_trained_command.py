@@ -121,9 +121,12 @@ def test_bad_options_are_one_line(argv, message, series, capsys):
 def test_bad_series_are_one_line(series, capsys, tmp_path):
     saved = str(tmp_path / "model.safetensors")
     run(capsys, series(), *QUICK, "--save", saved)
+    load = ["--model", "performer", "--load", saved]
     for path, argv, message in (
         (series(300), QUICK, "299 returns, and --model performer needs 600"),
-        (series(800, 1440), ["--model", "performer", "--load", saved], "trained on 32 columns"),
+        (series(800, 1440), load, "trained on 32 columns"),
+        (series(), [*load, "--horizon", "3"], "trained for a horizon of 1, not 3"),
+        (series(90), load, "need 100 returns to go on from, got 89"),
     ):
         assert main(["forecast", path, *argv]) == 2
         assert message in capsys.readouterr().err
