@@ -61,6 +61,32 @@ def share(text: str) -> float:
     return number
 
 
+def output_path(path: str, *inputs: str | None) -> Path:
+    """Return where `path` is; refuse what cannot be written, and files that must stay: `inputs`."""
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise CommandError(f"{path}: is a directory")
+    if not target.parent.is_dir():
+        raise CommandError(f"{path}: the directory {target.parent} does not exist")
+    if any(other is not None and target == Path(other).resolve() for other in inputs):
+        raise CommandError(f"{path}: would overwrite another file of this command")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise CommandError(f"{path}: cannot be written")
+    return target
+
+
+def checkpoint_path(path: str, *inputs: str | None) -> Path:
+    """As `output_path`, of a file that is written again and again, beside it first."""
+    target = output_path(path, *inputs)
+    if target.exists() and not target.is_file():
+        raise CommandError(f"{path}: is no regular file")
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written: {error.strerror}") from None
+    return target
+
+
 @contextlib.contextmanager
 def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
     """Yield a temporary file that takes the place of `path` at the end, if all went well.
@@ -71,19 +97,10 @@ def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
     if path is None:
         yield None
         return
-    target = Path(path).resolve()
-    if target.is_dir():
-        raise CommandError(f"{path}: is a directory")
-    if not target.parent.is_dir():
-        raise CommandError(f"{path}: the directory {target.parent} does not exist")
-    if any(other is not None and target == Path(other).resolve() for other in inputs):
-        raise CommandError(f"{path}: would overwrite another file of this command")
-    if target.exists():
-        if not os.access(target, os.W_OK):
-            raise CommandError(f"{path}: cannot be written")
-        if not target.is_file():  # a device or a pipe
-            yield target
-            return
+    target = output_path(path, *inputs)
+    if target.exists() and not target.is_file():  # a device or a pipe
+        yield target
+        return
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:

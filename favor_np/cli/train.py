@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, report; return the exit status."""
     picture = options.picture_format(args.plot)
+    options.checkpoint_path(args.out, args.text)
     if args.local_heads is None:
         args.local_heads = args.heads // 2
     with options.output_file(args.plot, args.text, args.out) as figure:
@@ -103,8 +104,6 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
         raise options.CommandError(
             f"{args.text}: too short: {len(learned)} bytes to learn from, {len(held_out)} held out"
         )
-    if Path(args.out).resolve().is_dir() or not Path(args.out).resolve().parent.is_dir():
-        raise options.CommandError(f"{args.out}: cannot be written")
     text = np.frombuffer(held_out, np.uint8)
     validation = data.in_order(text, args.length, args.batch)
     rate = nn.cosine(args.rate, steps=args.steps, warmup=min(100, max(args.steps // 4, 1)))

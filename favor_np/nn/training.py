@@ -265,7 +265,7 @@ def train(
     every : int, default 100
         Steps between looks: at validation, at attention, and for checkpoints.
     patience : int, optional
-        Stop after so many looks without a smaller validation loss.
+        Stop after so many looks without a smaller validation loss, counted from `start` on.
     path : str or os.PathLike, optional
         A checkpoint, written at every look and at the end.
     info : dict, optional

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,37 @@ def test_a_run_that_diverges_is_one_line(text, tmp_path, capsys):
     assert "not finite" in error or " is nan" in error
 
 
+def test_the_checkpoint_must_not_be_the_text_nor_a_device(text, capsys):
+    before = Path(text).read_bytes()
+    for out, reason in (
+        (text, "would overwrite"),
+        (os.devnull, "is no regular file"),
+        (f"{text}/model", "does not exist"),
+    ):
+        assert train(text, out, "--steps", "5") == 2
+        assert reason in capsys.readouterr().err
+    assert Path(text).read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("dim", 18), ("depth", 10**9), ("rotary", [1])])
+def test_a_checkpoint_that_does_not_fit_its_model_is_one_line(name, value, tmp_path, capsys):
+    model = nn.PerformerLM(vocab=256, dim=16, depth=1, heads=2, num_features=8)
+    path = tmp_path / "model"
+    nn.save(path, model, model.init(np.random.default_rng(0)))
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    about = json.loads(header["__metadata__"]["favor_np.nn"])
+    about["model"][name] = value
+    header["__metadata__"]["favor_np.nn"] = json.dumps(about)
+    forged = json.dumps(header).encode()
+    path.write_bytes(len(forged).to_bytes(8, "little") + forged + data[end:])
+    assert main(["generate", str(path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith(f"favor-np: error: {path}")
+
+
 def test_a_prompt_of_any_bytes(text, tmp_path, capsys):
     train(text, tmp_path / "a", "--steps", "5", "--no-baselines")
     capsys.readouterr()
@@ -143,7 +175,7 @@ def test_bad_input(text, tmp_path, capsys):
     out = ["--out", str(tmp_path / "model")]
     assert "too short: " in failed(["train", str(short), *out], capsys)
     assert "nothing.txt" in failed(["train", str(tmp_path / "nothing.txt"), *out], capsys)
-    assert "cannot be written" in failed(["train", text, "--out", str(tmp_path)], capsys)
+    assert "is a directory" in failed(["train", text, "--out", str(tmp_path)], capsys)
     assert "multiple of heads" in failed(["train", text, *out, "--heads", "3"], capsys)
     assert "cannot be read as a checkpoint" in failed(
         ["train", text, "--out", str(bad), "--resume"], capsys
