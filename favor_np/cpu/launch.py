@@ -111,7 +111,7 @@ def attend(
         return
     tokens = call.causal and (longest == 1 or call.offsets is not None)
     if tokens:
-        tokens = call.mask is None and bars is None and not bfloat16 and jobs.q_rows.shape[1] == 1
+        tokens = bars is None and not bfloat16 and jobs.q_rows.shape[1] == 1
     # What a state has taken in cannot be taken back.  The kernel of tokens looks at them itself.
     large = state is not None and not (tokens and longest == 1) and holds_large(v)
     if not large:

@@ -162,6 +162,7 @@ class _Run:
     loss: Loss
     seed: int
     history: History
+    seen: Any = None  # the latest input
 
     def learn(self, batches: Batches, step: int, accumulate: int) -> float:
         """Add the gradients of a step, and return its loss; after an error there are none."""
@@ -176,6 +177,7 @@ class _Run:
         for part in range(accumulate):
             x, targets = batches(step * accumulate + part)
             key: Key = (self.seed, step) if accumulate == 1 else (self.seed, step, part)
+            self.seen = x
             y, pullback = self.model.vjp(self.params, x, key=key)
             loss, grad = self.loss(y, targets)
             if not math.isfinite(loss):
@@ -192,10 +194,10 @@ class _Run:
         losses = [self.loss(self.model.apply(self.params, x), t)[0] for x, t in validation_batches]
         return float(np.mean(losses))
 
-    def look(self, step: int, x: Any) -> None:
+    def look(self, step: int) -> None:
         """Note the effective sample sizes of heads, and warn of those that are too small."""
         bad = []
-        for layer, (found, features) in enumerate(_diagnoses(self.model, self.params, x)):
+        for layer, (found, features) in enumerate(_diagnoses(self.model, self.params, self.seen)):
             sizes = np.moveaxis(found.effective_sample_size, -2, 0)
             for head, rows in enumerate(sizes.reshape(len(sizes), -1)):
                 size = float(np.median(rows))
@@ -310,6 +312,8 @@ def train(
     )
     if redraw is not None:
         redraw = validation.integer("redraw", redraw)
+    if clip is not None:
+        clip = validation.positive_float("clip", clip)
     if patience is not None:
         patience = validation.integer("patience", patience)
         validation.given(validation_batches=validation_batches)
@@ -322,19 +326,19 @@ def train(
     began, looked, waited = time.perf_counter(), start, 0
 
     def look() -> None:
-        """Take stock after some steps: validation, attention, checkpoint."""
+        """Take stock after some steps: validation, checkpoint, attention."""
         nonlocal looked, waited
         looked = history.step
         if validation_batches:
             value = run.evaluate(validation_batches)
             history.validation.append((history.step, value))
             waited += 1
-            if history.best is None or value < history.best[1]:
+            if value < (history.best[1] if history.best else math.inf):
                 history.best, waited = (history.step, value), 0
                 history.best_params = _copy(params)
-        run.look(history.step, batches(history.step * accumulate)[0])
         if path is not None:
             save(path, model, params, optimizer, step=history.step, **(info or {}))
+        run.look(history.step)
 
     with reporting(progress) as report, _interrupts() as interrupted, one_thread():
         for step in range(start, steps):

@@ -1,6 +1,7 @@
 """Training: the same bits on any number of threads and after a resume, and nothing that is not finite."""
 
 import copy
+import math
 import os
 import pickle
 import signal
@@ -181,6 +182,43 @@ def test_validation_keeps_the_best_and_stops():
     assert len(values) == np.argmin(values) + 4
     best = [nn.cross_entropy(MODEL.apply(history.best_params, x), t)[0] for x, t in held_out]
     assert np.mean(best) == history.best[1]
+
+
+def test_batches_may_end_with_the_last_step(tmp_path):
+    params, _ = fresh()
+    few = [batches(step) for step in range(3)]
+    history = nn.train(
+        MODEL, params, few.__getitem__, steps=3, rate=0.01, path=tmp_path / "run", every=3
+    )
+    assert history.step == nn.load(tmp_path / "run").step == 3
+    assert history.attention
+
+
+def test_a_validation_loss_that_is_nan_is_not_the_best():
+    params = SQUARE.init(np.random.default_rng(0))
+    found = iter([math.nan, 3.0, math.nan, 2.0])
+
+    def loss(y, targets):
+        value, grad = nn.mean_squared(y, targets)
+        return (value if len(y) == 64 else next(found)), grad
+
+    few = [tuple(x[:5] for x in squares(100))]
+    history = nn.train(
+        SQUARE, params, squares, steps=4, rate=0.01, loss=loss, validation_batches=few, every=1
+    )
+    assert history.best == (4, 2.0)
+    np.testing.assert_array_equal(history.best_params["0"]["weight"], params["0"]["weight"])
+
+
+@pytest.mark.parametrize("wrong", [{"clip": -1.0}, {"clip": math.nan}, {"rate": lambda _: -0.1}])
+def test_gradients_are_not_turned_round(wrong):
+    params = SQUARE.init(np.random.default_rng(0))
+    before = copy.deepcopy(params)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be finite and"):
+        nn.train(
+            SQUARE, params, squares, steps=2, **({"rate": 0.1, "loss": nn.mean_squared} | wrong)
+        )
+    assert same(params, before)
 
 
 def test_attention_is_watched():
