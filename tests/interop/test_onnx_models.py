@@ -44,6 +44,15 @@ LANGUAGE_MODELS = {
     "odd": {"dim": 11, "dim_head": 4, "activation": "relu2"},
     "exact": {"exact": True, "activation": "relu", "embedding_dropout": 0.1},
     "some exact": {"layers": "FE", "heads": 4, "dim_head": 4, "kv_heads": 2, "decay": 0.9},
+    "local": {"local_heads": 1, "window": 9, "rotary": "halves", "decay": 0.9},
+    "local exact": {
+        "local_heads": 2,
+        "window": 1,
+        "exact": True,
+        "heads": 4,
+        "kv_heads": 2,
+        "dim": 16,
+    },
 }
 ENCODERS = {
     "default": {},
@@ -373,6 +382,13 @@ def test_wrong_models_and_parameters():
         export_model(model, params)
     with pytest.raises(ValueError, match=r"key_mask.*Chain"):
         export_model(nn.Chain((model,)), {"0": params}, key_mask=True)
+    for name, options in {
+        "decay": {"causal": True, "decay": 0.9, "exact": True},
+        "local_heads": {"local_heads": 1},
+    }.items():
+        model = encoder(**options)
+        with pytest.raises(ValueError, match=rf"blocks\.0.*{name} cannot be exported"):
+            export_model(model, parameters(model))
     with pytest.raises(ValueError, match="Dropout"):
         export_model(nn.Dropout(0.5), {})
     with pytest.raises(ValueError, match="UnitScale"):

@@ -523,15 +523,40 @@ def attention(w: Writer, layer: nn.FavorSelfAttention, params: Params, x: Rows) 
             qk = rotated(w, nn.Rotary(d, layer.rotary), qk)
         qk = g.Reshape(qk, [0, 0, (heads + kv_heads) * d])
     q, k = g.several("Split", [qk, [heads * d, kv_heads * d]], 2, axis=2)
-    out = exact(w, layer, q, k, v) if layer.exact else favor(w, layer, params, q, k, v)
+    out = far_and_near(w, layer, params, q, k, v)
     w.layers["attention"] += 1
     return w.part(layer, "output", params, Rows(out, heads * d))
+
+
+def far_and_near(
+    w: Writer, layer: nn.FavorSelfAttention, params: Params, q: str, k: str, v: str
+) -> str:
+    """Write attention of all heads, of which the last may see no more than a window."""
+    if layer.exact and layer.decay is not None:
+        raise ValueError("decay cannot be exported as ONNX with exact=True")
+    if not layer.local_heads:
+        return exact(w, layer, q, k, v) if layer.exact else favor(w, layer, params, q, k, v)
+    if not layer.causal:
+        raise ValueError("local_heads cannot be exported as ONNX with causal=False")
+    g, d, kv_far = w.g, layer._dim_head, layer._kv_far
+    sizes = layer.local_heads, layer._kv_heads - kv_far
+    far = layer.replace(heads=layer.heads - sizes[0], kv_heads=kv_far, dim_head=d, local_heads=0)
+    near = far.replace(heads=sizes[0], kv_heads=sizes[1], exact=True, decay=None)
+    cuts = [[far.heads * d, sizes[0] * d], *[[kv_far * d, sizes[1] * d]] * 2]
+    halves = [
+        g.several("Split", [x, cut], 2, axis=2) for x, cut in zip((q, k, v), cuts, strict=True)
+    ]
+    of_far, of_near = zip(*halves, strict=True)
+    far_out = far_and_near(w, far, params, *of_far)
+    near_out = exact(w, near, of_near[0], of_near[1], of_near[2], layer.window)
+    return g.Concat(far_out, near_out, axis=2)
 
 
 def on_spheres(w: Writer, layer: nn.FavorSelfAttention, params: Params, x: str) -> str:
     """Put heads of queries and keys (batch, positions, heads, d) on spheres."""
     with within("sphere"):
-        radii = nn.UnitScale(layer._kv_heads).lengths(params.get("sphere", {}))
+        assert layer._sphere is not None
+        radii = layer._sphere.lengths(params.get("sphere", {}))
     radii = np.concatenate([np.repeat(radii, layer.heads // layer._kv_heads), radii])[:, None]
     g = w.g
     size = g.Sqrt(g.Max(g.reduce("ReduceSumSquare", x, -1), TINY))
@@ -571,8 +596,10 @@ def favor(w: Writer, layer: nn.FavorSelfAttention, params: Params, q: str, k: st
     return out
 
 
-def exact(w: Writer, layer: nn.FavorSelfAttention, q: str, k: str, v: str) -> str:
-    """Write exact attention: a block of queries at a time sees all keys."""
+def exact(
+    w: Writer, layer: nn.FavorSelfAttention, q: str, k: str, v: str, window: int | None = None
+) -> str:
+    """Write exact attention: a block of queries at a time sees all keys, or those of a window."""
     g, heads, d = w.g, layer._kv_heads, layer._dim_head
     group = layer.heads // heads
     k, v = (g.Transpose(g.Reshape(x, [0, 0, heads, d]), perm=[0, 2, 1, 3]) for x in (k, v))
@@ -580,7 +607,8 @@ def exact(w: Writer, layer: nn.FavorSelfAttention, q: str, k: str, v: str) -> st
         new = g.Unsqueeze(w.mask[0], [1, 3])
         k, v = (g.Where(new, x, 0.0) for x in (k, v))
     if w.goes_on:
-        k, v = (kept(w, name, x, heads, d) for name, x in (("keys", k), ("values", v)))
+        near = "" if window is None else "near_"
+        k, v = (kept(w, near + name, x, heads, d) for name, x in (("keys", k), ("values", v)))
     cut = forms.Cut(g, q, forms.BLOCK)
     state = [k, v]
     if layer.causal:
@@ -589,7 +617,7 @@ def exact(w: Writer, layer: nn.FavorSelfAttention, q: str, k: str, v: str) -> st
     if w.masked:
         state.append(g.Cast(g.Unsqueeze(w.mask[1], [1, 2]), to=g.type))
     blocks = cut.apart(g.Mul(q, layer._scale), heads, d, group)
-    body = exact_body(g, group, causal=layer.causal, masked=w.masked)
+    body = exact_body(g, group, causal=layer.causal, masked=w.masked, window=window)
     options = {"body": body, "num_scan_inputs": 1}
     rows = g.several("Scan", [*state, blocks], len(state) + 1, **options)[-1]
     return g.Reshape(cut.together(rows, heads, group, d), [0, 0, layer.heads * d])
@@ -602,7 +630,7 @@ def kept(w: Writer, name: str, x: str, heads: int, dim: int) -> str:
     return w.present(name, every, heads, "present_positions", dim)
 
 
-def exact_body(g: Graph, group: int, *, causal: bool, masked: bool) -> Any:
+def exact_body(g: Graph, group: int, *, causal: bool, masked: bool, window: int | None) -> Any:
     """Read all keys with a block of queries, and hand on what the next block needs."""
     b = g.body()
     k, v = b.takes("k", "v")
@@ -618,6 +646,8 @@ def exact_body(g: Graph, group: int, *, causal: bool, masked: bool) -> Any:
         numbers = b.Unsqueeze(b.Concat(*[numbers] * group, axis=0), [1])
         every = b.Cast(b.Range(0, b.Gather(b.Shape(k), 2), 1), to=b.type)
         seen = b.Not(b.Greater(every, numbers))  # LessOrEqual has no shape before opset 16
+        if window is not None:
+            seen = b.And(seen, b.Greater(every, b.Sub(numbers, float(window))))
         hands_on.append(b.Add(first, b.Cast(count, to=b.type)))
     if alive is not None:
         may = b.Cast(alive, to=BOOL)
@@ -640,7 +670,7 @@ WRITERS: dict[type[Layer], tuple[Callable[..., Rows], str]] = {
     nn.FavorSelfAttention: (
         attention,
         "dim heads num_features causal kv_heads dim_head kind antithetic kernel_epsilon qk rotary "
-        "decay exact bias output_bias std learn_projection",
+        "decay exact bias output_bias std learn_projection local_heads window",
     ),
     nn.FeedForward: (in_order, "dim hidden activation bias dropout std"),
     nn.LayerNorm: (layer_norm, "dim eps bias"),
@@ -657,7 +687,7 @@ WRITERS: dict[type[Layer], tuple[Callable[..., Rows], str]] = {
 _BODY = (
     "dim depth heads num_features causal layers exact kv_heads dim_head kind antithetic "
     "kernel_epsilon qk rotary decay learn_projection hidden activation norm final_norm shift gate "
-    "dropout qkv_bias bias"
+    "dropout qkv_bias bias local_heads window"
 )
 WRITERS[nn.Performer] = in_order, _BODY
 WRITERS[nn.PerformerLM] = (
