@@ -219,7 +219,7 @@ def test_every_length():
 
 
 @causal_forms
-def test_no_tokens(form):
+def test_no_positions(form):
     model = language_model(layers="FE", decay=0.9)
     session = Session(model, parameters(model), form=form)
     for before in (empty_state(session.model, 2), session(tokens())[1]):
@@ -396,7 +396,7 @@ def saved(path, model, **options):
     [
         (language_model(vocab=256), ()),
         (language_model(vocab=256, layers="FE", decay=0.9), ("--form", "gated", "--key-mask")),
-        (language_model(positions="learned", length=40), ("--opset", "22")),
+        (language_model(positions="learned", length=40), ("--opset", "18")),
         (encoder(), ("--key-mask",)),
     ],
     ids=["default", "gated", "learned", "encoder"],
