@@ -550,7 +550,6 @@ def favor(w: Writer, layer: nn.FavorSelfAttention, params: Params, q: str, k: st
         kv_heads=heads,
         value_dim=d,
         causal=layer.causal,
-        rates=None if rates is None else rates * np.log(2),
         real=w.g.real,
         io=w.g.real,
     )
@@ -562,7 +561,7 @@ def favor(w: Writer, layer: nn.FavorSelfAttention, params: Params, q: str, k: st
         w.past(f"state_{number}", *sums),
         w.past(f"max_{number}", *highest, fill=forms.NOTHING),
         mask="key_mask" if w.masked else None,
-        length=None if rates is None else w.length,
+        clock=None if rates is None else forms.clock(w.g, rates * np.log(2), w.length, w.count),
     )
     form = w.form if layer.causal == (w.form != "whole") else "chunk"
     out, after, c = forms.write(form, a, w.g, given)
