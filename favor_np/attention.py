@@ -311,11 +311,9 @@ def attend(
         pass
     elif call.keys == 0 and after is None and isinstance(target, np.ndarray):
         target[...] = 0
-    elif windowed(call):
-        from favor_np import window
-
-        window.attend(call, target, normalizers)
     else:
+        if not windowed(call):
+            call.window = None
         call.engine.attend(call, target, None if after is None else after._arrays, normalizers)
     if after is not None:
         after._count(call)

@@ -153,7 +153,8 @@ class AttentionGradients(_Gradients):
     key_bias : ndarray or None
         That of `key_bias`, if there was one.
     decay : ndarray or None
-        That of `decay`, if this had a factor for each token.
+        That of `decay`, if this had a factor for each token; 0 where the factor is so small that
+        the gradient is lost in rounding.
     """
 
     key_bias: Array | None = None
@@ -262,9 +263,7 @@ def exact_attention_vjp(
             if call.key_bias is not None:
                 found.key_bias = sum_to(grads[3], call.key_bias)
             if call.gates is not None:
-                gates = np.broadcast_to(call.gates.astype(np.float64), keys)
-                by_gates = decays.gradient_of(grads[3], gates, call.offsets)
-                found.decay = sum_to(by_gates, call.gates)
+                found.decay = sum_to(decays.gradient_of(call, grads[3]), call.gates)
             return found
 
     return out, pullback

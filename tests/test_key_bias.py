@@ -14,6 +14,7 @@ from support import oracle
 from favor_np import (
     AttentionState,
     WindowState,
+    exact_attention_vjp,
     favor_attention,
     favor_attention_vjp,
     feature_map,
@@ -357,6 +358,29 @@ def test_gradient_of_a_factor_a_token(options):
     np.testing.assert_allclose((found.key_bias * step).sum(), slope, rtol=2e-7)
     assert found.decay.shape == gates.shape
     assert found.key_bias.shape == (1, 80)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("exact", [False, True])
+def test_gradient_of_a_factor_that_resets(exact, dtype):
+    """What rounding leaves of it is not divided by the factor."""
+    q, k, v = (x.astype(dtype) for x in inputs(length=64)[:3])
+    decay = np.random.default_rng(0).uniform(0.8, 1, 64).astype(dtype)
+    found = []
+    with np.errstate(all="raise"):
+        for factor in (1e-3, 1e-5, 1e-30, np.finfo(dtype).smallest_subnormal):
+            decay[40] = factor
+            if exact:
+                out, pull = exact_attention_vjp(q, k, v, causal=True, decay=decay)
+            else:
+                fm = fm_of()
+                out, pull = favor_attention_vjp(q, k, v, fm, causal=True, decay=decay)
+            found.append(pull(np.cos(np.arange(out.size, dtype=dtype)).reshape(out.shape)).decay)
+    first, second, *rest = (x[..., 40] for x in found)
+    np.testing.assert_allclose(first, second, rtol=0.2)
+    assert (first != 0).all()
+    for x in rest:
+        np.testing.assert_array_equal(x, 0)
 
 
 def test_gradients_in_bfloat16_are_those_of_float32():

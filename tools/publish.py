@@ -1,4 +1,4 @@
-"""Tables and pictures of docs/benchmarks.md from results that asv has saved.
+"""Tables and pictures of docs/benchmarks-tables.md from results that asv has saved.
 
     FAVOR_NP_BENCH=full asv run -E existing --set-commit-hash $(git rev-parse HEAD)
     python tools/publish.py amx --cpu "what the machine calls its processor"
@@ -256,7 +256,7 @@ def main():
         f"processor time. {args.note}".rstrip()
     )
     parts = [head, rates(results), others(results), pictures(results, args.part)]
-    put("benchmarks.md", args.part, "\n\n".join(parts))
+    put("benchmarks-tables.md", args.part, "\n\n".join(parts))
     print(head)
 
 

@@ -28,7 +28,20 @@ from favor_np.cpu.scaling import holds_large
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.cpu.tiles import CHUNK, padded
-from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, Shapes, jobs_without_rows, packed
+from favor_np.jobs import (
+    BLOCK,
+    KEYS,
+    QUERIES,
+    SLOT,
+    WAVE,
+    Jobs,
+    Shapes,
+    before,
+    cut,
+    jobs_without_rows,
+    packed,
+    segments,
+)
 from favor_np.validation import contiguous
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -83,7 +96,7 @@ def attend(
     bfloat16 = call.bfloat16 and worth_bfloat16()
     plan = schedule.schedule(call.map, dtype, shapes, call.causal, group, bfloat16)
     jobs, longest, v = plan.jobs, plan.longest, contiguous(call.v, dtype)
-    if call.offsets is not None:
+    if call.offsets is not None and call.window is None:
         jobs = packed(jobs, call.offsets)
     arrays = (
         contiguous(call.q, dtype), contiguous(call.k, dtype), v, _mask(call), _lifts(call), out,
@@ -91,6 +104,11 @@ def attend(
     )  # fmt: skip
     threads = _threads(plan.work * len(jobs.table), call.num_threads)
     launch = _Launch(plan.layout, arrays, threads, bars, plan)
+    if call.window is not None:
+        _attend_windows(launch, plan, call, normalizers)
+        if launch.overflow and holds_large(v):
+            _attend_scaled(call, v, out, None)
+        return
     tokens = call.causal and (longest == 1 or call.offsets is not None)
     if tokens:
         tokens = call.mask is None and bars is None and not bfloat16 and jobs.q_rows.shape[1] == 1
@@ -104,6 +122,37 @@ def attend(
         launch.attend(plan.constants, jobs, longest, copy_states(state), call.causal, tokens)
     if large:
         _attend_scaled(call, v, out, state)
+
+
+def _attend_windows(
+    launch: _Launch, plan: schedule.Schedule, call: Call, given: tuple[Array, Array] | None
+) -> None:
+    """Attend within segments as long as the window, then to what is seen of those before.
+
+    Both are causal attention; the second goes backwards, and joins its rows with the first's.
+    """
+    assert call.window is not None
+    *inputs, out, _, _ = launch.arrays
+    offsets = np.array([0, call.keys]) if call.offsets is None else call.offsets
+    rows, found, jobs = out, given, plan.jobs
+    # Some rows at a time, if these take less memory than the denominators of all.
+    most = min(max(WAVE, call.window), call.keys)
+    apart = given is None and most * out.shape[-1] < 2 * call.keys
+    if found is None and not apart:
+        found = normalizers(out)
+    for run in segments(offsets, call.window):
+        if apart:
+            count = run.last - run.first
+            rows = np.empty((*call.out_shape[:-2], count, out.shape[-1]), out.dtype)
+            found = normalizers(rows)
+            here = plan.jobs.out_rows // call.keys * count - run.first
+            jobs = Jobs(plan.jobs.table, plan.jobs.q_rows, here)
+        launch.arrays = (*inputs, rows, *_flat(found, out.dtype))
+        own = cut(jobs, run.begin, run.end - run.begin)
+        for part in (own, before(jobs, run, call.window)):
+            launch.attend(plan.constants, part, call.window, None, causal=True, tokens=False)
+        if apart:
+            out[..., run.first : run.last, :] = rows
 
 
 def _mask(call: Call) -> Array:

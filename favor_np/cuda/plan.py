@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from favor_np.cuda.code import RESIDENT
 from favor_np.cuda.device import Device
 from favor_np.cuda.kernels.tiles import MASKED, TILE
-from favor_np.cuda.runtime import RESIDENT
 from favor_np.features import FeatureMap
 from favor_np.jobs import (
     BLOCK,

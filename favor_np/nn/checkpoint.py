@@ -154,6 +154,8 @@ def load(path: str | os.PathLike[str], model: Layer | None = None) -> Checkpoint
         optimizer = None
         if "adamw" in about:
             optimizer = _optimizer(params, dict(about["adamw"]), arrays)
+        if model is None and about["model"].get("depth", 0) > len(names):  # it would never end
+            raise ValueError(f"depth must be at most {len(names)}, the number of its arrays")
         found = _model(about["model"]) if model is None else model
         step = validation.integer("step", about["step"], minimum=0)
         return Checkpoint(found, params, optimizer, step, dict(about["info"]))

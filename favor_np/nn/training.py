@@ -164,7 +164,14 @@ class _Run:
     history: History
 
     def learn(self, batches: Batches, step: int, accumulate: int) -> float:
-        """Add the gradients of a step, and return its loss."""
+        """Add the gradients of a step, and return its loss; after an error there are none."""
+        try:
+            return self._learn(batches, step, accumulate)
+        except BaseException:
+            self.optimizer.gradient[:] = 0
+            raise
+
+    def _learn(self, batches: Batches, step: int, accumulate: int) -> float:
         total = 0.0
         for part in range(accumulate):
             x, targets = batches(step * accumulate + part)
@@ -172,7 +179,6 @@ class _Run:
             y, pullback = self.model.vjp(self.params, x, key=key)
             loss, grad = self.loss(y, targets)
             if not math.isfinite(loss):
-                self.optimizer.gradient[:] = 0
                 raise FloatingPointError(
                     f"the loss of step {step} is {loss}; the parameters are those before it"
                 )
@@ -223,6 +229,7 @@ def train(
     every: int = 100,
     patience: int | None = None,
     path: str | os.PathLike[str] | None = None,
+    info: dict[str, Any] | None = None,
     progress: bool | Progress | None = None,
 ) -> History:
     """Train a model: ten lines, and what one would like to have around them.
@@ -258,9 +265,11 @@ def train(
     every : int, default 100
         Steps between looks: at validation, at attention, and for checkpoints.
     patience : int, optional
-        Stop after so many looks without a smaller validation loss.
+        Stop after so many looks without a smaller validation loss, counted from `start` on.
     path : str or os.PathLike, optional
         A checkpoint, written at every look and at the end.
+    info : dict, optional
+        What else the checkpoint shall hold, such as the seed and the rate: anything that JSON can.
     progress : bool or callable, optional
         As in `favor_np.forecast.evaluate`: None shows a bar in a terminal, True anywhere.
 
@@ -325,7 +334,7 @@ def train(
                 history.best_params = _copy(params)
         run.look(history.step, batches(history.step * accumulate)[0])
         if path is not None:
-            save(path, model, params, optimizer, step=history.step)
+            save(path, model, params, optimizer, step=history.step, **(info or {}))
 
     with reporting(progress) as report, _interrupts() as interrupted, one_thread():
         for step in range(start, steps):

@@ -81,6 +81,7 @@ def test_help_imports_little():
         ["forecast", "--calibration", "best"],
         ["demo", "--rows", "100"],
         ["warmup", "--float16"],
+        ["warmup", "--device", "gpu"],
     ],
 )
 def test_wrong_options_are_one_line(argv, capsys):

@@ -27,7 +27,7 @@ from ptxas import architecture, figures
 from ptxdevice import PtxDevice
 
 import favor_np
-from favor_np.cuda import runtime
+from favor_np.cuda import code
 
 TABLE = Path(__file__).with_suffix(".json")
 #: Where nothing may spill; the other architectures have only to compile.
@@ -133,7 +133,7 @@ def _short(kind: Any) -> str:
 
 def compiled(kernel: Kernel, cc: tuple[int, int], bounds: Any = None) -> str:
     """The PTX, as a launch compiles it."""
-    return ptxrun.compile_ptx(*kernel, cc, launch_bounds=bounds or runtime.bounds(kernel[0]))
+    return ptxrun.compile_ptx(*kernel, cc, launch_bounds=bounds or code.bounds(kernel[0]))
 
 
 def table(kernels: dict[str, Kernel]) -> dict[str, dict[str, Any]]:

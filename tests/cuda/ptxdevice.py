@@ -25,7 +25,7 @@ class PtxDevice:
         self, kernel: Callable[..., Any], grid: tuple[int, ...], args: Sequence[Any], stream: Any
     ) -> None:
         """Execute a kernel; whatever is found is an error."""
-        from favor_np.cuda.runtime import THREADS, bounds
+        from favor_np.cuda.code import THREADS, bounds
 
         self.launches.append((kernel, grid, args))
         options = {"launch_bounds": bounds(kernel)}

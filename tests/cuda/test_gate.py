@@ -11,8 +11,9 @@ import gate
 import numpy as np
 import pytest
 
+from favor_np.cli import warmup
+from favor_np.cuda.code import THREADS
 from favor_np.cuda.device import ARCHITECTURES
-from favor_np.cuda.runtime import THREADS
 
 
 def test_a_launch_is_noted_with_the_types_that_numba_sees():
@@ -82,3 +83,14 @@ def test_other_architectures_compile(cc, kernels):
         if "kind" in name and ("kind=0, per_sign=2" not in name or "(" in name):
             continue
         assert gate.figures(gate.compiled(kernel, cc), cc).float64 == 0
+
+
+def test_warming_up_launches_every_kernel_for_float32():
+    """`favor-np warmup --device cuda` compiles what is launched with these arguments."""
+    with gate.Recorder().installed() as recorder:
+        for fm in warmup._maps():
+            for causal in (True, False):
+                warmup._call_on_gpu(fm, causal=causal)
+    assert set(recorder.kernels) >= {
+        name for name in TABLE if "(" not in name and name != "convert"
+    }

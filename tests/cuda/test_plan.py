@@ -7,9 +7,9 @@ import pytest
 ptxrun.require()
 
 from favor_np.cuda import plan
+from favor_np.cuda.code import RESIDENT
 from favor_np.cuda.device import KNOWN
 from favor_np.cuda.kernels.tiles import TILE
-from favor_np.cuda.runtime import RESIDENT
 from favor_np.jobs import KEYS, Shapes, broadcast_jobs
 
 each_device = pytest.mark.parametrize("device", KNOWN.values(), ids=KNOWN)

@@ -1,6 +1,8 @@
 """Training: the same bits on any number of threads and after a resume, and nothing that is not finite."""
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -242,6 +244,63 @@ def test_a_gradient_that_is_not_finite_is_named_and_refused(value):
     assert optimizer.count == 0
     assert not optimizer.gradient.any()
     optimizer.step(0.1)  # goes on
+
+
+def fitted(optimizer):
+    """The first and the last loss of training the parameters of an optimiser."""
+    losses = nn.train(
+        SQUARE, optimizer.params, squares, steps=60, rate=0.02, loss=nn.mean_squared,
+        optimizer=optimizer,
+    ).losses  # fmt: skip
+    return losses[0], losses[-1]
+
+
+SQUARE = nn.Chain((nn.Linear(1, 16), nn.RMSNorm(16), nn.Linear(16, 1)))
+
+
+def squares(step):
+    x = np.random.default_rng((0, step)).uniform(-1, 1, (64, 1))
+    return x, x**2
+
+
+def test_parameters_that_are_no_views_any_more_are_packed_again():
+    params = SQUARE.init(np.random.default_rng(0))
+    optimizer = nn.AdamW(params)
+    nn.AdamW(params)  # takes them over
+    copies = copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))
+    params["0"]["weight"] = params["0"]["weight"].copy()
+    first, last = fitted(optimizer)
+    assert last < first / 5
+    for other in copies:
+        assert fitted(other) == (first, last)
+        np.testing.assert_array_equal(other.vector, optimizer.vector)
+    params["0"]["weight"] = np.ones((2, 16), np.float32)
+    with pytest.raises(ValueError, match=r"params: 0\.weight must be \(16, 1\) of float32, got"):
+        optimizer.step(0.1)
+
+
+def test_an_error_within_a_step_leaves_no_gradients():
+    broken = {11}  # the second batch of a step
+
+    def batches(step):
+        if step in broken:
+            raise OSError("disk")
+        return squares(step)
+
+    def train(optimizer):
+        nn.train(
+            SQUARE, optimizer.params, batches, steps=20, rate=0.01, loss=nn.mean_squared,
+            optimizer=optimizer, start=optimizer.count, accumulate=2,
+        )  # fmt: skip
+
+    stopped, whole = (nn.AdamW(SQUARE.init(np.random.default_rng(0))) for _ in range(2))
+    with pytest.raises(OSError, match="disk"):
+        train(stopped)
+    assert not stopped.gradient.any()
+    broken.clear()
+    train(stopped)
+    train(whole)
+    np.testing.assert_array_equal(stopped.vector, whole.vector)
 
 
 def test_what_is_frozen_stays_and_what_is_not_decayed_does_not_shrink():

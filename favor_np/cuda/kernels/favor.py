@@ -468,5 +468,5 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
             i = uint32(i + 4)
 
     if causal and kind != POSITIVE:  # with the factors of their features they need more registers
-        read.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds
+        read.resident = 1  # type: ignore[attr-defined]  # for code.bounds
     return read

@@ -250,5 +250,5 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
             i = uint32(i + 4)
 
     if causal and kind != POSITIVE:
-        pull.resident = 1  # type: ignore[attr-defined]  # for runtime.bounds
+        pull.resident = 1  # type: ignore[attr-defined]  # for code.bounds
     return pull
