@@ -1,11 +1,11 @@
-"""ONNX models beside favor_np: export, a long sequence, a token; one run, one thread.
+"""Attention as ONNX models beside favor_np: export, a long sequence, a token; one run, one thread.
 
     pip install onnx onnxruntime
     python tools/onnx_times.py
 
 Every output is compared with favor_np's before the clock runs.  The operator LinearAttention is timed
 alone as well, given the features of queries and keys, which a user would have to compute first.
-A second table is of a language model.  A time is the best of several.
+A time is the best of several.
 """
 
 import dataclasses
@@ -19,11 +19,9 @@ from peers import Entry, agree, interleave, table
 from rivals import DIM, FEATURES, HEADS, Case
 
 import favor_np
-from favor_np import nn
-from favor_np.interop.onnx import empty_state, export_attention, export_model, to_onnx_state
+from favor_np.interop.onnx import export_attention, to_onnx_state
 
 LENGTH, TOKENS, ROUNDS = 8192, 50, 20
-LANGUAGE_MODEL = {"vocab": 256, "dim": 256, "depth": 4, "heads": 4, "num_features": 128}
 OPERATORS = {"onnxruntime's": 17, "standard": 27}
 
 
@@ -138,60 +136,6 @@ def operator(case, opset):
     return run
 
 
-class LanguageModel:
-    """A language model of bytes, by favor_np or in a form by onnxruntime: a prompt, and tokens."""
-
-    def __init__(self, form=None):
-        self.model = nn.PerformerLM(**LANGUAGE_MODEL)
-        self.params = self.model.init(np.random.default_rng(0))
-        self.text = np.random.default_rng(1).integers(0, 256, (1, LENGTH))
-        self.export, self.first, self.extend = "", {}, self.by_favor_np
-        if form is not None:
-            start = time.perf_counter()
-            exported = export_model(self.model, self.params, form=form)
-            self.export = f"{(time.perf_counter() - start) * 1e3:.0f}"
-            self.session, self.first = session(exported), empty_state(exported)
-            self.names = [x.name.replace("present", "past") for x in exported.graph.output]
-            self.extend = self.by_onnxruntime
-        self.state = dict(self.first)
-
-    def by_favor_np(self, state, tokens):
-        with favor_np.thread_limit(1):
-            return self.model.extend(self.params, state, tokens)
-
-    def by_onnxruntime(self, state, tokens):
-        outputs = self.session.run(None, {"tokens": tokens, **state})
-        state.update(zip(self.names[1:], outputs[1:], strict=True))
-        return outputs[0]
-
-    def prompt(self):
-        return self.extend(dict(self.first), self.text)
-
-    def tokens(self):
-        for i in range(TOKENS):
-            self.extend(self.state, self.text[:, i : i + 1])
-
-
-def language_models():
-    """Print the table of a language model."""
-    found = {f'"{form}"': LanguageModel(form) for form in ("chunk", "gated")}
-    found = {"favor_np": LanguageModel()} | found
-    expected = found["favor_np"].prompt()
-    for name, model in found.items():
-        agree(name, model.prompt(), expected)
-    prompts = [Entry(name, model.prompt) for name, model in found.items()]
-    tokens = [Entry(name, model.tokens) for name, model in found.items()]
-    interleave(prompts, ROUNDS // 4)
-    interleave(tokens, ROUNDS)
-    rows, ours = [], min(prompts[0].seconds)
-    for prompt, token, model in zip(prompts, tokens, found.values(), strict=True):
-        seconds, each = min(prompt.seconds), min(token.seconds) / TOKENS
-        times = f"{seconds * 1e3:.0f}", f"{seconds / ours:.2f}", f"{each * 1e6:.0f}"
-        rows.append([prompt.name, model.export, *times])
-    header = [f"L = {LENGTH:,}", "export, ms", "prompt, ms", "to favor_np", "a token, µs"]
-    print(table(header, rows))
-
-
 def main():
     causal, whole = (Case(task, LENGTH, 1) for task in ("causal", "bidirectional"))
     models = {'"chunk"': Model(causal, {"form": "chunk"})}
@@ -230,8 +174,6 @@ def main():
             rows.append([f"{task}: {entry.name}", cells["export"], *times, cells["token"]])
     header = [f"L = {LENGTH:,}", "export, ms", "sequence, ms", "to favor_np", "a token, µs"]
     print(table(header, rows))
-    print()
-    language_models()
 
 
 if __name__ == "__main__":
