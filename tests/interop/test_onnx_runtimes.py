@@ -67,7 +67,11 @@ def language_model(**options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"layers": "FE", "decay": 0.99}, {"norm": "layer", "activation": "swiglu", "kv_heads": 1}],
+    [
+        {},
+        {"layers": "FE", "decay": 0.99, "local_heads": 1},
+        {"norm": "layer", "activation": "swiglu", "kv_heads": 1},
+    ],
     ids=str,
 )
 def test_openvino_runs_language_models(options):
@@ -117,7 +121,7 @@ def test_attention_in_javascript(form, tmp_path):
 
 
 @needs_node
-@pytest.mark.parametrize("options", [{}, {"layers": "FE"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"layers": "FE", "local_heads": 1}], ids=str)
 @pytest.mark.parametrize("form", ["chunk", "gated"])
 def test_a_language_model_in_javascript(form, options, tmp_path):
     """The bytes are those that favor_np generates."""
