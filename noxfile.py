@@ -59,7 +59,8 @@ def onnx(session: nox.Session) -> None:
     session.run("pytest", "tests/interop/test_onnx_runtimes.py", env=environ)
     for version, tests in OLD_ONNXRUNTIMES.items():
         session.install(f"onnxruntime=={version}")
-        session.run("pytest", "tests/interop/test_onnx.py", "-k", tests, env=environ)
+        files = "tests/interop/test_onnx.py", "tests/interop/test_onnx_models.py"
+        session.run("pytest", *files, "-k", tests, env=environ)
 
 
 @nox.session(default=False)
