@@ -239,9 +239,7 @@ def exact_attention_vjp(
     out, forward, rows = _attend(call, keep=True)
 
     def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
-        g = validation.cotangent(grad_out, call.out_shape)
-        if check_finite:
-            validation.finite(grad_out=g)
+        g = processor().cotangent(call, grad_out)
         inputs = call.q, call.k, call.v
         keys = (*call.state_shape, call.keys)
         leads = call.out_shape[:-1], keys, keys
