@@ -1,13 +1,30 @@
 """Sphinx configuration: warnings are errors, the tutorial is run, tables are computed."""
 
 import doctest
+import re
 import sys
 from pathlib import Path
+
+import numpydoc.xref
 
 import favor_np
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tools"))
+
+from looks import LOOKS
+
+
+def public_classes():
+    """Where the reference has the classes whose names stand in docstrings."""
+    reference = (HERE / "reference.md").read_text(encoding="utf-8")
+    sections = reference.split(".. currentmodule:: ")[1:]
+    names = {}
+    for module, text in (section.split("\n", 1) for section in sections):
+        for name in re.findall(r"^   ([A-Z]\w+)$", text, re.MULTILINE):
+            names.setdefault(name, f"{module}.{name}")
+    return names
+
 
 project = "favor_np"
 author = "favor_np developers"
@@ -33,6 +50,10 @@ autosummary_generate = True
 autodoc_mock_imports = ["jax", "torch"]  # gigabytes, for two signatures
 autodoc_typehints = "none"  # the docstrings say more
 numpydoc_show_class_members = False
+numpydoc_xref_param_type = True  # types of this package are links, others are left as they are
+numpydoc_xref_ignore = "all"
+numpydoc_xref_aliases = public_classes()
+numpydoc.xref.DEFAULT_LINKS.clear()  # they lead to pages of Python and NumPy, which are not asked for
 numpydoc_validation_checks = {"GL03", "PR01", "PR02", "PR03", "PR10", "RT01", "SS03"}
 numpydoc_validation_exclude = {  # classes are told by their attributes
     r"favor_np\.AttentionState$",
@@ -47,12 +68,14 @@ numpydoc_validation_exclude = {  # classes are told by their attributes
 plot_formats = [("png", 150)]
 plot_html_show_formats = False
 plot_html_show_source_link = False
-plot_rcparams = {"figure.constrained_layout.use": True, "axes.grid": True, "grid.color": "0.9"}
+plot_rcparams = LOOKS
+plot_apply_rcparams = True  # in every plot, also in those that go on from another
 
 html_theme = "furo"
 html_title = f"favor_np {release}"
 templates_path = ["_templates"]
 html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 
 def run_examples(app):

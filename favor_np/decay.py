@@ -82,20 +82,32 @@ def in_log2(bias: Array) -> Array:
 
 
 def gradient_of(
-    of_bias: Array, gates: Array, offsets: Array | None, *, state: bool = False
+    call: Call, of_bias: Array, *, state: bool = False, of_after: Array | None = None
 ) -> Array:
     """Return the gradient of factors a token from that of the bias: both (..., L).
 
     A factor lowers its own key's bias and all after it, which only later queries see: its gradient
     depends on no cotangent before it.  The first multiplies nothing but a `state`, if there is one.
+    It lowers the state at the end, too: `of_after` is the gradient of that by its logarithm, one a
+    sequence.
+
+    These sums cancel all but what passes the token.  Where its factor is so small that only their
+    rounding is left, which divided by the factor would be huge, the gradient is 0.
     """
-    total = of_bias.astype(np.float64)
-    for begin, end in zip(*bounds(offsets, total.shape[-1]), strict=True):
-        own = total[..., begin:end]
-        np.cumsum(own[..., ::-1], -1, out=own[..., ::-1])
+    assert call.gates is not None
+    total = -of_bias.astype(np.float64)
+    rounding = np.square(total)
+    begin, end = bounds(call.offsets, total.shape[-1])
+    for first, last in zip(begin, end, strict=True):
+        for x in (total[..., first:last], rounding[..., first:last]):
+            np.cumsum(x[..., ::-1], -1, out=x[..., ::-1])
         if not state:
-            own[..., :1] = 0
-    result: Array = -total / gates
+            total[..., first : min(first + 1, last)] = 0
+    if of_after is not None:
+        total += np.repeat(of_after.reshape(*total.shape[:-1], len(begin)), end - begin, -1)
+    total[np.abs(total) <= 16 * np.finfo(call.compute).eps * np.sqrt(rounding)] = 0
+    with np.errstate(over="ignore"):
+        result: Array = total / call.gates.astype(np.float64)
     return result
 
 

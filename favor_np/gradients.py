@@ -37,7 +37,8 @@ class Gradients:
     q, k, v : ndarray
         Gradients, of the shapes and dtypes of the arguments (float64 for integers).
     key_bias, decay : ndarray or None
-        Those of the bias, and of a decay of one factor a token, if there was such.
+        Those of the bias, and of a decay of one factor a token, if there was such.  That of a
+        factor so small that it is lost in rounding is 0.
     state : StateGradient or None
         Gradient of the incoming state's ``S`` and ``z``; None if there was none.
     projection : ndarray
@@ -93,8 +94,9 @@ def favor_attention_vjp(
     ----------
     q, k, v, feature_map, causal, key_mask, key_bias, cu_seqlens, enable_gqa, decay, window, state, \
 return_state, precision, num_threads, check_finite, device
-        As for `favor_attention`.  With ``precision="bfloat16"`` the pullback computes in float32.  On a CUDA device there is no state, and no gradient of the
-        projection.
+        As for `favor_attention`.  With ``precision="bfloat16"`` the pullback computes in float32.
+        On a CUDA device there is no state, and no gradient of the projection; gradients of bias and
+        decay are NumPy arrays there.
 
     Returns
     -------
@@ -167,6 +169,7 @@ def pullback_of(
     """Return the pullback from what the forward pass left behind."""
     engine = call.engine
 
+    @validation.own_error_state
     def pullback(grad_out: Any, grad_state: Any = None) -> Gradients:
         grad = engine.cotangent(call, grad_out)
         final = None
@@ -202,20 +205,16 @@ def _weights_gradient(
     call: Call, found: Any, states: States, grad_state: Any
 ) -> tuple[Array | None, Array | None]:
     """Return the gradients of the bias and of the decay that the caller gave."""
-    bias = factors = None
+    bias = factors = of_after = None
     before, after = states
     if call.key_bias is not None:
         bias = sum_to(found, call.key_bias)
     if call.gates is not None:
-        gates = np.broadcast_to(call.gates.astype(np.float64), found.shape)
-        factors = decays.gradient_of(found, gates, call.offsets, state=before is not None)
         if after is not None and grad_state is not None:  # what is folded fades as well
             s, z = (np.asarray(x, np.float64) for x in grad_state)
-            size = (after.S * s).sum((-1, -2)) + (after.z * z).sum(-1)
-            begin, end = decays.bounds(call.offsets, call.keys)
-            each = size.reshape(*call.state_shape, len(begin))
-            factors = factors + np.repeat(each, end - begin, -1) / gates
-        factors = sum_to(factors, call.gates)
+            of_after = (after.S * s).sum((-1, -2)) + (after.z * z).sum(-1)
+        by_gates = decays.gradient_of(call, found, state=before is not None, of_after=of_after)
+        factors = sum_to(by_gates, call.gates)
     return bias, factors
 
 

@@ -7,6 +7,7 @@ that its kernel reads.  They are frozen into machine code, so ``kernels.jit`` di
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,8 +21,12 @@ Shape: TypeAlias = tuple[int, ...]
 
 #: Attention: the first rows of keys, values, mask and lifts (-1: there is none), how many keys; the
 #: first block of the map's weights; the slot of the state (-1: there is none); how many queries; the
-#: rows of W.
+#: rows of W.  A slot of BACKWARDS: there is none, rows are numbered downwards, the last so many
+#: queries read, and what they read is joined with the rows and denominators that are there.
 K_ROW, V_ROW, MASK_ROW, LIFT_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(9)
+BACKWARDS = -2
+#: With a window so many positions are computed at a time, or one segment.
+WAVE = 16_384
 #: Its gradient besides: the side that reads (1: keys), the first rows of the head's queries, of its
 #: results and of its gradients of keys and values, and the number of the job.
 SIDE, Q_ROW, OUT_ROW, GRAD_ROW, NUMBER = range(9, 14)
@@ -127,15 +132,68 @@ def packed(of: Jobs, offsets: Array) -> Jobs:
 
     Slots are numbered state by state and, within each, sequence by sequence.
     """
-    count, lengths = len(offsets) - 1, np.diff(offsets)
+    return cut(of, offsets[:-1], np.diff(offsets))
+
+
+def cut(of: Jobs, starts: Array, lengths: Array) -> Jobs:
+    """Cut every job into one for each of these runs of rows, as `packed` does."""
+    count = len(starts)
     owner, sequence = np.divmod(np.arange(len(of.table) * count), count)
-    start, length = offsets[sequence], lengths[sequence]
+    start, length = starts[sequence], lengths[sequence]
     table = of.table[owner]
     skip_rows(table, start)
     for column in (KEYS, QUERIES):  # none where there were none
         table[:, column] = np.minimum(table[:, column], length)
     table[:, SLOT] = np.where(table[:, SLOT] < 0, -1, owner * count + sequence)
     q_rows, out_rows = of.q_rows[owner] + start[:, None], of.out_rows[owner] + start[:, None]
-    cut = Jobs(table, q_rows, out_rows)
     order = np.argsort(-length, kind="stable")
-    return cut.take(order[length[order] > 0])
+    return Jobs(table, q_rows, out_rows).take(order[length[order] > 0])
+
+
+class Segments(NamedTuple):
+    """Runs of positions begin:end, one behind the other, as long as a window or the last ones.
+
+    Those that are `later` have such a run before them, in the same sequence.
+    """
+
+    begin: Array
+    end: Array
+    later: Array
+
+    @property
+    def first(self) -> int:
+        """The first position."""
+        return int(self.begin[0])
+
+    @property
+    def last(self) -> int:
+        """The position behind the last one."""
+        return int(self.end[-1])
+
+
+def segments(offsets: Array, window: int) -> Iterator[Segments]:
+    """Go through the segments of all sequences, some at a time."""
+    firsts = np.cumsum([0, *-(-np.diff(offsets) // window)])  # segments before each sequence
+    step = max(1, WAVE // max(window, 8))
+    for first in range(0, firsts[-1], step):
+        number = np.arange(first, min(first + step, firsts[-1]))
+        owner = np.searchsorted(firsts, number, side="right") - 1
+        begin = offsets[owner] + (number - firsts[owner]) * window
+        end = np.minimum(begin + window, offsets[owner + 1])
+        yield Segments(begin, end, (number > firsts[owner]) & (window > 1))
+
+
+def before(of: Jobs, run: Segments, window: int) -> Jobs:
+    """Return the jobs of what queries see of the segment before their own: its end, backwards.
+
+    The last query of a full segment sees none of it, the one before that only the last key, and so
+    on: causal attention, rows being numbered downwards.
+    """
+    begin, length = run.begin[run.later], (run.end - run.begin)[run.later]
+    owner, segment = np.divmod(np.arange(len(of.table) * len(begin)), max(len(begin), 1))
+    table, start = of.table[owner], begin[segment]
+    skip_rows(table, start - 1)
+    table[:, KEYS], table[:, QUERIES] = window - 1, np.minimum(window - 1, length[segment])
+    table[:, SLOT] = BACKWARDS
+    top = (start + window - 2)[:, None]
+    return Jobs(table, of.q_rows[owner] + top, of.out_rows[owner] + top)

@@ -3,8 +3,9 @@
 A sequence is cut into segments as long as the window.  What a query may see is then the beginning
 of its own segment up to itself, and the end of the segment before (van Herk 1992; Gil and Werman
 1993). Each of the two gives a row and its denominator; their weighted mean is the result.  For
-whole sequences both are causal attention within segments, the second with the rows turned round; a
-decoder keeps a state that grows, and states of the ends of the segment before.
+whole sequences both are causal attention within segments, the second with rows numbered downwards:
+the kernel does that (``favor_np.jobs``), but for gradients rows are turned round here.  A decoder
+keeps a state that grows, and states of the ends of the segment before.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ from favor_np.decay import set_decay
 from favor_np.engine import processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
+from favor_np.jobs import segments
 
 Array: TypeAlias = npt.NDArray[Any]
 #: Rows of a result, and their denominators w * 2**top.
 Rows: TypeAlias = tuple[Array, Array, Array]
-#: Positions that are computed at a time, or one segment: as much extra memory.
-WAVE = 16_384
 
 
 class _Part(NamedTuple):
@@ -43,15 +43,6 @@ class _Part(NamedTuple):
     queries: Any
     keys: Any
     real: Array | None = None
-
-    def attend(self) -> Rows:
-        """Return its rows."""
-        out = np.empty(self.call.out_shape, self.call.compute)
-        w, top = self.call.engine.normalizers(out)
-        self.call.engine.attend(self.call, out, normalizers=(w, top))
-        if self.real is None:
-            return out, w, top
-        return out.compress(self.real, -2), w.compress(self.real, -1), top.compress(self.real, -1)
 
     def places(self) -> Any:
         """Return the positions of its queries that are real."""
@@ -93,16 +84,10 @@ def _waves(call: Call) -> Iterator[tuple[_Part, _Part | None]]:
     window, offsets = call.window, call.offsets
     if offsets is None:
         offsets = np.array([0, call.keys])
-    firsts = np.cumsum([0, *-(-np.diff(offsets) // window)])  # segments before each sequence
-    step, back = max(1, WAVE // max(window, 8)), np.arange(window - 1, 0, -1)
-    for first in range(0, firsts[-1], step):
-        segment = np.arange(first, min(first + step, firsts[-1]))
-        owner = np.searchsorted(firsts, segment, side="right") - 1
-        begin = offsets[owner] + (segment - firsts[owner]) * window
-        end = np.minimum(begin + window, offsets[owner + 1])
+    back = np.arange(window - 1, 0, -1)
+    for begin, end, later in segments(offsets, window):
         piece, packs = slice(begin[0], end[-1]), np.append(begin, end[-1]) - begin[0]
         own, other = _part(call, piece, piece, packs), None
-        later = (segment > firsts[owner]) & (window > 1)  # those with a segment before them
         if later.any():
             begin, end = begin[later, None], end[later, None]
             queries, keys = begin + back - 1, begin - window + back
@@ -111,23 +96,6 @@ def _waves(call: Call) -> Iterator[tuple[_Part, _Part | None]]:
             queries = np.minimum(queries, end - 1).ravel()
             other = _part(call, queries, keys.ravel(), packs, real)
         yield own, other
-
-
-def attend(call: Call, out: Array, normalizers: tuple[Array, Array] | None = None) -> None:
-    """Write causal attention to the last `window` positions to the C-ordered `out`, in pieces.
-
-    `normalizers` receive the denominators of the rows.
-    """
-    for own, other in _waves(call):
-        rows, w, top = own.attend()
-        if other is not None:
-            at = other.places() - own.queries.start
-            joined = _joined((rows.take(at, -2), w.take(at, -1), top.take(at, -1)), other.attend())
-            rows[..., at, :], w[..., at], top[..., at] = joined
-        out[..., own.queries, :] = rows
-        if normalizers is not None:
-            for whole, part in zip(normalizers, (w, top), strict=True):
-                whole[..., own.queries] = part
 
 
 def _pulled(call: Call, forward: Forward, grad: Array) -> Iterator[tuple[_Part, Forward, Array]]:
@@ -345,7 +313,7 @@ class WindowState:
         if self._begin > before:
             if self._lifts is not None:  # exponents begin at the raise of the latest key
                 self._lifts -= self._faded[..., None]
-                self._faded[...] = 0
+                self._faded = np.zeros(self.batch_shape)
             self._own = self._empty()
             self._forget()
         self._fold(call, self._own, max(start, self._begin), self.length)
@@ -438,7 +406,7 @@ class WindowState:
         key_bias : array_like of float, shape (..., L), optional
             As for `favor_attention`.
         decay : array_like of float, shape (..., L), optional
-            A factor a token, as for `AttentionState.update`.
+            One factor per token, as for `AttentionState.update`.
         num_threads : int, optional
             Default: see `thread_limit`.
         check_finite : bool, default False

@@ -14,6 +14,7 @@ from support import oracle
 from favor_np import (
     AttentionState,
     WindowState,
+    exact_attention_vjp,
     favor_attention,
     favor_attention_vjp,
     feature_map,
@@ -359,6 +360,29 @@ def test_gradient_of_a_factor_a_token(options):
     assert found.key_bias.shape == (1, 80)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("exact", [False, True])
+def test_gradient_of_a_factor_that_resets(exact, dtype):
+    """What rounding leaves of it is not divided by the factor."""
+    q, k, v = (x.astype(dtype) for x in inputs(length=64)[:3])
+    decay = np.random.default_rng(0).uniform(0.8, 1, 64).astype(dtype)
+    found = []
+    with np.errstate(all="raise"):
+        for factor in (1e-3, 1e-5, 1e-30, np.finfo(dtype).smallest_subnormal):
+            decay[40] = factor
+            if exact:
+                out, pull = exact_attention_vjp(q, k, v, causal=True, decay=decay)
+            else:
+                fm = fm_of()
+                out, pull = favor_attention_vjp(q, k, v, fm, causal=True, decay=decay)
+            found.append(pull(np.cos(np.arange(out.size, dtype=dtype)).reshape(out.shape)).decay)
+    first, second, *rest = (x[..., 40] for x in found)
+    np.testing.assert_allclose(first, second, rtol=0.2)
+    assert (first != 0).all()
+    for x in rest:
+        np.testing.assert_array_equal(x, 0)
+
+
 def test_gradients_in_bfloat16_are_those_of_float32():
     q, k, v, *_ = inputs(2, dtype=np.float32)
     g = inputs(2, seed=3, dtype=np.float32)[0]
@@ -386,6 +410,26 @@ def test_same_bits_on_any_number_of_threads(options):
     one, two = (favor_attention_vjp(q, k, v, fm, num_threads=n, **more)[1](q) for n in (1, 2))
     for name in ("q", "k", "v", "key_bias", "decay"):
         assert np.array_equal(getattr(one, name), getattr(two, name))
+
+
+@pytest.mark.parametrize("kind", ["positive", "relu"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_masked_key_elsewhere_changes_no_bit(kind, dtype):
+    """Nor does it change how sequences of one position are computed."""
+    fm = fm_of(kind)
+    for seed in range(20):
+        q, k, v, bias, _ = inputs(2, length=10, seed=seed, dtype=dtype)
+        alone = favor_attention(q[1, 9:], k[1, 9:], v[1, 9:], fm, causal=True, key_bias=bias[1, 9:])
+        bias[:, 3] = bias[0, 9] = -np.inf  # of another sequence, and of another head
+        k[:, 3] = k[0, 9] = np.nan
+        packed = favor_attention(q, k, v, fm, causal=True, cu_seqlens=[0, 9, 10], key_bias=bias)
+        np.testing.assert_array_equal(packed[1, 9:], alone)
+        np.testing.assert_array_equal(packed[0, 9:], 0)
+        same = favor_attention(
+            q, k, v, fm, causal=True, cu_seqlens=[0, 9, 10], key_bias=np.maximum(bias, -1e3),
+            key_mask=bias > -np.inf,
+        )  # fmt: skip
+        np.testing.assert_array_equal(packed, same)
 
 
 def test_no_later_number_changes_an_earlier_row():

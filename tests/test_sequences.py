@@ -1,6 +1,7 @@
 """Packed sequences, decay and windows, alone and together, and what decodes them."""
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -145,12 +146,27 @@ def test_windows_of_float16_into_an_input():
     assert np.array_equal(v, wide.astype(np.float16))
 
 
-def test_windows_of_many_segments():
-    """More rows are turned round than at a time."""
-    fm, (q, k, v) = small_map(), random_inputs(200)
-    whole = favor_attention(q, k, v, fm, causal=True, window=7)
-    with tuned(WAVE=30):
-        assert np.array_equal(favor_attention(q, k, v, fm, causal=True, window=7), whole)
+@pytest.mark.parametrize(("window", "wave"), [(7, 30), (70, 100)])
+def test_windows_of_many_segments(window, wave):
+    """More positions than are computed at a time."""
+    fm, (q, k, v) = small_map(), random_inputs(300)
+    call = functools.partial(
+        favor_attention, q, k, v, fm, causal=True, window=window, cu_seqlens=[0, 3, 160, 300]
+    )
+    whole = call()
+    with tuned(WAVE=wave):
+        assert np.array_equal(call(), whole)
+
+
+@pytest.mark.parametrize("window", [5, 64, 70, 140])
+def test_tokens_that_follow_change_no_bit_of_a_window(window):
+    """Nor whether the segment that a query is in has an end."""
+    fm, (q, k, v) = small_map(), random_inputs(300)
+    whole = favor_attention(q, k, v, fm, causal=True, window=window)
+    for end in (1, 64, 71, 139, 141, 142, 205, 211, 280):
+        part = (x[..., :end, :] for x in (q, k, v))
+        out = favor_attention(*part, fm, causal=True, window=window)
+        assert np.array_equal(out, whole[..., :end, :]), end
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"decay": 0.5}, {"return_state": True}])

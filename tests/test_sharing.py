@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -141,6 +142,22 @@ def test_a_snapshot_of_a_state_at_work_is_whole(snapshot, tmp_path):
                 state.step(key, key, value)
 
     run_together(2, work)
+
+
+def test_a_reader_that_waits_goes_before_the_changes_that_come_later():
+    guard, changes, seen = Guard("thing"), [], []
+    reader = threading.Thread(target=lambda: seen.append(guard.read(lambda: len(changes))))
+
+    def first(_):
+        reader.start()
+        while not guard._awaited:
+            time.sleep(1e-3)
+
+    guard.change(first, None)
+    for number in range(2000):
+        guard.change(changes.append, number)
+    reader.join()
+    assert seen[0] < 100  # one for every 0.1 s that the reader is kept from running
 
 
 def test_readers_share_a_state_while_another_thread_changes_it():

@@ -11,7 +11,8 @@ import pytest
 from support import libraries
 from support.child import python
 
-from favor_np.cpu import code, sources, store
+from favor_np import store
+from favor_np.cpu import code, sources
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
 linux = pytest.mark.skipif(
@@ -64,7 +65,7 @@ def files(folder):
 def process(script, *options, **environ):
     """What a process prints whose store is that of this test."""
     names = f"SYMBOL, HEADER, CODE = {SYMBOL!r}, {HEADER!r}, bytes(range(256)) * 100\n"
-    return python("from favor_np.cpu import store\n" + names + script, *options, **environ)
+    return python("from favor_np import store\n" + names + script, *options, **environ)
 
 
 # ----------------------------------------------------------------------------------------
@@ -246,10 +247,10 @@ def test_read_only_cache_is_used(path):
 @linux
 def test_read_only_package_uses_the_home_folder(tmp_path):
     folder = libraries.copy(tmp_path / "copy")
-    inside = folder / "favor_np" / "cpu" / "kernels"
+    inside = folder / "favor_np"
     inside.chmod(0o555)
     home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
-    script = UNPRIVILEGED + "from favor_np.cpu import store\nprint(store.cache_path())"
+    script = UNPRIVILEGED + "from favor_np import store\nprint(store.cache_path())"
     try:
         found = python(script, "-B", cwd=folder, unset=["NUMBA_CACHE_DIR"], **home)
     finally:
@@ -332,14 +333,14 @@ def test_nothing_is_open_to_others_whatever_the_umask(umask, place):
 def test_the_package_s_own_folder_is_as_safe_as_the_package(tmp_path):
     """Whoever may write to the package need not write to its cache; but nobody else may."""
     folder = libraries.copy(tmp_path / "copy")
-    kernels = folder / "favor_np" / "cpu" / "kernels"
-    inside = kernels / "__pycache__"
+    package = folder / "favor_np"
+    inside = package / "__pycache__"
     inside.mkdir()
-    for package, cache, used in [(0o755, 0o755, True), (0o775, 0o775, True), (0o755, 0o775, False)]:
-        kernels.chmod(package)
+    for mode, cache, used in [(0o755, 0o755, True), (0o775, 0o775, True), (0o755, 0o775, False)]:
+        package.chmod(mode)
         inside.chmod(cache)
         found = python(
-            "from favor_np.cpu import store\nprint(store.cache_path())",
+            "from favor_np import store\nprint(store.cache_path())",
             cwd=folder,
             unset=["NUMBA_CACHE_DIR"],
         )
@@ -352,7 +353,7 @@ def test_default_folders(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere/home")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     inside, home = store.folders()
-    assert inside == libraries.PACKAGE / "cpu" / "kernels" / "__pycache__"
+    assert inside == libraries.PACKAGE / "__pycache__"
     if sys.platform.startswith("linux"):
         assert home.parent == Path("/somewhere/home/.cache/favor_np")
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")

@@ -57,6 +57,22 @@ def test_merged_states_are_those_of_all_tokens(decay, biased, window, first, sec
 
 
 @pytest.mark.parametrize("decay", [None, 0.9, "gates"])
+def test_a_single_head_needs_no_batch_axis(decay):
+    (q, k, v), bias, gates = numbers(20, (1,))
+    rates = {"decay": decay} if decay == 0.9 else {}
+    one = WindowState(FM, 5, 3, (), dtype=np.float64, **rates)
+    same = WindowState(FM, 5, 3, (1,), dtype=np.float64, **rates)
+    for i in range(20):
+        step = {"key_bias": bias[:, i]} | ({"decay": gates[:, i]} if decay == "gates" else {})
+        expected = same.step(q[:, i], k[:, i], v[:, i], **step)
+        step = {name: x[0] for name, x in step.items()}
+        np.testing.assert_array_equal(one.step(q[0, i], k[0, i], v[0, i], **step), expected[0])
+    one.merge(one.copy())
+    same.merge(same.copy())
+    np.testing.assert_array_equal(one.attend(q[0]), same.attend(q)[0])
+
+
+@pytest.mark.parametrize("decay", [None, 0.9, "gates"])
 @pytest.mark.parametrize("length", [0, 1, 30, 200])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_saved_state_goes_on_with_the_same_bits(tmp_path, decay, length, dtype):

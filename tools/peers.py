@@ -1,7 +1,7 @@
 """favor_np beside JAX, PyTorch, a C++ loop and performer-pytorch: same inputs, same run.
 
     pip install jax jaxlib torch performer-pytorch     # what is missing is named and left out
-    python tools/peers.py --threads 1,2 --publish amx       # a part of docs/peers.md
+    python tools/peers.py --threads 1,2 --publish amx       # a part of docs/peers-tables.md
 
 Every number of threads has a process of its own, in which all libraries are held to it. All peers
 get the same arrays and the same projection, and must agree with favor_np before the clock runs.
@@ -300,7 +300,7 @@ def main():
     parser.add_argument("--lengths", type=numbers, default=[1024, 8192])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write every number to this file")
-    parser.add_argument("--publish", metavar="PART", help="write that part of docs/peers.md")
+    parser.add_argument("--publish", metavar="PART", help="write that part of docs/peers-tables.md")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -321,7 +321,7 @@ def main():
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.publish:
-        publish.put("peers.md", args.publish, markdown(report))
+        publish.put("peers-tables.md", args.publish, markdown(report))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ COMMANDS = {
     "forecast": "forecast a price series from its own past, and judge it honestly",
     "demo": "what the method is for, in one screen: a short series beside a long one",
     "compare": "FAVOR+ against exact attention: error, time and memory",
-    "export": "attention as an ONNX model, for runtimes without Python",
+    "export": "a trained model, or attention, as an ONNX model for runtimes without Python",
     "train": "train a language model on a text, and judge it honestly",
     "generate": "continue a text with a model that was trained",
     "info": "versions, processor, threads, cache and GPU of this installation",

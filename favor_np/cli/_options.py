@@ -61,6 +61,32 @@ def share(text: str) -> float:
     return number
 
 
+def output_path(path: str, *inputs: str | None) -> Path:
+    """Return where `path` is; refuse what cannot be written, and files that must stay: `inputs`."""
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise CommandError(f"{path}: is a directory")
+    if not target.parent.is_dir():
+        raise CommandError(f"{path}: the directory {target.parent} does not exist")
+    if any(other is not None and target == Path(other).resolve() for other in inputs):
+        raise CommandError(f"{path}: would overwrite another file of this command")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise CommandError(f"{path}: cannot be written")
+    return target
+
+
+def checkpoint_path(path: str, *inputs: str | None) -> Path:
+    """As `output_path`, of a file that is written again and again, beside it first."""
+    target = output_path(path, *inputs)
+    if target.exists() and not target.is_file():
+        raise CommandError(f"{path}: is no regular file")
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be written: {error.strerror}") from None
+    return target
+
+
 @contextlib.contextmanager
 def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
     """Yield a temporary file that takes the place of `path` at the end, if all went well.
@@ -71,19 +97,10 @@ def output_file(path: str | None, *inputs: str | None) -> Iterator[Path | None]:
     if path is None:
         yield None
         return
-    target = Path(path).resolve()
-    if target.is_dir():
-        raise CommandError(f"{path}: is a directory")
-    if not target.parent.is_dir():
-        raise CommandError(f"{path}: the directory {target.parent} does not exist")
-    if any(other is not None and target == Path(other).resolve() for other in inputs):
-        raise CommandError(f"{path}: would overwrite another file of this command")
-    if target.exists():
-        if not os.access(target, os.W_OK):
-            raise CommandError(f"{path}: cannot be written")
-        if not target.is_file():  # a device or a pipe
-            yield target
-            return
+    target = output_path(path, *inputs)
+    if target.exists() and not target.is_file():  # a device or a pipe
+        yield target
+        return
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
@@ -116,7 +133,9 @@ def picture_format(path: str | None) -> str:
 @contextlib.contextmanager
 def compilation_told() -> Iterator[None]:
     """Say on standard error, once, that kernels are being compiled, if any are."""
-    from favor_np.cpu import code, store
+    from favor_np import store
+    from favor_np.cpu import code
+    from favor_np.cuda import code as code_of_gpu
 
     told: list[object] = []
 
@@ -124,16 +143,21 @@ def compilation_told() -> Iterator[None]:
         if not told:
             told.append(kernel)
             folder = store.cache_path()
+            where = "processor, up to a minute"
+            if isinstance(kernel, str):
+                where = "GPU, some minutes"
             kept = f"kept in {folder}" if folder else "not kept, as there is no cache"
             print(
-                "favor-np: compiling the kernels of attention for this processor, up to a "
-                f"minute; they are {kept}",
+                f"favor-np: compiling the kernels of attention for this {where}; they are {kept}",
                 file=sys.stderr,
                 flush=True,
             )
 
-    code.LISTENERS.append(tell)
+    listeners = code.LISTENERS, code_of_gpu.LISTENERS
+    for each in listeners:
+        each.append(tell)
     try:
         yield
     finally:
-        code.LISTENERS.remove(tell)
+        for each in listeners:
+            each.remove(tell)

@@ -46,7 +46,7 @@ def run(argv: Sequence[str] | None) -> int:
     try:
         status: int = module.run(args)
         sys.stdout.flush()
-    except CommandError as error:
+    except (CommandError, FloatingPointError) as error:
         return _complain(str(error))
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from . import _options as options
 from ._options import integer, real
@@ -41,14 +42,16 @@ def run(args: argparse.Namespace) -> int:
     model = found.model
     if not isinstance(model, nn.PerformerLM) or model.vocab != 256 or not model.causal:
         raise options.CommandError(f"{args.checkpoint}: holds no language model of bytes")
-    with options.compilation_told():
-        new = model.generate(
-            found.params, args.prompt.encode(), args.length, temperature=args.temperature,
-            top_k=args.top_k, seed=args.seed,
-        )  # fmt: skip
-    text = bytes(new).decode(errors="replace")
+    prompt = os.fsencode(args.prompt)  # bytes, as the shell has given them
+    choice = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
+    try:
+        with options.compilation_told():
+            new = bytes(model.generate(found.params, prompt, args.length, **choice))
+    except (TypeError, ValueError) as error:  # arrays that do not fit the model
+        raise options.CommandError(f"{args.checkpoint}: {error}") from None
     if args.json:
-        print(json.dumps({"prompt": args.prompt, "text": text, "step": found.step}, indent=2))
+        before, text = (x.decode(errors="replace") for x in (prompt, new))
+        print(json.dumps({"prompt": before, "text": text, "step": found.step}, indent=2))
     else:
-        print(args.prompt + text)
+        print((prompt + new).decode(errors="replace"))
     return 0

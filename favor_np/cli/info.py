@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import favor_np
-from favor_np.cuda import device
+from favor_np import store
+from favor_np.cuda import code, device
 
 PACKAGES = ("numpy", "numba", "llvmlite", "scipy", "matplotlib", "tqdm")
 
@@ -55,7 +56,7 @@ def _version(package: str) -> str:
 
 def _kernels() -> dict[str, str]:
     """What the compiled side is set to: code, vectors, matrix unit, threads, cache."""
-    from favor_np.cpu import code, store
+    from favor_np.cpu import code
     from favor_np.cpu.processor import TARGET, VECTOR_BYTES
     from favor_np.cpu.threads import default_threads
 
@@ -103,6 +104,7 @@ def _gpu() -> dict[str, str]:
         "numba-cuda": f"{facts['numba-cuda']}, implementation {implementation}",
         "driver": _cuda(device.driver_version),
         "toolkit": _cuda(device.toolkit_version),
+        "gpu-code": f"{code.kept()} kernels kept" if store.enabled() else "not kept",
         "targets": " ".join(f"sm_{major}{minor}" for major, minor in device.ARCHITECTURES),
     }
 

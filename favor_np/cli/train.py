@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train a language model of bytes on a text, and say how many bits a byte it needs for a tenth of
 its paragraphs, which it has not seen: beside counts of five bytes, xz, and the same weights with
-exact attention. Ctrl-C saves and ends; --resume goes on, with the same bits.
+exact attention. Ctrl-C saves and ends; --resume with the same options goes on, with the same bits.
 """
+
+#: Options that decide the bits of a run: it cannot go on with others.
+DECISIVE = ("dim", "depth", "heads", "features", "layers", "exact", "local_heads", "window", "decay",
+            "length", "batch", "rate", "dropout", "seed")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", default="F", metavar="FE", help="blocks with random features (F) and with "
         "exact attention (E), repeated: FFFE (F)")  # fmt: skip
     add("--exact", action="store_true", help="exact attention everywhere")
+    add("--local-heads", type=integer(0), default=None, metavar="N", help="heads of F blocks, the "
+        "last ones, that attend exactly, within a window (half of them)")  # fmt: skip
+    add("--window", type=integer(), default=128, metavar="N", help="bytes of it (128)")
+    add("--decay", type=_factors, default=None, metavar="A,B", help="what the weight of a byte is "
+        "multiplied with at each later one, for each head of F blocks that is not local (1)")  # fmt: skip
     add("--length", type=integer(), default=512, metavar="N", help="bytes of a window (512)")
-    add("--batch", type=integer(), default=8, metavar="N", help="windows of a step (8)")
+    add("--batch", type=integer(), default=4, metavar="N", help="windows of a step (4)")
     add("--rate", type=real(positive=True), default=2e-3, metavar="R", help="highest rate (0.002)")
     add("--dropout", type=share, default=0.1, metavar="P", help="share dropped (0.1)")
     add("--every", type=integer(), default=100, metavar="N", help="steps between looks (100)")
@@ -52,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, report; return the exit status."""
     picture = options.picture_format(args.plot)
+    options.checkpoint_path(args.out, args.text)
+    if args.local_heads is None:
+        args.local_heads = args.heads // 2
     with options.output_file(args.plot, args.text, args.out) as figure:
         facts, history = _train(args)
         if figure is not None:
@@ -63,12 +77,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _factors(text: str) -> list[float]:
+    """Convert numbers with commas between them."""
+    return list(map(real(positive=True), text.split(",")))
+
+
 def _text(path: str | None) -> str:
     from favor_np.nn import data
 
     if path is None:
         return data.python_docs()
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    return Path(path).read_text(encoding="utf-8", errors="surrogateescape")
 
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
@@ -83,15 +102,16 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
     learned, held_out = data.split(_text(args.text))
     if len(learned) <= args.length or len(held_out) < 2:
         raise options.CommandError(
-            f"{args.text}: too short: {len(learned)} bytes to learn from, {len(held_out)} held out"
+            f"{args.text}: too short: {len(learned)} bytes to learn from, {len(held_out)} held out, "
+            "without paragraphs, or lines, that are repeated"
         )
-    if Path(args.out).resolve().is_dir() or not Path(args.out).resolve().parent.is_dir():
-        raise options.CommandError(f"{args.out}: cannot be written")
     text = np.frombuffer(held_out, np.uint8)
     validation = data.in_order(text, args.length, args.batch)
     rate = nn.cosine(args.rate, steps=args.steps, warmup=min(100, max(args.steps // 4, 1)))
+    settings = {name: getattr(args, name) for name in DECISIVE}
+    settings |= {"text": hashlib.sha256(learned).hexdigest(), "steps": args.steps}
     try:
-        model, params, optimizer, start = _begin(args)
+        model, params, optimizer, start = _begin(args, settings)
     except ValueError as error:
         raise options.CommandError(str(error)) from None
     if start >= args.steps:
@@ -102,7 +122,7 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
         history = nn.train(
             model, params, batches, steps=args.steps, rate=rate, optimizer=optimizer, start=start,
             seed=args.seed, redraw=None if args.exact else 1000, validation_batches=validation,
-            every=args.every, path=args.out,
+            every=args.every, path=args.out, info=settings,
         )  # fmt: skip
         exact = model.replace(exact=True)
         cost = [nn.cross_entropy(exact.apply(params, x), y)[0] for x, y in validation]
@@ -124,7 +144,7 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
     return facts, history
 
 
-def _begin(args: argparse.Namespace) -> tuple[Any, Any, nn.AdamW, int]:
+def _begin(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any, nn.AdamW, int]:
     """Return model, parameters, optimiser and first step: new, or those of the checkpoint."""
     import numpy as np
 
@@ -134,13 +154,34 @@ def _begin(args: argparse.Namespace) -> tuple[Any, Any, nn.AdamW, int]:
         found = nn.load(args.out)
         if not isinstance(found.model, nn.PerformerLM) or found.optimizer is None:
             raise ValueError(f"{args.out} is no checkpoint of favor-np train")
+        _compare(args.out, settings, found.info)
         return found.model, found.params, found.optimizer, found.step
     model = nn.PerformerLM(
         vocab=256, dim=args.dim, depth=args.depth, heads=args.heads, num_features=args.features,
-        layers=args.layers, exact=args.exact, dropout=args.dropout,
+        layers=args.layers, exact=args.exact, dropout=args.dropout, window=args.window,
+        local_heads=args.local_heads, decay=None if args.decay is None else tuple(args.decay),
     )  # fmt: skip
     params = model.init(np.random.default_rng(args.seed))
     return model, params, nn.AdamW(params), 0
+
+
+def _compare(out: str, settings: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuse to go on with settings that a checkpoint was not trained with; tell of other steps."""
+    wrong = [
+        f"--{name.replace('_', '-')} {before.get(name)}, not {settings[name]}"
+        for name in DECISIVE
+        if before.get(name) != settings[name]
+    ]
+    if before.get("text") != settings["text"]:
+        wrong.append("another text")
+    if wrong:
+        raise ValueError(f"{out} was trained with {'; '.join(wrong)}")
+    if before["steps"] != settings["steps"]:
+        print(
+            f"favor-np: {out} was to have {before['steps']} steps; with {settings['steps']} "
+            "the rate falls otherwise",
+            file=sys.stderr,
+        )
 
 
 def _report(args: argparse.Namespace, facts: dict[str, Any]) -> list[str]:

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from favor_np.cpu import records, shipped, store, tiles
+from favor_np import store
+from favor_np.cpu import records, shipped, tiles
 from favor_np.cpu.processor import TARGET, amx_unavailable, bfloat16_pays
 from favor_np.cpu.sources import SOURCES, digest
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.call import Call, Cotangents, ErrorBars, Forward, StateForm, sum_to
+from favor_np.call import Call, Cotangents, ErrorBars, Forward, StateForm, sum_heads
 from favor_np.cpu import memory, scaling, schedule, tuning
 from favor_np.cpu.code import Kernel, kernel
 from favor_np.cpu.layout import (
@@ -28,7 +28,20 @@ from favor_np.cpu.scaling import holds_large
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.cpu.tiles import CHUNK, padded
-from favor_np.jobs import BLOCK, KEYS, QUERIES, SLOT, Jobs, Shapes, jobs_without_rows, packed
+from favor_np.jobs import (
+    BLOCK,
+    KEYS,
+    QUERIES,
+    SLOT,
+    WAVE,
+    Jobs,
+    Shapes,
+    before,
+    cut,
+    jobs_without_rows,
+    packed,
+    segments,
+)
 from favor_np.validation import contiguous
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -83,7 +96,7 @@ def attend(
     bfloat16 = call.bfloat16 and worth_bfloat16()
     plan = schedule.schedule(call.map, dtype, shapes, call.causal, group, bfloat16)
     jobs, longest, v = plan.jobs, plan.longest, contiguous(call.v, dtype)
-    if call.offsets is not None:
+    if call.offsets is not None and call.window is None:
         jobs = packed(jobs, call.offsets)
     arrays = (
         contiguous(call.q, dtype), contiguous(call.k, dtype), v, _mask(call), _lifts(call), out,
@@ -91,9 +104,14 @@ def attend(
     )  # fmt: skip
     threads = _threads(plan.work * len(jobs.table), call.num_threads)
     launch = _Launch(plan.layout, arrays, threads, bars, plan)
+    if call.window is not None:
+        _attend_windows(launch, plan, call, normalizers)
+        if launch.overflow and holds_large(v):
+            _attend_scaled(call, v, out, None)
+        return
     tokens = call.causal and (longest == 1 or call.offsets is not None)
     if tokens:
-        tokens = call.mask is None and bars is None and not bfloat16 and jobs.q_rows.shape[1] == 1
+        tokens = bars is None and not bfloat16 and jobs.q_rows.shape[1] == 1
     # What a state has taken in cannot be taken back.  The kernel of tokens looks at them itself.
     large = state is not None and not (tokens and longest == 1) and holds_large(v)
     if not large:
@@ -104,6 +122,37 @@ def attend(
         launch.attend(plan.constants, jobs, longest, copy_states(state), call.causal, tokens)
     if large:
         _attend_scaled(call, v, out, state)
+
+
+def _attend_windows(
+    launch: _Launch, plan: schedule.Schedule, call: Call, given: tuple[Array, Array] | None
+) -> None:
+    """Attend within segments as long as the window, then to what is seen of those before.
+
+    Both are causal attention; the second goes backwards, and joins its rows with the first's.
+    """
+    assert call.window is not None
+    *inputs, out, _, _ = launch.arrays
+    offsets = np.array([0, call.keys]) if call.offsets is None else call.offsets
+    rows, found, jobs = out, given, plan.jobs
+    # Some rows at a time, if these take less memory than the denominators of all.
+    most = min(max(WAVE, call.window), call.keys)
+    apart = given is None and most * out.shape[-1] < 2 * call.keys
+    if found is None and not apart:
+        found = normalizers(out)
+    for run in segments(offsets, call.window):
+        if apart:
+            count = run.last - run.first
+            rows = np.empty((*call.out_shape[:-2], count, out.shape[-1]), out.dtype)
+            found = normalizers(rows)
+            here = plan.jobs.out_rows // call.keys * count - run.first
+            jobs = Jobs(plan.jobs.table, plan.jobs.q_rows, here)
+        launch.arrays = (*inputs, rows, *_flat(found, out.dtype))
+        own = cut(jobs, run.begin, run.end - run.begin)
+        for part in (own, before(jobs, run, call.window)):
+            launch.attend(plan.constants, part, call.window, None, causal=True, tokens=False)
+        if apart:
+            out[..., run.first : run.last, :] = rows
 
 
 def _mask(call: Call) -> Array:
@@ -137,13 +186,13 @@ def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = Non
     batch, inputs = call.out_shape[:-2], (call.q, call.k, call.v)
     kept = None, *2 * [call.state_shape if call.grouped else None]
     q, k, v = (
-        _onto(rows.reshape(*batch, *x.shape[-2:]), x, heads)
+        sum_heads(rows.reshape(*batch, *x.shape[-2:]), x, heads)
         for rows, x, heads in zip(pulled.to[:3], inputs, kept, strict=True)
     )
     bias = None
     if call.lifts is not None:
         rows = pulled.to.key_bias.reshape(*batch, -1, 1)
-        bias = _onto(rows, call.lifts[..., None], kept[1])[..., 0]
+        bias = sum_heads(rows, call.lifts[..., None], kept[1])[..., 0]
     if pulled.states is None:
         return Cotangents(q, k, v, bias)
     # Query heads that share a state have each seen a part of its cotangent.
@@ -270,15 +319,6 @@ def _pull_scaled(
     if small.states is not None:
         scaling.keep_in_range(small.states, cotangents, both)
     return pulled._replace(states=small.states)
-
-
-def _onto(grad: Array, like: Array, heads: tuple[int, ...] | None) -> Array:
-    """Sum over groups of query heads that share those of `heads`, and to the shape of an array."""
-    if heads is not None:
-        batch = grad.shape[:-2]
-        group = batch[-1] // heads[-1]
-        grad = grad.reshape(*batch[:-1], heads[-1], group, *grad.shape[-2:]).sum(-3)
-    return sum_to(grad, like)
 
 
 @dataclass(slots=True, eq=False)

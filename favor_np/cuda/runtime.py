@@ -13,15 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from favor_np.cuda import code
+from favor_np.cuda.code import THREADS
 from favor_np.cuda.device import clear_errors
-
-#: Threads of a block, and how many blocks a multiprocessor holds at least: it bounds the registers.
-BOUNDS = THREADS, RESIDENT = 256, 2
-
-
-def bounds(kernel: Callable[..., Any]) -> tuple[int, int]:
-    """Return the bounds of a kernel, of which fewer may be resident."""
-    return THREADS, getattr(kernel, "resident", RESIDENT)
 
 
 class Array:
@@ -59,20 +53,6 @@ def rows(array: Any) -> Any:
 def flat(array: Any) -> Any:
     """Return an array with a single axis."""
     return plain(array, (array.size,))
-
-
-@functools.cache
-def _compiled(kernel: Callable[..., Any], kinds: tuple[Any, ...]) -> Any:
-    """Return what Numba compiles of a kernel for arguments of these dtypes and numbers of axes."""
-    from numba import cuda, types
-    from numba.np.numpy_support import from_dtype
-
-    signature = tuple(
-        types.Array(from_dtype(dtype), axes, "C") if axes else from_dtype(dtype)
-        for dtype, axes in kinds
-    )
-    dispatcher = cuda.jit(kernel, launch_bounds=bounds(kernel))
-    return dispatcher.compile(signature)._codelibrary
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,7 +95,7 @@ def launch(
             kinds.append(array.kind)
             values.extend(array.fields)
     with clear_errors():
-        function = _compiled(kernel, tuple(kinds)).get_cufunc().kernel
+        function = code.function(kernel, tuple(kinds))
         start(_core_stream(handle_of(stream)), _config((*grid, 1, 1)[:3]), function, *values)
 
 

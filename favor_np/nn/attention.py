@@ -25,13 +25,16 @@ from favor_np.nn.tree import Array, Params
 from favor_np.projection import sample_projection
 from favor_np.state import AttentionState
 
+#: What radius**2 of queries and keys stays below; of heads that attend exactly, within a window.
+BOUND, LOCAL_BOUND = 2.0, 16.0
+
 #: Who wants to see what layers of attention work on: see `seen`.
 _WATCH: ContextVar[list[Any] | None] = ContextVar("favor_np.nn.attention", default=None)
 
 
 @contextmanager
 def seen() -> Iterator[list[Any]]:
-    """Collect (q, k, v, feature map, causal) of the layers with random features, in order."""
+    """Collect (q, k, v, feature map, options) of the layers with random features, in order."""
     found: list[Any] = []
     token = _WATCH.set(found)
     try:
@@ -86,7 +89,7 @@ class FavorSelfAttention(Layer):
         Rotate queries and keys by their position: see `Rotary`.
     decay : float or tuple of float, optional
         What the weight of a key is multiplied with at every later row, one for all heads or one
-        for each of `kv_heads`.
+        for each of `kv_heads`; heads within a window have none.
     exact : bool, default False
         Exact attention; the projection, if there is one, is not used.
     bias : bool, default False
@@ -97,6 +100,13 @@ class FavorSelfAttention(Layer):
         Standard deviation of the first weights of the last linear layer, default its inputs**-0.5.
     learn_projection : bool, default False
         Compute the gradient of the projection, which then is no longer that of softmax attention.
+    local_heads : int, default 0
+        How many of the heads, the last ones, have exact attention to what is near: fewer than
+        `heads`, and whole groups where heads share keys. On the sphere their radius**2 is at most
+        16, so that they can be sharper.
+    window : int, default 128
+        How many rows these heads see: the last ones, their own included; if not causal, as many to
+        either side.
 
     Examples
     --------
@@ -125,21 +135,32 @@ class FavorSelfAttention(Layer):
     output_bias: bool = True
     std: float | None = None
     learn_projection: bool = False
+    local_heads: int = 0
+    window: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("dim", "heads", "num_features", "_kv_heads", "_dim_head"):
+        for name in ("dim", "heads", "num_features", "_kv_heads", "_dim_head", "window"):
             validation.integer(name.lstrip("_"), getattr(self, name))
         validation.choice("kind", self.kind, ATTENTION_KINDS)
         if self.heads % self._kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads}")
         if self.dim_head is None and self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads ({self.heads}), got {self.dim}")
+        if self.rotary is not None and self._dim_head % 2:
+            raise ValueError(f"rotary needs heads of even length, got {self._dim_head}")
         if self.qk not in ("sphere", None):
             raise ValueError(f"qk must be 'sphere' or None, got {self.qk!r}")
         if self._antithetic and self.num_features % 2:
             raise ValueError(f"num_features must be even if antithetic, got {self.num_features}")
-        if self.decay is not None and (self.exact or not self.causal):
-            raise ValueError("decay needs causal=True and exact=False")
+        if self.decay is not None and not self.causal:
+            raise ValueError("decay needs causal=True")
+        group = self.heads // self._kv_heads
+        local = validation.integer("local_heads", self.local_heads, minimum=0)
+        if local >= self.heads or local % group:
+            raise ValueError(
+                f"local_heads must be less than heads ({self.heads}) and a multiple of {group}, "
+                f"got {local}"
+            )
 
     @property
     def _kv_heads(self) -> int:
@@ -157,9 +178,18 @@ class FavorSelfAttention(Layer):
     def _grouped(self) -> bool:
         return self.heads > self._kv_heads
 
+    @property
+    def _kv_far(self) -> int:
+        """How many heads of keys are not local: the first ones."""
+        return self._kv_heads - self.local_heads * self._kv_heads // self.heads
+
     @cached_property
     def _sphere(self) -> UnitScale | None:
-        return UnitScale(self._kv_heads) if self.qk == "sphere" else None
+        if self.qk is None:
+            return None
+        far = self._kv_far
+        bounds = (BOUND,) * far + (LOCAL_BOUND,) * (self._kv_heads - far)
+        return UnitScale(self._kv_heads, bounds)
 
     @property
     def _scale(self) -> float:
@@ -230,9 +260,53 @@ class FavorSelfAttention(Layer):
         none = np.empty((*out.shape[:-3], 0, *out.shape[-2:]), out.dtype)
         return self._plain.merge((out, none, none))[0]
 
+    def _cut(self, q: Any, k: Any, v: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return queries, keys and values of the heads that see far, and of those that do not."""
+        counts = self.heads - self.local_heads, self._kv_far, self._kv_far
+        cut = [np.split(x, [n], axis=-3) for x, n in zip((q, k, v), counts, strict=True)]
+        far, near = zip(*cut, strict=True)
+        return far, near
+
     def attend_vjp(self, params: Params, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
         """Attend with random features: what stands between the linear layers."""
         return favor_attention_vjp(q, k, v, self.feature_map(params), decay=self.decay, **options)
+
+    def _far_vjp(self, params: Params, q: Any, k: Any, v: Any, **options: Any) -> tuple[Array, Any]:
+        """Attend to all that a row may see; pulled back to q, k, v and the projection, or None."""
+        pull: Any
+        if self.exact:
+            out, pull = exact_attention_vjp(q, k, v, scale=self._scale, decay=self.decay, **options)
+        else:
+            watch = _WATCH.get()
+            if watch is not None:
+                watch.append((q, k, v, self.feature_map(params), options | {"decay": self.decay}))
+            out, pull = self.attend_vjp(params, q, k, v, **options)
+        learns = self.learn_projection and not self.exact
+
+        def pullback(grad: Array) -> tuple[Any, ...]:
+            found = pull(grad)
+            return found.q, found.k, found.v, found.projection if learns else None
+
+        return out, pullback
+
+    def _heads_vjp(
+        self, params: Params, q: Any, k: Any, v: Any, **options: Any
+    ) -> tuple[Array, Any]:
+        """Attend with all heads, and as `_far_vjp`."""
+        if not self.local_heads:
+            return self._far_vjp(params, q, k, v, **options)
+        far, near = self._cut(q, k, v)
+        band = self.window if self.causal else (self.window - 1,) * 2
+        out, pull_far = self._far_vjp(params, *far, **options)
+        out_near, pull_near = exact_attention_vjp(*near, scale=self._scale, window=band, **options)
+
+        def pullback(grad: Array) -> tuple[Any, ...]:
+            one, two = np.split(grad, [self.heads - self.local_heads], axis=-3)
+            *of_far, projection = pull_far(one)
+            both = zip(of_far, pull_near(two)[:3], strict=True)
+            return *(np.concatenate(pair, -3) for pair in both), projection
+
+        return np.concatenate([out, out_near], -3), pullback
 
     def vjp(
         self, params: Params, x: Any, *, key: Key | None = None, mask: Any = None
@@ -245,21 +319,14 @@ class FavorSelfAttention(Layer):
         options: dict[str, Any] = {"causal": self.causal, "enable_gqa": self._grouped}
         if mask is not None:
             options["key_mask"] = np.asarray(mask)[..., None, :]
-        pull: Any
-        if self.exact:
-            out, pull = exact_attention_vjp(q, k, v, scale=self._scale, **options)
-        else:
-            watch = _WATCH.get()
-            if watch is not None:
-                watch.append((q, k, v, self.feature_map(params), self.causal))
-            out, pull = self.attend_vjp(params, q, k, v, **options)
+        out, pull = self._heads_vjp(params, q, k, v, **options)
         y, pull_output = part(self.parts["output"], "output", params, self._joined(out), key)
 
         def pullback(grad: Array, grads: Params) -> Array:
-            found = pull(self._plain.split(pull_output(grad, grads))[0])
-            if self.learn_projection and not self.exact:
-                grads["projection"] += found.projection
-            rows, of_lengths = heads.merge((found.q, found.k, found.v), qkv)
+            *of_heads, of_projection = pull(self._plain.split(pull_output(grad, grads))[0])
+            if of_projection is not None:
+                grads["projection"] += of_projection
+            rows, of_lengths = heads.merge(of_heads, qkv)
             if heads.lengths is not None:
                 self._add_to_sphere(heads.lengths, of_lengths, grads)
             return pull_qkv(rows, grads)
@@ -273,7 +340,14 @@ class FavorSelfAttention(Layer):
         start, count = state.get("length", 0), qkv.shape[-2]
         state["length"] = start + count
         q, k, v = self._heads(params, start, count, qkv.dtype).split(qkv)
-        out = (self._extend_exact if self.exact else self._extend_favor)(params, state, q, k, v)
+        extend_far = self._extend_exact if self.exact else self._extend_favor
+        if self.local_heads:
+            far, near = self._cut(q, k, v)
+            out = np.concatenate(
+                [extend_far(params, state, *far), self._extend_near(state, *near)], -3
+            )
+        else:
+            out = extend_far(params, state, q, k, v)
         return part(self.parts["output"], "output", params, self._joined(out))[0]
 
     def _extend_favor(self, params: Params, state: dict[str, Any], q: Any, k: Any, v: Any) -> Array:
@@ -309,14 +383,37 @@ class FavorSelfAttention(Layer):
             kept[..., known:end, :] = new
         options: dict[str, Any] = {"scale": self._scale, "enable_gqa": self._grouped}
         if not known:
-            return exact_attention(q, k, v, causal=True, **options)
+            return exact_attention(q, k, v, causal=True, decay=self.decay, **options)
         found = [
             exact_attention(
                 q[..., i : i + 1, :],
                 state["keys"][..., : known + i + 1, :],
                 state["values"][..., : known + i + 1, :],
+                key_bias=self._faded(known + i + 1),
                 **options,
             )
             for i in range(q.shape[-2])
         ]
         return np.concatenate(found, -2)
+
+    def _faded(self, count: int) -> Array | None:
+        """Return the logarithms of what is left of the weights of so many keys at the last one."""
+        if self.decay is None:
+            return None
+        faded: Array = np.log(self.decay)[..., None] * np.arange(count - 1, -1, -1)
+        return faded
+
+    def _extend_near(self, state: dict[str, Any], q: Any, k: Any, v: Any) -> Array:
+        """Keep the keys and values of a window."""
+        count = q.shape[-2]
+        if "near" in state:
+            k, v = (np.concatenate(both, -2) for both in zip(state["near"], (k, v), strict=True))
+        first = max(k.shape[-2] - self.window + 1, 0)
+        state["near"] = k[..., first:, :], v[..., first:, :]
+        before = k.shape[-2] - count
+        options: dict[str, Any] = {"scale": self._scale, "enable_gqa": self._grouped}
+        if count == 1:
+            return exact_attention(q, k, v, **options)
+        q = np.pad(q, [(0, 0)] * (q.ndim - 2) + [(before, 0), (0, 0)])
+        out = exact_attention(q, k, v, causal=True, window=self.window, **options)
+        return out[..., before:, :]

@@ -76,7 +76,7 @@ class Residual(Layer):
     def _shifts_in_norm(self) -> bool:
         """Whether one pass over memory does both."""
         shift = self.shift is not None and self.shift.causal
-        return shift and isinstance(self.norm, (LayerNorm, RMSNorm))
+        return shift and isinstance(self.norm, (LayerNorm, RMSNorm)) and self.norm.dim % 2 == 0
 
     def init(self, rng: np.random.Generator) -> Params:
         params = super().init(rng)
@@ -193,8 +193,9 @@ class Performer(InOrder):
         needed: "FFFE" has one exact block in four.
     exact : bool, default False
         All blocks have exact attention: the same weights, without the approximation.
-    kv_heads, dim_head, kind, antithetic, kernel_epsilon, qk, rotary, decay, learn_projection
-        As for `FavorSelfAttention`. In E blocks `qk` and `decay` are None.
+    kv_heads, dim_head, kind, antithetic, kernel_epsilon, qk, rotary, decay, learn_projection, \
+local_heads, window
+        As for `FavorSelfAttention`. In E blocks `qk` and `decay` are None, and no head is local.
     hidden, activation
         As for `FeedForward`.
     norm
@@ -241,6 +242,8 @@ class Performer(InOrder):
     rotary: Literal["adjacent", "halves"] | None = None
     decay: float | tuple[float, ...] | None = None
     learn_projection: bool = False
+    local_heads: int = 0
+    window: int = 128
     hidden: int | None = None
     activation: str = "gelu"
     norm: Literal["rms", "layer", "scale"] | None = "rms"
@@ -274,9 +277,7 @@ class Performer(InOrder):
         std = None if self.gate else 0.0  # blocks begin as the identity
         own |= {"std": std, "bias": self.qkv_bias, "output_bias": self.bias}
         if letter == "E":
-            own |= {"exact": True, "qk": None}
-        if own["exact"]:
-            own["decay"] = None
+            own |= {"exact": True, "qk": None, "decay": None, "local_heads": 0}
         return Block(
             self.attention(**own),
             FeedForward(self.dim, self.hidden, self.activation, self.bias, std=std),
@@ -317,8 +318,8 @@ class PerformerLM(Performer):
     vocab : int
         How many tokens there are: they are integers from 0 to vocab - 1.
     dim, depth, heads, num_features, layers, exact, kv_heads, dim_head, kind, antithetic, \
-kernel_epsilon, qk, decay, learn_projection, hidden, activation, norm, final_norm, gate, dropout, \
-qkv_bias, bias
+kernel_epsilon, qk, decay, learn_projection, local_heads, window, hidden, activation, norm, \
+final_norm, gate, dropout, qkv_bias, bias
         As for `Performer`.
     causal : bool, default True
         False: it predicts tokens from those around them, for masked language models.

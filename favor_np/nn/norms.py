@@ -166,8 +166,8 @@ class UnitScale(Layer):
     ----------
     heads : int
         Number of radii. Inputs may have a multiple of it as heads, which then share radii.
-    bound : float, default 2.0
-        What ``|y|**2`` stays below; it begins with half of it.
+    bound : float or tuple of float, default 2.0
+        What ``|y|**2`` stays below, one for all heads or one for each; it begins with half of it.
 
     Examples
     --------
@@ -179,18 +179,26 @@ class UnitScale(Layer):
     """
 
     heads: int
-    bound: float = 2.0
+    bound: float | tuple[float, ...] = 2.0
+
+    def __post_init__(self) -> None:
+        if np.shape(self.bound) not in ((), (self.heads,)):
+            raise ValueError(f"bound must be one number, or {self.heads}, got {self.bound}")
 
     def init(self, rng: np.random.Generator) -> Params:
         return {"radius": np.zeros(self.heads, np.float32)}
 
+    @np.errstate(over="ignore")  # far below zero it is zero
     def lengths(self, params: Params) -> Array:
         """Return the radius of each head."""
-        return np.sqrt(self.bound / (1 + np.exp(-leaf(params, "radius", (self.heads,)))))
+        radius = leaf(params, "radius", (self.heads,))
+        return np.sqrt(np.asarray(self.bound, radius.dtype) / (1 + np.exp(-radius)))
 
     def add_gradient(self, lengths: Array, of_lengths: Array, grads: Params) -> None:
         """Add the gradient of the parameters, from that of the radii."""
-        grads["radius"] += of_lengths * lengths * (1 - lengths**2 / self.bound) / 2
+        grads["radius"] += (
+            of_lengths * lengths * (1 - lengths**2 / np.asarray(self.bound, lengths.dtype)) / 2
+        )
 
     def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
         lengths = self.lengths(params)

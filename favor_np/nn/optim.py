@@ -28,7 +28,8 @@ class AdamW:
     Parameters
     ----------
     params : dict
-        Parameters, float32 or float64. Its arrays are replaced by views of one vector, in place.
+        Parameters, float32 or float64. Its arrays are replaced by views of one vector, in place;
+        arrays that take their place later, of the same shapes, are packed again by `step`.
     betas : tuple of float, default (0.9, 0.95)
         How much of the means of gradients, and of their squares, is kept from step to step.
     eps : float, default 1e-8
@@ -93,10 +94,34 @@ class AdamW:
         self.grads = zeros_like(params)
         self.gradient = pack(self.grads)
         self.m, self.v, self.count = np.zeros_like(self.vector), np.zeros_like(self.vector), 0
+        self._outline = _outline(params)
         #: A row for each piece: where it begins, where it ends, and whether it decays.
         self._pieces = np.array(list(self._cut()), np.int64).reshape(-1, 3)
+        self._keep_memory()
+
+    def _keep_memory(self) -> None:
         memory.begin()
         weakref.finalize(self, memory.end)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, whose parameters are views of its own vector."""
+        self.__dict__.update(state)
+        self._pack_again()
+        self._keep_memory()
+
+    def _pack_again(self) -> None:
+        """Make parameters and gradients views of the vectors again, if somebody put others there."""
+        for tree, vector in (("params", "vector"), ("grads", "gradient")):
+            of, whole = getattr(self, tree), getattr(self, vector)
+            if all(array.base is whole for _, array in leaves(of)):
+                continue
+            found = _outline(of)
+            for name, what in self._outline.items():
+                if found.get(name) != what:
+                    raise ValueError(f"{tree}: {name} must be {what}, got {found.get(name)}")
+            if more := found.keys() - self._outline.keys():
+                raise ValueError(f"{tree} must not have more arrays than before, got {min(more)}")
+            setattr(self, vector, pack(of))
 
     def _cut(self) -> Iterable[tuple[int, int, bool]]:
         """Cut the vectors into pieces: parameters treated alike, of a size that a cache holds."""
@@ -123,6 +148,7 @@ class AdamW:
         float
             Their root of the sum of squares, the same on every number of threads.
         """
+        self._pack_again()
         return math.sqrt(fused.square_sum(self.gradient, self._pieces))
 
     def step(self, rate: float, *, clip: float | None = None) -> float:
@@ -145,10 +171,14 @@ class AdamW:
         FloatingPointError
             If a gradient is NaN or infinite. Parameters, `m`, `v` and `count` are unchanged then,
             and the gradients are zero.
+        ValueError
+            If `params` or `grads` holds an array of another shape or dtype than at first.
         """
         rate = float(rate)
-        if not math.isfinite(rate):
-            raise ValueError(f"rate must be finite, got {rate}")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"rate must be finite and at least 0, got {rate}")
+        if clip is not None:
+            clip = validation.positive_float("clip", clip)
         norm = self.norm()
         if not math.isfinite(norm):
             self._refuse()
@@ -175,6 +205,11 @@ class AdamW:
         raise FloatingPointError(
             f"the gradient of {what}{more} is not finite; the parameters are unchanged"
         )
+
+
+def _outline(tree: Params) -> dict[str, str]:
+    """Return the shapes and dtypes of the arrays of a tree, in words."""
+    return {name: f"{array.shape} of {array.dtype}" for name, array in leaves(tree)}
 
 
 def constant(rate: float, *, warmup: int = 0) -> Callable[[int], float]:

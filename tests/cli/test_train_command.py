@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,71 @@ def test_the_report(text, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("The ")
 
 
+def test_a_run_that_diverges_is_one_line(text, tmp_path, capsys):
+    assert train(text, tmp_path / "a", "--steps", "60", "--rate", "1e9", "--no-baselines") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("favor-np: error: the ")
+    assert "not finite" in error or " is nan" in error
+
+
+def test_the_checkpoint_must_not_be_the_text_nor_a_device(text, capsys):
+    before = Path(text).read_bytes()
+    for out, reason in (
+        (text, "would overwrite"),
+        (os.devnull, "is no regular file"),
+        (f"{text}/model", "does not exist"),
+    ):
+        assert train(text, out, "--steps", "5") == 2
+        assert reason in capsys.readouterr().err
+    assert Path(text).read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("dim", 18), ("depth", 10**9), ("rotary", [1])])
+def test_a_checkpoint_that_does_not_fit_its_model_is_one_line(name, value, tmp_path, capsys):
+    model = nn.PerformerLM(vocab=256, dim=16, depth=1, heads=2, num_features=8)
+    path = tmp_path / "model"
+    nn.save(path, model, model.init(np.random.default_rng(0)))
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    about = json.loads(header["__metadata__"]["favor_np.nn"])
+    about["model"][name] = value
+    header["__metadata__"]["favor_np.nn"] = json.dumps(about)
+    forged = json.dumps(header).encode()
+    path.write_bytes(len(forged).to_bytes(8, "little") + forged + data[end:])
+    assert main(["generate", str(path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith(f"favor-np: error: {path}")
+
+
+def test_lines_are_paragraphs_where_there_are_none():
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, 12)) for _ in range(300)]
+    learned, held_out = data.split("\n".join(lines * 2))
+    parts = [part.decode().split("\n") for part in (learned, held_out)]
+    assert sorted(parts[0] + parts[1]) == sorted(set(lines))
+    assert 10 < len(parts[1]) < 80
+    spaced = "\n \n".join(lines)  # as WikiText has it
+    assert [x.count(b"\n\n") > 10 for x in data.split(spaced)] == [True, True]
+
+
+def test_bytes_that_are_no_utf_8_stay(text, tmp_path):
+    path = tmp_path / "latin"
+    path.write_bytes(Path(text).read_bytes().replace(b"fox", b"f\xfcx"))
+    learned, held_out = data.split(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    assert b"f\xfcx" in learned
+    assert b"f\xfcx" in held_out
+    assert train(str(path), tmp_path / "a", "--steps", "2", "--no-baselines") == 0
+
+
+def test_a_prompt_of_any_bytes(text, tmp_path, capsys):
+    train(text, tmp_path / "a", "--steps", "5", "--no-baselines")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "a"), "--length", "5", "--prompt", "\udcff"]) == 0
+    assert capsys.readouterr().out.startswith("\ufffd")
+
+
 def test_a_run_goes_on(text, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(text, whole, "--steps", "20", "--no-baselines")
@@ -96,6 +162,24 @@ def test_a_run_goes_on(text, tmp_path, capsys):
         assert (x == y).all(), name
 
 
+def test_other_settings_are_refused_by_name(text, tmp_path, capsys):
+    out, other = tmp_path / "model", tmp_path / "other.txt"
+    assert train(text, out, "--steps", "2", "--no-baselines", "--decay", "0.9") == 0
+    capsys.readouterr()
+    go_on = ["train", text, "--out", str(out), *SMALL, "--resume", "--steps", "4", "--no-baselines"]
+    same = ["--decay", "0.9"]
+    error = failed([*go_on, *same, "--rate", "0.1", "--local-heads", "0"], capsys)
+    assert "model was trained with --local-heads 1, not 0; --rate 0.002, not 0.1" in error
+    assert "--decay [0.9], not None" in failed(go_on, capsys)
+    other.write_text("".join(reversed((tmp_path / "text.txt").read_text())))
+    assert "trained with another text" in failed(
+        [*go_on[:1], str(other), *go_on[2:], *same], capsys
+    )
+    assert nn.load(out).step == 2
+    assert main([*go_on, *same]) == 0
+    assert "was to have 2 steps; with 4" in capsys.readouterr().err
+
+
 def failed(arguments, capsys):
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -111,8 +195,10 @@ def test_bad_input(text, tmp_path, capsys):
     out = ["--out", str(tmp_path / "model")]
     assert "too short: " in failed(["train", str(short), *out], capsys)
     assert "nothing.txt" in failed(["train", str(tmp_path / "nothing.txt"), *out], capsys)
-    assert "cannot be written" in failed(["train", text, "--out", str(tmp_path)], capsys)
+    assert "is a directory" in failed(["train", text, "--out", str(tmp_path)], capsys)
     assert "multiple of heads" in failed(["train", text, *out, "--heads", "3"], capsys)
+    odd = ["--dim", "20", "--heads", "4"]
+    assert "even length, got 5" in failed(["train", text, *out, *odd], capsys)
     assert "cannot be read as a checkpoint" in failed(
         ["train", text, "--out", str(bad), "--resume"], capsys
     )
@@ -122,7 +208,7 @@ def test_bad_input(text, tmp_path, capsys):
     assert "no language model of bytes" in failed(["generate", str(bad)], capsys)
     assert train(text, tmp_path / "done", "--steps", "2", "--no-baselines") == 0
     capsys.readouterr()
-    again = ["train", text, "--out", str(tmp_path / "done"), "--steps", "2", "--resume"]
+    again = ["train", text, "--out", str(tmp_path / "done"), *SMALL, "--steps", "2", "--resume"]
     assert "has 2 steps already" in failed(again, capsys)
 
 

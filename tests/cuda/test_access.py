@@ -11,8 +11,8 @@ from ptxdevice import PtxDevice
 from support.tolerance import relative_error
 
 import favor_np
+from favor_np.cuda.code import THREADS, bounds
 from favor_np.cuda.kernels import tiles
-from favor_np.cuda.runtime import THREADS, bounds
 
 
 class TracingDevice(PtxDevice):

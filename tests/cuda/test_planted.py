@@ -16,7 +16,7 @@ from ptxdevice import PtxDevice
 from support.tolerance import relative_error
 
 import favor_np
-from favor_np.cuda.runtime import THREADS
+from favor_np.cuda.code import THREADS
 
 #: Slices, columns, stages, and parts of a chunk, for keys are tall, come twice; chunks in the scan.
 CAUSAL = Case(length=131, std=6.0, masked=True, causal=True, seed=3)

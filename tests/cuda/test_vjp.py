@@ -16,8 +16,8 @@ from cases import MAPS, Case, in_16_bits, same_rounded
 from mutants import mutate
 
 from favor_np import favor_attention_vjp, feature_map
+from favor_np.cuda.code import THREADS, bounds
 from favor_np.cuda.kernels.tiles import TILE
-from favor_np.cuda.runtime import THREADS, bounds
 
 
 def check(case, gpu, factor=10, **more):

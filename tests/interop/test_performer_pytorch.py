@@ -1,7 +1,9 @@
 """Models of performer-pytorch, loaded: the same numbers, with its constants and without them."""
 
+import re
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,3 +235,19 @@ def test_what_is_not_supported_is_named(options):
     kwargs = SMALL | options
     with pytest.raises(ValueError, match=f"{next(iter(options))}=.* is not supported"):
         load(original("Performer", kwargs).state_dict(), kwargs, name="Performer")
+
+
+def test_the_example_of_the_page(tmp_path, monkeypatch):
+    """docs/performer-pytorch.md: the two pieces of code, one after the other."""
+    page = Path(__file__).parents[2] / "docs" / "performer-pytorch.md"
+    writing, reading = re.findall("```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    wrote, read = {}, {}
+    exec(writing, wrote)
+    exec(reading, read)
+    tokens = torch.from_numpy(read["tokens"].astype(np.int64))[None]
+    right = wrote["model"].eval()(tokens)[0].detach().numpy()
+    original_model, params = loader.load("model.safetensors", "model.json")
+    np.testing.assert_allclose(original_model.apply(params, read["tokens"]), right, atol=1e-4)
+    assert read["logits"].shape == right.shape
+    assert len(read["text"]) == 200

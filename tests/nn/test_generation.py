@@ -13,9 +13,13 @@ MODELS = {
     "grouped": {"kv_heads": 2},
     "grouped exact": {"kv_heads": 2, "exact": True},
     "decay": {"decay": 0.9},
+    "exact with decay": {"decay": (0.9, 1.0), "exact": True, "kv_heads": 2},
+    "local": {"local_heads": 2, "window": 9, "kv_heads": 2, "decay": 0.9},
+    "local, a window of one": {"local_heads": 1, "window": 1, "layers": "FE"},
     "learned": {"positions": "learned", "length": 64, "rotary": None, "shift": False},
     "sinusoidal": {"positions": "sinusoidal", "tied": False, "gate": True, "norm": None},
     "relu": {"kind": "relu", "qk": None},
+    "odd": {"dim": 15, "dim_head": 4},
 }
 TOKENS = np.random.default_rng(0).integers(0, 19, (3, 50))
 
@@ -47,6 +51,13 @@ def test_the_most_likely_tokens_are_those_of_the_whole_text():
     assert (new.shape, new.dtype) == ((3, 20), np.uint8)
     text = np.concatenate([TOKENS[:, :10], new], 1)
     assert (model.apply(params, text).argmax(-1)[:, 9:-1] == new).all()
+
+
+def test_at_a_tiny_temperature_the_most_likely_is_drawn():
+    model, params = made({})
+    new = model.generate(params, TOKENS[:, :10], 20, temperature=0)
+    cold = model.generate(params, TOKENS[:, :10], 20, temperature=1e-320, top_k=7)
+    np.testing.assert_array_equal(cold, new)
 
 
 def test_a_seed_and_a_row_decide():

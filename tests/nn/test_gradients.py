@@ -23,6 +23,7 @@ LAYERS = {
     "scale norm": (nn.ScaleNorm(8), ROWS),
     "unit scale": (nn.UnitScale(4), HEADS),
     "unit scale, shared": (nn.UnitScale(2), HEADS),
+    "unit scale, two bounds": (nn.UnitScale(2, (2.0, 16.0)), HEADS),
     "rotary adjacent": (nn.Rotary(6), HEADS),
     "rotary halves": (nn.Rotary(6, "halves"), HEADS),
     "learned positions": (nn.LearnedPositions(12, 8), ROWS),
@@ -60,6 +61,10 @@ ATTENTION = {
     "elu": {"kind": "elu", "qk": None},
     "plain": {"antithetic": False, "num_features": 7},
     "exact": {"exact": True},
+    "exact with decay": {"exact": True, "decay": (0.9, 0.5), "kv_heads": 2},
+    "local": {"local_heads": 1, "window": 3, "decay": (0.9, 0.99, 1.0), "rotary": "adjacent"},
+    "local both ways": {"local_heads": 2, "kv_heads": 2, "window": 2, "causal": False},
+    "local, free": {"local_heads": 3, "window": 1, "qk": None, "exact": True},
     "exact both ways": {"exact": True, "causal": False, "kv_heads": 2, "qk": None},
 }
 MODELS = {

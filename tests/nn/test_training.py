@@ -1,6 +1,9 @@
 """Training: the same bits on any number of threads and after a resume, and nothing that is not finite."""
 
+import copy
+import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -181,6 +184,43 @@ def test_validation_keeps_the_best_and_stops():
     assert np.mean(best) == history.best[1]
 
 
+def test_batches_may_end_with_the_last_step(tmp_path):
+    params, _ = fresh()
+    few = [batches(step) for step in range(3)]
+    history = nn.train(
+        MODEL, params, few.__getitem__, steps=3, rate=0.01, path=tmp_path / "run", every=3
+    )
+    assert history.step == nn.load(tmp_path / "run").step == 3
+    assert history.attention
+
+
+def test_a_validation_loss_that_is_nan_is_not_the_best():
+    params = SQUARE.init(np.random.default_rng(0))
+    found = iter([math.nan, 3.0, math.nan, 2.0])
+
+    def loss(y, targets):
+        value, grad = nn.mean_squared(y, targets)
+        return (value if len(y) == 64 else next(found)), grad
+
+    few = [tuple(x[:5] for x in squares(100))]
+    history = nn.train(
+        SQUARE, params, squares, steps=4, rate=0.01, loss=loss, validation_batches=few, every=1
+    )
+    assert history.best == (4, 2.0)
+    np.testing.assert_array_equal(history.best_params["0"]["weight"], params["0"]["weight"])
+
+
+@pytest.mark.parametrize("wrong", [{"clip": -1.0}, {"clip": math.nan}, {"rate": lambda _: -0.1}])
+def test_gradients_are_not_turned_round(wrong):
+    params = SQUARE.init(np.random.default_rng(0))
+    before = copy.deepcopy(params)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be finite and"):
+        nn.train(
+            SQUARE, params, squares, steps=2, **({"rate": 0.1, "loss": nn.mean_squared} | wrong)
+        )
+    assert same(params, before)
+
+
 def test_attention_is_watched():
     """A head whose queries and keys have grown is named."""
     model = MODEL.replace(qk=None, dropout=0.0, num_features=64)
@@ -196,6 +236,15 @@ def test_attention_is_watched():
     params["blocks"]["1"]["attention"]["branch"]["qkv"]["weight"][24:32] *= 30
     with pytest.warns(RuntimeWarning, match=r"\(layer\.head\).*: 1\.1 \(\d\.\d of 64\)$"):
         nn.train(model, params, batches, steps=1, rate=1e-9)
+
+
+def test_attention_that_fades_is_diagnosed_as_such():
+    model = nn.PerformerLM(vocab=17, dim=16, depth=1, heads=2, num_features=16, decay=0.5)
+    params = model.init(np.random.default_rng(0))
+    (fading,) = nn.diagnose_attention(model, params, TEXT[:200])
+    (lasting,) = nn.diagnose_attention(model.replace(decay=None), params, TEXT[:200])
+    last = np.s_[:, 100:]
+    assert fading.standard_error[last].mean() > 1.3 * lasting.standard_error[last].mean()
 
 
 def test_progress_has_loss_and_speed(capsys):
@@ -242,6 +291,63 @@ def test_a_gradient_that_is_not_finite_is_named_and_refused(value):
     assert optimizer.count == 0
     assert not optimizer.gradient.any()
     optimizer.step(0.1)  # goes on
+
+
+def fitted(optimizer):
+    """The first and the last loss of training the parameters of an optimiser."""
+    losses = nn.train(
+        SQUARE, optimizer.params, squares, steps=60, rate=0.02, loss=nn.mean_squared,
+        optimizer=optimizer,
+    ).losses  # fmt: skip
+    return losses[0], losses[-1]
+
+
+SQUARE = nn.Chain((nn.Linear(1, 16), nn.RMSNorm(16), nn.Linear(16, 1)))
+
+
+def squares(step):
+    x = np.random.default_rng((0, step)).uniform(-1, 1, (64, 1))
+    return x, x**2
+
+
+def test_parameters_that_are_no_views_any_more_are_packed_again():
+    params = SQUARE.init(np.random.default_rng(0))
+    optimizer = nn.AdamW(params)
+    nn.AdamW(params)  # takes them over
+    copies = copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))
+    params["0"]["weight"] = params["0"]["weight"].copy()
+    first, last = fitted(optimizer)
+    assert last < first / 5
+    for other in copies:
+        assert fitted(other) == (first, last)
+        np.testing.assert_array_equal(other.vector, optimizer.vector)
+    params["0"]["weight"] = np.ones((2, 16), np.float32)
+    with pytest.raises(ValueError, match=r"params: 0\.weight must be \(16, 1\) of float32, got"):
+        optimizer.step(0.1)
+
+
+def test_an_error_within_a_step_leaves_no_gradients():
+    broken = {11}  # the second batch of a step
+
+    def batches(step):
+        if step in broken:
+            raise OSError("disk")
+        return squares(step)
+
+    def train(optimizer):
+        nn.train(
+            SQUARE, optimizer.params, batches, steps=20, rate=0.01, loss=nn.mean_squared,
+            optimizer=optimizer, start=optimizer.count, accumulate=2,
+        )  # fmt: skip
+
+    stopped, whole = (nn.AdamW(SQUARE.init(np.random.default_rng(0))) for _ in range(2))
+    with pytest.raises(OSError, match="disk"):
+        train(stopped)
+    assert not stopped.gradient.any()
+    broken.clear()
+    train(stopped)
+    train(whole)
+    np.testing.assert_array_equal(stopped.vector, whole.vector)
 
 
 def test_what_is_frozen_stays_and_what_is_not_decayed_does_not_shrink():

@@ -19,7 +19,7 @@ HOME = {
     "ROOM": "favor_np.cuda.plan",
     "SHORTEST": "favor_np.cuda.plan",
     "SLICE": "favor_np.forecast._forecast",
-    "WAVE": "favor_np.window",
+    "WAVE": "favor_np.jobs",
     "aligned": "favor_np.cpu.memory",
     "amx_unavailable": "favor_np.cpu.layout",
     "relay": "favor_np.cpu.schedule",

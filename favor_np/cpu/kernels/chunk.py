@@ -34,7 +34,13 @@ from favor_np.cpu.kernels.bfloat16 import pairs_along
 from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
 from favor_np.cpu.kernels.gemm import Prefetch, gemm, gemm_t, gemm_t_fetching, prefetch_rows
 from favor_np.cpu.kernels.jit import jit
-from favor_np.cpu.kernels.pack import pack_keys, pack_queries, pack_values, write_rows
+from favor_np.cpu.kernels.pack import (
+    join_rows,
+    pack_keys,
+    pack_queries,
+    pack_values,
+    write_rows,
+)
 from favor_np.cpu.kernels.products import (
     fold_keys,
     load_keys,
@@ -59,7 +65,18 @@ from favor_np.cpu.kernels.state import add_rows, add_sums, holds_nothing
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import READ, WHOLE
 from favor_np.cpu.tiles import CHUNK
-from favor_np.jobs import BLOCK, K_ROW, KEYS, LIFT_ROW, MASK_ROW, ROWS, SLOT, V_ROW
+from favor_np.jobs import (
+    BACKWARDS,
+    BLOCK,
+    K_ROW,
+    KEYS,
+    LIFT_ROW,
+    MASK_ROW,
+    QUERIES,
+    ROWS,
+    SLOT,
+    V_ROW,
+)
 
 #: Positions of a chunk that are tried together once its keys did not fit together: they may not
 #: again.
@@ -88,7 +105,9 @@ def fold_chunk(par, pairs, keys, values, count, s, z, slot, sums, add, next_rows
 
 
 @jit()
-def read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, groups, clean, next_rows, t):
+def read_chunk(
+    par, p, row, out_row, first_row, count, c, s, z, slot, keys, groups, clean, next_rows, t,
+):  # fmt: skip
     """One chunk of outputs, from the state and, if par.causal, the chunk's own keys."""
     call, values, w, features_count = p.call, t.values, p.row[BLOCK], p.row[ROWS]
     lanes = VECTOR_BYTES // values.itemsize
@@ -97,7 +116,7 @@ def read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, groups, clean, 
     d = call.q.shape[1]
     blocks, width = keys.shape[0] // par.signs, keys.shape[2]
     half = blocks * width
-    pack_queries(par, call, row, 1, count, w, t)
+    pack_queries(par, call, row, step_of(p), first_row, count, w, t)
     turn_queries(t.parts, t)
     first, fetched, empty = True, 0, par.causal and holds_nothing(z, slot, half * par.signs)
     for b in range(blocks):
@@ -153,33 +172,62 @@ def read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, groups, clean, 
         return
     if par.causal:
         own_keys(count, cols, rows, values, clean, t)
-    write_rows(t.num, t.den[0], t.top[0], t.square, count, call, out_row)
+    finish_rows(p, out_row, first_row, count, t)
 
 
 @jit()
-def read_pairs(pairs, par, p, row, out_row, count, clean, t):
+def finish_rows(p, out_row, first, count, t):
+    """Write the rows of a chunk, or join them with those that are there."""
+    num, den, top, square, call = t.num, t.den[0], t.top[0], t.square, p.call
+    if p.row[SLOT] == BACKWARDS:
+        join_rows(num, den, top, square, -1, first, count, call, out_row)
+    else:
+        write_rows(num, den, top, square, count, call, out_row)
+
+
+@jit()
+def read_pairs(pairs, par, p, row, out_row, first_row, count, clean, t):
     """The same in bfloat16, without error bars."""
     call, w = p.call, p.row[BLOCK]
-    pack_queries(par, call, row, 1, count, w, t)
+    pack_queries(par, call, row, step_of(p), first_row, count, w, t)
     pairs_along(t.rows, CHUNK, t.rows.shape[1], pairs.rows)
     read_blocks(pairs, par, count, call.query, w, t.keys.shape[0] // par.signs, clean, t)
-    write_rows(t.num, t.den[0], t.top[0], t.square, count, call, out_row)
+    finish_rows(p, out_row, first_row, count, t)
 
 
 @jit()
-def read(pairs, par, p, g, start, count, c, s, z, slot, keys, clean, distance, next_count, t):
-    """Whether `pairs` is None is known to the compiler.
+def step_of(p):
+    """Which way a problem goes through its rows."""
+    return -1 if p.row[SLOT] == BACKWARDS else 1
+
+
+@jit()
+def rows_ahead(step, row, distance, count):
+    """The lowest of the next rows, `distance` further on."""
+    return row + distance if step > 0 else row - distance - count + 1
+
+
+@jit()
+def read(
+    pairs, par, p, g, start, first, count, c, s, z, slot, keys, clean, distance, next_count, t,
+):  # fmt: skip
+    """Whether `pairs` is None is known to the compiler; the first rows of a chunk may be left out.
 
     Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of
     their outputs.
     """
-    row, out_row, call = p.q_rows[g] + start, p.out_rows[g] + start, p.call
+    call, step = p.call, step_of(p)
+    row, out_row = p.q_rows[g] + step * start, p.out_rows[g] + step * start
+    next_row = rows_ahead(step, row, distance, next_count)
     if pairs is None:
-        next_rows = Prefetch(call.q, row + distance, call.out, out_row + distance, next_count)
-        read_chunk(par, p, row, out_row, count, c, s, z, slot, keys, t.groups, clean, next_rows, t)
+        next_out = rows_ahead(step, out_row, distance, next_count)
+        next_rows = Prefetch(call.q, next_row, call.out, next_out, next_count)
+        read_chunk(
+            par, p, row, out_row, first, count, c, s, z, slot, keys, t.groups, clean, next_rows, t
+        )
     else:
-        prefetch_rows(call.q, row + distance, next_count)
-        read_pairs(pairs, par, p, row, out_row, count, clean, t)
+        prefetch_rows(call.q, next_row, next_count)
+        read_pairs(pairs, par, p, row, out_row, first, count, clean, t)
 
 
 @jit()
@@ -211,15 +259,15 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def keys_chunk(par, call, row, count, mask_row, lift_row, w, c, s, z, slot, keys, t):
+def keys_chunk(par, call, row, step, count, mask_row, lift_row, w, c, s, z, slot, keys, t):
     """Pack and map the keys from row on, keeping c above them; how many of them were taken."""
     mask, sums = call.mask, t.sums
-    pack_keys(par, call, row, count, mask_row, lift_row, w, t)
+    pack_keys(par, call, row, step, count, mask_row, lift_row, w, t)
     accepted = map_keys(
         par, count, call.k.shape[1], call.key, call.key_parts, call.bias, w, c, s, z, slot, keys, t
     )
     for i in range(accepted):
-        if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i]):
+        if t.square[i] == math.inf and (mask_row < 0 or mask[mask_row + i * step]):
             keys[:, i] = math.nan
             sums[:] = math.nan
     return accepted
@@ -281,28 +329,34 @@ def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
     A FOLD is into a state of the chunk's own.  `distance`: how many rows on those are that are
     prefetched meanwhile.
     """
-    call, row = p.call, p.row
-    k_row, v_row, w = row[K_ROW] + start, row[V_ROW] + start, row[BLOCK]
-    mask_row = row[MASK_ROW] + start if row[MASK_ROW] >= 0 else -1
-    lift_row = row[LIFT_ROW] + start if row[LIFT_ROW] >= 0 else -1
+    call, row, step = p.call, p.row, step_of(p)
+    k_row, v_row, w = row[K_ROW] + step * start, row[V_ROW] + step * start, row[BLOCK]
+    mask_row = row[MASK_ROW] + step * start if row[MASK_ROW] >= 0 else -1
+    lift_row = row[LIFT_ROW] + step * start if row[LIFT_ROW] >= 0 else -1
     reads = what == READ or (what == WHOLE and par.causal)
     next_count = min(CHUNK, row[KEYS] - start - distance)
     taken = count
     set_float_mode(IEEE)
     if what != READ:
-        taken = keys_chunk(par, call, k_row, count, mask_row, lift_row, w, c, s, z, slot, keys, t)
-    next_rows = Prefetch(call.k, k_row + distance, call.v, v_row + distance, next_count)
+        taken = keys_chunk(
+            par, call, k_row, step, count, mask_row, lift_row, w, c, s, z, slot, keys, t
+        )
+    next_rows = Prefetch(
+        call.k, rows_ahead(step, k_row, distance, next_count),
+        call.v, rows_ahead(step, v_row, distance, next_count), next_count,
+    )  # fmt: skip
     if t.pairs is not None:  # nothing below fetches
         prefetch_rows(call.k, next_rows.a_row, next_count)
         prefetch_rows(call.v, next_rows.b_row, next_count)
-    clean = pack_values(call.v, v_row, 1, taken, t.values, call.mask, mask_row)
+    clean = pack_values(call.v, v_row, step, taken, t.values, call.mask, mask_row)
     flush_beside(t.values, taken, c, True)
     load_keys(t.pairs, reads, keys, t, -(-count // 8) * 8, clean)
-    if reads:
+    first = max(row[KEYS] - row[QUERIES] - start, 0)
+    if reads and first < taken:
         load_state(t.pairs, par, row[ROWS], c, s, z, slot, keys.shape[2])
         for g in range(p.q_rows.size):
             read(
-                t.pairs, par, p, g, start, taken, c, s, z, slot, keys, clean, distance, next_count,
+                t.pairs, par, p, g, start, first, taken, c, s, z, slot, keys, clean, distance, next_count,
                 t,
             )  # fmt: skip
     # What nobody reads need not be folded: the end of a sequence without a state.

@@ -41,3 +41,22 @@ def leave(control, finished, mode):
     if finished == 0:  # came too late: whoever finished the last job has said so
         return 0
     return fetch_add(control, FINISHED, finished) + finished
+
+
+def each_job(do):
+    """Make the kernel that does ``do(call, job)``, which needs no room, for each job it gets."""
+    body = jit()(do)
+
+    @jit()
+    def kernel(call):
+        _, mode = enter(call.control)
+        finished = 0
+        while True:
+            job = claim(call.control)
+            if job < 0:
+                break
+            body(call, job)
+            finished += 1
+        return leave(call.control, finished, mode)
+
+    return kernel

@@ -44,7 +44,7 @@ def attend_one(par, p, c, s, z, slot, t):
         for g in range(p.q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 count, next_count = min(CHUNK, queries_count - start), queries_count - start - CHUNK
-                read(t.pairs, par, p, g, start, count, c, s, z, slot, t.keys, True, CHUNK,
+                read(t.pairs, par, p, g, start, 0, count, c, s, z, slot, t.keys, True, CHUNK,
                      min(CHUNK, next_count), t)  # fmt: skip
 
 

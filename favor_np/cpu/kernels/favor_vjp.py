@@ -85,7 +85,7 @@ def map_keys_side(par, call, job, at, count, c, s, z, slot, t):
     mask, values, share, w = call.mask, t.values, t.share, job[BLOCK]
     m_row = job[MASK_ROW] + at if job[MASK_ROW] >= 0 else -1
     lift_row = job[LIFT_ROW] + at if job[LIFT_ROW] >= 0 else -1
-    pack_keys(par, call, job[K_ROW] + at, count, m_row, lift_row, w, t)
+    pack_keys(par, call, job[K_ROW] + at, 1, count, m_row, lift_row, w, t)
     clean = pack_values(call.v, job[V_ROW] + at, 1, count, values, mask, m_row)
     for i in range(count):
         if t.square[i] == math.inf and (m_row < 0 or mask[m_row + i]):
@@ -104,7 +104,7 @@ def map_queries_side(par, call, job, at, step, count, c, s, z, slot, t):
     q_row, out_row, width = job[Q_ROW] + at, job[OUT_ROW] + at, call.grad.shape[1]
     weights, tops, values = call.weights, call.tops, t.values
     height, lift, share = t.height, t.lift, t.share
-    pack_queries(par, call, q_row, step, count, job[BLOCK], t)
+    pack_queries(par, call, q_row, step, 0, count, job[BLOCK], t)
     clean = pack_values(call.grad, out_row, step, count, values, call.mask, -1)
     for i in range(CHUNK):
         height[i], lift[i], share[i] = math.inf, 0, 0
@@ -202,7 +202,7 @@ def pack_readers(par, call, job, of_keys, at, step, count, t):
         pack_values(call.v, job[V_ROW] + at, step, count, other, call.mask, mask_row)
         extra[:] = 1
     else:
-        pack_queries(par, call, job[Q_ROW] + at, step, count, job[BLOCK], t)
+        pack_queries(par, call, job[Q_ROW] + at, step, 0, count, job[BLOCK], t)
         pack_values(call.grad, job[OUT_ROW] + at, step, count, other, call.mask, -1)
         extra[:] = 0
         for i in range(count):

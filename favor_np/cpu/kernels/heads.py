@@ -11,7 +11,7 @@ import math
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from favor_np.cpu.kernels.counters import claim, enter, leave
+from favor_np.cpu.kernels.counters import each_job
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.layers import block_of
 from favor_np.cpu.kernels.simd import fma, load, splat, store, sum_lanes
@@ -119,23 +119,15 @@ def split_side(call, i, first, heads, to, turned):
             copy_head(rows, i, start, to, at, 0, dim, whole)
 
 
-@jit()
-def split_heads(call):
-    """Cut rows into heads: jobs of `records.Heads`."""
-    _, mode = enter(call.control)
+@each_job
+def split_heads(call, job):
+    """Cut rows into heads: a job of `records.Heads`."""
     of_q, of_k, of_v = call.constants[1], call.constants[2], call.constants[3]
-    finished = 0
-    while True:
-        job = claim(call.control)
-        if job < 0:
-            break
-        first, last = block_of(job, call.rows.shape[0])
-        for i in range(first, last):
-            split_side(call, i, 0, of_q, call.q, True)
-            split_side(call, i, of_q, of_k, call.k, True)
-            split_side(call, i, of_q + of_k, of_v, call.v, False)
-        finished += 1
-    return leave(call.control, finished, mode)
+    first, last = block_of(job, call.rows.shape[0])
+    for i in range(first, last):
+        split_side(call, i, 0, of_q, call.q, True)
+        split_side(call, i, of_q, of_k, call.k, True)
+        split_side(call, i, of_q + of_k, of_v, call.v, False)
 
 
 @jit()
@@ -199,20 +191,12 @@ def merge_side(call, job, i, first, heads, source, turned):
             copy_head(source, at, 0, call.out, i, start, dim, whole)
 
 
-@jit()
-def merge_heads(call):
-    """Pull the cotangents of heads back to rows: jobs of `records.Heads`."""
-    _, mode = enter(call.control)
+@each_job
+def merge_heads(call, job):
+    """Pull the cotangents of heads back to rows: a job of `records.Heads`."""
     of_q, of_k, of_v = call.constants[1], call.constants[2], call.constants[3]
-    finished = 0
-    while True:
-        job = claim(call.control)
-        if job < 0:
-            break
-        first, last = block_of(job, call.out.shape[0])
-        for i in range(first, last):
-            merge_side(call, job, i, 0, of_q, call.q, True)
-            merge_side(call, job, i, of_q, of_k, call.k, True)
-            merge_side(call, job, i, of_q + of_k, of_v, call.v, False)
-        finished += 1
-    return leave(call.control, finished, mode)
+    first, last = block_of(job, call.out.shape[0])
+    for i in range(first, last):
+        merge_side(call, job, i, 0, of_q, call.q, True)
+        merge_side(call, job, i, of_q, of_k, call.k, True)
+        merge_side(call, job, i, of_q + of_k, of_v, call.v, False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from favor_np.cpu.kernels.counters import claim, enter, leave
+from favor_np.cpu.kernels.counters import each_job
 from favor_np.cpu.kernels.functions import gelu, gelu_tanh, relu, relu2, silu
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.simd import fma, load, splat, store, sum_lanes
@@ -54,22 +54,14 @@ def normalize_row(call, i, eps, centred, length, turn):
                 y[i + 1, j] += bias[j]
 
 
-@jit()
-def normalize(call):
-    """Normalise rows: jobs of `records.Normalize`."""
-    _, mode = enter(call.control)
+@each_job
+def normalize(call, job):
+    """Normalise rows: a job of `records.Normalize`."""
     eps, centred = call.constants[0], call.constants[1] != 0
     length, turn = int(call.constants[2]), int(call.constants[3])
-    finished = 0
-    while True:
-        job = claim(call.control)
-        if job < 0:
-            break
-        first, last = block_of(job, call.x.shape[0])
-        for i in range(first, last):
-            normalize_row(call, i, eps, centred, length, turn)
-        finished += 1
-    return leave(call.control, finished, mode)
+    first, last = block_of(job, call.x.shape[0])
+    for i in range(first, last):
+        normalize_row(call, i, eps, centred, length, turn)
 
 
 @jit()
@@ -116,28 +108,21 @@ def back_row_of_vectors(call, job, i, turn, end, centred):
         store(dx, i, j, fma(slope, (load(x, i, j) - mean) * inverse, g) * inverse)
 
 
-@jit()
-def normalize_back(call):
-    """The gradient of that: jobs of `records.NormalizeBack`."""
-    _, mode = enter(call.control)
+@each_job
+def normalize_back(call, job):
+    """The gradient of that: a job of `records.NormalizeBack`."""
     rows, dim = call.x.shape
     centred = call.constants[1] != 0
     length, turn = int(call.constants[2]), int(call.constants[3])
     lanes = VECTOR_BYTES // call.x.itemsize
-    whole, finished = dim % lanes == 0 and turn % lanes == 0, 0
-    while True:
-        job = claim(call.control)
-        if job < 0:
-            break
-        first, last = block_of(job, rows)
-        for i in range(first, last):
-            end = dim if (i + 1) % length != 0 else turn  # the last row's went to no other
-            if whole:
-                back_row_of_vectors(call, job, i, turn, end, centred)
-            else:
-                back_row(call, job, i, turn, end, centred)
-        finished += 1
-    return leave(call.control, finished, mode)
+    whole = dim % lanes == 0 and turn % lanes == 0
+    first, last = block_of(job, rows)
+    for i in range(first, last):
+        end = dim if (i + 1) % length != 0 else turn  # the last row's went to no other
+        if whole:
+            back_row_of_vectors(call, job, i, turn, end, centred)
+        else:
+            back_row(call, job, i, turn, end, centred)
 
 
 def _rows_of(function):
@@ -173,56 +158,41 @@ def _rows_of(function):
     return forward, back
 
 
-_gelu, _gelu_back = _rows_of(gelu)
-_gelu_tanh, _gelu_tanh_back = _rows_of(gelu_tanh)
-_relu, _relu_back = _rows_of(relu)
-_relu2, _relu2_back = _rows_of(relu2)
-_silu, _silu_back = _rows_of(silu)
+def _chosen(gelu, gelu_tanh, relu, relu2, silu):
+    """Make what calls the one of these that the constants of a call name."""
 
-
-@jit()
-def activate(call):
-    """Apply a function to every number: jobs of `records.Activate`."""
-    _, mode = enter(call.control)
-    kind, gated, finished = call.constants[0], call.constants[1] != 0, 0
-    while True:
-        job = claim(call.control)
-        if job < 0:
-            break
-        first, last = block_of(job, call.x.shape[0])
+    @jit()
+    def choose(call, first, last):
+        kind, gated = call.constants[0], call.constants[1] != 0
         if kind == 0:
-            _gelu(call, gated, first, last)
+            gelu(call, gated, first, last)
         elif kind == 1:
-            _gelu_tanh(call, gated, first, last)
+            gelu_tanh(call, gated, first, last)
         elif kind == 2:
-            _relu(call, gated, first, last)
+            relu(call, gated, first, last)
         elif kind == 3:
-            _relu2(call, gated, first, last)
+            relu2(call, gated, first, last)
         else:
-            _silu(call, gated, first, last)
-        finished += 1
-    return leave(call.control, finished, mode)
+            silu(call, gated, first, last)
+
+    return choose
 
 
-@jit()
-def activate_back(call):
-    """The gradient of that: jobs of `records.ActivateBack`."""
-    _, mode = enter(call.control)
-    kind, gated, finished = call.constants[0], call.constants[1] != 0, 0
-    while True:
-        job = claim(call.control)
-        if job < 0:
-            break
-        first, last = block_of(job, call.x.shape[0])
-        if kind == 0:
-            _gelu_back(call, gated, first, last)
-        elif kind == 1:
-            _gelu_tanh_back(call, gated, first, last)
-        elif kind == 2:
-            _relu_back(call, gated, first, last)
-        elif kind == 3:
-            _relu2_back(call, gated, first, last)
-        else:
-            _silu_back(call, gated, first, last)
-        finished += 1
-    return leave(call.control, finished, mode)
+_forward, _back = (
+    _chosen(*each)
+    for each in zip(*map(_rows_of, (gelu, gelu_tanh, relu, relu2, silu)), strict=True)
+)
+
+
+@each_job
+def activate(call, job):
+    """Apply a function to every number: a job of `records.Activate`."""
+    first, last = block_of(job, call.x.shape[0])
+    _forward(call, first, last)
+
+
+@each_job
+def activate_back(call, job):
+    """The gradient of that: a job of `records.ActivateBack`."""
+    first, last = block_of(job, call.x.shape[0])
+    _back(call, first, last)

@@ -86,27 +86,28 @@ def center(rows, count, middle, squares):
 
 
 @jit()
-def pack_queries(par, call, row, step, count, w, t):
-    """Pack queries, centred if the map is."""
-    pack(call.q, row, step, count, t.rows, par.limit, t.square)
+def pack_queries(par, call, row, step, first, count, w, t):
+    """Pack queries from the first on, centred if the map is; rows before it are any."""
+    rows, squares = t.rows[first:], t.square[first:]
+    pack(call.q, row + step * first, step, count - first, rows, par.limit, squares)
     if par.affine:
         center(t.rows, count, call.affine[w, QUERY_CENTER], t.square)
 
 
 @jit()
-def pack_keys(par, call, row, count, mask_row, lift_row, w, t):
+def pack_keys(par, call, row, step, count, mask_row, lift_row, w, t):
     """Pack keys and set their heights and, the integers of their bias, their lifts.
 
     Masked keys, and those that are not finite, are infinitely high: they have no feature.
     """
     mask, height, lift, share = call.mask, t.height, t.lift, t.share
-    pack(call.k, row, 1, count, t.rows, par.limit, t.square)
+    pack(call.k, row, step, count, t.rows, par.limit, t.square)
     heights(par, call, w, count, t)
     for i in range(CHUNK):
         height[i], lift[i], share[i] = math.inf, 0, 1
     for i in range(count):
-        if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i]):
-            raised = call.lifts[lift_row + i] if lift_row >= 0 else 0.0
+        if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i * step]):
+            raised = call.lifts[lift_row + i * step] if lift_row >= 0 else 0.0
             height[i], lift[i] = lifted(t.square[i], raised)
 
 
@@ -190,6 +191,30 @@ def write_rows(num, den, top, square, count, call, row):
             total += abs(value)
     if not total < math.inf:
         mend_rows(num, count, call, row)
+
+
+@jit()
+def join_rows(num, den, top, square, step, first, count, call, row):
+    """Join rows num / den, from the first on, with those of other keys that are there."""
+    rows, weights, tops, one = call.out, call.weights, call.tops, call.out.dtype.type(1)
+    total = rows.dtype.type(0)
+    for i in range(first, count):
+        at = row + step * i
+        highest = max(tops[at], top[i])
+        old = weights[at] * rows.dtype.type(2.0 ** max(float(tops[at] - highest), -1000.0))
+        scale = rows.dtype.type(2.0 ** max(float(top[i] - highest), -1000.0))
+        weights[at], tops[at] = old + den[i] * scale, highest
+        if weights[at] == 0:  # there is no key at all
+            continue
+        inverse = one / weights[at]
+        if square[i] == math.inf:
+            inverse *= math.nan
+        for x in range(rows.shape[1]):
+            value = rows[at, x] * (old * inverse) + num[i, x] * (scale * inverse)
+            rows[at, x] = value
+            total += abs(value)
+    if not total < math.inf:
+        report(call.control, OVERFLOW)
 
 
 @jit(fastmath=EXACT)

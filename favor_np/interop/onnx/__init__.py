@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +16,15 @@ except ImportError:
         "favor_np.interop.onnx needs onnx: pip install 'favor_np[onnx]'", name="onnx"
     ) from None
 
-from onnx import helper
-
 from favor_np import AttentionState, FeatureMap, storage, validation
-from favor_np._version import __version__
 from favor_np.features import ATTENTION_KINDS, checked
 from favor_np.interop.onnx import forms
-from favor_np.interop.onnx.graph import TYPES, Graph
+from favor_np.interop.onnx.graph import TYPES, Graph, end
+from favor_np.interop.onnx.models import empty_state, export_model
 
-__all__ = ["export_attention", "from_onnx_state", "to_onnx_state"]
+__all__ = ["empty_state", "export_attention", "export_model", "from_onnx_state", "to_onnx_state"]
 
 Array: TypeAlias = npt.NDArray[Any]
-
-FORMS = ("auto", "chunk", "gated", "whole")
-#: The first operators with Trilu, and with LinearAttention; the newest that models are tested with.
-OLDEST, LINEAR_ATTENTION = 14, 27
-NEWEST = min(27, onnx.defs.onnx_opset_version())
-#: Where onnxruntime has LinearAttention as an operator of its own.
-CONTRIB = "com.microsoft"
 
 
 def export_attention(
@@ -45,7 +35,8 @@ def export_attention(
     kv_heads: int | None = None,
     causal: bool = True,
     key_mask: bool = False,
-    decay: npt.ArrayLike | None = None,
+    key_bias: bool = False,
+    decay: npt.ArrayLike | Literal["input"] | None = None,
     form: str = "auto",
     opset: int = 17,
     dtype: npt.DTypeLike | None = None,
@@ -69,9 +60,12 @@ def export_attention(
         Query i sees keys up to i only.
     key_mask : bool, default False
         Whether the model has an input that says which keys take part.
-    decay : array_like of float, optional
+    key_bias : bool, default False
+        Whether it has one of numbers that are added to the logits of keys.
+    decay : array_like of float or "input", optional
         In (0, 1], one number or one a head of keys; at every token the weight of all earlier keys
-        is multiplied with it.  Causal only.
+        is multiplied with it.  "input": the model has an input of such factors, one a token and
+        head of keys.  Causal only.
     form : {"auto", "chunk", "gated", "whole"}, default "auto"
         How the graph is written.  "auto" is "chunk" if causal, else "whole".
 
@@ -93,12 +87,15 @@ def export_attention(
         - ``q`` (batch, positions, heads * d), ``k`` (batch, positions, kv_heads * d) and ``v``
           (batch, positions, kv_heads * dv); not causal, ``k`` and ``v`` may have other positions;
         - ``key_mask`` (batch, positions) of bool, if asked for;
+        - ``key_bias`` (batch, positions, kv_heads), if asked for; -inf masks a key;
+        - ``decay`` (batch, positions, kv_heads), if it is an input;
         - ``past_state`` (batch, kv_heads, M, dv + 1) and ``past_max`` (batch, kv_heads, M), of float32,
           or float64 like the rest; before the first key zeros and -1e30;
-        - ``past_length`` (batch) of int64 with a decay: how many tokens are in the state.
+        - ``past_length`` (batch) of int64 with a decay: how many tokens are in the state; or
+          ``past_decay`` (batch, kv_heads) of float64 if it is an input, 0 before the first key.
 
         Outputs are ``out`` (batch, positions, heads * dv), ``present_state``, ``present_max`` and
-        with a decay ``present_length``.
+        with a decay ``present_length`` or ``present_decay``.
 
     Raises
     ------
@@ -117,7 +114,8 @@ def export_attention(
     Notes
     -----
     No finite queries and keys give NaN.  Rows whose log-features pass 2**20 are cut to what does not,
-    number by number, and values beyond 2**100 to that.  Unlike favor_np, a model does not keep what
+    number by number, biases beyond 2**22 to that, values beyond 2**100, and factors a token below
+    1e-30.  Unlike favor_np, a model does not keep what
     rounding takes from its sums: in float32 that is felt after some ten thousand calls that go on
     from each other.
 
@@ -143,7 +141,13 @@ def export_attention(
     fm = checked(feature_map, ATTENTION_KINDS)
     heads, kv_heads = _heads(fm, heads, kv_heads)
     causal = validation.flag("causal", causal)
-    rates = validation.decay_rates(decay, (kv_heads,), causal=causal)
+    if isinstance(decay, str):
+        validation.choice("decay", decay, ("input",))
+        rates = None
+        if not causal:
+            raise ValueError("decay needs causal=True")
+    else:
+        rates = validation.decay_rates(decay, (kv_heads,), causal=causal)
     io = _dtype(fm, dtype)
     a = forms.Attention(
         feature_map=fm,
@@ -151,33 +155,50 @@ def export_attention(
         kv_heads=kv_heads,
         value_dim=validation.integer("value_dim", value_dim),
         causal=causal,
-        key_mask=validation.flag("key_mask", key_mask),
-        rates=None if rates is None else rates * np.log(2),
         real=np.dtype(np.float64 if io == np.float64 else np.float32),
         io=io,
     )
-    opset = validation.integer("opset", opset)
-    form = validation.choice("form", form, FORMS)
-    if form == "auto":
-        form = "chunk" if a.causal else "whole"
-    if not OLDEST <= opset <= NEWEST:
-        raise ValueError(f"opset must be from {OLDEST} to {NEWEST}, got {opset}")
-    if a.causal == (form == "whole"):
-        raise ValueError(f"form={form!r} is for causal={not a.causal}, got causal={a.causal}")
-    if form == "gated" and a.real == np.float64:
-        raise ValueError(
-            "form='gated' is not for float64, in which LinearAttention does not compute"
-        )
-    graph = Graph(opset, a.real)
-    domain = CONTRIB if form == "gated" and opset < LINEAR_ATTENTION else ""
-    if form == "gated":
-        results = forms.gated_form(a, graph, domain)
-    else:
-        results = (forms.chunk_form if a.causal else forms.whole_form)(a, graph)
-    model = _model(a, graph, results, domain)
-    helper.set_model_props(model, _properties(a, form))
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    graph = Graph(validation.integer("opset", opset), a.real)
+    form = forms.form_of(form, a.real, causal=causal)
+    given = forms.Given(
+        "q",
+        "k",
+        "v",
+        "past_state",
+        "past_max",
+        mask="key_mask" if validation.flag("key_mask", key_mask) else None,
+        bias="key_bias" if validation.flag("key_bias", key_bias) else None,
+    )
+    inputs, outputs = _ends(a, graph, given)
+    if isinstance(decay, str):
+        inputs.insert(-2, end("decay", TYPES[io.name], "batch", "positions", kv_heads))
+        inputs.append(end("past_decay", TYPES["float64"], "batch", kv_heads))
+        outputs.append(end("present_decay", TYPES["float64"], "batch", kv_heads))
+        clock, left = forms.token_clock(graph, "decay", "past_decay")
+        graph.named(left, "present_decay")
+        given = given._replace(clock=clock)
+    elif rates is not None:
+        inputs.append(end("past_length", TYPES["int64"], "batch"))
+        outputs.append(end("present_length", TYPES["int64"], "batch"))
+        count = graph.Gather(graph.Shape("k"), [1])
+        clock = forms.clock(graph, rates * np.log(2), "past_length", count)
+        graph.named(graph.Add("past_length", count), "present_length")
+        given = given._replace(clock=clock)
+    out, sums, c = forms.write(form, a, graph, given)
+    for name, x in (("out", out), ("present_state", sums), ("present_max", c)):
+        graph.named(x, name)
+    facts = {
+        "form": form,
+        "fingerprint": fm.fingerprint,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "dim": fm.dim,
+        "value_dim": a.value_dim,
+        "num_features": fm.num_features,
+        "causal": causal,
+        "decay": np.exp2(-rates).tolist() if rates is not None else decay,
+    }
+    return graph.model("favor_attention", inputs, outputs, facts)
 
 
 def _heads(fm: FeatureMap, heads: object, kv_heads: object) -> tuple[int, int]:
@@ -205,64 +226,30 @@ def _dtype(fm: FeatureMap, dtype: Any) -> np.dtype[Any]:
     return kind
 
 
-def _model(
-    a: forms.Attention, graph: Graph, results: tuple[str, str, str], domain: str
-) -> onnx.ModelProto:
-    """Return the model of a graph that is written: names and shapes of what goes in and out."""
-    out, sums, c = results
-    for x, name in ((out, "out"), (sums, "present_state"), (c, "present_max")):
-        graph.named(x, name)
+def _ends(a: forms.Attention, graph: Graph, given: forms.Given) -> tuple[list[Any], list[Any]]:
+    """Return names and shapes of what goes in and out."""
     io, dim = TYPES[a.io.name], a.feature_map.dim
     state = "batch", a.kv_heads, a.feature_map.num_features
-    keys = "positions" if a.causal else "key_positions"
-
-    def array(name: str, kind: int, *shape: str | int) -> Any:
-        return helper.make_tensor_value_info(name, kind, shape)
-
+    keys = "batch", "positions" if a.causal else "key_positions"
     inputs = [
-        array("q", io, "batch", "positions", a.heads * dim),
-        array("k", io, "batch", keys, a.kv_heads * dim),
-        array("v", io, "batch", keys, a.kv_heads * a.value_dim),
-        array("past_state", graph.type, *state, a.columns),
-        array("past_max", graph.type, *state),
+        end("q", io, "batch", "positions", a.heads * dim),
+        end("k", io, *keys, a.kv_heads * dim),
+        end("v", io, *keys, a.kv_heads * a.value_dim),
+    ]
+    if given.mask:
+        inputs.append(end("key_mask", TYPES["bool"], *keys))
+    if given.bias:
+        inputs.append(end("key_bias", io, *keys, a.kv_heads))
+    inputs += [
+        end("past_state", graph.type, *state, a.columns),
+        end("past_max", graph.type, *state),
     ]
     outputs = [
-        array("out", io, "batch", "positions", a.heads * a.value_dim),
-        array("present_state", graph.type, *state, a.columns),
-        array("present_max", graph.type, *state),
+        end("out", io, "batch", "positions", a.heads * a.value_dim),
+        end("present_state", graph.type, *state, a.columns),
+        end("present_max", graph.type, *state),
     ]
-    if a.key_mask:
-        inputs.insert(3, array("key_mask", TYPES["bool"], "batch", keys))
-    if a.rates is not None:
-        inputs.append(array("past_length", TYPES["int64"], "batch"))
-        outputs.append(array("present_length", TYPES["int64"], "batch"))
-        graph.named(graph.Add("past_length", graph.Gather(graph.Shape("k"), [1])), "present_length")
-    opsets = [helper.make_opsetid("", graph.opset)]
-    if domain:
-        opsets.append(helper.make_opsetid(domain, 1))
-    return helper.make_model(
-        graph.finished("favor_attention", inputs, outputs),
-        opset_imports=opsets,
-        ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
-        producer_name="favor_np",
-        producer_version=__version__,
-    )
-
-
-def _properties(a: forms.Attention, form: str) -> dict[str, str]:
-    """What a model says of itself: texts by name."""
-    facts = {
-        "form": form,
-        "fingerprint": a.feature_map.fingerprint,
-        "heads": a.heads,
-        "kv_heads": a.kv_heads,
-        "dim": a.feature_map.dim,
-        "value_dim": a.value_dim,
-        "num_features": a.feature_map.num_features,
-        "causal": a.causal,
-        "decay": None if a.rates is None else np.exp(-a.rates).tolist(),
-    }
-    return {f"favor_np.{n}": x if isinstance(x, str) else json.dumps(x) for n, x in facts.items()}
+    return inputs, outputs
 
 
 def to_onnx_state(state: AttentionState) -> dict[str, Array]:
@@ -277,7 +264,8 @@ def to_onnx_state(state: AttentionState) -> dict[str, Array]:
     Returns
     -------
     dict of str to ndarray
-        ``past_state``, ``past_max`` and, if the state has a decay, ``past_length``.
+        ``past_state``, ``past_max`` and, if the state has a decay, ``past_length``; or if factors a
+        token have made it fade, ``past_decay``, which is zero.
 
     Raises
     ------
@@ -317,6 +305,8 @@ def to_onnx_state(state: AttentionState) -> dict[str, Array]:
     }
     if state.decay is not None:
         arrays["past_length"] = lengths[:, 0].copy()
+    if snapshot._fade is not None:  # it is in the sums
+        arrays["past_decay"] = np.zeros(lead)
     return arrays
 
 
@@ -333,10 +323,10 @@ def from_onnx_state(
     feature_map : FeatureMap
         That of the model.
     arrays : mapping of str to array_like
-        The model's ``present_state``, ``present_max`` and, with a decay, ``present_length``; or the
-        same with ``past``.
+        The model's ``present_state``, ``present_max`` and, with a decay, ``present_length`` or
+        ``present_decay``; or the same with ``past``.
     decay : array_like of float, optional
-        That of the model.
+        That of the model, if it is no input.
 
     Returns
     -------
@@ -391,6 +381,11 @@ def from_onnx_state(
         lengths[...] = given[:, None]
         rates = -np.log2(state.decay)
         height += (lengths * rates % 1.0 * np.log(2) - _fraction(state.decay, lengths))[..., None]
+    if "present_decay" in arrays or "past_decay" in arrays:
+        before = _found(arrays, "decay", 2)
+        if before.shape != lead:
+            raise ValueError(f"decay must have shape {lead}, got {before.shape}")
+        height -= before[..., None]
     empty = sums[..., -1] == 0
     rebuild, parts = state.__reduce__()
     parts = storage.Parts(*parts)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from onnx import numpy_helper
 
-from favor_np import FeatureMap, numerics
-from favor_np.interop.onnx.graph import BOOL, DOUBLE, TYPES, Graph
+from favor_np import FeatureMap, numerics, validation
+from favor_np.interop.onnx.graph import BOOL, CONTRIB, DOUBLE, LINEAR_ATTENTION, TYPES, Graph
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -34,17 +34,21 @@ LEAST = {4: 2.0**-80, 8: 2.0**-900}
 LONGEST = {4: 2.0**100, 8: 2.0**900}
 
 
+#: Larger biases of keys are cut off, so that they are integers and fractions without a rounding.
+LARGEST_BIAS = 2.0**22
+#: Smaller factors a token count as this.
+SMALLEST_DECAY = 1e-30
+
+
 @dataclass(frozen=True)
 class Attention:
-    """What is exported: see `export_attention`.  `rates` are -log of the decay, one a key head."""
+    """What is exported: see `export_attention`."""
 
     feature_map: FeatureMap
     heads: int
     kv_heads: int
     value_dim: int
     causal: bool
-    key_mask: bool
-    rates: Array | None
     #: In which the graph computes.
     real: np.dtype[Any]
     #: Of queries, keys, values and the result.
@@ -97,6 +101,20 @@ class Attention:
     def _signed(self, weight: Array) -> Array:
         weight = np.swapaxes(weight, 1, 2)
         return np.concatenate([weight, -weight], axis=2) if self.feature_map.antithetic else weight
+
+
+class Given(NamedTuple):
+    """Names of what goes in: see `export_attention`, whose inputs they are."""
+
+    q: str
+    k: str
+    v: str
+    sums: str
+    c: str
+    mask: str | None = None
+    bias: str | None = None
+    #: What decay does: see `clock`.
+    clock: tuple[str, str, str] | None = None
 
 
 # --- features ----------------------------------------------------------------------------------
@@ -204,26 +222,25 @@ def lengths(g: Graph, x: str) -> tuple[str, str]:
     return g.Gather(shape, [0]), g.Gather(shape, [1])
 
 
-def values(a: Attention, g: Graph, alive: str | None) -> str:
+def values(a: Attention, g: Graph, x: Given, alive: str | None) -> str:
     """Return the values with a last column of ones, (batch, positions, kv_heads, columns).
 
     Rows of keys that take no part are zero.
     """
-    v = g.Reshape(real_input(a, g, "v"), [0, 0, a.kv_heads, a.value_dim])
+    v = g.Reshape(real_input(a, g, x.v), [0, 0, a.kv_heads, a.value_dim])
     v = g.Clip(v, -LONGEST[a.bytes], LONGEST[a.bytes])
     v = g.Pad(v, [0] * 7 + [1], 1.0)
     return v if alive is None else g.Where(g.Unsqueeze(alive, [3]), v, 0.0)
 
 
-def keys(a: Attention, g: Graph, alive: str | None) -> str:
+def keys(a: Attention, g: Graph, x: Given, alive: str | None) -> str:
     """Return the keys, (batch, positions, kv_heads * d); those that take no part are zero."""
-    k = real_input(a, g, "k")
-    return k if alive is None else g.Where(alive, k, 0.0)
-
-
-def alive_keys(a: Attention, g: Graph) -> str | None:
-    """Return which keys take part, (batch, positions, 1); None if all do."""
-    return g.Unsqueeze("key_mask", [2]) if a.key_mask else None
+    k = real_input(a, g, x.k)
+    if alive is None or x.bias is None:
+        return k if alive is None else g.Where(alive, k, 0.0)
+    dim = a.feature_map.dim
+    k = g.Where(g.Unsqueeze(alive, [3]), g.Reshape(k, [0, 0, a.kv_heads, dim]), 0.0)
+    return g.Reshape(k, [0, 0, a.kv_heads * dim])
 
 
 def real_input(a: Attention, g: Graph, name: str) -> str:
@@ -231,46 +248,82 @@ def real_input(a: Attention, g: Graph, name: str) -> str:
     return name if a.io == a.real else g.Cast(name, to=g.type)
 
 
-def averages(a: Attention, g: Graph, rows: str) -> str:
+def averages(a: Attention, g: Graph, rows: str, *, masked: bool) -> str:
     """Divide sums (batch, positions, heads, columns) by their last column: the result.
 
     Rows without a key are zeros over zero, and become zeros.
     """
     total, over = g.several("Split", [rows, [a.value_dim, 1]], 2, axis=3)
-    if a.key_mask or not a.causal:
+    if masked or not a.causal:
         over = g.Add(over, g.Cast(g.Equal(over, 0.0), to=g.type))
     out = g.Reshape(g.Div(total, over), [0, 0, a.heads * a.value_dim])
     return out if a.io == a.real else g.Cast(out, to=TYPES[a.io.name])
 
 
-def clock(a: Attention, g: Graph, count: str) -> tuple[str, str, str]:
+class Raised(NamedTuple):
+    """What keys have beside their log-features, (batch, positions, kv_heads or 1) each."""
+
+    #: Which keys take part; None if all do.
+    alive: str | None = None
+    #: What is added to the log-features: a small number, or one that leaves nothing of them.
+    extra: str | None = None
+    #: Integers that are added to them.
+    lift: str | None = None
+    #: Integers (batch, 1, kv_heads) that c is lowered by in the end.
+    wound: str | None = None
+
+
+def raised_keys(a: Attention, g: Graph, x: Given) -> Raised:
+    """Put together what decay, a mask and a bias do to keys."""
+    alive = None if x.mask is None else g.Unsqueeze(x.mask, [2])
+    extra, lift, wound = x.clock or (None, None, None)
+    if x.bias is not None:
+        bias = real_input(a, g, x.bias)
+        heard = g.Not(g.Equal(bias, -math.inf))
+        alive = heard if alive is None else g.And(alive, heard)
+        bias = g.Clip(g.Where(heard, bias, 0.0), -LARGEST_BIAS, LARGEST_BIAS)
+        whole = g.Floor(bias)
+        rest = g.Sub(bias, whole)
+        extra = rest if extra is None else g.Add(extra, rest)
+        lift = whole if lift is None else g.Add(lift, whole)
+    if alive is not None:
+        extra = g.Where(alive, 0.0 if extra is None else extra, NOTHING)
+    return Raised(alive, extra, lift, wound)
+
+
+def clock(g: Graph, rates: Array, length: str, count: str) -> tuple[str, str, str]:
     """By how much decay raises keys, and c in the end: fractions, integers, an integer.
 
-    Key j is raised by j times the rate.  Only integers ever move c: nothing is scaled by a factor
-    so near to 1 that float32 could not hold it.  The first two are (batch, positions, kv_heads).
+    Key j is raised by j times the rate, -log of the decay of its head.  Only integers ever move c:
+    nothing is scaled by a factor so near to 1 that float32 could not hold it.  The first two are
+    (batch, positions, kv_heads), the last is (batch, 1, kv_heads).  `length` (batch) are the tokens
+    in the state, `count` (1) those that come.
     """
-    assert a.rates is not None
-    rates = a.rates.reshape(1, 1, -1)
-    first = g.Unsqueeze("past_length", [1])
+    rates = rates.reshape(1, 1, -1)
+    first = g.Unsqueeze(length, [1])
     tokens = g.Add(first, g.Unsqueeze(g.Range(0, g.Squeeze(count, [0]), 1), [0]))
     start, end, each = (
-        g.Mul(g.Cast(g.Unsqueeze(x, [2]), to=DOUBLE), rates)
-        for x in (first, g.Add(first, count), tokens)
+        g.Mul(g.Cast(g.Unsqueeze(n, [2]), to=DOUBLE), rates)
+        for n in (first, g.Add(first, count), tokens)
     )
     before, whole = g.Floor(start), g.Floor(each)
     fraction, lift = g.Sub(each, whole), g.Sub(whole, before)
     return real(g, fraction), real(g, lift), real(g, g.Sub(g.Floor(end), before))
 
 
-def added(g: Graph, alive: str | None, fraction: str | None) -> str | None:
-    """Return what is added to the log-features of keys, (batch, positions, kv_heads or 1).
+def token_clock(g: Graph, decay: str, before: str) -> tuple[tuple[str, str, str], str]:
+    """Return the same for a factor a token, (batch, positions, kv_heads); and what comes `before` next.
 
-    A bias of keys, if there were one, would be a third term.
+    That is a fraction of float64, (batch, kv_heads).
     """
-    if alive is None:
-        return fraction
-    mask = g.Where(alive, 0.0, NOTHING)
-    return mask if fraction is None else g.Add(mask, fraction)
+    steps = g.Neg(g.Log(g.Clip(g.Cast(decay, to=DOUBLE), *map(np.array, (SMALLEST_DECAY, 1.0)))))
+    start = g.Unsqueeze(before, [1])
+    each = g.Add(start, g.CumSum(steps, 1))
+    whole = g.Floor(each)
+    end = g.Add(start, g.ReduceSum(steps, [1], keepdims=1))
+    wound = g.Floor(end)
+    parts = real(g, g.Sub(each, whole)), real(g, whole), real(g, wound)
+    return parts, g.Squeeze(g.Sub(end, wound), [1])
 
 
 class Cut:
@@ -319,32 +372,55 @@ class Cut:
 # --- the forms -----------------------------------------------------------------------------------
 
 
-def chunk_form(a: Attention, g: Graph) -> tuple[str, str, str]:
+FORMS = ("auto", "chunk", "gated", "whole")
+
+
+def form_of(form: str, real: np.dtype[Any], *, causal: bool) -> str:
+    """Return the form, "auto" being decided; ValueError if it does not go with the rest."""
+    form = validation.choice("form", form, FORMS)
+    if form == "auto":
+        form = "chunk" if causal else "whole"
+    if causal == (form == "whole"):
+        raise ValueError(f"form={form!r} is for causal={not causal}, got causal={causal}")
+    if form == "gated" and real == np.float64:
+        raise ValueError(
+            "form='gated' is not for float64, in which LinearAttention does not compute"
+        )
+    return form
+
+
+def write(form: str, a: Attention, g: Graph, x: Given) -> tuple[str, str, str]:
+    """Write attention in a form; result (batch, positions, heads * dv), sums, c."""
+    return {"chunk": chunk_form, "gated": gated_form, "whole": whole_form}[form](a, g, x)
+
+
+def chunk_form(a: Attention, g: Graph, x: Given) -> tuple[str, str, str]:
     """Write causal attention chunk by chunk, in plain operators; result, sums, c."""
-    cut = Cut(g, "k", CHUNK)
-    alive = alive_keys(a, g)
-    fraction = lift = wound = None
-    if a.rates is not None:
-        fraction, lift, wound = clock(a, g, cut.count)
-    extra = added(g, alive, fraction) or cut.zeros()
-    raised_heads = 1 if a.rates is None else a.kv_heads
-    v = g.Reshape(values(a, g, alive), [0, 0, a.kv_heads * a.columns])
-    d = a.feature_map.dim
+    cut = Cut(g, x.k, CHUNK)
+    more = raised_keys(a, g, x)
     parts = [
-        cut.apart(real_input(a, g, "q"), a.kv_heads, d, a.group),
-        cut.apart(keys(a, g, alive), a.kv_heads, d),
-        cut.apart(v, a.kv_heads, a.columns),
-        cut.apart(extra, raised_heads, 1, fill=NOTHING),
+        cut.apart(real_input(a, g, x.q), a.kv_heads, a.feature_map.dim, a.group),
+        *key_parts(a, g, x, cut, more),
     ]
-    if lift is not None:
-        parts.append(cut.apart(lift, a.kv_heads, 1))
-    state = "past_state", g.Unsqueeze("past_max", [2])
-    body = chunk_body(a, g)
+    state = x.sums, g.Unsqueeze(x.c, [2])
+    body = chunk_body(a, g, lifted=more.lift is not None)
     sums, c, rows = g.several("Scan", [*state, *parts], 3, body=body, num_scan_inputs=len(parts))
     c = g.Squeeze(c, [2])
-    if wound is not None:
-        c = lowered(g, c, wound)
-    return averages(a, g, cut.together(rows, a.kv_heads, a.group, a.columns)), sums, c
+    if more.wound is not None:
+        c = lowered(g, c, more.wound)
+    rows = cut.together(rows, a.kv_heads, a.group, a.columns)
+    return averages(a, g, rows, masked=more.alive is not None), sums, c
+
+
+def key_parts(a: Attention, g: Graph, x: Given, cut: Cut, more: Raised) -> list[str]:
+    """Cut keys, values, and what keys have beside them, into chunks."""
+    v = g.Reshape(values(a, g, x, more.alive), [0, 0, a.kv_heads * a.columns])
+    parts = [
+        cut.apart(keys(a, g, x, more.alive), a.kv_heads, a.feature_map.dim),
+        cut.apart(v, a.kv_heads, a.columns),
+        cut.apart(more.extra or cut.zeros(), a.kv_heads if more.lift else 1, 1, fill=NOTHING),
+    ]
+    return parts + ([] if more.lift is None else [cut.apart(more.lift, a.kv_heads, 1)])
 
 
 def lowered(g: Graph, c: str, wound: str) -> str:
@@ -352,7 +428,7 @@ def lowered(g: Graph, c: str, wound: str) -> str:
     return g.Sub(c, g.Transpose(wound, perm=[0, 2, 1]))
 
 
-def chunk_body(a: Attention, g: Graph) -> Any:
+def chunk_body(a: Attention, g: Graph, *, lifted: bool) -> Any:
     """Fold a chunk and read it, by four matrix products.
 
     What all keys of the chunk are relative to may come from one that a query does not see.  Where
@@ -360,7 +436,7 @@ def chunk_body(a: Attention, g: Graph) -> Any:
     """
     b = g.body()
     sums, c, q, k, v, extra = b.takes("sums", "c", "q", "k", "v", "extra")
-    lift = b.takes("lift")[0] if a.rates is not None else None
+    lift = b.takes("lift")[0] if lifted else None
     logs, lift = key_logs(a, b, k, extra, lift)
     query = query_logs(a, b, q)
     after = b.Max(c, b.Ceil(b.reduce("ReduceMax", raised(b, logs, lift), 2)))
@@ -418,39 +494,33 @@ def read_one_by_one(
     return g.Reshape(g.Transpose(rows, perm=[1, 2, 3, 0, 4]), shape)
 
 
-def whole_form(a: Attention, g: Graph) -> tuple[str, str, str]:
+def whole_form(a: Attention, g: Graph, x: Given) -> tuple[str, str, str]:
     """Write attention that is not causal: one Scan folds all keys, another reads the state."""
-    cut, d = Cut(g, "k", BLOCK), a.feature_map.dim
-    alive = alive_keys(a, g)
-    extra = added(g, alive, None) or cut.zeros()
-    v = g.Reshape(values(a, g, alive), [0, 0, a.kv_heads * a.columns])
+    cut = Cut(g, x.k, BLOCK)
+    more = raised_keys(a, g, x)
     b = g.body()
-    sums, c, k, value, more = b.takes("sums", "c", "k", "v", "extra")
-    logs, lift = key_logs(a, b, k, more, None)
+    sums, c, k, value, extra = b.takes("sums", "c", "k", "v", "extra")
+    lift = None if more.lift is None else b.takes("lift")[0]
+    logs, lift = key_logs(a, b, k, extra, lift)
     after = b.Max(c, b.Ceil(b.reduce("ReduceMax", raised(b, logs, lift), 2)))
     phi, _ = key_features(a, b, logs, after, lift)
     new = b.Add(faded(a, b, sums, c, after), b.MatMul(b.swap(phi), value))
-    parts = [
-        cut.apart(keys(a, g, alive), a.kv_heads, d),
-        cut.apart(v, a.kv_heads, a.columns),
-        cut.apart(extra, 1, 1, fill=NOTHING),
-    ]
-    state = "past_state", g.Unsqueeze("past_max", [2])
-    sums, c = g.several(
-        "Scan", [*state, *parts], 2, body=b.gives("fold", new, after), num_scan_inputs=3
-    )
-    cut = Cut(g, "q", BLOCK)
+    parts = key_parts(a, g, x, cut, more)
+    state = x.sums, g.Unsqueeze(x.c, [2])
+    body = b.gives("fold", new, after)
+    sums, c = g.several("Scan", [*state, *parts], 2, body=body, num_scan_inputs=len(parts))
+    cut = Cut(g, x.q, BLOCK)
     b = g.body()
     kept, highest, q = b.takes("sums", "c", "q")
     rows = b.MatMul(query_features(a, b, query_logs(a, b, q), highest), kept)
-    q = cut.apart(real_input(a, g, "q"), a.kv_heads, d, a.group)
+    q = cut.apart(real_input(a, g, x.q), a.kv_heads, a.feature_map.dim, a.group)
     body = b.gives("read", b.Identity(kept), b.Identity(highest), rows)
     rows = g.several("Scan", [sums, c, q], 3, body=body, num_scan_inputs=1)[2]
     rows = cut.together(rows, a.kv_heads, a.group, a.columns)
-    return averages(a, g, rows), sums, g.Squeeze(c, [2])
+    return averages(a, g, rows, masked=more.alive is not None), sums, g.Squeeze(c, [2])
 
 
-def gated_form(a: Attention, g: Graph, domain: str) -> tuple[str, str, str]:
+def gated_form(a: Attention, g: Graph, x: Given) -> tuple[str, str, str]:
     """Write causal attention around the operator LinearAttention, which takes gates of features.
 
     The gate of feature r is ``c_r(t - 1) - c_r(t)``: each token is folded relative to the running
@@ -459,53 +529,50 @@ def gated_form(a: Attention, g: Graph, domain: str) -> tuple[str, str, str]:
     fm, heads = a.feature_map, a.kv_heads
     per_key = [0, 0, heads, 1, fm.dim] if a.own else [0, 0, heads, fm.dim]
     per_query = [0, 0, heads, a.group, fm.dim] if a.own else [0, 0, a.heads, fm.dim]
-    alive = alive_keys(a, g)
-    fraction = lift = wound = None
-    if a.rates is not None:
-        fraction, lift, wound = clock(a, g, lengths(g, "k")[1])
+    more = raised_keys(a, g, x)
     columns = [3, 4] if a.own else [3]
-    extra = added(g, alive, fraction)
-    extra, lift = (None if x is None else g.Unsqueeze(x, columns) for x in (extra, lift))
-    logs, lift = key_logs(a, g, g.Reshape(keys(a, g, alive), per_key), extra, lift)
+    extra, lift = (None if n is None else g.Unsqueeze(n, columns) for n in (more.extra, more.lift))
+    logs, lift = key_logs(a, g, g.Reshape(keys(a, g, x, more.alive), per_key), extra, lift)
     if a.own:
         logs = g.Squeeze(logs, [3])
         lift = None if lift is None else g.Squeeze(lift, [3])
-    c, gates, tops = running_maximum(g, g.Ceil(raised(g, logs, lift)))
+    c, gates, tops = running_maximum(g, x.c, g.Ceil(raised(g, logs, lift)))
     phi, below = key_features(a, g, logs, tops, lift)
     if a.group > 1 or a.own:
         below = g.Unsqueeze(below, [3])
-    reads = query_logs(a, g, g.Reshape(real_input(a, g, "q"), per_query))
+    reads = query_logs(a, g, g.Reshape(real_input(a, g, x.q), per_query))
     if a.group > 1 and not a.own:
         reads = g.Reshape(reads, [0, 0, heads, a.group, fm.num_features])
     # Any number that all features of a query have in common cancels: `below` is smaller than c.
     reads = shares(a, g, g.Add(reads, below))
     features = fm.num_features
-    v = g.Reshape(values(a, g, alive), [0, 0, heads * a.columns])
+    v = g.Reshape(values(a, g, x, more.alive), [0, 0, heads * a.columns])
     reads = g.Reshape(reads, [0, 0, a.heads * features])
-    phi, gates = (g.Reshape(x, [0, 0, heads * features]) for x in (phi, gates))
+    phi, gates = (g.Reshape(n, [0, 0, heads * features]) for n in (phi, gates))
     rows, sums = g.several(
         "LinearAttention",
-        [reads, phi, v, "past_state", gates],
+        [reads, phi, v, x.sums, gates],
         2,
-        domain=domain,
+        domain="" if g.opset >= LINEAR_ATTENTION else CONTRIB,
         q_num_heads=a.heads,
         kv_num_heads=heads,
         update_rule="gated",
         scale=1.0,
     )
-    if wound is not None:
-        c = lowered(g, c, wound)
-    return averages(a, g, g.Reshape(rows, [0, 0, a.heads, a.columns])), sums, c
+    if more.wound is not None:
+        c = lowered(g, c, more.wound)
+    rows = g.Reshape(rows, [0, 0, a.heads, a.columns])
+    return averages(a, g, rows, masked=more.alive is not None), sums, c
 
 
-def running_maximum(g: Graph, tops: str) -> list[str]:
+def running_maximum(g: Graph, highest: str, tops: str) -> list[str]:
     """Return the last of the running maxima, their differences to the one before, and all of them.
 
     One position needs no Scan, and none at all must not meet one: that ends onnxruntime.
     """
     count = g.Gather(g.Shape(tops), 1)
     one, other = g.body(), g.body()
-    before = one.Unsqueeze("past_max", [1])
+    before = one.Unsqueeze(highest, [1])
     after = one.Max(before, tops)
     single = one.gives("one", one.Squeeze(after, [1]), one.Sub(before, after), after)
 
@@ -515,7 +582,7 @@ def running_maximum(g: Graph, tops: str) -> list[str]:
     after = b.Max(before, now)
     body = b.gives("highest", after, b.Sub(before, after), b.Identity(after))
     options = {"num_scan_inputs": 1, "scan_input_axes": [1], "scan_output_axes": [1, 1]}
-    found = some.several("Scan", ["past_max", tops], 3, body=body, **options)
-    as_it_is = none.gives("none", *(none.Identity(x) for x in ("past_max", tops, tops)))
+    found = some.several("Scan", [highest, tops], 3, body=body, **options)
+    as_it_is = none.gives("none", *(none.Identity(x) for x in (highest, tops, tops)))
     several = other.choice(other.Cast(count, to=BOOL), some.gives("some", *found), as_it_is, 3)
     return g.choice(g.Equal(count, 1), single, other.gives("other", *several), 3)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from favor_np._version import __version__
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -19,6 +23,16 @@ TYPES = {
     "int64": TensorProto.INT64,
 }
 BOOL, DOUBLE = TYPES["bool"], TYPES["float64"]
+#: The first operators with Trilu, and with LinearAttention; the newest that models are tested with.
+OLDEST, LINEAR_ATTENTION = 14, 27
+NEWEST = min(27, onnx.defs.onnx_opset_version())
+#: Where onnxruntime has LinearAttention as an operator of its own.
+CONTRIB = "com.microsoft"
+
+
+def end(name: str, kind: int, *shape: str | int) -> Any:
+    """Return an input or output of a model."""
+    return helper.make_tensor_value_info(name, kind, shape)
 
 
 class Graph:
@@ -38,6 +52,8 @@ class Graph:
     """
 
     def __init__(self, opset: int, real: np.dtype[Any], parent: Graph | None = None) -> None:
+        if not OLDEST <= opset <= NEWEST:
+            raise ValueError(f"opset must be from {OLDEST} to {NEWEST}, got {opset}")
         self.opset, self.real, self.type = opset, real, TYPES[real.name]
         self._names: set[str] = set() if parent is None else parent._names
         self._constants: dict[Any, Any] = {}
@@ -63,6 +79,25 @@ class Graph:
         """Return the graph, which has these inputs and outputs."""
         constants = list(self._constants.values())
         return helper.make_graph(self._nodes, name, inputs, outputs, constants)
+
+    def model(
+        self, name: str, inputs: list[Any], outputs: list[Any], facts: Mapping[str, Any]
+    ) -> onnx.ModelProto:
+        """Return the graph as a model that is checked, and says these facts of itself."""
+        opsets = [helper.make_opsetid("", self.opset)]
+        if any(node.domain == CONTRIB for node in self._nodes):
+            opsets.append(helper.make_opsetid(CONTRIB, 1))
+        model = helper.make_model(
+            self.finished(name, inputs, outputs),
+            opset_imports=opsets,
+            ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
+            producer_name="favor_np",
+            producer_version=__version__,
+        )
+        texts = {n: x if isinstance(x, str) else json.dumps(x) for n, x in facts.items()}
+        helper.set_model_props(model, {f"favor_np.{n}": x for n, x in texts.items()})
+        onnx.checker.check_model(model, full_check=True)
+        return model
 
     def __getattr__(self, operator: str) -> Callable[..., str]:
         """Return a function that appends a node of the operator, and returns its output."""

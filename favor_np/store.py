@@ -1,7 +1,7 @@
 """Machine code on disk: whose folders are trusted, and files that are read whole or not at all.
 
 A file begins with a line that says what it is, and another one with what its code was compiled from
-and for, and its SHA-256; the rest is object code.  No fault of a file or a folder is the user's:
+and for, and its SHA-256; the rest is machine code.  No fault of a file or a folder is the user's:
 what cannot be read is compiled, and what cannot be written is kept in memory.  Set
 ``FAVOR_NP_CACHE=0`` to do neither.
 """
@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent / "kernels"
+_PACKAGE = Path(__file__).parent
 _FROZEN = bool(getattr(sys, "frozen", False))
 #: What of this package is on the disk: its folder, the archive it is in, the program it is frozen
 #: in.
@@ -183,6 +183,14 @@ def save(symbol: str, header: dict[str, str], code: bytes) -> None:
             return
         except Exception:  # disk full, folder gone, ...: this process has its code already
             pass
+
+
+def count(prefix: str, sources: str) -> int:
+    """Return how many kernels with such names are kept, compiled from these sources."""
+    names: set[str] = set()
+    for folder in folders() if enabled() else ():
+        names.update(path.name for path in folder.glob(f"{prefix}*-{sources}-*.code"))
+    return len(names)
 
 
 def _forget(folder: Path, symbol: str, current: str) -> None:
