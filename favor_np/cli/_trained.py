@@ -296,6 +296,15 @@ def _past_section(prices: Prices, model: PerformerForecaster, past: _Past) -> Se
         for label, made in past.made.items()
     ]  # fmt: skip
     rows.append(("in short", _words(past)))
+    if ours.horizon > 1:
+        thinned = [
+            f"{name} {ours.against(made).thinned:+.1f}"
+            for name, made in past.made.items()
+            if made is not ours
+        ]
+        rows.append(
+            ("without overlap", f"z by every {ours.horizon}th forecast alone: {', '.join(thinned)}")
+        )
     if model.target == "return":
         right, usual = _hits(past)
         rows.append(

@@ -98,6 +98,15 @@ def test_what_was_saved_forecasts_at_once(series, capsys, tmp_path):
     assert "WALK-FORWARD" not in out
 
 
+def test_overlapping_outcomes_are_judged_without_overlap_as_well(series, capsys):
+    path = series()
+    argv = [path, "--model", "performer", "--epochs", "0", "--horizon", "4"]
+    words = " ".join(run(capsys, *argv).split())
+    data = json.loads(run(capsys, *argv, "--json"))
+    z = data["past"]["models"]["zero"]["z_thinned"]
+    assert f"z by every 4th forecast alone: zero {z:+.1f}, mean so far" in words
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
