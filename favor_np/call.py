@@ -337,6 +337,15 @@ def by_groups(call: Call) -> Call:
     return replace(call, q=q, grouped=False, out_shape=(*lead, shared, q.shape[-2], width))
 
 
+def sum_heads(grad: Array, like: Array, heads: Shape | None) -> Array:
+    """Sum over groups of query heads that share those of `heads`, and to the shape of an array."""
+    if heads is not None:
+        batch = grad.shape[:-2]
+        group = batch[-1] // heads[-1]
+        grad = grad.reshape(*batch[:-1], heads[-1], group, *grad.shape[-2:]).sum(-3)
+    return sum_to(grad, like)
+
+
 def sum_to(grad: Array, like: Array) -> Array:
     """Return the gradient of an array that was broadcast: summed to its shape, in its dtype."""
     shape = (1,) * (grad.ndim - like.ndim) + like.shape

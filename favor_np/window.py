@@ -406,7 +406,7 @@ class WindowState:
         key_bias : array_like of float, shape (..., L), optional
             As for `favor_attention`.
         decay : array_like of float, shape (..., L), optional
-            A factor a token, as for `AttentionState.update`.
+            One factor per token, as for `AttentionState.update`.
         num_threads : int, optional
             Default: see `thread_limit`.
         check_finite : bool, default False

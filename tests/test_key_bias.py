@@ -412,6 +412,26 @@ def test_same_bits_on_any_number_of_threads(options):
         assert np.array_equal(getattr(one, name), getattr(two, name))
 
 
+@pytest.mark.parametrize("kind", ["positive", "relu"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_masked_key_elsewhere_changes_no_bit(kind, dtype):
+    """Nor does it change how sequences of one position are computed."""
+    fm = fm_of(kind)
+    for seed in range(20):
+        q, k, v, bias, _ = inputs(2, length=10, seed=seed, dtype=dtype)
+        alone = favor_attention(q[1, 9:], k[1, 9:], v[1, 9:], fm, causal=True, key_bias=bias[1, 9:])
+        bias[:, 3] = bias[0, 9] = -np.inf  # of another sequence, and of another head
+        k[:, 3] = k[0, 9] = np.nan
+        packed = favor_attention(q, k, v, fm, causal=True, cu_seqlens=[0, 9, 10], key_bias=bias)
+        np.testing.assert_array_equal(packed[1, 9:], alone)
+        np.testing.assert_array_equal(packed[0, 9:], 0)
+        same = favor_attention(
+            q, k, v, fm, causal=True, cu_seqlens=[0, 9, 10], key_bias=np.maximum(bias, -1e3),
+            key_mask=bias > -np.inf,
+        )  # fmt: skip
+        np.testing.assert_array_equal(packed, same)
+
+
 def test_no_later_number_changes_an_earlier_row():
     fm, (q, k, v, bias, gates) = fm_of(), inputs(2, length=300, dtype=np.float32)
     whole = favor_attention(q, k, v, fm, causal=True, key_bias=bias, decay=gates)

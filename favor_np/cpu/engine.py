@@ -65,6 +65,7 @@ class CPU:
         merge_states = staticmethod(states.merge_states)
         has_tails = staticmethod(states.has_tails)
         lower_states = staticmethod(states.lower_states)
+        scale_states = staticmethod(states.scale_states)
         state_sums = staticmethod(launch.state_sums)
         state_parts = staticmethod(states.state_parts)
         states_of = staticmethod(states.states_of)

@@ -240,7 +240,7 @@ def backtest(
     stride = validation.integer("stride", stride)
     gap = validation.integer("gap", gap, minimum=0)
     validation.choice("loss", loss, tuple(LOSSES))
-    rows, outcome = _checked(X, y, horizon)
+    rows, outcome = _checked(X, y, horizon, loss)
     count = len(outcome)
     refit = count if refit is None else validation.integer("refit", refit)
     if start >= count:
@@ -275,7 +275,9 @@ def backtest(
     )
 
 
-def _checked(X: npt.ArrayLike, y: npt.ArrayLike, horizon: int) -> tuple[npt.NDArray[Any], F64]:
+def _checked(
+    X: npt.ArrayLike, y: npt.ArrayLike, horizon: int, loss: str
+) -> tuple[npt.NDArray[Any], F64]:
     rows, outcome = np.asarray(X), np.asarray(y, np.float64)
     if rows.ndim == 1:
         rows = rows[:, None]
@@ -287,6 +289,12 @@ def _checked(X: npt.ArrayLike, y: npt.ArrayLike, horizon: int) -> tuple[npt.NDAr
     if len(missing):
         raise ValueError(
             f"y must be known but for the last {horizon} rows, row {missing[0]} is not"
+        )
+    if loss == "qlike" and (outcome < 0).any():
+        row = int(np.argmax(outcome < 0))
+        raise ValueError(
+            f"y must be at least 0 with loss='qlike', squared returns as a rule: row {row} is "
+            f"{outcome[row]}"
         )
     return rows, outcome
 

@@ -138,10 +138,18 @@ class HAR(Parameters):
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
         """Regress."""
+        if not self.spans:
+            raise ValueError("spans must hold at least one number of rows, got none")
+        for span in self.spans:
+            validation.integer("spans", span)
+        if self.window is not None:
+            validation.integer("window", self.window)
         returns, outcome = returns_of(X), np.asarray(y, np.float64)
         last = slice(0 if self.window is None else max(0, len(outcome) - self.window), None)
+        if not (returns[last].any() and outcome[last].any()):
+            last = slice(None)  # no trade for so long: what was before says more
         mean = float(np.mean(returns[last] ** 2))
-        if not mean > 0:
+        if not (mean > 0 and outcome[last].any()):
             raise ValueError("the returns never vary: no volatility can be fitted")
         self.floor_ = FLOOR * mean
         rows = _with_ones(self.features(returns)[last])
@@ -201,6 +209,8 @@ class GARCH(Parameters):
         validation.integer("horizon", self.horizon)
         returns = returns_of(X)
         unit = float(np.std(returns))
+        if not unit > 0:
+            raise ValueError("the returns never vary: no volatility can be fitted")
         model = arch_model(returns / unit, mean="Zero", vol="GARCH", p=1, q=1, dist="t")
         found = model.fit(disp="off", show_warning=False).params
         self.alpha_, self.beta_ = float(found["alpha[1]"]), float(found["beta[1]"])
@@ -221,9 +231,16 @@ class GARCH(Parameters):
 
 
 def returns_of(X: npt.ArrayLike) -> F64:
-    """Return the first column."""
+    """Return the first column, which must be finite."""
     rows = np.asarray(X, np.float64)
-    return rows if rows.ndim == 1 else rows[:, 0]
+    returns = rows if rows.ndim == 1 else rows[:, 0]
+    missing = np.flatnonzero(~np.isfinite(returns))
+    if len(missing):
+        raise ValueError(
+            f"returns, the first column of X, must be finite, row {missing[0]} is "
+            f"{returns[missing[0]]}"
+        )
+    return returns
 
 
 def _with_ones(features: F64) -> F64:

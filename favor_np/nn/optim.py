@@ -175,8 +175,10 @@ class AdamW:
             If `params` or `grads` holds an array of another shape or dtype than at first.
         """
         rate = float(rate)
-        if not math.isfinite(rate):
-            raise ValueError(f"rate must be finite, got {rate}")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"rate must be finite and at least 0, got {rate}")
+        if clip is not None:
+            clip = validation.positive_float("clip", clip)
         norm = self.norm()
         if not math.isfinite(norm):
             self._refuse()

@@ -17,10 +17,9 @@ import numpy as np
 
 from favor_np import validation
 from favor_np.diagnostics import Diagnosis, diagnose
-from favor_np.features import FeatureMap
 from favor_np.nn.attention import seen
 from favor_np.nn.blas import one_thread
-from favor_np.nn.checkpoint import save
+from favor_np.nn.checkpoint import ready, save
 from favor_np.nn.layer import Key, Layer
 from favor_np.nn.losses import cross_entropy
 from favor_np.nn.optim import AdamW, constant
@@ -143,13 +142,7 @@ def _diagnoses(model: Layer, params: Params, x: Any) -> list[tuple[Diagnosis, in
     with seen() as found:
         model.apply(params, x)
     found = [each for each in found if each[3].kind == "positive"]
-    return [(_diagnosis(*each), each[3].num_features) for each in found]
-
-
-def _diagnosis(q: Array, k: Array, v: Array, fm: FeatureMap, causal: bool) -> Diagnosis:
-    group = q.shape[-3] // k.shape[-3]
-    k, v = (np.repeat(x, group, axis=-3) for x in (k, v))
-    return diagnose(q, k, v, fm, causal=causal)
+    return [(diagnose(q, k, v, fm, **options), fm.num_features) for q, k, v, fm, options in found]
 
 
 @dataclasses.dataclass
@@ -162,6 +155,7 @@ class _Run:
     loss: Loss
     seed: int
     history: History
+    seen: Any = None  # the latest input
 
     def learn(self, batches: Batches, step: int, accumulate: int) -> float:
         """Add the gradients of a step, and return its loss; after an error there are none."""
@@ -176,6 +170,7 @@ class _Run:
         for part in range(accumulate):
             x, targets = batches(step * accumulate + part)
             key: Key = (self.seed, step) if accumulate == 1 else (self.seed, step, part)
+            self.seen = x
             y, pullback = self.model.vjp(self.params, x, key=key)
             loss, grad = self.loss(y, targets)
             if not math.isfinite(loss):
@@ -192,10 +187,10 @@ class _Run:
         losses = [self.loss(self.model.apply(self.params, x), t)[0] for x, t in validation_batches]
         return float(np.mean(losses))
 
-    def look(self, step: int, x: Any) -> None:
+    def look(self, step: int) -> None:
         """Note the effective sample sizes of heads, and warn of those that are too small."""
         bad = []
-        for layer, (found, features) in enumerate(_diagnoses(self.model, self.params, x)):
+        for layer, (found, features) in enumerate(_diagnoses(self.model, self.params, self.seen)):
             sizes = np.moveaxis(found.effective_sample_size, -2, 0)
             for head, rows in enumerate(sizes.reshape(len(sizes), -1)):
                 size = float(np.median(rows))
@@ -310,6 +305,8 @@ def train(
     )
     if redraw is not None:
         redraw = validation.integer("redraw", redraw)
+    if clip is not None:
+        clip = validation.positive_float("clip", clip)
     if patience is not None:
         patience = validation.integer("patience", patience)
         validation.given(validation_batches=validation_batches)
@@ -317,24 +314,26 @@ def train(
     optimizer = AdamW(params) if optimizer is None else optimizer
     if optimizer.params is not params:
         raise ValueError("optimizer must be that of params, got one of other parameters")
+    if path is not None:
+        ready(path, model)
     history = History(step=start)
     run = _Run(model, params, optimizer, loss, validation.integer("seed", seed, minimum=0), history)
     began, looked, waited = time.perf_counter(), start, 0
 
     def look() -> None:
-        """Take stock after some steps: validation, attention, checkpoint."""
+        """Take stock after some steps: validation, checkpoint, attention."""
         nonlocal looked, waited
         looked = history.step
         if validation_batches:
             value = run.evaluate(validation_batches)
             history.validation.append((history.step, value))
             waited += 1
-            if history.best is None or value < history.best[1]:
+            if value < (history.best[1] if history.best else math.inf):
                 history.best, waited = (history.step, value), 0
                 history.best_params = _copy(params)
-        run.look(history.step, batches(history.step * accumulate)[0])
         if path is not None:
             save(path, model, params, optimizer, step=history.step, **(info or {}))
+        run.look(history.step)
 
     with reporting(progress) as report, _interrupts() as interrupted, one_thread():
         for step in range(start, steps):

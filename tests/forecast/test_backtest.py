@@ -166,6 +166,12 @@ def test_overlapping_outcomes_raise_few_false_alarms():
     assert alarms < 0.14 * 300
 
 
+def test_what_is_better_every_time_is_better():
+    found = diebold_mariano(np.zeros(50), np.ones(50))
+    assert found.verdict("X") == "better than X (p = 0)"
+    assert diebold_mariano(np.ones(50), np.ones(50)).verdict("X") == "no better than X (p = 1)"
+
+
 def test_verdicts_are_words():
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(1000)
@@ -230,6 +236,16 @@ def test_har_is_a_regression(minutes):
     assert np.allclose(model.predict(X)[-500:], forecast, rtol=1e-9)
 
 
+def test_har_outlasts_a_time_without_trades(minutes):
+    X, y = (x.copy() for x in minutes)
+    X[1000:1600] = y[999:1600] = 0
+    for model in (HAR(window=500), FavorHAR(window=500, seed=0)):
+        assert np.isfinite(model.fit(X[:1550], y[:1550]).predict(X[:1560])).all()
+    flat, whole = HAR(window=500).fit(X[:1550], y[:1550]), HAR(window=None).fit(X[:1550], y[:1550])
+    assert flat.floor_ == whole.floor_
+    assert np.isfinite(backtest(HAR(window=500), X, y, start=600, refit=50).predicted).all()
+
+
 @pytest.mark.parametrize("horizon", [1, 5])
 def test_garch_is_that_of_arch(minutes, horizon):
     from arch import arch_model
@@ -273,11 +289,21 @@ class Wrong(Constant):
         ({"y": np.ones(99)}, ValueError, r"X and y must be .* got \(100, 1\), \(99,\)"),
         ({"X": np.ones((2, 2, 2))}, ValueError, "X and y must be"),
         ({"y": np.where(np.arange(100) == 7, np.nan, 1.0)}, ValueError, "row 7 is not"),
+        ({"y": np.linspace(-1, 1, 100)}, ValueError, "y must be at least 0 with loss='qlike'"),
+        (
+            {"estimator": HAR(), "X": np.where(np.arange(100) == 7, np.nan, 1.0)},
+            ValueError,
+            "returns, the first column of X, must be finite, row 7 is nan",
+        ),
         ({"estimator": object()}, TypeError, "estimator needs a method fit"),
         ({"estimator": Wrong(lambda n: np.ones((n, 1)))}, ValueError, "a number a row"),
         ({"estimator": Wrong(np.zeros)}, ValueError, r"above 0.*: row 50 has 0\.0"),
         ({"estimator": EWMA(decay=1.0)}, ValueError, "decay must be from 0 to below 1"),
         ({"estimator": HAR(), "X": np.zeros(100)}, ValueError, "the returns never vary"),
+        ({"estimator": HAR(window=0)}, ValueError, "window must be at least 1"),
+        ({"estimator": HAR(spans=(1, 0))}, ValueError, "spans must be at least 1"),
+        ({"estimator": HAR(spans=(1, 2), window=-3)}, ValueError, "window must be at least 1"),
+        ({"estimator": GARCH(), "X": np.zeros(100)}, ValueError, "the returns never vary"),
     ],
 )
 def test_bad_input_is_named(change, error, message):

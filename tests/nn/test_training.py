@@ -1,6 +1,7 @@
 """Training: the same bits on any number of threads and after a resume, and nothing that is not finite."""
 
 import copy
+import math
 import os
 import pickle
 import signal
@@ -183,6 +184,43 @@ def test_validation_keeps_the_best_and_stops():
     assert np.mean(best) == history.best[1]
 
 
+def test_batches_may_end_with_the_last_step(tmp_path):
+    params, _ = fresh()
+    few = [batches(step) for step in range(3)]
+    history = nn.train(
+        MODEL, params, few.__getitem__, steps=3, rate=0.01, path=tmp_path / "run", every=3
+    )
+    assert history.step == nn.load(tmp_path / "run").step == 3
+    assert history.attention
+
+
+def test_a_validation_loss_that_is_nan_is_not_the_best():
+    params = SQUARE.init(np.random.default_rng(0))
+    found = iter([math.nan, 3.0, math.nan, 2.0])
+
+    def loss(y, targets):
+        value, grad = nn.mean_squared(y, targets)
+        return (value if len(y) == 64 else next(found)), grad
+
+    few = [tuple(x[:5] for x in squares(100))]
+    history = nn.train(
+        SQUARE, params, squares, steps=4, rate=0.01, loss=loss, validation_batches=few, every=1
+    )
+    assert history.best == (4, 2.0)
+    np.testing.assert_array_equal(history.best_params["0"]["weight"], params["0"]["weight"])
+
+
+@pytest.mark.parametrize("wrong", [{"clip": -1.0}, {"clip": math.nan}, {"rate": lambda _: -0.1}])
+def test_gradients_are_not_turned_round(wrong):
+    params = SQUARE.init(np.random.default_rng(0))
+    before = copy.deepcopy(params)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be finite and"):
+        nn.train(
+            SQUARE, params, squares, steps=2, **({"rate": 0.1, "loss": nn.mean_squared} | wrong)
+        )
+    assert same(params, before)
+
+
 def test_attention_is_watched():
     """A head whose queries and keys have grown is named."""
     model = MODEL.replace(qk=None, dropout=0.0, num_features=64)
@@ -198,6 +236,15 @@ def test_attention_is_watched():
     params["blocks"]["1"]["attention"]["branch"]["qkv"]["weight"][24:32] *= 30
     with pytest.warns(RuntimeWarning, match=r"\(layer\.head\).*: 1\.1 \(\d\.\d of 64\)$"):
         nn.train(model, params, batches, steps=1, rate=1e-9)
+
+
+def test_attention_that_fades_is_diagnosed_as_such():
+    model = nn.PerformerLM(vocab=17, dim=16, depth=1, heads=2, num_features=16, decay=0.5)
+    params = model.init(np.random.default_rng(0))
+    (fading,) = nn.diagnose_attention(model, params, TEXT[:200])
+    (lasting,) = nn.diagnose_attention(model.replace(decay=None), params, TEXT[:200])
+    last = np.s_[:, 100:]
+    assert fading.standard_error[last].mean() > 1.3 * lasting.standard_error[last].mean()
 
 
 def test_progress_has_loss_and_speed(capsys):

@@ -31,7 +31,7 @@ from favor_np.cpu.kernels.simd import (
 from favor_np.cpu.kernels.state import add_pair, begin, fold_tail, scale_row, tail
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import TAIL
-from favor_np.jobs import BLOCK, K_ROW, LIFT_ROW, ROWS, V_ROW
+from favor_np.jobs import BLOCK, K_ROW, LIFT_ROW, MASK_ROW, ROWS, V_ROW
 
 
 @jit(fastmath=EXACT)
@@ -50,15 +50,17 @@ def step_token(par, call, job, me, t):
     keys, values = tail(s, z, slot, every)
     pack(q, call.q_rows[job, 0], 1, 1, rows[1:2], par.limit, square[1:2])
     pack(call.k, row[K_ROW], 1, 1, rows[0:1], par.limit, square[0:1])
-    pack_values(call.v, row[V_ROW], 1, 1, values[count : count + 1], call.mask, -1)
+    pack_values(call.v, row[V_ROW], 1, 1, values[count : count + 1], call.mask, row[MASK_ROW])
     flush_beside(values[count : count + 1], 1, c, True)
     if par.affine:
         center(rows[1:2], 1, affine[w, QUERY_CENTER], square[1:2])
     heights(par, call, w, 1, t)
     raised = call.lifts[row[LIFT_ROW]] if row[LIFT_ROW] >= 0 else 0.0
-    height, whole = lifted(min(square[0], par.far), raised)
-    height, lift = splat(q, height), splat(c, whole)
-    raised, spoiled = False, splat(q, math.nan if square[0] == math.inf else 0)
+    height, whole, spoiled = math.inf, 0, 0.0
+    if row[MASK_ROW] < 0 or call.mask[row[MASK_ROW]]:
+        height, whole = lifted(min(square[0], par.far), raised)
+        spoiled = math.nan if square[0] == math.inf else 0.0
+    height, lift, spoiled, raised = splat(q, height), splat(c, whole), splat(q, spoiled), False
     for b in range(half // width):
         project_two(rows, key[w + b], raw, width, d)
         queries = raw
