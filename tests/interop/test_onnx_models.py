@@ -14,9 +14,12 @@ onnxruntime = bridges.require("onnxruntime")
 
 from favor_np import nn
 from favor_np.cli import main
+from favor_np.interop import performer_pytorch
 from favor_np.interop.onnx import empty_state, export_model, models
 
 PROMISE = 3e-6
+#: What performer-pytorch trained: see tests/golden/README.md.
+TRAINED = sorted(Path(__file__).parents[1].glob("golden/performer_pytorch_model_*.npz"))
 VOCAB, DIM = 50, 12
 LENGTH, PROMPT = 150, 130
 
@@ -288,6 +291,25 @@ def test_greedy_text_is_that_of_generate():
         new = logits[:, -1:].argmax(-1)
         found.append(int(new[0, 0]))
     assert bytes(found) == bytes(model.generate(params, b"to be or not to be", 20, temperature=0))
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=[path.stem[24:] for path in TRAINED])
+@causal_forms
+def test_models_that_pytorch_trained(path, form):
+    """Without its constants; the logits were computed in float64, without favor_np."""
+    files = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    model, params = performer_pytorch.load(*files, eps=0)
+    data = np.load(path)
+    x, want = data["tokens"], data["logits_f64_eps0"]
+    if not model.causal and form == "gated":
+        with pytest.raises(ValueError, match="causal"):
+            export_model(model, params, form=form)
+        return
+    session = Session(model, params, form=form if model.causal else "auto")
+    out, _ = session(x.astype(np.int64))
+    assert abs(out - want).max() < 3e-5
+    with pytest.raises(ValueError, match="OriginalPerformerLM cannot be exported"):
+        export_model(*performer_pytorch.load(*files))
 
 
 @pytest.mark.parametrize("opset", [14, 17, 18, 22, 27])
