@@ -118,6 +118,9 @@ class Engine(Protocol):
     def lower_states(self, form: StateForm, arrays: States, by: Array, /) -> None:
         """Take so much off the exponents of each state."""
 
+    def scale_states(self, arrays: States, by: Array, /) -> None:
+        """Multiply the sums of each state, which has no tail, by a number."""
+
     def state_sums(self, form: StateForm, arrays: States) -> tuple[Array, Array, Array]:
         """Return copies of (c, S, z) in main memory, without padding."""
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from favor_np import validation
 from favor_np.call import Call, StateForm, StateParts
 from favor_np.decay import Fade, raise_by, set_decay
-from favor_np.engine import Engine, engine_for, processor, refuse
+from favor_np.engine import Engine, engine_for, processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.guard import Guard
 
@@ -32,9 +32,10 @@ class AttentionState:
     of it gives zeros; ``favor_attention(..., return_state=True)`` returns one as well.
 
     Threads may share a state: calls that change it (`update`, `step`, `merge`) are made one after
-    the other, and what reads or copies it finds it as it is between two of them.  Whoever
-    interrupts a call that changes it finds it as it was or, from then on, a RuntimeError that says
-    that it is spoiled; so does a signal handler that uses a state in the midst of such a call.
+    the other, and what reads or copies it finds it as it is between two of them, and goes before
+    those that come later.  Whoever interrupts a call that changes it finds it as it was or, from
+    then on, a RuntimeError that says that it is spoiled; so does a signal handler that uses a state
+    in the midst of such a call.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ class AttentionState:
         Default: that of the map's projection; on a CUDA device float32.
     device : {"cpu", "cuda"}, optional
         "cuda": the state lies on a GPU.  It takes arrays that lie there, or NumPy's, and gives back
-        arrays of the same kind; its c, S and z are copied to main memory.  No decay.
+        arrays of the same kind; its c, S and z are copied to main memory.
 
     Raises
     ------
@@ -115,7 +116,6 @@ class AttentionState:
         value_dim, batch_shape, kind = validation.state_arguments(
             value_dim, batch_shape, dtype, fm.num_heads
         )
-        refuse(engine, decay=decay)
         if engine.dtype not in (None, kind):
             raise TypeError(f"dtype must be {engine.dtype} {engine.home}, got {kind}")
         if sequences is not None:
@@ -303,7 +303,7 @@ class AttentionState:
         key_bias : array_like of float, shape (..., L), optional
             As for `favor_attention`.
         decay : array_like of float, shape (..., L), optional
-            A factor a token, in (0, 1]: each multiplies the weights of all keys before it, those in
+            One factor per token, in (0, 1]: each multiplies the weights of all keys before it, those in
             the state included.  For states without a `decay` of their own.
         cu_seqlens : array_like of int, shape (sequences + 1,), optional
             Where the rows of each packed sequence begin; for states with `sequences`.
@@ -311,7 +311,7 @@ class AttentionState:
             Default: see `thread_limit`.
         check_finite : bool, default False
             Refuse NaN and infinity, in masked keys as well, before the state is touched: one such
-            key stays in it for ever.  For the CPU only.
+            key stays in it for ever.
 
         Returns
         -------
@@ -339,7 +339,7 @@ class AttentionState:
             check_finite=check_finite,
             dtype=self.dtype,
         )
-        self._run(call, cu_seqlens, decay)
+        self._run(call, cu_seqlens, engine.to_host(decay))
         return self
 
     def attend(
@@ -411,7 +411,6 @@ class AttentionState:
             Default: see `thread_limit`.
         check_finite : bool, default False
             Refuse NaN and infinity before the state is touched: one such key stays in it for ever.
-            For the CPU only.
 
         Returns
         -------
@@ -428,10 +427,12 @@ class AttentionState:
         engine, (q, k, v, _) = self._engine.receive(q, k, v)
         if key_bias is not None:
             key_bias = validation.number_a_token(
-                "key_bias", key_bias, self.batch_shape, self.sequences
+                "key_bias", engine.to_host(key_bias), self.batch_shape, self.sequences
             )
         if decay is not None:
-            decay = validation.number_a_token("decay", decay, self.batch_shape, self.sequences)
+            decay = validation.number_a_token(
+                "decay", engine.to_host(decay), self.batch_shape, self.sequences
+            )
         (q, k, v), flat = engine.token(
             q, k, v, self.batch_shape, self.feature_map.dim, self.sequences
         )
@@ -484,8 +485,6 @@ class AttentionState:
             call.offsets = validation.sequence_offsets(cu_seqlens, max(keys, call.q.shape[-2]))
         if call.offsets is not None or self.sequences is not None:
             self._fits(call.offsets)
-        if call.engine.refused:
-            refuse(call.engine, key_bias=call.key_bias is not None, decay=decay)
         if decay is not None or (keys and self._rates is not None and not call.causal):
             set_decay(call, decay, self)  # a single token is raised by what has faded alone
         if 0 < keys < LONG:
@@ -588,8 +587,7 @@ class AttentionState:
         c, s, z = other._without_tail()._arrays
         before, theirs = self._raised(), other._raised()
         if before is not None:
-            factor = np.exp2(before.fraction).astype(z.dtype)[:, None]
-            s, z = s * factor[..., None], z * factor
+            self._engine.scale_states((c, s, z), np.exp2(before.fraction))
         self._age(other._tokens, other._fade)
         now = self._raised()
         if before is not None and theirs is not None and now is not None:

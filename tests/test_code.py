@@ -196,7 +196,7 @@ except RuntimeError as error:
 
 def test_edited_callee_is_compiled_anew(copied):
     """Stock Numba goes on running the old code: it looks at the kernel's own file only."""
-    inside = copied / "favor_np" / "cpu" / "kernels" / "__pycache__"
+    inside = copied / "favor_np" / "__pycache__"
     script = """
 import numpy as np
 from favor_np.cpu import code, scaling

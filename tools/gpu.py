@@ -8,7 +8,9 @@ import functools
 import itertools
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +72,39 @@ def ours():
                 yield f"Forward {' '.join(values)} out=", times(call)
 
 
+FIRST = """
+import time
+import numpy as np
+import favor_np
+from favor_np.cuda import device
+device.current()
+fm = favor_np.feature_map("positive", 64, 256)
+x = np.ones((3, 4, 200, 64), np.float32)
+start = time.perf_counter()
+favor_np.favor_attention(*x, fm, causal=True, device="cuda")
+print(time.perf_counter() - start)
+"""
+
+
+def first_calls():
+    """The first call of a process, which compiles, or finds what was kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        environ = os.environ | {"NUMBA_CACHE_DIR": folder, "FAVOR_NP_CACHE": "1"}
+        environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+        )
+        for name in ("compiles", "finds kernels"):
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST],
+                env=environ,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            seconds = float(done.stdout)
+            yield f"first call of a process that {name}", Times(seconds, seconds)
+
+
 def rivals():
     """Exact attention of PyTorch, and fla's linear attention, of the same sizes."""
     try:
@@ -126,7 +161,7 @@ def main():
     """Print all."""
     bench_cuda.cuda()
     print("   µs: alone    in a row")
-    for name, found in itertools.chain(floors(), ours(), rivals()):
+    for name, found in itertools.chain(floors(), first_calls(), ours(), rivals()):
         print(f"{1e6 * found.alone:12.1f}{1e6 * found.in_a_row:12.1f}  {name}", flush=True)
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Tests, compute-sanitizer and benchmarks on a machine with an NVIDIA GPU, and a log of it.
+# Compiled kernels, tests, benchmarks and compute-sanitizer on a machine with an NVIDIA GPU, and a
+# log of it.
 #
 #   tools/gpu_check.sh [log]        default: gpu_check.log
 #
@@ -32,6 +33,10 @@ main() {
     'import sys; from favor_np.cuda import device; sys.exit(device.problem())'
   [ "$failed" = 0 ] || { echo "no GPU that can be used: see above"; return 1; }
 
+  step "Kernels are compiled, and kept" "$python" -m favor_np.cli warmup --device cuda
+  step "Another process finds them" "$python" -m favor_np.cli warmup --device cuda
+  step "Installation" "$python" -m favor_np.cli info
+
   if "$python" -c 'import pytest' 2>/dev/null; then
     # not the whole suite's settings: they need packages that may not be here
     step "Tests" "$python" -m pytest -c /dev/null --rootdir . --confcutdir tests/gpu -q -ra \
@@ -44,8 +49,8 @@ main() {
   step "Benchmarks" "$python" tools/gpu.py
 
   if command -v compute-sanitizer >/dev/null; then
-    for case in masked causal-131; do
-      for tool in memcheck racecheck initcheck synccheck; do # side by side: it is compiling that takes time
+    for case in masked causal-131 weighed-antithetic steps; do
+      for tool in memcheck racecheck initcheck synccheck; do # side by side, as each is slow to begin
         step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
           "$python" tests/gpu/plain.py "$case" >"$folder/$tool" 2>&1 &
       done

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PICTURE = Path("docs", "_static", "structure.svg")
 PACKAGE = "favor_np"
 HOUSES = {"cpu": 0, "cuda": 2}  # packages drawn module by module, and on which side; 1 is between
-WIDTH, HOUSE, BOX, PITCH, LANE = 800, 170, 24, 48, 9  # pixels
+WIDTH, HOUSE, BOX, PITCH, LANE = 800, 180, 24, 48, 9  # pixels
 SWEEPS, STIFF = 500, 10
 STYLE = """<title>The modules and what they import</title>
 <style>

@@ -108,7 +108,7 @@ class RoundTrip:
 class Decode:
     """A token appended to a state on the GPU and attended from; so many heads at once."""
 
-    params = ([8, 1024],)
+    params = ([8, 1024, 2048],)
     param_names = ("heads",)
 
     def setup(self, heads):

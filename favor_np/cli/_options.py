@@ -143,10 +143,12 @@ def compilation_told() -> Iterator[None]:
         if not told:
             told.append(kernel)
             folder = store.cache_path()
+            where = "processor, up to a minute"
+            if isinstance(kernel, str):
+                where = "GPU, some minutes"
             kept = f"kept in {folder}" if folder else "not kept, as there is no cache"
             print(
-                "favor-np: compiling the kernels of attention for this machine, which takes a minute or "
-                f"two; they are {kept}",
+                f"favor-np: compiling the kernels of attention for this {where}; they are {kept}",
                 file=sys.stderr,
                 flush=True,
             )

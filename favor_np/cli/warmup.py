@@ -77,13 +77,13 @@ def _call_on_gpu(fm: FeatureMap, *, causal: bool) -> None:
     import favor_np
 
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, 2, 8)).astype(np.float32)
-    for keys in (k, k[:1]):  # gradients of several heads are added
+    for keys, bias in ((k, None), (k[:1], None), (k, [0.0, 0.0])):  # for one, heads are added
         _, pullback = favor_np.favor_attention_vjp(
-            q, keys, v[: len(keys)], fm, causal=causal, device="cuda"
+            q, keys, v[: len(keys)], fm, causal=causal, key_bias=bias, device="cuda"
         )
         pullback(v)
-    state = favor_np.AttentionState(fm, 8, 2, device="cuda")
-    state.update(k, v).step(q[:, 0], k[:, 0], v[:, 0])
+    state = favor_np.AttentionState(fm, 8, 2, decay=0.5, device="cuda")
+    state.update(k, v).merge(state.copy()).step(q[:, 0], k[:, 0], v[:, 0])
 
 
 def _say(ready: int, compiled: int, start: float) -> None:

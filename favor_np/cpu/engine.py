@@ -38,7 +38,10 @@ class CPU:
         return array
 
     def cotangent(self, call: Call, grad_out: object) -> Array:
-        return validation.cotangent(grad_out, call.out_shape)
+        grad = validation.cotangent(grad_out, call.out_shape)
+        if call.check_finite:
+            validation.finite(grad_out=grad)
+        return grad
 
     def new_output(self, call: Call) -> Array:
         return np.empty(call.out_shape, call.compute)
@@ -65,6 +68,7 @@ class CPU:
         merge_states = staticmethod(states.merge_states)
         has_tails = staticmethod(states.has_tails)
         lower_states = staticmethod(states.lower_states)
+        scale_states = staticmethod(states.scale_states)
         state_sums = staticmethod(launch.state_sums)
         state_parts = staticmethod(states.state_parts)
         states_of = staticmethod(states.states_of)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.call import Call, Cotangents, ErrorBars, Forward, StateForm, sum_to
+from favor_np.call import Call, Cotangents, ErrorBars, Forward, StateForm, sum_heads
 from favor_np.cpu import memory, scaling, schedule, tuning
 from favor_np.cpu.code import Kernel, kernel
 from favor_np.cpu.layout import (
@@ -186,13 +186,13 @@ def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = Non
     batch, inputs = call.out_shape[:-2], (call.q, call.k, call.v)
     kept = None, *2 * [call.state_shape if call.grouped else None]
     q, k, v = (
-        _onto(rows.reshape(*batch, *x.shape[-2:]), x, heads)
+        sum_heads(rows.reshape(*batch, *x.shape[-2:]), x, heads)
         for rows, x, heads in zip(pulled.to[:3], inputs, kept, strict=True)
     )
     bias = None
     if call.lifts is not None:
         rows = pulled.to.key_bias.reshape(*batch, -1, 1)
-        bias = _onto(rows, call.lifts[..., None], kept[1])[..., 0]
+        bias = sum_heads(rows, call.lifts[..., None], kept[1])[..., 0]
     if pulled.states is None:
         return Cotangents(q, k, v, bias)
     # Query heads that share a state have each seen a part of its cotangent.
@@ -319,15 +319,6 @@ def _pull_scaled(
     if small.states is not None:
         scaling.keep_in_range(small.states, cotangents, both)
     return pulled._replace(states=small.states)
-
-
-def _onto(grad: Array, like: Array, heads: tuple[int, ...] | None) -> Array:
-    """Sum over groups of query heads that share those of `heads`, and to the shape of an array."""
-    if heads is not None:
-        batch = grad.shape[:-2]
-        group = batch[-1] // heads[-1]
-        grad = grad.reshape(*batch[:-1], heads[-1], group, *grad.shape[-2:]).sum(-3)
-    return sum_to(grad, like)
 
 
 @dataclass(slots=True, eq=False)

@@ -59,6 +59,14 @@ def lower_states(form: StateForm, arrays: Any, by: Array) -> None:
     c[:, rows] -= within[:, None].astype(c.dtype)
 
 
+def scale_states(arrays: Any, by: Array) -> None:
+    """Multiply the sums of each state, which has no tail, by a number, in place."""
+    _, s, z = arrays
+    factor = by.astype(z.dtype)[:, None]
+    s *= factor[..., None]
+    z *= factor
+
+
 def state_parts(form: StateForm, arrays: Any) -> StateParts:
     """Return copies of all that states hold, as any machine would have it."""
     layout = layout_of(form)

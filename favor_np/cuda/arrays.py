@@ -70,9 +70,11 @@ class Place(NamedTuple):
         return HELD.get(_name(dtype), HELD["float32"]) if self.kind == "numpy" else dtype
 
     def host(self, array: Any) -> Any:
-        """Return an array in main memory."""
+        """Return numbers that the host has to know in main memory, wherever they lie."""
         if device.on_device(array):
-            array = runtime.to_host(_shown("cu_seqlens", array), self.stream)
+            if _library(array) == "torch":
+                array = array.detach().contiguous()
+            array = runtime.to_host(_shown("cu_seqlens, key_bias or decay", array), self.stream)
         return array
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:
@@ -106,7 +108,7 @@ class Place(NamedTuple):
 
     def put(self, array: Any) -> Any:
         """Return an array that was checked as one that kernels read: NumPy's is copied there."""
-        if self.kind != "numpy":
+        if not isinstance(array, np.ndarray):
             return array
         held = array.dtype if array.dtype == bool else self.held(array.dtype)
         if held.itemsize == 4:

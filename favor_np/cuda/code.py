@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from favor_np import store
+from favor_np import numerics, store
 from favor_np.cuda import device
-from favor_np.cuda.sources import SOURCES, digest
+from favor_np.sources import Sources
 
 #: Dtype and number of axes of an argument; of a number 0.
 Kind = tuple[np.dtype[Any], int]
 Function = Callable[..., Any]
 
+_SOURCES = Sources("favor_np.cuda.kernels", (), (numerics,))
+#: Their digest now, before an editor changes what is being imported.
+SOURCES = _SOURCES.digest()
 #: Threads of a block, and how many blocks a multiprocessor holds at least: it bounds the registers.
 BOUNDS = THREADS, RESIDENT = 256, 2
 #: What the names of all files of kernels begin with.
@@ -113,7 +116,7 @@ def _loaded(kernel: Function, kinds: tuple[Kind, ...], capability: tuple[int, in
         for listener in LISTENERS:
             listener(name)
         code = _compile(kernel, kinds)
-        if SOURCES and digest() == SOURCES:  # nobody has changed what was just imported
+        if SOURCES and _SOURCES.digest() == SOURCES:  # nobody has changed what was just imported
             store.save(name, head, code)
     entry, _, cubin = code.partition(b"\n")
     return ObjectCode.from_cubin(cubin, name=name).get_kernel(entry.decode())

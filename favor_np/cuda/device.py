@@ -48,15 +48,17 @@ class Device:
 
 
 #: Compute capabilities that the tests compile all kernels for; others are compiled for when used.
-ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
+ARCHITECTURES = ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
 
 #: GPUs that plans are tested for where there is none.
 KNOWN = {
     "H100": Device("NVIDIA H100", (9, 0), 132, 80 << 30, 233472, 2048),
     "H200": Device("NVIDIA H200", (9, 0), 132, 140 << 30, 233472, 2048),
     "A100": Device("NVIDIA A100", (8, 0), 108, 40 << 30, 167936, 2048),
+    "L40S": Device("NVIDIA L40S", (8, 9), 142, 48 << 30, 102400, 1536),
     "T4": Device("Tesla T4", (7, 5), 40, 15 << 30, 65536, 1024),
     "RTX 4090": Device("NVIDIA GeForce RTX 4090", (8, 9), 128, 24 << 30, 102400, 1536),
+    "RTX 5090": Device("NVIDIA GeForce RTX 5090", (12, 0), 170, 32 << 30, 102400, 1536),
 }
 
 
@@ -76,8 +78,8 @@ def numba_cuda() -> Any:
     implementation = getattr(cuda, "implementation", "unknown")
     if implementation != "NVIDIA":
         raise ImportError(
-            f"numba.cuda is the implementation {implementation!r}, not 'NVIDIA': numba-cuda's .pth file"
-            " was not read, as with PYTHONPATH; install it into this environment"
+            f"numba.cuda is the implementation {implementation!r}, not 'NVIDIA': numba-cuda's .pth"
+            " file was not read, as with PYTHONPATH; install it into this environment"
         )
     if importlib.import_module("numba.cuda.core.config").ENABLE_CUDASIM:
         raise ImportError("numba.cuda is its simulator: unset NUMBA_ENABLE_CUDASIM")

@@ -19,6 +19,7 @@ from favor_np.call import (
     StateParts,
     StateShape,
     check_call,
+    sum_heads,
 )
 from favor_np.cuda.arrays import Place, place, stand_in
 from favor_np.cuda.launch import Launch, States
@@ -32,22 +33,15 @@ class CUDA:
 
     home = "on a CUDA device"
     dtype: np.dtype[Any] | None = np.dtype(np.float32)
-    refused = frozenset(
-        (
-            "decay",
-            "key_bias",
-            "window",
-            "precision='bfloat16'",
-            "state in a gradient",
-            "return_state in a gradient",
-        )
-    )
+    refused = frozenset(("window", "state in a gradient", "return_state in a gradient"))
 
     def __init__(self, where: Place) -> None:
         self.place = where
         self._launch = Launch(where)
         self.new_states = self._launch.new_states
         self.copy_states = self._launch.copy_states
+        self.lower_states = self._launch.lower_states
+        self.scale_states = self._launch.scale_states
         self.merge_states = self._launch.merge_states
         self.state_sums = self._launch.state_sums
         self.normalizers = self._launch.normalizers
@@ -84,10 +78,11 @@ class CUDA:
         state: StateShape | None = None,
         **options: Unpack[Options],
     ) -> Call:
-        if options.get("check_finite") not in (None, False):
-            raise ValueError("check_finite cannot be used on a CUDA device")
         mask: Any = options.get("key_mask")
         options["key_mask"] = stand_in(mask)
+        if options.get("key_bias") is not None:  # -inf of it masks a key, too
+            options["key_bias"] = self.to_host(options["key_bias"])
+            options["key_mask"] = self.to_host(mask)
         options["dtype"] = None  # states are float32, as all that is computed
         call = check_call(
             self, stand_in(q), stand_in(k), stand_in(v), feature_map, state, **options
@@ -99,6 +94,8 @@ class CUDA:
             )
         if self.place.kind == "numpy":
             return call
+        if call.check_finite:
+            self._launch.check_finite(q=q, k=k, v=v)
         given = [array for array in (q, k, v) if array is not None]
         result = given[0].dtype if len({array.dtype for array in given}) == 1 else call.compute
         q, k, v = (
@@ -107,6 +104,8 @@ class CUDA:
             else array
             for name, array in zip("qkv", (q, k, v), strict=True)
         )
+        if call.key_bias is not None:
+            mask = call.mask
         return dataclasses.replace(call, q=q, k=k, v=v, mask=mask, result=result)
 
     def token(
@@ -128,6 +127,8 @@ class CUDA:
         grad = self.place.taken("grad_out", grad_out)
         if grad.shape != call.out_shape:
             raise ValueError(f"grad_out must have shape {call.out_shape}, got {grad.shape}")
+        if call.check_finite:
+            self._launch.check_finite(grad_out=grad)
         return grad
 
     def new_output(self, call: Call) -> Any:
@@ -142,16 +143,13 @@ class CUDA:
             self._launch.convert(target, result)
         return self.place.give(result, call.result) if out is None else out
 
-    # States: no decay, and no tokens that wait
+    # States: no tokens that wait
 
     def has_tails(self, _arrays: States, /) -> bool:
         return False
 
     def fold_tails(self, _form: StateForm, _arrays: States, /) -> None:
         pass
-
-    def lower_states(self, _form: StateForm, _arrays: States, _by: Array, /) -> NoReturn:
-        raise ValueError("decay cannot be used on a CUDA device")
 
     def state_parts(self, form: StateForm, arrays: States) -> StateParts:
         return StateParts(*self.state_sums(form, arrays))
@@ -171,10 +169,14 @@ class CUDA:
     ) -> Cotangents:
         assert forward.state is None
         assert final_state is None
-        found = self._launch.attend_vjp(call, forward, grad)
+        *found, of_lifts = self._launch.attend_vjp(call, forward, grad)
         like = (call.q.dtype, call.k.dtype, call.v.dtype)
         q, k, v = (self.place.give(x, dtype) for x, dtype in zip(found, like, strict=True))
-        return Cotangents(q, k, v)
+        if call.lifts is None:
+            return Cotangents(q, k, v)
+        rows = of_lifts.astype(np.float64).reshape(*call.out_shape[:-2], call.keys, 1)
+        heads = call.state_shape if call.grouped else None
+        return Cotangents(q, k, v, sum_heads(rows, call.lifts[..., None], heads)[..., 0])
 
     def projection_vjp(
         self, _call: Call, _forward: Forward, _grad: Any, _final_state: Any = None, /

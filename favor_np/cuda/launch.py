@@ -10,23 +10,27 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from favor_np import numerics
 from favor_np.call import Call, Forward, StateForm
 from favor_np.cuda import plan, runtime
 from favor_np.cuda.arrays import Place
 from favor_np.cuda.device import Device
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
-from favor_np.cuda.kernels.pack import change, convert, pack
+from favor_np.cuda.kernels import step as token
+from favor_np.cuda.kernels.pack import change, convert, find_bad, lower, pack, scale
 from favor_np.cuda.kernels.tiles import NOTHING, TILE
 from favor_np.features import FeatureMap
 
 Array: TypeAlias = npt.NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: A lift of 1.
+LIFT_UNIT = 2**32
+
 make_fold = functools.cache(kernels.make_fold)
 make_read = functools.cache(kernels.make_read)
 make_pull = functools.cache(vjp.make_pull)
+make_step = functools.cache(token.make_step)
 
 
 class Map(NamedTuple):
@@ -45,6 +49,7 @@ class Map(NamedTuple):
     no_linear: Any
     nothing: Any
     no_tops: Any
+    no_lifts: Any
     unmasked: Any
 
 
@@ -57,10 +62,14 @@ class States(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Rows, heights, vectors, shares (of size 0 if all are 1) and mask, on the device."""
+    """Rows, heights, vectors, shares (of size 0 if all are 1) and mask, on the device.
+
+    And lifts, the log2 of what weights are multiplied with, as integers of `LIFT_UNIT`.
+    """
 
     rows: Any
     heights: Any
+    lifts: Any
     vectors: Any
     shares: Any
     mask: Any
@@ -74,6 +83,7 @@ class Problem(NamedTuple):
     a: Side
     b: Side
     causal: bool
+    lifted: bool
     states: States
     spans: tuple[plan.Span, ...]
 
@@ -106,6 +116,7 @@ def _map(feature_map: FeatureMap, on: Device) -> Map:  # noqa: ARG001  # a copy 
         no_linear=put(np.zeros((0, 1), np.float32)),
         nothing=put(np.zeros(0, np.float32)),
         no_tops=put(np.zeros(0, np.int32)),
+        no_lifts=put(np.zeros(0, np.int64)),
         unmasked=put(np.zeros(0, np.bool_)),
     )
 
@@ -124,9 +135,16 @@ def _gradient(on: Device, stream: int, *args: Any, **options: Any) -> plan.Gradi
     return found
 
 
+@functools.lru_cache(maxsize=64)
+def _steps(on: Device, stream: int, *args: Any) -> plan.Steps:  # noqa: ARG001
+    """Plan steps, their tables on the device, for work on a stream."""
+    found: plan.Steps = _there(plan.steps(*args), stream)
+    return found
+
+
 def forget() -> None:
     """Drop the copies of maps and tables on devices."""
-    for copies in (_map, _attention, _gradient):
+    for copies in (_map, _attention, _gradient, _steps):
         copies.cache_clear()
 
 
@@ -196,6 +214,30 @@ class Launch:
         """Return a copy of states."""
         return States(*(runtime.copy(array, self.place.stream) for array in arrays))
 
+    def lower_states(self, _form: StateForm, arrays: States, by: Array) -> None:
+        """Take so much off the exponents of each state, but leave none below `NOTHING`."""
+        exponents = arrays[0]
+        count, features = exponents.shape
+        by = self._put(np.clip(by, NOTHING, -NOTHING).astype(np.int32))
+        self._launch(lower, (count, -(-features // 256)), exponents, by)
+
+    def scale_states(self, arrays: States, by: Array) -> None:
+        """Multiply the sums of each state by a number."""
+        by = self._put(by.astype(np.float32))
+        for sums in arrays[1:]:
+            rows = runtime.plain(sums, (len(by), math.prod(sums.shape[1:])))
+            self._launch(scale, (rows.shape[0], -(-rows.shape[1] // 256)), rows, by)
+
+    def check_finite(self, **arrays: Any) -> None:
+        """Refuse device arrays, None for none, that hold NaN or infinity."""
+        for name, array in arrays.items():
+            if array is not None and array.size:
+                found = self._put(np.zeros(1, np.int32))
+                array = runtime.flat(array)
+                self._launch(find_bad, (-(-array.size // 256),), array, found)
+                if runtime.to_host(found, self.place.stream)[0]:
+                    raise ValueError(f"{name} must be finite, got NaN or infinity")
+
     def merge_states(self, into: States, other: States) -> None:
         """Add the states `other` to the states `into`."""
         own = self.copy_states(other)  # for the scan writes to what it adds
@@ -218,12 +260,7 @@ class Launch:
         """Return copies of (c, S, z) in main memory, as the CPU has them."""
         real = plan.layout(form.feature_map).real
         c, s, z = (runtime.to_host(array, self.place.stream) for array in arrays)
-        seen = c[:, real]
-        return (
-            np.where(seen == NOTHING, 4 * -int(numerics.FAR[4]), seen),
-            s[:, real, : form.value_dim],
-            z[:, real],
-        )
+        return c[:, real], s[:, real, : form.value_dim], z[:, real]
 
     def normalizers(self, out: Any) -> tuple[Any, Any]:
         """Return arrays for the denominators of the rows of `out`."""
@@ -242,6 +279,9 @@ class Launch:
     ) -> None:
         """Fold keys and values, read with queries into `out`: see `Engine.attend`."""
         of = self._map(call)
+        if state is not None and normalizers is None and _is_step(call, of.layout):
+            self._step(of, call, out, state)
+            return
         how = _attention(
             self.place.device,
             self.handle,
@@ -255,8 +295,9 @@ class Launch:
         problem = Problem(
             map=of,
             a=self._keys(of, call, how.keys),
-            b=Side(rows, heights, of.nothing, of.nothing, of.unmasked, of.query_bias),
+            b=Side(rows, heights, of.no_lifts, of.nothing, of.nothing, of.unmasked, of.query_bias),
             causal=call.causal,
+            lifted=call.lifts is not None,
             states=state or self._room(of, how.jobs, call.v.shape[-1]),
             spans=how.spans,
         )
@@ -265,9 +306,38 @@ class Launch:
             flat = tuple(map(runtime.flat, normalizers))
         self._run(problem, functools.partial(self._read, out=runtime.rows(out), weights=flat))
 
+    def _step(self, of: Map, call: Call, out: Any, state: States) -> None:
+        """Take a token for each state, in one launch."""
+        layout, put = of.layout, self.place.put
+        how = _steps(
+            self.place.device, self.handle, call.map, call.shapes(stateful=True), _offsets(call)
+        )
+        self._launch(
+            make_step(layout.kind, layout.signs),
+            (how.table.shape[0],),
+            *(runtime.rows(put(x)) for x in (call.q, call.k, call.v)),
+            of.unmasked if call.mask is None else runtime.flat(put(call.mask)),
+            self._lifts(of, call),
+            of.weight,
+            of.query_bias,
+            of.bias,
+            np.float32(layout.epsilon),
+            np.float32(layout.limit),
+            np.float32(layout.key_norm),
+            *of.centers,
+            of.linear,
+            of.no_linear,
+            *how,
+            *state,
+            runtime.rows(out),
+        )
+
     @_a_call
-    def attend_vjp(self, call: Call, forward: Forward, grad: Any) -> list[Any]:
-        """Pull `grad` back through `attend`: gradients of q, k and v."""
+    def attend_vjp(self, call: Call, forward: Forward, grad: Any) -> tuple[Any, ...]:
+        """Pull `grad` back through `attend`: gradients of q, k and v.
+
+        And of lifts, for every head of the result, in main memory; or None.
+        """
         q, k, v, causal = call.q, call.k, call.v, call.causal
         of, dim = self._map(call), v.shape[-1]
         how = _gradient(
@@ -276,6 +346,8 @@ class Launch:
         rows, _ = self._pack(of, q, 0, how.queries)
         count = rows.shape[0]
         vectors, shares, heights = self._taken((count, dim)), self._taken(count), self._taken(count)
+        lifted = call.lifts is not None
+        lifts = self._taken(count, np.int64) if lifted else of.no_lifts
         self._launch(
             vjp.cotangents,
             (-(-count // 8),),
@@ -285,9 +357,10 @@ class Launch:
             vectors,
             shares,
             heights,
+            lifts,
         )
         keys = self._keys(of, call, how.keys)
-        queries = Side(rows, heights, vectors, shares, of.unmasked, of.query_bias)
+        queries = Side(rows, heights, lifts, vectors, shares, of.unmasked, of.query_bias)
         of_queries, of_keys = (self._room(of, jobs, dim) for jobs in how.jobs)
         found = [
             self.empty(
@@ -296,19 +369,24 @@ class Launch:
             )
             for x, added in zip((q, k, v), how.sums, strict=True)
         ]
-        problem = Problem(of, keys, queries, causal, of_queries, how.of_queries)
-        self._run(problem, functools.partial(self._pull, side=0, out=found[0]))
+        of_lifts = of.nothing
+        if lifted:
+            of_lifts = self.empty((math.prod(call.out_shape[:-2]), k.shape[-2]))
+        problem = Problem(of, keys, queries, causal, lifted, of_queries, how.of_queries)
+        pull = functools.partial(self._pull, side=0, out=found[0], of_lifts=of.nothing)
+        self._run(problem, pull)
         none = of.nothing, of.no_tops
 
         def read_and_pull(*args: Any) -> None:
             self._read(*args, out=found[2], weights=none, divide=False)
-            self._pull(*args, side=1, out=found[1])
+            self._pull(*args, side=1, out=found[1], of_lifts=runtime.flat(of_lifts))
 
-        self._run(Problem(of, queries, keys, causal, of_keys, how.of_keys), read_and_pull)
-        return [
+        self._run(Problem(of, queries, keys, causal, lifted, of_keys, how.of_keys), read_and_pull)
+        summed = (
             self._summed(x, like, added)
             for x, like, added in zip(found, (q, k, v), how.sums, strict=True)
-        ]
+        )
+        return *summed, runtime.to_host(of_lifts, self.place.stream) if lifted else None
 
     def _summed(self, found: Any, like: Any, sums: tuple[Any, Any] | None) -> Any:
         """Add the gradients of all results to those of the heads that they belong to."""
@@ -332,7 +410,13 @@ class Launch:
     def _keys(self, of: Map, call: Call, packs: tuple[Any, int]) -> Side:
         rows, heights = self._pack(of, call.k, 1, packs)
         seen = of.unmasked if call.mask is None else runtime.flat(self.place.put(call.mask))
-        return Side(rows, heights, runtime.rows(self.place.put(call.v)), of.nothing, seen, of.bias)
+        v = runtime.rows(self.place.put(call.v))
+        return Side(rows, heights, self._lifts(of, call), v, of.nothing, seen, of.bias)
+
+    def _lifts(self, of: Map, call: Call) -> Any:
+        if call.lifts is None:
+            return of.no_lifts
+        return runtime.flat(self._put(np.rint(call.lifts * LIFT_UNIT).astype(np.int64)))
 
     def _pack(self, of: Map, source: Any, side: int, packs: tuple[Any, int]) -> tuple[Any, Any]:
         """Pack queries (side 0) or keys (side 1): rows, and their heights."""
@@ -372,10 +456,11 @@ class Launch:
         layout, (slices, columns), a = p.map.layout, p.shape, p.a
         own = self._room(p.map, span.parts, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs),
+            make_fold(layout.kind, layout.signs, p.lifted),
             (span.parts, slices, columns),
             a.rows,
             a.heights,
+            a.lifts,
             a.shares,
             a.vectors,
             a.mask,
@@ -402,13 +487,15 @@ class Launch:
         """Read states, a part of side b each."""
         layout, a, b = p.map.layout, p.a, p.b
         self._launch(
-            make_read(layout.kind, layout.signs, p.causal, divide),
+            make_read(layout.kind, layout.signs, p.causal, divide, p.lifted),
             (span.read.shape[0], p.shape[1]),
             b.rows,
             b.heights,
+            b.lifts,
             b.mask,
             a.rows,
             a.heights,
+            a.lifts,
             a.vectors,
             a.mask,
             p.map.weight,
@@ -421,22 +508,26 @@ class Launch:
             *weights,
         )
 
-    def _pull(self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any) -> None:
+    def _pull(
+        self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any, of_lifts: Any
+    ) -> None:
         """Write the gradients of a span of side b, queries (side 0) or keys (side 1)."""
         layout, a, b = p.map.layout, p.a, p.b
         target = out
         if span.change is not None:
             target = self._taken((out.shape[0], layout.columns))
         self._launch(
-            make_pull(layout.kind, layout.signs, p.causal),
+            make_pull(layout.kind, layout.signs, p.causal, p.lifted),
             (span.read.shape[0], -(-out.shape[1] // TILE)),
             b.rows,
             b.heights,
+            b.lifts,
             b.vectors,
             b.shares,
             b.mask,
             a.rows,
             a.heights,
+            a.lifts,
             a.vectors,
             a.shares,
             a.mask,
@@ -450,6 +541,7 @@ class Launch:
             np.float32(2 * layout.key_norm / layout.unit if side else 0),
             p.map.slope if side else p.map.no_linear,
             target,
+            of_lifts,
         )
         if span.change is not None:
             self._launch(
@@ -462,6 +554,13 @@ class Launch:
                 out,
                 self._taken(out.shape[0]),
             )
+
+
+def _is_step(call: Call, layout: plan.Layout) -> bool:
+    """Whether a call takes one token for each state, and the kernel of tokens has room for it."""
+    longest = call.keys if call.offsets is None else int(np.diff(call.offsets).max(initial=0))
+    small = layout.features <= token.FEATURES and layout.columns <= token.COLUMNS
+    return call.causal and longest == 1 and small and not layout.factors[0].size
 
 
 def _offsets(call: Call) -> bytes | None:

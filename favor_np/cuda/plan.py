@@ -10,14 +10,16 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.cuda.code import RESIDENT
+from favor_np.cuda.code import RESIDENT, THREADS
 from favor_np.cuda.device import Device
+from favor_np.cuda.kernels.favor import COUNT, HEAD, OUT_ROW, STEP
 from favor_np.cuda.kernels.tiles import MASKED, TILE
 from favor_np.features import FeatureMap
 from favor_np.jobs import (
     BLOCK,
     K_ROW,
     KEYS,
+    LIFT_ROW,
     MASK_ROW,
     QUERIES,
     SLOT,
@@ -34,6 +36,8 @@ Array: TypeAlias = npt.NDArray[Any]
 #: Bytes that the states of causal chunks may take at a time: few enough to be kept for the next
 #: call.
 ROOM = 2**27
+#: Bytes of shared memory that a block of the fold takes, with the kilobyte that CUDA reserves.
+FOLD_BYTES = 42 * 1024
 #: A fold of fewer tiles than this costs more to write and scan than it brings.
 SHORTEST = 4
 
@@ -43,6 +47,12 @@ class Lengths(NamedTuple):
 
     stretch: int
     span: int
+
+
+def resident(device: Device) -> int:
+    """Return how many blocks of the fold a multiprocessor holds at a time."""
+    room = min(device.threads // THREADS, device.shared_memory // FOLD_BYTES)
+    return max(min(RESIDENT, room), 1)
 
 
 def lengths(
@@ -60,8 +70,8 @@ def lengths(
         each = -(-chunks // spans)  # of one size, for a rest would not fill the device
         return Lengths(TILE, TILE * each)
     blocks = max(problems * slices * columns, 1)
-    parts = max(RESIDENT * device.multiprocessors // blocks, 1)  # more would wait for the others
-    tiles = max(-(-keys // (TILE * parts)), SHORTEST)
+    parts = resident(device) * device.multiprocessors // blocks  # more would wait for the others
+    tiles = max(-(-keys // (TILE * max(parts, 1))), SHORTEST)
     return Lengths(TILE * tiles, max(keys, 1))
 
 
@@ -218,6 +228,7 @@ class Sides(NamedTuple):
     jobs: Jobs
     vectors: Array
     masks: Array
+    lifts: Array
 
     @property
     def slots(self) -> Array:
@@ -228,21 +239,21 @@ class Sides(NamedTuple):
 
 def keys_and_queries(jobs: Jobs) -> Sides:
     """Let queries read what keys are folded to."""
-    return Sides(jobs, jobs.out_rows, np.zeros_like(jobs.out_rows))
+    return Sides(jobs, jobs.out_rows, np.zeros_like(jobs.out_rows), jobs.out_rows)
 
 
 def queries_and_keys(jobs: Jobs, q_length: int, k_length: int) -> Sides:
     """Let the keys of each head read what its queries are folded to."""
     group = jobs.out_rows.shape[1]
     table = np.repeat(jobs.table, group, axis=0)
-    k_row, v_row, mask_row = (table[:, [x]] for x in (K_ROW, V_ROW, MASK_ROW))
+    k_row, v_row, mask_row, lift_row = (table[:, [x]] for x in (K_ROW, V_ROW, MASK_ROW, LIFT_ROW))
     out_row = jobs.out_rows.ravel()
     head, start = np.divmod(out_row, max(q_length, 1))
-    table[:, K_ROW] = table[:, V_ROW] = out_row
+    table[:, K_ROW] = table[:, V_ROW] = table[:, LIFT_ROW] = out_row
     table[:, MASK_ROW], table[:, SLOT] = 0, -1
     table[:, [KEYS, QUERIES]] = table[:, [QUERIES, KEYS]]
     k_rows = (head * k_length + start)[:, None]
-    return Sides(Jobs(table, k_row, k_rows), v_row, mask_row)
+    return Sides(Jobs(table, k_row, k_rows), v_row, mask_row, lift_row)
 
 
 def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
@@ -271,18 +282,17 @@ def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
 
 
 def _rows_and_head(table: Array) -> tuple[Array, ...]:
-    """Return the first rows of keys, values and mask of each job, and its head."""
-    return tuple(table[:, column] for column in (K_ROW, V_ROW, MASK_ROW, BLOCK))
+    """Return the first rows of keys, values, mask and lifts of each job, and its head."""
+    return tuple(table[:, column] for column in (K_ROW, V_ROW, MASK_ROW, LIFT_ROW, BLOCK))
 
 
 def fold_table(sides: Sides, parts: Stretches, backwards: bool = False) -> Array:
     """Return the table of the fold of stretches: the state of each has its number."""
-    k_row, v_row, mask_row, head = _rows_and_head(sides.jobs.table[parts.owner])
+    k_row, v_row, mask_row, lift_row, head = _rows_and_head(sides.jobs.table[parts.owner])
     at, step = _ways(sides, parts, backwards)
     slots = np.arange(len(parts.owner))
-    return _table(
-        0, step, parts.lengths, 0, 0, k_row + at, v_row + at, mask_row + at, head, slots, 0
-    )
+    rows = (k_row + at, v_row + at, mask_row + at)
+    return _table(0, step, parts.lengths, 0, 0, *rows, head, slots, 0, lift_row + at)
 
 
 def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
@@ -294,7 +304,7 @@ def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
 def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = False) -> Array:
     """Return the table of the reads of stretches, each by the group of queries of its job."""
     owner, jobs = parts.owner, sides.jobs
-    k_row, v_row, mask_row, head = (x[:, None] for x in _rows_and_head(jobs.table[owner]))
+    k_row, v_row, mask_row, lift_row, head = (x[:, None] for x in _rows_and_head(jobs.table[owner]))
     way, step = _ways(sides, parts, backwards)
     at = way[:, None]
     table = _table(
@@ -309,13 +319,15 @@ def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = F
         head,
         slots[:, None],
         sides.vectors[owner] + at,
+        lift_row + at,
+        sides.lifts[owner] + at,
     )
     return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, table.shape[1]))
 
 
 def change_table(table: Array) -> Array:
     """Return the table by which `change` goes over the rows that a table of reads writes."""
-    _, step, count, _, out_row, *_, head, _, _ = table.T
+    step, count, out_row, head = table.T[[STEP, COUNT, OUT_ROW, HEAD]]
     first = np.where(step > 0, out_row, out_row - count + 1)
     return _table(first, count, first, head)
 
@@ -395,6 +407,25 @@ def attention(
         pack_table(_count(k), k_owners),
         len(jobs.table),
         spans(device, of, keys_and_queries(jobs), v[-1], causal=causal, fresh=fresh),
+    )
+
+
+class Steps(NamedTuple):
+    """How one token for each state is folded and read: tables of `kernels.step`."""
+
+    table: Array
+    q_rows: Array
+    out_rows: Array
+
+
+def steps(feature_map: FeatureMap, shapes: Shapes, offsets: bytes | None) -> Steps:
+    """Return how states take a token each."""
+    jobs = _in_sequences(broadcast_jobs(shapes, feature_map.num_heads, 1), offsets)
+    columns = (K_ROW, V_ROW, MASK_ROW, LIFT_ROW, BLOCK, SLOT)
+    return Steps(
+        np.ascontiguousarray(jobs.table[:, columns], np.int32),
+        jobs.q_rows.astype(np.int32),
+        jobs.out_rows.astype(np.int32),
     )
 
 

@@ -34,7 +34,7 @@ _WATCH: ContextVar[list[Any] | None] = ContextVar("favor_np.nn.attention", defau
 
 @contextmanager
 def seen() -> Iterator[list[Any]]:
-    """Collect (q, k, v, feature map, causal) of the layers with random features, in order."""
+    """Collect (q, k, v, feature map, options) of the layers with random features, in order."""
     found: list[Any] = []
     token = _WATCH.set(found)
     try:
@@ -146,6 +146,8 @@ class FavorSelfAttention(Layer):
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads}")
         if self.dim_head is None and self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads ({self.heads}), got {self.dim}")
+        if self.rotary is not None and self._dim_head % 2:
+            raise ValueError(f"rotary needs heads of even length, got {self._dim_head}")
         if self.qk not in ("sphere", None):
             raise ValueError(f"qk must be 'sphere' or None, got {self.qk!r}")
         if self._antithetic and self.num_features % 2:
@@ -277,7 +279,7 @@ class FavorSelfAttention(Layer):
         else:
             watch = _WATCH.get()
             if watch is not None:
-                watch.append((q, k, v, self.feature_map(params), self.causal))
+                watch.append((q, k, v, self.feature_map(params), options | {"decay": self.decay}))
             out, pull = self.attend_vjp(params, q, k, v, **options)
         learns = self.learn_projection and not self.exact
 

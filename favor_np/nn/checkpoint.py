@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from typing import Any, NamedTuple
@@ -114,6 +115,17 @@ def save(
         file.write(data)
 
 
+def ready(path: str | os.PathLike[str], model: Layer) -> None:
+    """Refuse, before hours of training, what `save` would refuse after them."""
+    _safetensors()
+    json.dumps(_described(model))
+    folder = storage.path_of("path", path).resolve().parent
+    if not os.access(folder, os.W_OK):
+        raise OSError(
+            errno.EACCES if folder.is_dir() else errno.ENOENT, "cannot be written", str(folder)
+        )
+
+
 def load(path: str | os.PathLike[str], model: Layer | None = None) -> Checkpoint:
     """Read a checkpoint.
 
@@ -188,7 +200,9 @@ def _described(value: Any) -> Any:
     if isinstance(value, Layer):
         fields = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
         return {"class": type(value).__name__} | fields
-    return list(map(_described, value)) if isinstance(value, tuple) else value
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    return list(map(_described, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _model(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from favor_np.nn.tree import Array
 
 #: Of 256 values of the first byte of a digest, those that hold a run of paragraphs out; and the
 #: characters of a run.
-HELD_OUT, RUN = 26, 4096
+HELD_OUT, RUN, FEW = 26, 4096, 64
 
 
 def windows(
@@ -83,23 +84,36 @@ def in_order(tokens: Array, length: int, batch: int) -> list[tuple[Array, Array]
 def split(text: str) -> tuple[bytes, bytes]:
     """Return the parts of a text to learn from, and a tenth that is held out.
 
-    Of paragraphs that differ in white space alone one is left. What is held out are runs of
-    paragraphs, some four thousand characters each: the digest of the first decides.
+    Of paragraphs that differ in white space alone one is left; where there are hardly any, lines
+    are taken for paragraphs. What is held out are runs of them, some four thousand characters each:
+    the digest of the first decides. Bytes that are no UTF-8 come as surrogates, and stay.
     """
-    paragraphs = {" ".join(part.split()): part for part in reversed(text.split("\n\n"))}
-    paragraphs.pop("", None)
-    kept = list(paragraphs.values())[::-1]
+    apart = "\n\n"
+    kept = _distinct(re.split(r"\n[ \t\r]*\n", text))
+    if len(kept) < FEW:
+        apart, kept = "\n", _distinct(text.splitlines())
     length = min(RUN, sum(map(len, kept)) // 64)
     parts: tuple[list[str], list[str]] = ([], [])
     room, held_out = 0, False
     for paragraph in kept:
         if room <= 0:
-            held_out = hashlib.sha256(paragraph.encode()).digest()[0] < HELD_OUT
+            held_out = hashlib.sha256(_bytes(paragraph)).digest()[0] < HELD_OUT
             room = length
         parts[held_out].append(paragraph)
         room -= len(paragraph)
-    learned, rest = ("\n\n".join(part).encode() for part in parts)
+    learned, rest = (_bytes(apart.join(part)) for part in parts)
     return learned, rest
+
+
+def _distinct(parts: list[str]) -> list[str]:
+    """Return the first of those that differ in white space alone."""
+    found = {" ".join(part.split()): part for part in reversed(parts)}
+    found.pop("", None)
+    return list(found.values())[::-1]
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
 
 
 def python_docs() -> str:

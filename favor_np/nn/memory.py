@@ -1,12 +1,14 @@
 """Memory that is used again step after step: a large array that is made anew is slow to touch.
 
 While an optimiser lives, what large arrays leave behind when they die is kept for the next ones of
-their size; what a whole step has not used is let go.  Nobody has to give anything back.
+their size; what a whole step has not used is let go.  Nobody has to give anything back.  No more is
+ever kept than was in use at a time.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ _free: dict[int, list[Any]] = {}
 #: How many of each size have been free all the time since the last turn.
 _unused: dict[int, int] = {}
 _users = 0
+#: Bytes that are kept, that are in use, and the most that ever were.
+_bytes = {"kept": 0, "used": 0, "most": 0}
+_lock = threading.RLock()
 
 
 class _Memory:
@@ -29,10 +34,17 @@ class _Memory:
     def __init__(self, raw: npt.NDArray[np.uint8]) -> None:
         self.raw = raw
         self.__array_interface__ = raw.__array_interface__
+        with _lock:
+            _bytes["used"] += raw.size
+            _bytes["most"] = max(_bytes["most"], _bytes["used"])
 
     def __del__(self) -> None:
-        if _users:
-            _free.setdefault(self.raw.size, []).append(self.raw)
+        size = self.raw.size
+        with _lock:
+            _bytes["used"] -= size
+            if _users and _bytes["kept"] + size <= _bytes["most"]:
+                _free.setdefault(size, []).append(self.raw)
+                _bytes["kept"] += size
 
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -42,13 +54,22 @@ def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     if size < LEAST or not _users:
         return np.empty(shape, kind)
     whole = -(-size // PAGE) * PAGE
-    try:
-        kept = _free[whole]
-        raw = kept.pop()
-        _unused[whole] = min(_unused.get(whole, 0), len(kept))
-    except (KeyError, IndexError):
+    raw = _taken(whole)
+    if raw is None:
         raw = np.empty(whole, np.uint8)
     return np.asarray(_Memory(raw))[:size].view(kind).reshape(shape)
+
+
+def _taken(size: int) -> npt.NDArray[np.uint8] | None:
+    """Take what is kept of a size, if there is any."""
+    with _lock:
+        kept = _free.get(size)
+        if not kept:
+            return None
+        raw: npt.NDArray[np.uint8] = kept.pop()
+        _unused[size] = min(_unused.get(size, 0), len(kept))
+        _bytes["kept"] -= size
+        return raw
 
 
 def empty_like(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -67,17 +88,21 @@ def end() -> None:
     global _users
     _users -= 1
     if not _users:
-        _free.clear()
-        _unused.clear()
+        with _lock:
+            _free.clear()
+            _unused.clear()
+            _bytes.update(kept=0, most=_bytes["used"])
 
 
 def turn() -> None:
     """Let memory go that has been free since the last turn: a step is over."""
-    for size, kept in list(_free.items()):
-        del kept[: _unused.get(size, 0)]
-        _unused[size] = len(kept)
+    with _lock:
+        for size, kept in _free.items():
+            del kept[: _unused.get(size, 0)]
+            _unused[size] = len(kept)
+        _bytes["kept"] = sum(size * len(kept) for size, kept in _free.items())
 
 
 def held() -> int:
     """Return how many bytes are kept for later."""
-    return sum(size * len(kept) for size, kept in _free.items())
+    return _bytes["kept"]

@@ -17,10 +17,9 @@ import numpy as np
 
 from favor_np import validation
 from favor_np.diagnostics import Diagnosis, diagnose
-from favor_np.features import FeatureMap
 from favor_np.nn.attention import seen
 from favor_np.nn.blas import one_thread
-from favor_np.nn.checkpoint import save
+from favor_np.nn.checkpoint import ready, save
 from favor_np.nn.layer import Key, Layer
 from favor_np.nn.losses import cross_entropy
 from favor_np.nn.optim import AdamW, constant
@@ -143,13 +142,7 @@ def _diagnoses(model: Layer, params: Params, x: Any) -> list[tuple[Diagnosis, in
     with seen() as found:
         model.apply(params, x)
     found = [each for each in found if each[3].kind == "positive"]
-    return [(_diagnosis(*each), each[3].num_features) for each in found]
-
-
-def _diagnosis(q: Array, k: Array, v: Array, fm: FeatureMap, causal: bool) -> Diagnosis:
-    group = q.shape[-3] // k.shape[-3]
-    k, v = (np.repeat(x, group, axis=-3) for x in (k, v))
-    return diagnose(q, k, v, fm, causal=causal)
+    return [(diagnose(q, k, v, fm, **options), fm.num_features) for q, k, v, fm, options in found]
 
 
 @dataclasses.dataclass
@@ -321,6 +314,8 @@ def train(
     optimizer = AdamW(params) if optimizer is None else optimizer
     if optimizer.params is not params:
         raise ValueError("optimizer must be that of params, got one of other parameters")
+    if path is not None:
+        ready(path, model)
     history = History(step=start)
     run = _Run(model, params, optimizer, loss, validation.integer("seed", seed, minimum=0), history)
     began, looked, waited = time.perf_counter(), start, 0

@@ -126,6 +126,14 @@ def test_warmup_compiles_what_is_missing(more, capsys, monkeypatch):
     assert done.stdout.endswith(", 0 of them compiled now\n")
 
 
+def test_warmup_of_a_gpu_that_cannot_be_used_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(device, "problem", lambda: "no NVIDIA driver can be used")
+    assert main(["warmup", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "favor-np: error: no NVIDIA driver can be used\n"
+    assert main(["warmup", "--device", "cuda", "--float64"]) == 2
+    assert capsys.readouterr().err.startswith("favor-np: error: --float64: a GPU computes in")
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -114,6 +114,26 @@ def test_a_checkpoint_that_does_not_fit_its_model_is_one_line(name, value, tmp_p
     assert error[0].startswith(f"favor-np: error: {path}")
 
 
+def test_lines_are_paragraphs_where_there_are_none():
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, 12)) for _ in range(300)]
+    learned, held_out = data.split("\n".join(lines * 2))
+    parts = [part.decode().split("\n") for part in (learned, held_out)]
+    assert sorted(parts[0] + parts[1]) == sorted(set(lines))
+    assert 10 < len(parts[1]) < 80
+    spaced = "\n \n".join(lines)  # as WikiText has it
+    assert [x.count(b"\n\n") > 10 for x in data.split(spaced)] == [True, True]
+
+
+def test_bytes_that_are_no_utf_8_stay(text, tmp_path):
+    path = tmp_path / "latin"
+    path.write_bytes(Path(text).read_bytes().replace(b"fox", b"f\xfcx"))
+    learned, held_out = data.split(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    assert b"f\xfcx" in learned
+    assert b"f\xfcx" in held_out
+    assert train(str(path), tmp_path / "a", "--steps", "2", "--no-baselines") == 0
+
+
 def test_a_prompt_of_any_bytes(text, tmp_path, capsys):
     train(text, tmp_path / "a", "--steps", "5", "--no-baselines")
     capsys.readouterr()
@@ -177,6 +197,8 @@ def test_bad_input(text, tmp_path, capsys):
     assert "nothing.txt" in failed(["train", str(tmp_path / "nothing.txt"), *out], capsys)
     assert "is a directory" in failed(["train", text, "--out", str(tmp_path)], capsys)
     assert "multiple of heads" in failed(["train", text, *out, "--heads", "3"], capsys)
+    odd = ["--dim", "20", "--heads", "4"]
+    assert "even length, got 5" in failed(["train", text, *out, *odd], capsys)
     assert "cannot be read as a checkpoint" in failed(
         ["train", text, "--out", str(bad), "--resume"], capsys
     )

@@ -1,19 +1,20 @@
-"""The calls that every check of the kernels makes: shapes at and around the tiles, one option at a time.
+"""The calls that every check of the kernels makes: shapes at and around the tiles, and options.
 
 Nothing here needs a device or numba-cuda: tests/gpu makes the same calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from support import oracle
 from support.inputs import MAPS, random_inputs
-from support.tolerance import tolerance
+from support.tolerance import relative_error, tolerance
 
-from favor_np import FeatureMap
+from favor_np import AttentionState, FeatureMap, feature_map
 from favor_np.cuda.plan import TILE
 
 LENGTHS = (1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE + 3)
@@ -35,6 +36,8 @@ class Case:
     std: float = 1.0
     masked: bool = False
     causal: bool = False
+    biased: bool = False
+    gated: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -56,6 +59,11 @@ class Case:
         if self.masked:
             keys = self.length if self.keys is None else self.keys
             options["key_mask"] = np.random.default_rng(self.seed + 2).random(keys) < 0.7
+        if self.biased:
+            options["key_bias"] = np.random.default_rng(self.seed + 3).normal(0, 30, self.length)
+        if self.gated:
+            rng = np.random.default_rng(self.seed + 4)
+            options["decay"] = rng.uniform(0.01, 1, (*self.lead, self.length))
         return options
 
     def expected(self) -> Any:
@@ -66,6 +74,19 @@ class Case:
         """What rounding the log-features costs."""
         q, k, _ = self.arrays()
         return tolerance(q, k, self.feature_map(), np.float32)
+
+
+def step_errors(cuda: Any) -> Iterator[tuple[str, float, float]]:
+    """Errors of states on a device, token by token, against states in main memory."""
+    fm, rng = feature_map("positive", 64, 256), np.random.default_rng(0)
+    tokens = rng.standard_normal((9, 3, 8, 64)).astype(np.float32)
+    for decay in (None, 0.9):
+        there = AttentionState(fm, 64, 8, decay=decay, device="cuda")
+        here = AttentionState(fm, 64, 8, decay=decay, dtype=np.float64)
+        for token in tokens:
+            found = there.step(*map(cuda.to_device, token)).copy_to_host()
+            wanted = here.step(*token)
+        yield f"steps, decay {decay}", relative_error(found, wanted), 1e-5
 
 
 def in_16_bits(case: Case, dtype: Any) -> tuple[list[Any], list[Any]]:
@@ -105,4 +126,9 @@ CASES = {
     "shared-keys": Case(lead=(2,), kv_lead=(), length=40),
     "far": Case(std=6.0, causal=True, seed=3),
     "huge": Case(std=100.0, causal=True, seed=3),
+    "biased-full": Case(TILE + 6, biased=True, masked=True),
+    **{
+        f"weighed-{kind}": Case(TILE + 6, kind=kind, causal=True, biased=True, gated=True)
+        for kind in ("antithetic", "relu")
+    },
 }

@@ -1,9 +1,9 @@
 """What the compilers make of every kernel, for the types that the host's code launches it with.
 
-    PYTHONPATH=tests:tools/cuda_on_cpu python tests/cuda/gate.py
+    PYTHONPATH=tests:tools/cuda_on_cpu python tests/cuda/gate.py [pattern of names]
 
-compiles all by NVVM and ptxas and writes gate.json, the figures that test_gate.py compares with; a change
-of them is part of the change that brings it.
+compiles all by NVVM and ptxas and writes gate.json, the figures that test_gate.py compares with; a
+change of them is part of the change that brings it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -72,13 +73,20 @@ def launched() -> dict[str, Kernel]:
         for case in cases.CASES.values():
             if case.length == 131 and not case.masked and case.kv_lead is None:
                 every_way(case)
+            if case.biased:
+                arrays, fm, options = case.arrays(), case.feature_map(), case.keywords()
+                out, pullback = favor_np.favor_attention_vjp(*arrays, fm, device="cuda", **options)
+                pullback(out)
         for dtype in (np.float16, ml_dtypes.bfloat16):
             in_16_bits(cases.CASES["causal-131"], dtype)
     return recorder.kernels
 
 
 def in_16_bits(case: cases.Case, dtype: Any) -> None:
-    """Launch what reads and writes 16 bits where registers are fewest: in causal calls, and a gradient."""
+    """Launch what reads and writes 16 bits where registers are fewest.
+
+    That is in causal calls, and in a gradient.
+    """
     arrays = [x.astype(dtype) for x in case.arrays()]
     fm = case.feature_map()
     favor_np.favor_attention(*arrays, fm, causal=True, device="cuda")
@@ -96,6 +104,8 @@ def every_way(case: cases.Case) -> None:
     state = favor_np.AttentionState.zeros(fm, v.shape[-1], q.shape[:-2], device="cuda")
     state.update(k, v).attend(q)
     state.merge(state.copy()).step(q[..., 0, :], k[..., 0, :], v[..., 0, :])
+    fading = favor_np.AttentionState(fm, v.shape[-1], q.shape[:-2], decay=0.9, device="cuda")
+    fading.update(k, v).merge(fading.copy())
     if case.kind == "antithetic":
         affine = fm.calibrate(q, k, "saderf+sderf")
         favor_np.favor_attention(q, k, v, affine, causal=case.causal, device="cuda")
@@ -152,4 +162,10 @@ def table(kernels: dict[str, Kernel]) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    TABLE.write_text(json.dumps(table(launched()), indent=1) + "\n")
+    pattern = "".join(sys.argv[1:])
+    kernels = launched()
+    found = table({name: kernel for name, kernel in kernels.items() if re.search(pattern, name)})
+    if pattern:
+        found = json.loads(TABLE.read_text()) | found
+    found = {name: found[name] for name in sorted(kernels) if name in found}
+    TABLE.write_text(json.dumps(found, indent=1) + "\n")

@@ -11,7 +11,14 @@ from contextlib import contextmanager
 #: The modules of kernels, each after those that it imports from.
 MODULES = tuple(
     f"favor_np.cuda.{name}"
-    for name in ("kernels.tiles", "kernels.pack", "kernels.favor", "kernels.favor_vjp", "launch")
+    for name in (
+        "kernels.tiles",
+        "kernels.pack",
+        "kernels.favor",
+        "kernels.favor_vjp",
+        "kernels.step",
+        "launch",
+    )
 )
 
 

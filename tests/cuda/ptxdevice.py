@@ -70,6 +70,10 @@ class PtxDevice:
         """A matrix of all its rows."""
         return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
+    def plain(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """The same numbers in another shape."""
+        return array.reshape(shape)
+
     def flat(self, array: Any) -> Any:
         """A single axis."""
         return array.reshape(-1)
@@ -88,7 +92,8 @@ class PtxDevice:
         from favor_np.cuda import device, launch, runtime
 
         names = (
-            "launch", "to_device", "constant", "scratch", "rows", "flat", "empty", "to_host", "copy"
+            "launch", "to_device", "constant", "scratch", "rows", "plain", "flat", "empty", "to_host",
+            "copy",
         )  # fmt: skip
         launch.forget()  # what is kept on one device is not on another
         with (

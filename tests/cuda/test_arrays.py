@@ -47,6 +47,21 @@ token = [cuda.to_device(np.ascontiguousarray(x[:, 0])) for x in here]
 mine.merge(mine.copy())
 same(state.step(*token), mine.step(*(x[:, 0] for x in here)))
 assert isinstance(favor_attention(*here, fm, device="cuda"), np.ndarray)
+bias = np.array([0.5, -np.inf, 3, 0, -2])
+there = {"key_mask": cuda.to_device(mask), "key_bias": cuda.to_device(bias)}
+same(
+    favor_attention(q, k, v, fm, causal=True, check_finite=True, **there),
+    favor_attention(*here, fm, causal=True, key_mask=mask, key_bias=bias),
+)
+with pytest.raises(ValueError, match="^v must be finite"):
+    favor_attention(q, k, cuda.to_device(np.full_like(here[2], np.nan)), fm, check_finite=True)
+state, mine = (
+    AttentionState(fm, 8, 2, decay=0.3, dtype=np.float32, device=where) for where in ("cuda", None)
+)
+state.step(*token), state.merge(state.copy()), state.step(*token)
+rows = [x[:, 0] for x in here]
+mine.step(*rows), mine.merge(mine.copy())
+same(state.attend(q), (mine.step(*rows), mine.attend(here[0]))[1])
 
 
 class Foreign:  # as any library shows its arrays

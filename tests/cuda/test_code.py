@@ -14,7 +14,7 @@ ptxrun.require()
 import numpy as np
 
 import favor_np
-from favor_np.cuda import code, sources
+from favor_np.cuda import code
 from favor_np.cuda.kernels.pack import convert
 from favor_np.cuda.launch import make_fold, make_read
 
@@ -70,12 +70,19 @@ def test_what_code_depends_on_is_in_its_header(changed, monkeypatch):
     monkeypatch.setattr(code.device, "driver_version", lambda: (13, 0))
     plain = {"kinds": KINDS, "capability": (8, 9)}
     assert code.header(convert, **plain) != code.header(convert, **(plain | changed))
-    assert code.header(convert, **plain)["sources"] == sources.digest() != ""
+    assert code.header(convert, **plain)["sources"] == code.SOURCES != ""
 
 
 def test_each_kernel_has_a_name_of_its_own():
-    made = [make_fold(kind, signs) for kind in range(3) for signs in (1, 2)]
-    made += [make_read(0, 2, causal, divide) for causal in (True, False) for divide in (0, 1)]
+    made = [
+        make_fold(kind, signs, lifted)
+        for lifted in (True, False)
+        for kind in range(3)
+        for signs in (1, 2)
+    ]
+    made += [
+        make_read(0, 2, causal, divide, False) for causal in (True, False) for divide in (0, 1)
+    ]
     assert len({code.symbol(kernel) for kernel in made}) == len(made)
     assert code.symbol(convert) == "favor_np_cuda_convert"
 

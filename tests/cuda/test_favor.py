@@ -222,11 +222,8 @@ def test_bad_arguments_are_named(gpu):
         favor_attention(q, k, v, fm, device="gpu")
     with pytest.raises(ValueError, match=r"^out cannot"):
         favor_attention(q, k, v, fm, device="cuda", out=v)
-    for option in ({"decay": 0.9}, {"window": 3}, {"check_finite": True}):
-        with pytest.raises(ValueError, match=f"^{next(iter(option))} cannot"):
-            favor_attention(q, k, v, fm, causal=True, device="cuda", **option)
-    with pytest.raises(ValueError, match=r"^precision='bfloat16' cannot be used on a CUDA device"):
-        favor_attention(q, k, v, fm, precision="bfloat16", device="cuda")
+    with pytest.raises(ValueError, match=r"^window cannot be used on a CUDA device"):
+        favor_attention(q, k, v, fm, causal=True, device="cuda", window=3)
     with pytest.raises(
         ValueError, match=r"^precision must be one of 'full', 'bfloat16', got 'tf32x3'"
     ):

@@ -1,5 +1,8 @@
 """How calls are cut for a device."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import ptxrun
 import pytest
@@ -7,11 +10,12 @@ import pytest
 ptxrun.require()
 
 from favor_np.cuda import plan
-from favor_np.cuda.code import RESIDENT
-from favor_np.cuda.device import KNOWN
+from favor_np.cuda.code import RESIDENT, THREADS
+from favor_np.cuda.device import ARCHITECTURES, KNOWN
 from favor_np.cuda.kernels.tiles import TILE
 from favor_np.jobs import KEYS, Shapes, broadcast_jobs
 
+TABLE = json.loads(Path(__file__).with_name("gate.json").read_text())
 each_device = pytest.mark.parametrize("device", KNOWN.values(), ids=KNOWN)
 
 
@@ -21,6 +25,33 @@ def test_one_long_sequence_fills_the_device(device):
     blocks = 4 * -(-(2**17) // cut.stretch)
     assert device.multiprocessors <= blocks <= 2 * RESIDENT * device.multiprocessors
     assert cut.stretch % TILE == 0
+
+
+@each_device
+def test_a_multiprocessor_holds_the_blocks_that_are_planned_for_it(device):
+    blocks = plan.resident(device)
+    assert blocks == (1 if device.name == "Tesla T4" else RESIDENT)
+    folds = [x for name, row in TABLE.items() if name.startswith("fold") for x in row.values()]
+    largest = max(figures["shared"] for figures in folds) + 1024
+    assert largest <= plan.FOLD_BYTES
+    assert blocks * largest <= device.shared_memory
+    assert blocks * THREADS <= device.threads
+    assert blocks * THREADS * max(figures["registers"] for figures in folds) <= device.registers
+
+
+@each_device
+def test_blocks_of_all_kernels_fit(device):
+    for name, row in TABLE.items():
+        for figures in row.values():
+            assert figures["shared"] <= device.static_shared_memory, name
+            assert figures["registers"] * THREADS <= device.registers, name
+
+
+def test_plans_are_known_for_every_architecture_but_one():
+    """And kernels are compiled for those of all devices."""
+    known = {device.compute_capability for device in KNOWN.values()}
+    assert known <= set(ARCHITECTURES)
+    assert set(ARCHITECTURES) - known == {(10, 0)}
 
 
 @each_device

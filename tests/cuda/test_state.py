@@ -7,6 +7,7 @@ import ptxrun
 import pytest
 from support import oracle
 from support.tolerance import relative_error
+from support.tuning import tuned
 
 ptxrun.require()
 
@@ -60,6 +61,40 @@ def test_step_by_step(gpu):
     assert last.lengths.tolist() == [5, 5]
 
 
+@pytest.mark.parametrize("kind", ["antithetic", "relu"])
+def test_a_step_is_one_launch(kind, gpu):
+    """For any batch, and for queries that share a state: as the next tokens of `favor_attention`."""
+    case = Case(length=3, dim=70, value_dim=70, rows=70, lead=(2, 4), kv_lead=(2, 2), kind=kind)
+    q, k, v = case.arrays()
+    fm, options = case.feature_map(), {"causal": True, "enable_gqa": True, "return_state": True}
+    state = AttentionState.zeros(fm, 70, (2, 2), device="cuda")
+    here = AttentionState.zeros(fm, 70, (2, 2), dtype=np.float64)
+    k[1, 1, 1] *= 30  # far above what came before
+    v[0, 1, 2], k[1, 0, 2, 3] = np.inf, np.nan
+    for i in range(3):
+        token = [x[..., i : i + 1, :] for x in (q, k, v)]
+        gpu.launches.clear()
+        row, state = favor_attention(*token, fm, state=state, device="cuda", **options)
+        assert [kernel.__name__ for kernel, *_ in gpu.launches] == ["step"]
+        whole = (x.astype(float) for x in token)
+        wanted, here = favor_attention(*whole, fm, state=here, **options)
+        assert np.array_equal(np.isfinite(row), np.isfinite(wanted))
+        if i < 2:
+            assert relative_error(row, wanted) < 1e-5
+    assert not np.isfinite(row).all()
+
+
+def test_a_step_beyond_what_its_kernel_holds(gpu):
+    """A map of more features than shared memory has room for takes the way of long calls."""
+    (q, k, v), fm = CASE.arrays(), CASE.feature_map()
+    states = [AttentionState.zeros(fm, 5, 2, device="cuda") for _ in range(2)]
+    token = [x[:, 0] for x in (q, k, v)]
+    row = states[0].step(*token)
+    with tuned(FEATURES=32):
+        assert relative_error(states[1].step(*token), row) < 1e-6
+    assert len({kernel.__name__ for kernel, *_ in gpu.launches}) > 2
+
+
 def test_merge(gpu):
     q, k, v = CASE.arrays()
     fm = CASE.feature_map()
@@ -98,8 +133,6 @@ def test_a_pickle_is_a_state_in_main_memory(gpu):
 
 def test_bad_arguments_are_named(gpu):
     fm = CASE.feature_map()
-    with pytest.raises(ValueError, match=r"^decay cannot"):
-        AttentionState.zeros(fm, 5, decay=0.5, device="cuda")
     with pytest.raises(TypeError, match=r"^dtype must be float32"):
         AttentionState.zeros(fm, 5, dtype=np.float64, device="cuda")
     state = AttentionState.zeros(fm, 5, device="cuda")

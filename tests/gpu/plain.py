@@ -1,4 +1,4 @@
-"""The case table on a GPU without pytest: python tests/gpu/plain.py [part of a case's name]."""
+"""The case table, and steps, on a GPU without pytest: python tests/gpu/plain.py [part of a name]."""
 
 import sys
 from pathlib import Path
@@ -26,9 +26,11 @@ def errors(case, cuda):
     grad = np.random.default_rng(9).standard_normal(out.shape).astype(np.float32)
     _, pullback = favor_np.favor_attention_vjp(*arrays, fm, **options)
     found = pullback(cuda.to_device(grad))
-    *expected, _ = oracle.favor_attention_vjp(*case.arrays(), fm, grad, **case.keywords())
-    for name, wanted in zip("qkv", expected, strict=True):
-        error = np.abs(getattr(found, name).copy_to_host() - wanted).max()
+    q, k, v, _, *bias = oracle.favor_attention_vjp(*case.arrays(), fm, grad, **case.keywords())
+    for name, wanted in zip(("q", "k", "v", "key_bias"), (q, k, v, *bias), strict=False):
+        gradient = getattr(found, name)
+        host = gradient if name == "key_bias" else gradient.copy_to_host()
+        error = np.abs(host - wanted).max()
         yield f" d{name}", error / max(np.abs(wanted).max(), 1), 10 * case.tolerance()
 
 
@@ -36,13 +38,21 @@ def main(part=""):
     """Run the cases whose names have `part`; the number of results that are wrong."""
     device.current()  # raises what is missing
     cuda, wrong = device.numba_cuda(), 0
+    for name, found, allowed in checks(cuda, part):
+        wrong += not found < allowed
+        said = "ok" if found < allowed else "WRONG"
+        print(f"{said:6}{name:24}{found:.2e} < {allowed:.2e}", flush=True)
+    return wrong
+
+
+def checks(cuda, part):
+    """Go through names, errors and what is allowed."""
     for name, case in cases.CASES.items():
         if part in name:
-            for text, found, allowed in errors(case, cuda):
-                wrong += not found < allowed
-                said = "ok" if found < allowed else "WRONG"
-                print(f"{said:6}{name + text:24}{found:.2e} < {allowed:.2e}", flush=True)
-    return wrong
+            for text, *numbers in errors(case, cuda):
+                yield name + text, *numbers
+    if part in "steps":
+        yield from cases.step_errors(cuda)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from support import oracle
 from support.tolerance import relative_error
 
 import favor_np
+from favor_np.cuda import code
 
 each_case = pytest.mark.parametrize("case", cases.CASES.values(), ids=cases.CASES)
 
@@ -211,6 +212,26 @@ def test_a_state(cuda):
         token = [cuda.to_device(np.ascontiguousarray(x[:, i])) for x in case.arrays()]
         row = state.step(*token).copy_to_host()
         assert relative_error(row, expected[:, i]) < case.tolerance()
+
+
+def test_steps_of_states_that_decay(cuda):
+    for name, error, allowed in cases.step_errors(cuda):
+        assert error < allowed, name
+
+
+def test_compiled_kernels_are_kept(cuda, tmp_path, monkeypatch):
+    """And what is loaded from there gives the same bits."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    case = cases.CASES["causal-65"]
+    arrays, options = on_device(cuda, case)
+    found = []
+    for name in ("compiled", "stored"):
+        monkeypatch.setattr(code, "_functions", {})
+        before = code.counts[name]
+        out = favor_np.favor_attention(*arrays, case.feature_map(), **options)
+        found.append(out.copy_to_host())
+        assert code.counts[name] > before
+    assert np.array_equal(*found)
 
 
 def test_the_benchmarks_run(cuda, monkeypatch):

@@ -143,3 +143,26 @@ def test_bad_arguments(tmp_path):
         nn.save(3.5, MODEL, params)
     with pytest.raises(FileNotFoundError):
         nn.load(tmp_path / "nothing")
+
+
+def test_sizes_that_are_numpy_numbers_come_back_as_numbers(tmp_path):
+    model = nn.PerformerLM(
+        vocab=np.int64(50), dim=np.int32(16), depth=1, heads=2, num_features=8, decay=np.array([0.9, 0.5]),
+        dropout=np.float64(0.1), causal=np.True_,
+    )  # fmt: skip
+    nn.save(tmp_path / "a", model, model.init(np.random.default_rng(0)))
+    found = nn.load(tmp_path / "a").model
+    assert (found.vocab, found.dim, found.decay, found.dropout) == (50, 16, (0.9, 0.5), 0.1)
+
+
+def test_training_does_not_begin_where_it_cannot_save(tmp_path):
+    model = nn.Linear(2, 2)
+
+    def batches(step):
+        raise AssertionError("a step was begun")
+
+    with pytest.raises(OSError, match="cannot be written"):
+        nn.train(
+            model, model.init(np.random.default_rng(0)), batches, steps=1, rate=0.1,
+            loss=nn.mean_squared, path=tmp_path / "missing" / "a",
+        )  # fmt: skip

@@ -245,3 +245,12 @@ def test_memory_is_used_again_while_an_optimizer_lives():
     kept = memory.empty((300, 300), np.float64)
     del kept
     assert memory.held() == 0
+
+
+def test_no_more_memory_is_kept_than_was_used_at_a_time():
+    optimizer = nn.AdamW({"weight": np.ones(3, np.float32)})
+    for size in range(200):
+        memory.empty((300 + size, 300), np.float64)
+    assert 300 * 300 * 8 <= memory.held() < 2 * 500 * 300 * 8
+    del optimizer
+    assert memory.held() == 0

@@ -238,6 +238,15 @@ def test_attention_is_watched():
         nn.train(model, params, batches, steps=1, rate=1e-9)
 
 
+def test_attention_that_fades_is_diagnosed_as_such():
+    model = nn.PerformerLM(vocab=17, dim=16, depth=1, heads=2, num_features=16, decay=0.5)
+    params = model.init(np.random.default_rng(0))
+    (fading,) = nn.diagnose_attention(model, params, TEXT[:200])
+    (lasting,) = nn.diagnose_attention(model.replace(decay=None), params, TEXT[:200])
+    last = np.s_[:, 100:]
+    assert fading.standard_error[last].mean() > 1.3 * lasting.standard_error[last].mean()
+
+
 def test_progress_has_loss_and_speed(capsys):
     trained(3, progress=True)
     assert "training: 100%" in capsys.readouterr().err

@@ -22,7 +22,6 @@ from favor_np.cuda.kernels.tiles import (
     MASKED,
     NOTHING,
     PADDED,
-    PITCH,
     PLAIN,
     ROWS,
     STAGED,
@@ -43,6 +42,7 @@ from favor_np.cuda.kernels.tiles import (
     multiply_turned,
     power,
     project,
+    raised,
     signed,
     take,
     total_across,
@@ -54,6 +54,10 @@ SPAN = numerics.SPAN[4]
 #: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which
 #: is folded; a row of -1 steps goes backwards.
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
+#: And the first rows of lifts, of both sides.
+LIFT, Q_LIFT = range(11, 13)
+#: Fractions of a lift, which is an integer of 64 bits: the upper half is the lift's integer.
+FRACTION = 2.0**-32
 #: Columns of that of the scan.
 SCAN = ("slot", "first", "count", "fresh")
 #: States that a thread of the scan loads while it adds those before.
@@ -77,8 +81,27 @@ def put_heights(height, row, mask, mask_row, step, count, high):
 
 
 @device
+def lift_heights(lifts, row, step, count, high, rise):
+    """Lower the heights of a tile by the fractions of its lifts, whose integers are the rise.
+
+    Each thread has set the height that it changes.
+    """
+    tid, _, _ = lane()
+    if tid < TILE:
+        whole = int32(0)
+        if tid < count and high[tid] < float32(MASKED):  # no NaN either
+            lift = lifts[row + step * tid]
+            whole = int32(lift >> 32)
+            high[tid] -= float32(uint32(lift & 0xFFFFFFFF)) * float32(FRACTION)
+        rise[tid] = whole
+
+
+@device
 def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
-    """Values start, start + 1, ... of a tile to the plain tile, masked ones as zeros; whether all are finite."""
+    """Values start, start + 1, ... of a tile to the plain tile, masked ones as zeros.
+
+    Returns whether all are finite.
+    """
     tid, _, _ = lane()
     x = tid & 63
     place = uint32(column + x)
@@ -92,7 +115,7 @@ def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
                 if mask.size == 0 or mask[uint32(mask_row + step * p)] != 0:
                     value = number(v[uint32(row + step * p), place])
             clean = clean & (value * float32(0) == float32(0))
-            plain[uint32(i * PITCH + x)] = value
+            plain[uint32(i * TILE + x)] = value
             i = uint32(i + 4)
     return clean
 
@@ -114,18 +137,18 @@ def highest_of_rows(top, tops, base):
 
 
 @device
-def part_of_keys(y, start, count, before, level, base, cut, tops):
-    """Where the keys from start on pass the first of them, and before, by more than SPAN; else count.
+def part_of_keys(lifted, y, rise, start, count, before, level, base, cut, tops):
+    """Where the keys from start on pass the first of them, and before, by more than SPAN.
 
-    Raises level from before to the largest of these keys.  Rows before a tall key would lose theirs
-    to underflow.  Which key is tall depends on those before it alone, so cutting there keeps
-    causality exact.
+    Returns count if none does.  Raises level from before to the largest of these keys.  Rows before
+    a tall key would lose theirs to underflow.  Which key is tall depends on those before it alone,
+    so cutting there keeps causality exact.
     """
     tid, ty, tx = lane()
     for i in range(4):
         if ty + 16 * i == start:
             for j in range(4):
-                base[tx + 16 * j] = max(exponent(y[i, j]), before[j])
+                base[tx + 16 * j] = max(raised(lifted, y[i, j], rise, start), before[j])
     if tid == 0:
         cut[0] = count
     cuda.syncthreads()
@@ -134,7 +157,8 @@ def part_of_keys(y, start, count, before, level, base, cut, tops):
         limit = base[tx + 16 * j] + SPAN
         for i in range(4):
             p = ty + 16 * i
-            tall = min(tall, int32(p if (p > start) & (exponent(y[i, j]) > limit) else count))
+            above = raised(lifted, y[i, j], rise, p) > limit
+            tall = min(tall, int32(p if (p > start) & above else count))
     if tall < count:
         cuda.atomic.min(cut, 0, tall)
     cuda.syncthreads()
@@ -143,16 +167,19 @@ def part_of_keys(y, start, count, before, level, base, cut, tops):
         level[j] = int32(LOWEST)
         for i in range(4):
             if start <= ty + 16 * i < stop:
-                level[j] = max(level[j], exponent(y[i, j]))
+                level[j] = max(level[j], raised(lifted, y[i, j], rise, ty + 16 * i))
     highest_of_rows(level, tops, before)
     return stop
 
 
-def make_fold(kind: int, signs: int) -> Callable[..., Any]:
-    """Return the kernel that folds stretches of keys, each into a state of its own."""
+def make_fold(kind: int, signs: int, lifted: bool) -> Callable[..., Any]:
+    """Return the kernel that folds stretches of keys, each into a state of its own.
+
+    Keys that are `lifted` weigh 2**lift times as much.
+    """
     per_sign = 4 // signs
 
-    def fold(k, height, share, v, mask, weight, bias, epsilon, table, c, s, z):
+    def fold(k, height, lifts, share, v, mask, weight, bias, epsilon, table, c, s, z):
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         plain = cuda.shared.array(PLAIN, float32, alignment=16)
         tops = cuda.shared.array(WARPS, int32)
@@ -162,6 +189,7 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
         tid, ty, tx = lane()
         job = cuda.shared.array(JOB, int32)
         high = cuda.shared.array(ROWS, float32)
+        rise = cuda.shared.array(ROWS, int32)
         take(table, job)
         part, column = cuda.blockIdx.y, int32(cuda.blockIdx.z * TILE)
         total = cuda.local.array((4, 4), float32)
@@ -179,14 +207,15 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
             first, step = job[ROW] + job[STEP] * start, job[STEP]
             size = min(TILE, job[COUNT] - start)
             put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
-            project(kind, k, first, step, size, weight, bias, job[HEAD], part, high,
-                    plain, raw, y)  # fmt: skip
+            if lifted:
+                lift_heights(lifts, job[LIFT] + step * start, step, size, high, rise)
+            project(kind, k, first, step, size, weight, bias, job[HEAD], part, high, plain, raw, y)
             for j in range(4):
                 level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
                 for i in range(4):
-                    new[j] = max(new[j], exponent(y[i, j]))
+                    new[j] = max(new[j], raised(lifted, y[i, j], rise, ty + 16 * i))
             highest_of_rows(new, tops, level)
-            features(kind, epsilon, raw, y, new)
+            features(kind, lifted, epsilon, raw, y, new, rise)
             for j in range(4):
                 f, by = tx + 16 * j, power(level[j] - new[j])
                 folded[j] *= by
@@ -203,8 +232,9 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
                     folded[j] += y[i, j] * weight_of
                 cuda.syncwarp()
             at = job[STEP] * start
-            put_values(v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, 0, TILE, column,
-                       plain)  # fmt: skip
+            put_values(
+                v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, 0, TILE, column, plain
+            )
             cuda.syncthreads()
             for i in range(4):
                 for j in range(4):
@@ -227,8 +257,15 @@ def make_fold(kind: int, signs: int) -> Callable[..., Any]:
         slot = uint32(job[SLOT])
         for i in range(4):
             f = uint32(part * TILE + 4 * ty + i)
-            put_four(s, slot * s.shape[1] + f, column + 4 * tx, total[i, 0], total[i, 1],
-                     total[i, 2], total[i, 3])  # fmt: skip
+            put_four(
+                s,
+                slot * s.shape[1] + f,
+                column + 4 * tx,
+                total[i, 0],
+                total[i, 1],
+                total[i, 2],
+                total[i, 3],
+            )
 
     return fold
 
@@ -274,8 +311,20 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
         while start < end:
             for i in range(AHEAD):
                 now_c[i], now[i], now_z[i] = own[i], values[i], weights[i]
-            load_ahead(own_c, s, z, uint32(start + AHEAD), end, features, f, columns, column, own,
-                       values, weights)  # fmt: skip
+            load_ahead(
+                own_c,
+                s,
+                z,
+                uint32(start + AHEAD),
+                end,
+                features,
+                f,
+                columns,
+                column,
+                own,
+                values,
+                weights,
+            )
             for i in range(AHEAD):
                 high = max(level, now_c[i])
                 keep, add = power(level - high), power(now_c[i] - high)
@@ -297,15 +346,39 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
         total_c[slot, f] = after
 
 
-def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[..., Any]:
+def make_read(
+    kind: int, signs: int, causal: bool, divide: bool, lifted: bool
+) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
     It divides by the denominator; or else, for the gradient of values, takes the heights of the
-    rows.
+    rows, and their lifts if they are `lifted`.
     """
     per_sign = 4 // signs
+    moved = lifted and not divide
 
-    def read(q, q_height, q_mask, k, height, v, mask, weight, q_bias, bias, epsilon, table, c, s, z, out, dens, tops_out):  # fmt: skip
+    def read(
+        q,
+        q_height,
+        q_lifts,
+        q_mask,
+        k,
+        height,
+        lifts,
+        v,
+        mask,
+        weight,
+        q_bias,
+        bias,
+        epsilon,
+        table,
+        c,
+        s,
+        z,
+        out,
+        dens,
+        tops_out,
+    ):
         queries = cuda.shared.array(PADDED, float32, alignment=16)
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         plain = cuda.shared.array(STAGED, float32, alignment=16)
@@ -317,7 +390,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         job = cuda.shared.array(JOB, int32)
         high = cuda.shared.array(ROWS, float32)
         high_q = cuda.shared.array(ROWS, float32)
-        top = cuda.shared.array(ROWS, int32)
+        rise = cuda.shared.array(ROWS, int32)
+        top = cuda.shared.array(ROWS, int32)  # or the rise of the rows that are moved
         den = cuda.shared.array(ROWS, float32)
         take(table, job)
         column = int32(cuda.blockIdx.y * TILE)
@@ -333,10 +407,15 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
         for i in range(4):
             if tx == 0:
                 den[ty + 16 * i] = float32(0)
-                top[ty + 16 * i] = int32(-(2**30))
+                if not moved:
+                    top[ty + 16 * i] = int32(-(2**30))
         put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        if moved:
+            lift_heights(q_lifts, job[Q_LIFT], job[STEP], job[COUNT], high_q, top)
         if causal:
             put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+            if lifted:
+                lift_heights(lifts, job[LIFT], job[STEP], job[COUNT], high, rise)
         cuda.syncthreads()
         part = int32(0)
         while part < slices:
@@ -347,10 +426,25 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    project(kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
-                            high, plain, raw, y)  # fmt: skip
-                    stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
-                    features(kind, epsilon, raw, y, level)
+                    project(
+                        kind,
+                        k,
+                        job[ROW],
+                        job[STEP],
+                        job[COUNT],
+                        weight,
+                        bias,
+                        job[HEAD],
+                        part,
+                        high,
+                        plain,
+                        raw,
+                        y,
+                    )
+                    stop = part_of_keys(
+                        lifted, y, rise, start, job[COUNT], before, level, base, cut, tops
+                    )
+                    features(kind, lifted, epsilon, raw, y, level, rise)
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):
@@ -361,8 +455,21 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     for j in range(4):
                         f = tx + 16 * j
                         base[f], scale[f] = level[j], power(before[j] - level[j])
-                project(kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
-                        high_q, plain, raw, y)  # fmt: skip
+                project(
+                    kind,
+                    q,
+                    job[Q_ROW],
+                    job[STEP],
+                    job[COUNT],
+                    weight,
+                    q_bias,
+                    job[HEAD],
+                    part,
+                    high_q,
+                    plain,
+                    raw,
+                    y,
+                )
                 for j in range(4):
                     level[j] = base[tx + 16 * j]
                 for i in range(4):
@@ -379,7 +486,8 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     for j in range(4):
                         num[i, j] *= by
                         scores[i, j] *= by
-                        value = exp2(y[i, j], exponent(y[i, j]) + level[j] - peak)
+                        n = raised(moved, y[i, j], top, p) + level[j] - peak
+                        value = exp2(y[i, j], n)
                         y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
                     cuda.syncwarp()  # all have read top; and rows in turn need fewer registers
                     if divide and tx == 0:
@@ -412,7 +520,7 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                 for half in range(int32(0), int32(TILE if start == 0 else 0), int32(32)):
                     for n in range(2):
                         r, x = (tid >> 4) + 16 * n, 4 * tx
-                        by, to = scale[half + r], uint32((r * PITCH + x) & EVEN)
+                        by, to = scale[half + r], uint32((r * TILE + x) & EVEN)
                         row = four(s, job[SLOT] * s.shape[1] + part * TILE + half + r, column + x)
                         for u in range(4):
                             plain[to + u] = row[u] * by
@@ -436,8 +544,9 @@ def make_read(kind: int, signs: int, causal: bool, divide: bool) -> Callable[...
                     if tx == 0:
                         den[p] += part_of_row
             for half in range(0, TILE, 32):
-                if not put_values(v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], half, 32,
-                                  column, plain):  # fmt: skip
+                if not put_values(
+                    v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], half, 32, column, plain
+                ):
                     cuda.atomic.min(cut, 0, -1)
                 cuda.syncthreads()
                 if cut[0] >= 0:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import cuda, float32, int32, uint32
+from numba import cuda, float32, int32, int64, uint32
 
 from favor_np.cuda.kernels.favor import (
     COUNT,
     HEAD,
+    LIFT,
     MASK,
     OUT_ROW,
+    Q_LIFT,
     Q_MASK,
     Q_ROW,
     Q_VECTOR,
@@ -23,6 +25,7 @@ from favor_np.cuda.kernels.favor import (
     SLOT,
     STEP,
     V_ROW,
+    lift_heights,
     part_of_keys,
     put_heights,
 )
@@ -34,7 +37,6 @@ from favor_np.cuda.kernels.tiles import (
     MASKED,
     NOTHING,
     PADDED,
-    PITCH,
     ROWS,
     STAGED,
     STRIDE,
@@ -43,7 +45,6 @@ from favor_np.cuda.kernels.tiles import (
     clear,
     device,
     exp2,
-    exponent,
     feature,
     lane,
     multiply,
@@ -52,6 +53,7 @@ from favor_np.cuda.kernels.tiles import (
     product,
     product_padded,
     project,
+    raised,
     signed,
     take,
     total_across,
@@ -59,8 +61,11 @@ from favor_np.cuda.kernels.tiles import (
 from favor_np.numerics import POSITIVE, RELU
 
 
-def cotangents(grad, out, dens, tops, vectors, shares, heights):
-    """Divide the rows of grad by the denominators; their shares -grad . out / den, and their heights."""
+def cotangents(grad, out, dens, tops, vectors, shares, heights, lifts):
+    """Divide the rows of grad by the denominators.
+
+    Sets their shares -grad . out / den, and their heights; or, if there are lifts, these.
+    """
     thread = cuda.threadIdx.x & 31
     row = cuda.blockIdx.x * 8 + ((cuda.threadIdx.x & 255) >> 5)
     if row < grad.shape[0]:
@@ -73,10 +78,12 @@ def cotangents(grad, out, dens, tops, vectors, shares, heights):
         total = total_of_warp(total)
         if thread == 0:
             shares[row] = total if den != float32(0) else float32(0)
+            height = float32(tops[row])
+            if lifts.size > 0:  # which may be larger than float32 holds exactly
+                lifts[row] = -int64(tops[row]) << 32
+                height = float32(0)
             # A row that is not finite has a denominator that is not.
-            heights[row] = (
-                float32(tops[row]) + den * float32(0) if den != float32(0) else float32(MASKED)
-            )
+            heights[row] = height + den * float32(0) if den != float32(0) else float32(MASKED)
 
 
 def gather(source, first, parts, target):
@@ -98,20 +105,49 @@ def share_of(share, row, there):
 
 
 @device
-def slope(kind, x, y, level):
-    """What the derivative of a feature has instead of it, over 2**level."""
-    value = exp2(y, exponent(y) - level)
+def slope(kind, x, y, n):
+    """What the derivative of a feature has instead of it: see `feature`."""
+    value = exp2(y, n)
     if kind == RELU and x <= float32(0):
         value = float32(0)
     return value if y == y else y
 
 
-def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
-    """Return the kernel of the gradient of one side, q, whose vectors are g, folded with the other."""
+def make_pull(kind: int, signs: int, causal: bool, lifted: bool) -> Callable[..., Any]:
+    """Return the kernel of the gradient of one side: q, whose vectors are g.
+
+    The other side is folded.  If they are `lifted`, there is a gradient of the lifts of q, too, by
+    their natural logarithms; none is wanted where its array is of size 0.
+    """
     rows_of_w, per_sign = TILE // signs, 4 // signs
 
-    def pull(q, q_height, g, q_share, q_mask, k, height, v, share, mask, weight, q_bias, bias, epsilon,
-             table, c, s, z, unit, key_norm, linear, out):  # fmt: skip
+    def pull(
+        q,
+        q_height,
+        q_lifts,
+        g,
+        q_share,
+        q_mask,
+        k,
+        height,
+        lifts,
+        v,
+        share,
+        mask,
+        weight,
+        q_bias,
+        bias,
+        epsilon,
+        table,
+        c,
+        s,
+        z,
+        unit,
+        key_norm,
+        linear,
+        out,
+        of_lifts,
+    ):
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         pairs = cuda.shared.array(PADDED, float32, alignment=16)
         plain = cuda.shared.array(STAGED, float32, alignment=16)
@@ -122,6 +158,8 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         job = cuda.shared.array(JOB, int32)
         high = cuda.shared.array(ROWS, float32)
         high_q = cuda.shared.array(ROWS, float32)
+        rise = cuda.shared.array(ROWS, int32)
+        rise_q = cuda.shared.array(ROWS, int32)
         extra = cuda.shared.array(ROWS, float32)
         total = cuda.shared.array(ROWS, float32)
         take(table, job)
@@ -136,14 +174,29 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         if tid < TILE:
             total[tid] = float32(0)
         put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        if lifted:
+            lift_heights(q_lifts, job[Q_LIFT], job[STEP], job[COUNT], high_q, rise_q)
         if tid < TILE:
             extra[tid] = share_of(q_share, job[Q_VECTOR] + job[STEP] * tid, tid < job[COUNT])
         if causal:
             put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+            if lifted:
+                lift_heights(lifts, job[LIFT], job[STEP], job[COUNT], high, rise)
         cuda.syncthreads()
         if causal:
-            product(g, job[Q_VECTOR], job[STEP], job[COUNT], v, job[V_ROW], job[STEP], job[COUNT],
-                    g.shape[1], plain, back)  # fmt: skip
+            product(
+                g,
+                job[Q_VECTOR],
+                job[STEP],
+                job[COUNT],
+                v,
+                job[V_ROW],
+                job[STEP],
+                job[COUNT],
+                g.shape[1],
+                plain,
+                back,
+            )
             for j in range(4):
                 n = tx + 16 * j
                 own = high[n]
@@ -164,27 +217,66 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    project(kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
-                            high, plain, raw, y)  # fmt: skip
-                    stop = part_of_keys(y, start, job[COUNT], before, level, base, cut, tops)
+                    project(
+                        kind,
+                        k,
+                        job[ROW],
+                        job[STEP],
+                        job[COUNT],
+                        weight,
+                        bias,
+                        job[HEAD],
+                        part,
+                        high,
+                        plain,
+                        raw,
+                        y,
+                    )
+                    stop = part_of_keys(
+                        lifted, y, rise, start, job[COUNT], before, level, base, cut, tops
+                    )
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):
-                            value = feature(kind, epsilon, signed(raw, i, j), y[i, j], level[j])
+                            n = raised(lifted, y[i, j], rise, p) - level[j]
+                            value = feature(kind, epsilon, signed(raw, i, j), y[i, j], n)
                             if p < start or p >= stop or value != value:
                                 value = float32(0)
                             keys[(tx + 16 * j) * STRIDE + p] = value
                 clear(back)
                 if start == 0:
-                    product_padded(False, g, job[Q_VECTOR], job[STEP], job[COUNT], s,
-                                   job[SLOT] * s.shape[1] + part * TILE, TILE, plain, back)  # fmt: skip
+                    product_padded(
+                        False,
+                        g,
+                        job[Q_VECTOR],
+                        job[STEP],
+                        job[COUNT],
+                        s,
+                        job[SLOT] * s.shape[1] + part * TILE,
+                        TILE,
+                        plain,
+                        back,
+                    )
                     for j in range(4):
                         by = power(before[j] - level[j])
                         weight_of = z[uint32(job[SLOT]), uint32(part * TILE + tx + 16 * j)]
                         for i in range(4):
                             back[i, j] = (back[i, j] + weight_of * extra[ty + 16 * i]) * by
-                project(kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
-                        high_q, plain, raw, y)  # fmt: skip
+                project(
+                    kind,
+                    q,
+                    job[Q_ROW],
+                    job[STEP],
+                    job[COUNT],
+                    weight,
+                    q_bias,
+                    job[HEAD],
+                    part,
+                    high_q,
+                    plain,
+                    raw,
+                    y,
+                )
                 if causal:
                     multiply_rows(pairs, keys, back)
                 cuda.syncthreads()
@@ -192,11 +284,15 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                     p, part_of_row = ty + 16 * i, float32(0)
                     cuda.syncwarp()  # rows in turn need fewer registers
                     for j in range(4):
+                        x, n = signed(raw, i, j), raised(lifted, y[i, j], rise_q, p) + level[j]
+                        value = back[i, j]
+                        back[i, j] = float32(0)
                         if not causal or p >= start:
-                            back[i, j] *= slope(kind, signed(raw, i, j), y[i, j], -level[j])
-                        else:
-                            back[i, j] = float32(0)
-                        part_of_row += back[i, j]
+                            back[i, j] = value * slope(kind, x, y[i, j], n)
+                            if lifted and kind != POSITIVE:
+                                part_of_row += value * feature(kind, epsilon, x, y[i, j], n)
+                        if not lifted or kind == POSITIVE:
+                            part_of_row += back[i, j]
                     for j in range(per_sign):
                         value = back[i, j]
                         if signs == 2:
@@ -211,7 +307,7 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
                     x = uint32(cuda.blockIdx.y * TILE + 4 * tx)
                     for n in range(2):
                         r = ty + 16 * n
-                        to = uint32((r * PITCH + 4 * tx) & EVEN)
+                        to = uint32((r * TILE + 4 * tx) & EVEN)
                         if x < weight.shape[1]:  # else what is multiplied is not written
                             line = (job[HEAD] * slices + part) * rows_of_w + half + r
                             numbers = four(weight, line, x)
@@ -231,6 +327,9 @@ def make_pull(kind: int, signs: int, causal: bool) -> Callable[..., Any]:
         for i in range(4):
             p = ty + 16 * i
             sums, own = total[p], high_q[p]
+            if lifted and of_lifts.size > 0 and tx == 0 and cuda.blockIdx.y == 0 and p < job[COUNT]:
+                value = sums if own != float32(MASKED) else float32(0)
+                of_lifts[job[OUT_ROW] + job[STEP] * p] = value if own == own else own
             for j in range(4):
                 x = cuda.blockIdx.y * TILE + 4 * tx + j
                 value = float32(0)

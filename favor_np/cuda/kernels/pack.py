@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from numba import cuda, float32, uint32
+from numba import cuda, float32, int32, uint32
 
 from favor_np.cuda.kernels.storage import number, rounded
 from favor_np.cuda.kernels.tiles import (
     FAR,
+    NOTHING,
     STAGED,
     TILE,
     device,
@@ -102,8 +103,34 @@ def convert(source, target):
         target[i] = rounded(source[i], target)
 
 
+def find_bad(source, found):
+    """Set found[0] to 1 if a number is NaN or infinite."""
+    i = cuda.blockIdx.x * 256 + (cuda.threadIdx.x & 255)
+    if i < source.shape[0]:
+        value = number(source[i])
+        if value * float32(0) != float32(0):
+            cuda.atomic.max(found, 0, int32(1))
+
+
+def lower(exponents, by):
+    """Take by[i] off the exponents of state i, but leave none below NOTHING."""
+    state, i = cuda.blockIdx.x, cuda.blockIdx.y * 256 + (cuda.threadIdx.x & 255)
+    if i < exponents.shape[1]:
+        exponents[state, i] = max(int32(exponents[state, i] - by[state]), int32(NOTHING))
+
+
+def scale(sums, by):
+    """Multiply the sums of state i by by[i]."""
+    state, i = cuda.blockIdx.x, cuda.blockIdx.y * 256 + (cuda.threadIdx.x & 255)
+    if i < sums.shape[1]:
+        sums[state, i] *= by[state]
+
+
 def change(rows, matrix, key_norm, table, target, height):
-    """Multiply packed rows by the matrix of their head; their squares, times key_norm, to the heights."""
+    """Multiply packed rows by the matrix of their head.
+
+    Adds their squares, times key_norm, to the heights.
+    """
     stage = cuda.shared.array(STAGED, float32, alignment=16)
     _, ty, tx = lane()
     tile, width = cuda.blockIdx.x, target.shape[1]

@@ -20,20 +20,20 @@ from favor_np.numerics import ELU, LOG2E, POSITIVE
 TILE, THREADS = 64, 256
 #: Length of a padded row of features; columns of a factor that are staged at a time, padded to.
 STRIDE, DEPTH, STAGE = 68, 16, 20
-#: Length of a padded row of a tile whose columns a product runs along.
-PITCH = 72
 #: Sizes of shared arrays: a padded tile, a plain one, the stage of a product or half a tile, a row
 #: for each warp, a number for each row.  None is a power of two: for these the compiler writes the
 #: check for negative indices in a way that it cannot see through later.
-PADDED, PLAIN, STAGED, WARPS, ROWS = 4352, 4608, 2560, 516, 68
+PADDED, PLAIN = TILE * STRIDE, TILE * TILE + 4
+STAGED, WARPS, ROWS = 2 * TILE * STAGE, 8 * TILE + 4, TILE + 4
 #: The longest row of a table.
 JOB = 16
 #: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
 EVEN = 8188
-#: Largest |log2-feature|; below -3 FAR there is none.  The height of a masked key, its exponent,
-#: and that of a feature which no key has reached.
+#: Largest |log2-feature|; below -3 FAR there is none.  The height of a masked key; the exponent of
+#: a feature which no key has reached; and that of a masked key, which leaves nothing beside it.
 FAR = numerics.FAR[4]
-MASKED, LOWEST, NOTHING = numerics.MASKED * FAR, -(2**25), -4 * int(FAR)
+MASKED, NOTHING = numerics.MASKED * FAR, numerics.NOTHING[4]
+LOWEST = NOTHING - 1024
 #: Adding it rounds to an integer; and its bits.
 _MAGIC, _MAGIC_BITS = numerics.ROUNDER[4][0], 0x4B400000
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = numerics.EXP2[4]
@@ -51,6 +51,15 @@ def nearest(y):
 def exponent(y):
     """nearest(y), or LOWEST where there is no feature: masked, padded or NaN."""
     return nearest(y) if y > float32(-3 * FAR) else int32(LOWEST)
+
+
+@device
+def raised(lifted, y, rise, p):
+    """The exponent of a log2-feature y of row p; the rise of a lifted row is no part of its y."""
+    n = exponent(y)
+    if lifted:
+        return int32(n + rise[p]) if n > LOWEST else int32(LOWEST)
+    return n
 
 
 @device
@@ -119,18 +128,22 @@ def signed(raw, i, j):
 
 
 @device
-def feature(kind, epsilon, x, y, level):
-    """The feature with the projection x and the log2 y, over 2**level; NaN if y is."""
-    value = exp2(y, exponent(y) - level) * factor(kind, epsilon, x)
+def feature(kind, epsilon, x, y, n):
+    """The feature with the projection x, the log2 y and the exponent n; NaN if y is."""
+    value = exp2(y, n) * factor(kind, epsilon, x)
     return value if y == y else y
 
 
 @device
-def features(kind, epsilon, raw, y, level):
-    """y = the features with the log2 y, over 2**level of their columns: in two loops, which unroll."""
+def features(kind, lifted, epsilon, raw, y, level, rise):
+    """y = the features with the log2 y and the rise of their rows, over 2**level of their columns.
+
+    In two loops, which unroll.
+    """
+    _, ty, _ = lane()
     for i in range(4):
         for j in range(4):
-            value = exp2(y[i, j], exponent(y[i, j]) - level[j])
+            value = exp2(y[i, j], raised(lifted, y[i, j], rise, ty + 16 * i) - level[j])
             y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
         cuda.syncwarp()
     if kind != POSITIVE:
@@ -250,10 +263,11 @@ def multiply_stage(stage, total):
 
 @device
 def project(kind, rows, row, step, count, weight, bias, head, part, high, stage, raw, y):
-    """raw = the projections of a tile of rows on a slice of the weights, y = their log2-features."""
+    """raw = the projections of a tile of rows on a slice of weights, y = their log2-features."""
     slices, width = bias.shape[1] >> 6, 16 * raw.shape[1]
-    product_padded(True, rows, row, step, count, weight, (head * slices + part) * width, width,
-                   stage, raw)  # fmt: skip
+    product_padded(
+        True, rows, row, step, count, weight, (head * slices + part) * width, width, stage, raw
+    )
     log_features(kind, raw, bias, head, part * TILE, high, y)
 
 
@@ -289,7 +303,10 @@ def multiply_add_rows(a, a_at, a_stride, b, b_at, b_stride, depth, total):
 
 @device
 def multiply(a, a_column, b, depth, total):
-    """``total[i, j] += sum_r a[i, a_column + r] b[r, 4 tx + j]``: a padded tile times one of values."""
+    """``total[i, j] += sum_r a[i, a_column + r] b[r, 4 tx + j]``.
+
+    A padded tile times one of values.
+    """
     _, ty, tx = lane()
     left = cuda.local.array((4, 4), float32)
     right = cuda.local.array((4, 4), float32)
@@ -301,7 +318,7 @@ def multiply(a, a_column, b, depth, total):
             for u in range(4):
                 left[i, u] = a[at + u]
         for u in range(4):
-            at = uint32((r + u) * PITCH + 4 * tx)
+            at = uint32((r + u) * TILE + 4 * tx)
             for j in range(4):
                 right[u, j] = b[at + j]
         for u in range(4):
@@ -313,7 +330,10 @@ def multiply(a, a_column, b, depth, total):
 
 @device
 def multiply_turned(a, b, depth, total):
-    """``total[i, j] += sum_p a[p, 4 ty + i] b[p, 4 tx + j]``: a padded tile, turned, times one of values."""
+    """``total[i, j] += sum_p a[p, 4 ty + i] b[p, 4 tx + j]``.
+
+    A padded tile, turned, times one of values.
+    """
     _, ty, tx = lane()
     left = cuda.local.array(4, float32)
     right = cuda.local.array(4, float32)
@@ -326,16 +346,19 @@ def multiply_turned(a, b, depth, total):
         for i in range(4):
             for j in range(4):
                 total[i, j] += left[i] * right[j]
-        p, at, to = uint32(p + 1), uint32(at + STRIDE), uint32(to + PITCH)
+        p, at, to = uint32(p + 1), uint32(at + STRIDE), uint32(to + TILE)
 
 
 @device
 def multiply_seen(a, a_column, b, depth, total):
-    """As `multiply`, but row i leaves out the rows of b after ``i - a_column``, whatever they hold."""
+    """As `multiply`, but row i leaves out the rows of b after ``i - a_column``.
+
+    Whatever they hold.
+    """
     _, ty, tx = lane()
     for r in range(depth):
         for i in range(4):
             p = ty + 16 * i
             if a_column + r <= p:
                 for j in range(4):
-                    total[i, j] += a[p * STRIDE + a_column + r] * b[r * PITCH + 4 * tx + j]
+                    total[i, j] += a[p * STRIDE + a_column + r] * b[r * TILE + 4 * tx + j]
