@@ -53,7 +53,7 @@ def main():
 
     began = time.process_time()
     history = nn.train(
-        model, params, batches, steps=steps, every=steps,
+        model, params, batches, steps=steps, every=steps, redraw=25,
         rate=nn.cosine(options.rate, steps=steps, warmup=steps // 10),
     )  # fmt: skip
     found = {
