@@ -4,7 +4,9 @@
 # dependencies = ["nox>=2025.5"]
 # ///
 
+import re
 import shutil
+import time
 from pathlib import Path
 
 import nox
@@ -57,7 +59,8 @@ def onnx(session: nox.Session) -> None:
     session.run("pytest", "tests/interop/test_onnx_runtimes.py", env=environ)
     for version, tests in OLD_ONNXRUNTIMES.items():
         session.install(f"onnxruntime=={version}")
-        session.run("pytest", "tests/interop/test_onnx.py", "-k", tests, env=environ)
+        files = "tests/interop/test_onnx.py", "tests/interop/test_onnx_models.py"
+        session.run("pytest", *files, "-k", tests, env=environ)
 
 
 @nox.session(default=False)
@@ -151,8 +154,9 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation; warnings are errors, the examples are run."""
+    """Build the documentation; warnings are errors, examples and notebook are run."""
     install(session, "docs")
+    session.run("jupyter", "execute", "docs/demo.ipynb")
     session.run("sphinx-build", "-W", "-n", "-b", "html", "docs", "docs/_build/html")
 
 
@@ -192,11 +196,85 @@ def wheel(session: nox.Session) -> None:
     if size > 15:
         session.error(f"{path.name} has {size:.1f} MB; it should stay below 15")
     session.log(f"{path.name}: {size:.1f} MB")
+    session.install("hatchling>=1.27")
+    session.run("python", "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder))
+    session.run("python", "tools/distributions.py", *map(str, folder.iterdir()))
     session.install("numpy>=2.0", "scipy>=1.13")
     session.install("--no-deps", "--force-reinstall", str(path))
     program = str(Path("tests/shipped.py").absolute())
     session.chdir(session.create_tmp())  # not where the sources are
     session.run("python", program)
+
+
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Make the files of a release in dist/, if the version, the changelog and they are in order."""
+    version = re.search(r'= "(.+)"', Path("favor_np/_version.py").read_text())[1]
+    newest = re.search(r"^## (.*)$", Path("CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    if not re.fullmatch(re.escape(version) + r" \(\d{4}-\d\d-\d\d\)", newest):
+        session.error(f"CHANGELOG.md should begin with '## {version} (date)', got '## {newest}'")
+    if f"version: {version}\n" not in Path("CITATION.cff").read_text():
+        session.error(f"CITATION.cff should have version {version}")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.install("build", "twine")
+    session.run("python", "-m", "build")
+    files = [str(path) for path in Path("dist").iterdir()]
+    session.run("twine", "check", "--strict", *files)
+    session.run("python", "tools/distributions.py", *files)
+    session.install("--force-reinstall", *(name for name in files if name.endswith(".whl")))
+    session.chdir(session.create_tmp())  # not where the sources are
+    session.run("favor-np", "forecast")
+
+
+@nox.session(default=False, python="3.11")
+def oldest(session: nox.Session) -> None:
+    """Test with the oldest NumPy, Numba and SciPy that are allowed."""
+    oldest = [
+        re.sub(r">=([\d.]+).*", r"==\1.*", name) for name in PROJECT["project"]["dependencies"]
+    ]
+    session.install(*oldest, "hypothesis>=6.130", "ml_dtypes>=0.5", "pytest>=9")
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "-m", "pip", "list")
+    session.run("pytest", *(session.posargs or ON_OLDEST))
+
+
+#: What `oldest` tests: what touches other packages, and every kind of kernel once.
+ON_OLDEST = [
+    *(f"tests/test_{name}.py" for name in ("projection", "golden", "features", "state")),
+    *(f"tests/test_{name}.py" for name in ("storage", "attention", "exact", "vjp")),
+]
+
+
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Make a hundred thousand calls: memory stays flat."""
+    session.install("-e", ".")
+    session.run("python", "tools/soak.py", *session.posargs)
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Read damaged files of every format, ten minutes each."""
+    session.install("-e", ".[files,nn]")
+    session.run("python", "tools/fuzz_files.py", *session.posargs)
+
+
+@nox.session(default=False)
+def properties(session: nox.Session) -> None:
+    """Test the properties on other examples each time, for two hours or the minutes given."""
+    install(session, "test")
+    end = time.monotonic() + 60 * float(session.posargs[0] if session.posargs else 120)
+    while time.monotonic() < end:
+        session.run("pytest", "-m", "hypothesis", "--hypothesis-profile=random", "tests")
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Say which lines of the package no test runs; those of kernels count as they are compiled."""
+    install(session, "test")
+    session.install("pytest-cov>=6")
+    report = ("--cov=favor_np", "--cov-branch", "--cov-report=term-missing:skip-covered")
+    session.run("pytest", *report, *session.posargs)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def favor_attention(
     decay : array_like of float, optional
         With `causal`: at every token the weights of all earlier keys are multiplied with it, so
         ``a_ij`` with ``decay**(i - j)``.  In (0, 1], broadcast to the leading axes of keys and
-        values, such as one a head; or with one axis more, (..., L_k), a factor a token:
+        values, such as one per head; or with one axis more, (..., L_k), one factor per token:
         forgetting that data decide.  Token j multiplies the weights of the keys before it, those in
         `state` included; for keys this is ``key_bias = -cumsum(log(decay))``.  A masked key counts
         as time all the same.
@@ -163,7 +163,7 @@ def favor_attention(
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `decay` or `window`
         without `causal`, `window` with a state, `cu_seqlens` does not rise from 0 to L, `key_bias`
         is NaN, +inf or too large, `decay` is not in (0, 1] or not that of `state`, `precision` is
-        "bfloat16" with float64 (integers included) or `window`, an option is not for the device,
+        "bfloat16" with float64 (integers included), an option is not for the device,
         the map is "trig" or of another dimension, `state` belongs to another map or packing, `out`
         is read-only, or `check_finite` is set and an array is not finite.
 
@@ -262,8 +262,6 @@ def check(
             raise ValueError("window cannot be used with state or return_state: see WindowState")
     if precision != "full":
         call.bfloat16 = validation.is_bfloat16(precision, call.compute)
-        if call.bfloat16 and window is not None:
-            raise ValueError("precision='bfloat16' cannot be used with window")
     return call
 
 

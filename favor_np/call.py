@@ -70,6 +70,8 @@ class Call:
         Positions that a query sees.
     bfloat16 : bool
         Whether matrix products are of numbers rounded to bfloat16.
+    check_finite : bool
+        Whether NaN and infinity are refused, in the cotangents of its gradient as well.
     scale : float
         Factor of the logits of exact attention.
     error_bars : ErrorBars or None
@@ -99,6 +101,7 @@ class Call:
     decay_rates: Array | None = None
     window: int | None = None
     bfloat16: bool = False
+    check_finite: bool = False
     scale: float = 1.0
     error_bars: ErrorBars | None = None
     band: tuple[int, int] = (0, 0)
@@ -247,7 +250,8 @@ def check_call(
     )
     if unmasked is not None:
         mask = np.ascontiguousarray(unmasked if mask is None else mask & unmasked)
-    if check_finite is not False and validation.flag("check_finite", check_finite):
+    finite = check_finite is not False and validation.flag("check_finite", check_finite)
+    if finite:
         validation.finite_as(dtype, q=q, k=k, v=v)
     result, compute = validation.dtypes(q, k, v) if dtype is None else (dtype, dtype)
     return Call(
@@ -266,6 +270,7 @@ def check_call(
         compute,
         key_bias=bias,
         lifts=None if bias is None else decay.in_log2(bias),
+        check_finite=finite,
     )
 
 

@@ -141,7 +141,7 @@ def diagnose(
     Rows of orthogonal and simplex projections are compared by whole blocks of d, others in
     groups; a single block counts as independent rows, which overestimates its error.  With few
     blocks a single output says little about its own error, so what a row's outputs have in common
-    counts beside it.  Errors that all features share are in no difference between them.  Where
+    counts beside it.  What all features get wrong alike cannot be seen by comparing them.  Where
     rows of one length ("spherical", "sqrt") bring such a bias, some rows are compared with exact
     attention, and all standard errors enlarged by the same factor.
 

@@ -65,10 +65,10 @@ def exact_attention(
         costs no accuracy, whatever its range.
     decay : array_like of float, optional
         With `causal`: the weight of key j for query i is multiplied with ``decay**(i - j)``.  In
-        (0, 1], broadcast to the leading axes of keys and values, such as one a head; or with one
-        axis more, (..., L_k), a factor a token: the weight is multiplied with those of the tokens
-        j + 1 to i, as with ``key_bias = -cumsum(log(decay))``.  A masked key counts as time all the
-        same.
+        (0, 1], broadcast to the leading axes of keys and values, such as one per head; or with one
+        axis more, (..., L_k), one factor per token: the weight is multiplied with those of the
+        tokens j + 1 to i, as with ``key_bias = -cumsum(log(decay))``.  A masked key counts as time
+        all the same.
     cu_seqlens : array_like of int, shape (sequences + 1,), optional
         Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
         and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.
@@ -174,6 +174,7 @@ def exact_attention_vjp(
     decay: npt.ArrayLike | None = None,
     cu_seqlens: npt.ArrayLike | None = None,
     enable_gqa: bool = False,
+    precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = None,
     check_finite: bool = False,
 ) -> tuple[Array, Callable[[npt.ArrayLike], AttentionGradients]]:
@@ -183,8 +184,8 @@ def exact_attention_vjp(
     ----------
     q, k, v : array_like
         As in `exact_attention`.
-    causal, window, scale, key_mask, key_bias, decay, cu_seqlens, enable_gqa : optional
-        As in `exact_attention`.
+    causal, window, scale, key_mask, key_bias, decay, cu_seqlens, enable_gqa, precision : optional
+        As in `exact_attention`.  With ``precision="bfloat16"`` the pullback computes in float32.
     num_threads : int, optional
         Of this call and of the pullback.  Both results are the same for any number.
     check_finite : bool, default False
@@ -234,12 +235,11 @@ def exact_attention_vjp(
         key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
         check_finite=check_finite,
     )  # fmt: skip
+    call.bfloat16 = validation.is_bfloat16(precision, call.compute)
     out, forward, rows = _attend(call, keep=True)
 
     def pullback(grad_out: npt.ArrayLike) -> AttentionGradients:
-        g = validation.cotangent(grad_out, call.out_shape)
-        if check_finite:
-            validation.finite(grad_out=g)
+        g = processor().cotangent(call, grad_out)
         inputs = call.q, call.k, call.v
         keys = (*call.state_shape, call.keys)
         leads = call.out_shape[:-1], keys, keys

@@ -32,9 +32,10 @@ class AttentionState:
     of it gives zeros; ``favor_attention(..., return_state=True)`` returns one as well.
 
     Threads may share a state: calls that change it (`update`, `step`, `merge`) are made one after
-    the other, and what reads or copies it finds it as it is between two of them.  Whoever
-    interrupts a call that changes it finds it as it was or, from then on, a RuntimeError that says
-    that it is spoiled; so does a signal handler that uses a state in the midst of such a call.
+    the other, and what reads or copies it finds it as it is between two of them, and goes before
+    those that come later.  Whoever interrupts a call that changes it finds it as it was or, from
+    then on, a RuntimeError that says that it is spoiled; so does a signal handler that uses a state
+    in the midst of such a call.
 
     Parameters
     ----------
@@ -302,7 +303,7 @@ class AttentionState:
         key_bias : array_like of float, shape (..., L), optional
             As for `favor_attention`.
         decay : array_like of float, shape (..., L), optional
-            A factor a token, in (0, 1]: each multiplies the weights of all keys before it, those in
+            One factor per token, in (0, 1]: each multiplies the weights of all keys before it, those in
             the state included.  For states without a `decay` of their own.
         cu_seqlens : array_like of int, shape (sequences + 1,), optional
             Where the rows of each packed sequence begin; for states with `sequences`.

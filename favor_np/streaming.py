@@ -8,7 +8,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -38,6 +38,7 @@ def stream_attention(
     key_bias: Any = None,
     enable_gqa: bool = False,
     decay: Any = None,
+    precision: Literal["full", "bfloat16"] = "full",
     chunk_size: int = 65_536,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Progress | None = None,
@@ -71,7 +72,9 @@ def stream_attention(
     enable_gqa : bool, default False
         As for `favor_attention`.
     decay : array_like of float, optional
-        As for `favor_attention`: a constant, or a factor a token, read in chunks.
+        As for `favor_attention`: a constant, or one factor per token, read in chunks.
+    precision : {"full", "bfloat16"}, default "full"
+        As for `favor_attention`; unless `causal`, keys are folded in full.
     chunk_size : int, default 65536
         Positions of a chunk, of all leading axes together; the last one may be shorter.
     checkpoint : str or os.PathLike, optional
@@ -99,7 +102,7 @@ def stream_attention(
         are searched for them before anything is computed).
     ValueError
         If `checkpoint` is damaged, or was not written by this call (one with the same shapes,
-        dtypes, map, `causal` and `chunk_size`), or an array no longer holds the last chunk that was
+        dtypes, map, `causal`, `precision` and `chunk_size`), or an array no longer holds the last chunk that was
         done before; if `out` lies in a file that could not be opened again after a kill.
     OSError
         If an array or the checkpoint cannot be read or written.
@@ -145,6 +148,7 @@ def stream_attention(
         num_threads=num_threads,
         **{n: None if x is None else _outline(n, x) for n, x in of_keys.items()},
     )
+    call.bfloat16 = validation.is_bfloat16(precision, call.compute)
     shape = getattr(decay, "shape", None) or np.shape(decay)
     if decay is not None and len(shape) == len(call.state_shape) + 1:
         if not call.causal:
@@ -223,13 +227,14 @@ def stream_attention(
                     if call.causal:
                         result, after = favor_attention(
                             **chunk, feature_map=feature_map, causal=True, state=state,
-                            return_state=True, enable_gqa=enable_gqa, num_threads=num_threads,
+                            return_state=True, enable_gqa=enable_gqa, precision=precision,
+                            num_threads=num_threads,
                         )  # fmt: skip
                     else:
                         result = favor_attention(
                             **chunk, k=call.k[..., :0, :], v=call.v[..., :0, :],
                             feature_map=feature_map, state=state, enable_gqa=enable_gqa,
-                            num_threads=num_threads,
+                            precision=precision, num_threads=num_threads,
                         )  # fmt: skip
                         after = state
                     out[..., rows, :] = result.astype(call.result, copy=False)
@@ -400,6 +405,8 @@ def _identity(call: Call, of_keys: dict[str, Any], decay: Any, size: int) -> dic
     forms = {n: (x.dtype, x.shape) for n, x in arrays.items()}
     forms |= {name: _form(name, array)[::-1] for name, array in of_keys.items()}
     more: dict[str, Any] = {"enable_gqa": True} if call.grouped else {}
+    if call.bfloat16:
+        more["precision"] = "bfloat16"
     if decay is not None:
         more["decay"] = np.asarray(decay, np.float64).tolist()
     return {

@@ -371,7 +371,20 @@ class WindowState:
                     f"decay must have a factor a token, of shape {(*self.batch_shape, call.keys)}, "
                     f"got shape {validation.array_of('decay', decay).shape}"
                 )
+        self._check_span(call)
         return self._guard.change(self._advance, call, spoils=call.keys > 0)
+
+    def _check_span(self, call: Call) -> None:
+        """Refuse keys that would fade by more, within a segment, than an exponent can say."""
+        if self._faded is None or not call.keys:
+            return
+        more: Any = call.faded if self.rates is None else self.rates * call.keys
+        span = self._faded.max(initial=0.0) + (0.0 if more is None else np.max(more, initial=0.0))
+        if span > 2 * validation.LONGEST_DECAY:
+            raise ValueError(
+                f"decay must be larger for a window of {self.window} positions: its keys would "
+                f"fade to 2**-{span:.3g}"
+            )
 
     def _advance(self, call: Call) -> Array:
         """Append tokens, if there are any, and read; what is made for reading is kept."""
@@ -406,7 +419,7 @@ class WindowState:
         key_bias : array_like of float, shape (..., L), optional
             As for `favor_attention`.
         decay : array_like of float, shape (..., L), optional
-            A factor a token, as for `AttentionState.update`.
+            One factor per token, as for `AttentionState.update`.
         num_threads : int, optional
             Default: see `thread_limit`.
         check_finite : bool, default False

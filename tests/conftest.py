@@ -10,6 +10,8 @@ import pytest
 hypothesis.settings.register_profile(
     "favor_np", deadline=None, derandomize=True, max_examples=60, print_blob=True
 )
+# Other ones each time: `nox -s properties`.
+hypothesis.settings.register_profile("random", deadline=None, max_examples=60, print_blob=True)
 hypothesis.settings.load_profile("favor_np")
 
 

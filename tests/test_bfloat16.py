@@ -15,8 +15,10 @@ from favor_np import (
     AttentionState,
     FeatureMap,
     exact_attention,
+    exact_attention_vjp,
     favor_attention,
     feature_map,
+    stream_attention,
 )
 from favor_np.cpu.layout import worth_bfloat16
 from favor_np.cpu.processor import TARGET, amx_unavailable, features_here
@@ -232,6 +234,43 @@ def test_no_bit_of_exact_attention_depends_on_later_tokens_or_on_threads():
     assert np.array_equal(exact_attention(q, k, v, num_threads=1, **options), out)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": 70}])
+def test_the_gradient_of_exact_attention(options):
+    q, k, v = inputs(200, 40, 17, (2,))
+    g = inputs(200, 40, 17, (2,))[2]
+    half, pullback = exact_attention_vjp(q, k, v, precision="bfloat16", **options)
+    assert np.array_equal(half, exact_attention(q, k, v, precision="bfloat16", **options))
+    full, expected = exact_attention_vjp(q, k, v, **options)
+    assert not np.array_equal(half, full)
+    for mine, right in zip(pullback(g), expected(g), strict=True):
+        assert relative_rms(mine, right) < TOLERANCE
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 70, 140])
+def test_a_window(window):
+    fm = feature_map("positive", 40, 140, rng=0)
+    q, k, v = inputs(300, 40, 17, (2,))
+    full, half = both(q, k, v, fm, causal=True, window=window)
+    assert relative_rms(half, full) < TOLERANCE
+    assert window == 1 or not np.array_equal(half, full)
+    alone = (x[:, :211] for x in (q, k, v))
+    part = favor_attention(*alone, fm, causal=True, window=window, precision="bfloat16")
+    assert np.array_equal(part, half[:, :211])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_stream(causal):
+    fm = feature_map("positive", 40, 140, rng=0)
+    q, k, v = inputs(300, 40, 17, (2,))
+    out = {}
+    for precision in ("full", "bfloat16"):
+        out[precision] = np.empty_like(v)
+        stream_attention(
+            q, k, v, fm, out[precision], causal=causal, precision=precision, chunk_size=128
+        )
+    assert 0 < relative_rms(out["bfloat16"], out["full"]) < TOLERANCE
+
+
 def test_large_logits_are_computed_in_full():
     q, k, v = inputs(100, 16, 16, std=2000.0)
     full = exact_attention(q, k, v)
@@ -320,7 +359,6 @@ def test_without_a_faster_way_it_is_full_precision_to_the_bit(options, dtype):
         ({"precision": "float16"}, ValueError, "precision must be one of 'full', 'bfloat16'"),
         ({"precision": 16}, TypeError, "precision must be one of"),
         ({"q": np.ones((5, 8))}, ValueError, "needs arrays of at most 32 bits"),
-        ({"window": 3, "causal": True}, ValueError, "cannot be used with window"),
     ],
 )
 def test_errors(change, error, message):
@@ -328,9 +366,9 @@ def test_errors(change, error, message):
     good = {"q": q, "k": k, "v": v, "precision": "bfloat16"}
     with pytest.raises(error, match=message):
         favor_attention(feature_map=feature_map("positive", 8, 16), **(good | change))
-    if "window" not in change:
+    for attention in (exact_attention, exact_attention_vjp):
         with pytest.raises(error, match=message):
-            exact_attention(**(good | change))
+            attention(**(good | change))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -9,7 +9,7 @@ from support.inputs import CHANGES, draw, lay_out, masks, random_inputs
 from support.parameters import each_causal, each_dtype, layouts, sizes
 from support.tolerance import relative_error
 
-from favor_np import exact_attention, exact_attention_vjp
+from favor_np import exact_attention, exact_attention_vjp, favor_attention_vjp, feature_map
 
 
 def gradients(q, k, v, g, **options):
@@ -343,8 +343,13 @@ def test_a_pullback_may_be_called_again():
         (np.full((2, 6, 3), np.nan), ValueError, "grad_out must be finite"),
     ],
 )
-def test_refused_cotangents(g, kind, message):
+@pytest.mark.parametrize("exact", [False, True])
+def test_refused_cotangents(g, kind, message, exact):
     q, k, v = np.ones((2, 6, 4)), np.ones((2, 6, 4)), np.ones((2, 6, 3))
-    _, pullback = exact_attention_vjp(q, k, v, check_finite=True)
+    if exact:
+        _, pullback = exact_attention_vjp(q, k, v, check_finite=True)
+    else:
+        fm = feature_map("positive", 4, 8)
+        _, pullback = favor_attention_vjp(q, k, v, fm, check_finite=True)
     with pytest.raises(kind, match=message):
         pullback(g)

@@ -236,7 +236,7 @@ def test_import_loads_no_compiler():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_readme_examples_print_what_they_say(number):
     source = fenced(README, "<!-- example -->")[number]
     expected = re.findall(r"^print\(.*\)  # (.*)$", source, re.MULTILINE)

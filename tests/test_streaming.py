@@ -318,6 +318,7 @@ def test_a_checkpoint_of_another_call_is_refused(each_chunk, tmp_path):
         ({"feature_map": other}, "its feature_map is"),
         ({"causal": True}, "its causal is False, got True"),
         ({"chunk_size": 31}, "its chunk_size is 30, got 31"),
+        ({"precision": "bfloat16"}, "its precision is None, got bfloat16"),
         ({"out": np.zeros_like(out)}, "no longer hold"),
         ({"q": q + 1}, "no longer hold"),
     ]:

@@ -129,6 +129,18 @@ def test_factors_that_are_not_one_a_token(decay):
         state_of(4).update(k, v, decay=decay)
 
 
+def test_a_decay_that_passes_the_exponents_is_refused():
+    fm = feature_map("positive", 2, 4)
+    state = WindowState(fm, 1, 2**21, (), dtype=np.float32)
+    k, v, decay = np.zeros((2**17, 2)), np.zeros((2**17, 1)), np.full(2**17, 5e-324)
+    for _ in range(3):
+        state.update(k, v, decay=decay)
+    with pytest.raises(ValueError, match="decay must be larger for a window of 2097152 positions"):
+        state.update(k, v, decay=decay)
+    assert state.length == 3 * 2**17
+    assert state.step([0.0, 0.0], [0.0, 0.0], [42.0], decay=5e-324) == 42
+
+
 def test_states_that_cannot_be_merged():
     state = state_of(4)
     with pytest.raises(TypeError, match="other must be a WindowState"):

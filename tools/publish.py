@@ -102,7 +102,7 @@ def rates(results):
     note = (
         "Useful rate over that of NumPy's matrix product, 1024 × 1024 × 1024, on one thread in the "
         f"same process (in brackets times the product's own GFLOP/s: {head}). Four heads, plain "
-        "features; $4dm + 4md$ operations a token, and $64(m + d)$ more if causal, whatever the "
+        "features; $4dm + 4md$ operations per token, and $64(m + d)$ more if causal, whatever the "
         "kernels take."
     )
     return f"{note}\n\n{table(['share of GEMM', *KINDS.values()], rows)}"
@@ -151,7 +151,7 @@ def others(results):
         add("… CPU time over wall time", f"{figures}Threads.track_wall_over_cpu", key=(size,),
             inverse=True)  # fmt: skip
     add(
-        "time a token, L = 1k to 1M, greatest over least",
+        "time per token, L = 1k to 1M, greatest over least",
         f"{figures}Growth.track_ratio",
         key=(1048576,),
     )
@@ -196,13 +196,13 @@ def pictures(results, part):
             for kind, name in KINDS.items():
                 line = [(n, v) for (k, n), v in points.items() if k == kind]
                 axes.plot(*zip(*line, strict=True), "o-", color=colors[kind], label=name)
-            axes.set(xlabel="tokens L", ylabel="ns a token")
+            axes.set(xlabel="tokens L", ylabel="ns per token")
             axes.set_ylim(0, 1.1 * max(points.values()))
             axes.set_xscale("log", base=2)
             axes.set_title("One head, d = 64, m = 256, float32, one thread", loc="left")
             axes.legend(frameon=False, loc="lower right")
             made.append(
-                (f"bench_token_{part}.png", figure, "Time a token against the number of tokens")
+                (f"bench_token_{part}.png", figure, "Time per token against the number of tokens")
             )
         name = "bench_figures.Rate.track_over_gemm"
         shares = {key: results.inverse(name, *key) for key in results.values[name]}

@@ -5,7 +5,8 @@
 
 The model is the same everywhere: bytes, RMSNorm, shifted tokens, rotated queries and keys on
 spheres, GELU, tied embedding; forward, backward, clipping and AdamW. In PyTorch attention is
-chunked by hand, or exact (SDPA). The calls are interleaved in rounds, and the medians of processor
+chunked by hand, or exact (SDPA). `--performer-pytorch` adds that package's PerformerLM of the same
+sizes, whose step takes many seconds. The calls are interleaved in rounds, and the medians of processor
 time printed: what else the machine does shows least in them.
 """
 
@@ -159,20 +160,43 @@ def torch_step(dim, depth, heads, length, batch, features, exact, compiled=False
             return self.norm(x) @ self.embedding.weight.T
 
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), fused=True)
-    tokens = torch.randint(0, 256, (batch, length + 1))
     run = torch.compile(model) if compiled else model
+    return learning(run, list(model.parameters()), torch.randint(0, 256, (batch, length + 1)))
+
+
+def learning(run, parameters, tokens):
+    """Return a step of a model in PyTorch: forward, backward, clipping, AdamW."""
+    import torch
+
+    optimizer = torch.optim.AdamW(parameters, 1e-3, (0.9, 0.95), fused=True)
 
     def step():
         logits = run(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
     return step
+
+
+def package_step(dim, depth, heads, length, batch, features):
+    """The same by performer-pytorch."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from performer_pytorch import PerformerLM
+
+        model = PerformerLM(
+            num_tokens=256, max_seq_len=length, dim=dim, depth=depth, heads=heads,
+            dim_head=dim // heads, nb_features=features, causal=True, shift_tokens=True, tie_embed=True,
+        )  # fmt: skip
+    return learning(model, list(model.parameters()), torch.randint(0, 256, (batch, length + 1)))
 
 
 def measure(calls, rounds):
@@ -193,7 +217,7 @@ def measure(calls, rounds):
     }
 
 
-def report(size, rounds, torch, compiled):
+def report(size, options, torch):
     """Measure one size, and print a line for each call."""
     dim, depth, heads, length, batch, *features = size
     own = (dim, depth, heads, length, batch, *(features or [128]))
@@ -205,16 +229,18 @@ def report(size, rounds, torch, compiled):
     if torch:
         calls["PyTorch, chunked FAVOR+"] = torch_step(*own, exact=False)
         calls["PyTorch, SDPA"] = torch_step(*own, exact=True)
-        if compiled:
+        if options.compile:
             calls["PyTorch, compiled FAVOR+"] = torch_step(*own, exact=False, compiled=True)
-    found = measure(calls, rounds)
+        if options.performer_pytorch:
+            calls["performer-pytorch"] = package_step(*own)
+    found = measure(calls, options.rounds)
     base = found["products"][0] + found["attention"][0]
     print(f"\ndim {dim}, {depth} layers, {heads} heads, {batch} x {length}, m = {own[-1]}")
     for name, (cpu, wall) in found.items():
         print(
             f"{name:28} {cpu:8.1f} ms of processors, {wall:8.1f} ms, "
             f"{cpu / base:5.2f} of products and attention, "
-            f"{cpu / found['favor_np'][0]:5.2f} of favor_np",
+            f"{cpu / found['favor_np'][0]:5.2f} of favor_np, {cpu / wall:4.2f} processors",
             flush=True,
         )
 
@@ -228,6 +254,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too")
+    parser.add_argument("--performer-pytorch", action="store_true", help="the package, too")
     options = parser.parse_args()
     if os.environ.get(PINS[0]) != str(options.threads):  # read before NumPy loads
         pins = dict.fromkeys(PINS, str(options.threads))
@@ -242,7 +269,7 @@ def main():
         else:
             library.set_num_threads(options.threads)
     for size in options.sizes:
-        report(size, options.rounds, torch, options.compile)
+        report(size, options, torch)
 
 
 if __name__ == "__main__":

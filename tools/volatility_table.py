@@ -1,8 +1,10 @@
 """The tables of docs/volatility.md: every series that ships in a package, every forecast of volatility.
 
 python tools/volatility_table.py            # needs arch and bokeh-sampledata
+python tools/volatility_table.py WTI IBM    # some of them
 """
 
+import sys
 from importlib import import_module
 
 import numpy as np
@@ -13,20 +15,26 @@ from favor_np.forecast import (
     HAR,
     Constant,
     FavorHAR,
+    PerformerForecaster,
     backtest,
     conformal_intervals,
+    inputs,
     read_prices,
     samples,
     simulated_minutes,
 )
 
+OURS = "Performer"
 MODELS = {
     "constant": (Constant(), 1),
     "EWMA": (EWMA(), 20),
     "HAR": (HAR(), 20),
     "GARCH": (GARCH(), 250),
     "FavorHAR": (FavorHAR(), 20),
+    "its start": (PerformerForecaster(epochs=0), None),
+    OURS: (PerformerForecaster(), None),
 }
+RIVALS = [name for name in MODELS if name not in ("constant", OURS)]
 
 
 def stock(name):
@@ -51,11 +59,13 @@ SERIES = {
 def found(prices, start=1000):
     """Backtests by model, and what the intervals of each cover."""
     X, y = samples(prices)
+    known = inputs(prices)  # with the calendar, where there are times
     moves = samples(prices, squared=False).y
-    made = {
-        name: backtest(model, X, y, start=start, refit=refit)
-        for name, (model, refit) in MODELS.items()
-    }
+    made = {}
+    for name, (model, refit) in MODELS.items():
+        rows = known if isinstance(model, PerformerForecaster) else X
+        often = max(250, len(y) // 20) if refit is None else refit
+        made[name] = backtest(model, rows, y, start=start, refit=often)
     covered = {
         name: conformal_intervals(moves[b.index], np.zeros(len(b)), np.sqrt(b.predicted))
         for name, b in made.items()
@@ -71,24 +81,30 @@ def p_value(ours, rival):
     return f"{'better' if test.statistic > 0 else 'worse'}, {test.p_value:.1g}"
 
 
-def main():
-    scores = [f"| series | forecasts | {' | '.join(MODELS)} |", f"| --- | ---: |{' ---: |' * 5}"]
-    tests = ["| FavorHAR against | EWMA | HAR | GARCH |", "| --- | ---: | ---: | ---: |"]
+def main(names):
+    scores = [
+        f"| series | forecasts | {' | '.join(MODELS)} |",
+        f"| --- | ---: |{' ---: |' * len(MODELS)}",
+    ]
+    tests = [
+        f"| {OURS} against | {' | '.join(RIVALS)} |",
+        f"| --- |{' ---: |' * len(RIVALS)}",
+    ]
     cover = [
         "| series | overall | calm | usual | wild | after shocks |",
         f"| --- |{' ---: |' * 5}",
     ]
-    for name, read in SERIES.items():
-        made, covered = found(read())
+    for name in names:
+        made, covered = found(SERIES[name]())
         cells = [f"{b.score:.4f} / {b.r2:+.3f}" for b in made.values()]
         scores.append(f"| {name} | {len(made['HAR']):,} | {' | '.join(cells)} |")
-        cells = [p_value(made["FavorHAR"], made[rival]) for rival in ("EWMA", "HAR", "GARCH")]
+        cells = [p_value(made[OURS], made[rival]) for rival in RIVALS]
         tests.append(f"| {name} | {' | '.join(cells)} |")
-        held = covered["FavorHAR"]
+        held = covered[OURS]
         shares = (held.coverage, *held.by_scale, held.after_shocks)
         cover.append(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
     print("\n".join(("\n".join(scores), "", "\n".join(tests), "", "\n".join(cover))))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or SERIES)

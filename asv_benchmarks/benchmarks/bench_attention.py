@@ -108,16 +108,29 @@ class Exact:
 class Numbers:
     """Queries and keys of any size: the time of a call must not depend on the numbers in it."""
 
-    params = (["causal", "full"], ["0.35", "4", "8", "30"])
-    param_names = ("kind", "std")
+    params = (["causal", "full"], ["0.35", "4", "8", "30"], ["float32", "float64", "bfloat16"])
+    param_names = ("kind", "std", "computed_in")
     timer = TIMER
 
-    def setup(self, kind, std):
-        self.arrays, self.causal = inputs(4096, std=float(std)), kind == "causal"
-        warm((kind, std), lambda: [self.time_favor(kind, std), self.time_exact(kind, std)])
+    def setup(self, kind, std, computed_in):
+        full_only(std == "8" or (computed_in != "float32" and std != "0.35" and std != "30"))
+        precision = "bfloat16" if computed_in == "bfloat16" else "full"
+        dtype = "float64" if computed_in == "float64" else "float32"
+        self.arrays = inputs(4096, std=float(std), dtype=dtype)
+        self.options = {"causal": kind == "causal", "precision": precision, "num_threads": 1}
+        out, self.pullback = favor_np.favor_attention_vjp(
+            *self.arrays, feature_map(), **self.options
+        )
+        self.cotangent = np.ones_like(out)
+        calls = self.time_favor, self.time_gradient, self.time_exact
+        key = kind, std, computed_in
+        warm(key, lambda: [call(*key) for call in calls])
 
-    def time_favor(self, kind, std):
-        favor_np.favor_attention(*self.arrays, feature_map(), causal=self.causal, num_threads=1)
+    def time_favor(self, kind, std, computed_in):
+        favor_np.favor_attention(*self.arrays, feature_map(), **self.options)
 
-    def time_exact(self, kind, std):
-        favor_np.exact_attention(*self.arrays, causal=self.causal, num_threads=1)
+    def time_gradient(self, kind, std, computed_in):
+        self.pullback(self.cotangent)
+
+    def time_exact(self, kind, std, computed_in):
+        favor_np.exact_attention(*self.arrays, **self.options)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from favor_np.forecast import (
     ExactComparison,
     Forecast,
     PriceError,
-    Prices,
     Replay,
     ReturnEvaluation,
     Trading,
@@ -32,20 +29,21 @@ from favor_np.forecast import (
     read_prices,
     replay,
 )
-from favor_np.forecast._calendar import gaps
 from favor_np.forecast._forecast import GOOD_REGIME
 from favor_np.forecast._maps import CALIBRATIONS
 from favor_np.forecast._setting import TARGETS, Setting
 
 from . import _options as options
+from . import _trained
 from ._models import Models, models_of, models_section
 from ._options import integer, real
-from ._text import GLUE, WIDTH, memory, printed, seconds
+from ._report import Section, about_input, clean, lines_of, read_section, two, write_table
+from ._text import GLUE, memory, printed, seconds
 
 Evaluation = ReturnEvaluation | VolatilityEvaluation
-Section = tuple[str, list[tuple[str, str]]]
 
-LABEL = 18  # width of the first column
+OF_ATTENTION = ("window", "num_features", "calibration", "scale")
+OF_PERFORMER = ("epochs", "members", "save", "load")
 BAR = 48  # longest bar of a histogram
 HELD = 0.9  # share of differences within error bars from which on these are said to hold
 WAYS = ("strategy", "hold", "steady")
@@ -106,6 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=TARGETS,
         default=Setting.target,
         help="predict the next return, or its absolute value (default %(default)s)",
+    )
+    add(
+        "--model",
+        choices=["attention", "performer"],
+        default="attention",
+        help="attention over past windows, which trains nothing, or a small Performer that begins "
+        "as a regression and is trained (default %(default)s)",
     )
     add(
         "--window",
@@ -171,6 +176,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seed of the features (%(default)s)",
     )
     add("--threads", type=integer(), metavar="N", help="threads (default: all there are)")
+    trained = parser.add_argument_group("with --model performer")
+    add = trained.add_argument
+    add(
+        "--epochs",
+        type=integer(0),
+        metavar="N",
+        help="passes over the prices at most; 0: the regression alone (8)",
+    )
+    add(
+        "--members",
+        type=integer(),
+        metavar="N",
+        help="seeds whose Performers are averaged (3)",
+    )
+    add("--save", metavar="FILE", help="write what was trained (needs safetensors)")
+    add("--load", metavar="FILE", help="forecast at once by what --save wrote, without training")
+    add = parser.add_argument
     add("--json", action="store_true", help="print JSON instead of text")
     add("--csv", metavar="OUT.csv", help="write every forecast")
     add("--plot", metavar="OUT.png", help="draw a picture (needs matplotlib)")
@@ -178,6 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Forecast, print, write; return the exit status."""
+    _check_options(args)
     picture = options.picture_format(args.plot)
     with contextlib.ExitStack() as stack:
         try:
@@ -193,6 +216,10 @@ def run(args: argparse.Namespace) -> int:
             table = stack.enter_context(options.output_file(args.csv, args.prices))
             figure = stack.enter_context(options.output_file(args.plot, args.prices, args.csv))
             stack.enter_context(options.compilation_told())
+            if args.model == "performer":
+                others = (args.prices, args.csv, args.plot)
+                saved = stack.enter_context(options.output_file(args.save, *others))
+                return _trained.run(args, prices, _trained.Files(table, figure, saved, picture))
             result = forecast(
                 prices,
                 **{name: getattr(args, name) for name in vars(Setting())},
@@ -217,12 +244,27 @@ def run(args: argparse.Namespace) -> int:
             data["replay"] = _replay_dict(result, record, replayed)
         if models is not None:
             data["models"] = models.as_dict()
-        print(json.dumps(_clean(data), indent=2, allow_nan=False))
+        print(json.dumps(clean(data), indent=2, allow_nan=False))
         return 0
     lines = _report(result, record, exact, bars, replayed, models)
     lines += [f"Wrote {path}" for path in (args.csv, args.plot) if path is not None]
     print(printed(lines))
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options of the other model."""
+    if args.model == "performer":
+        unused = {name: getattr(Setting(), name) for name in OF_ATTENTION}
+        unused |= {"replay": False, "threshold": None}
+    else:
+        unused = dict.fromkeys(OF_PERFORMER)
+    for name, default in unused.items():
+        if getattr(args, name) != default:
+            option = "--" + ("features" if name == "num_features" else name)
+            raise options.CommandError(f"{option} is not for --model {args.model}")
+    if args.model == "performer":
+        _trained.check(args)
 
 
 # ----------------------------------------------------------------------------------------
@@ -240,7 +282,7 @@ def _report(
 ) -> list[str]:
     """The report, at most 80 columns wide."""
     sections = [
-        _read_section(result.prices),
+        read_section(result.prices),
         _method_section(result),
         _next_section(result, record, bars, _bars_dict(result, bars, exact)),
         _past_section(result, record, exact),
@@ -249,42 +291,7 @@ def _report(
     ]
     if replayed is not None:
         sections.append(_replay_section(result, record, replayed))
-    lines = []
-    for title, rows in sections:
-        lines += [*textwrap.wrap(title, WIDTH), *(x for row in rows for x in _row(*row)), ""]
-    return lines[:-1]
-
-
-def _row(label: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"  {label:<{LABEL}}",
-        subsequent_indent=" " * (LABEL + 2),
-        break_on_hyphens=False,
-    )
-
-
-def _read_section(prices: Prices) -> Section:
-    column = f", column {prices.column}" if prices.column else ""
-    order = f", {prices.order} in the file" if prices.order in ("descending", "unsorted") else ""
-    rows = [
-        ("series", prices.name + column),
-        ("used", f"{len(prices):,} of {prices.rows:,} rows, {prices.time_label(0)} to "
-                 f"{prices.time_label(-1)}, {prices.step} apart{order}"),
-    ]  # fmt: skip
-    rows += [
-        ("dropped", f"{count:,} x {reason} (line {line:,}{' on' * (count > 1)}); returns span gaps")
-        for reason, (count, line) in prices.dropped.items()
-    ]
-    found = gaps(prices)
-    if found is not None:
-        rows.append(
-            ("gaps", f"{found.count:,} of {found.steps:,} steps are longer, up to "
-                     f"{_duration(found.longest)}; each counts as one, and moves over them are "
-                     f"{_two(found.ratio)} times as large")
-        )  # fmt: skip
-    return "READ", rows + ([("note", prices.note)] if prices.note else [])
+    return lines_of(sections)
 
 
 def _method_section(result: Forecast) -> Section:
@@ -303,13 +310,13 @@ def _method_section(result: Forecast) -> Section:
     if s <= 1.01 * GOOD_REGIME:
         rows.append(
             ("regime", f"mean of s = |x + y|² is {s:.2f}: good (up to {GOOD_REGIME:g}); a single "
-                       f"weight is ±{GLUE}{_two(error)}{GLUE}%{before}")
+                       f"weight is ±{GLUE}{two(error)}{GLUE}%{before}")
         )  # fmt: skip
     else:
         rows.append(
             ("WARNING", f"mean of s = |x + y|² is {s:.3g}, {s / GOOD_REGIME:.2g} times the limit "
                         f"{GOOD_REGIME:g} of the good regime: a single weight is ±{GLUE}"
-                        f"{_two(error)}{GLUE}%{before}, and the forecast may be far from exact "
+                        f"{two(error)}{GLUE}%{before}, and the forecast may be far from exact "
                         f"attention's. Take --scale {_round_down(result.scale * GOOD_REGIME / s)} "
                         "or less, or more --features")
         )  # fmt: skip
@@ -449,7 +456,7 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
     part = f" (first {exact.rows:,})" if exact.extrapolated else ""
     rows.append(
         ("difference", f"correlation {exact.correlation:.4f}, rmse {percent.fine(exact.rmse)}: "
-                       f"{_two(share)}{GLUE}% of the spread of the exact forecasts{part}"
+                       f"{two(share)}{GLUE}% of the spread of the exact forecasts{part}"
                        + _beside_doubt(result, exact))
     )  # fmt: skip
     rows.append(
@@ -466,7 +473,7 @@ def _beside_doubt(result: Forecast, exact: ExactComparison) -> str:
     doubt = result.next.standard_error
     if result.target != "return" or not 0 < doubt < math.inf:
         return ""
-    return f", and {_two(100 * exact.rmse / doubt)}{GLUE}% of the standard error of the next one"
+    return f", and {two(100 * exact.rmse / doubt)}{GLUE}% of the standard error of the next one"
 
 
 def _held(found: dict[str, Any]) -> str:
@@ -610,22 +617,9 @@ class _Percent:
         return f"{100 * math.expm1(value):+.{self._digits}f}{GLUE}%"
 
 
-def _two(value: float) -> str:
-    """Two figures, without an exponent unless it is huge."""
-    return f"{value:.2g}" if value < 10 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
-
-
 def _round_down(value: float) -> str:
     digits = 1 - math.floor(math.log10(value))
     return f"{math.floor(value * 10**digits) / 10**digits:g}"
-
-
-def _duration(value: float) -> str:
-    """Return seconds in the largest unit that they fill."""
-    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
-    unit, size = next((u for u in units if value >= u[1]), ("second", 1))
-    count = f"{value / size:,.3g}"
-    return f"{count}{GLUE}{unit}{'' if count == '1' else 's'}"
 
 
 # ----------------------------------------------------------------------------------------
@@ -663,21 +657,7 @@ def _as_dict(
         forecast["signal"] = SIGNALS[int(signals[-1])]
     return {
         "favor_np": __version__,
-        "input": {
-            "name": prices.name,
-            "column": prices.column,
-            "rows": prices.rows,
-            "used": len(prices),
-            "dropped": {
-                reason: {"rows": count, "first_line": line}
-                for reason, (count, line) in prices.dropped.items()
-            },
-            "order": prices.order,
-            "step": prices.step,
-            "first": prices.time_label(0),
-            "last": prices.time_label(-1),
-            "note": prices.note,
-        },
+        "input": about_input(prices),
         "settings": {
             "target": result.target,
             "window": result.window,
@@ -710,15 +690,6 @@ def _trading_dict(trading: Trading) -> dict[str, Any]:
     return {"return": trading.gain, **named}
 
 
-def _clean(value: Any) -> Any:
-    """Replace what JSON has no word for (NaN, infinities) by null."""
-    if isinstance(value, dict):
-        return {name: _clean(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _write_csv(
     path: Path, result: Forecast, record: Evaluation, exact: ExactComparison, bars: ErrorBars
 ) -> None:
@@ -749,16 +720,4 @@ def _write_csv(
     columns["effective_sample_size"] = bars.effective_sample_size
     columns["exact"] = np.append(exact.predicted, np.full(len(result) - exact.rows, np.nan))
     columns["outcome"] = result.outcome
-    cells = [_column_cells(values) for values in columns.values()]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*cells, strict=True))
-
-
-def _column_cells(values: Any) -> list[Any]:
-    items = values if isinstance(values, list) else values.tolist()
-    return [
-        ("" if math.isnan(item) else f"{item:.10g}") if isinstance(item, float) else item
-        for item in items
-    ]
+    write_table(path, columns)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("text", nargs="?", metavar="TEXT", help="a file of text (default: Python's documentation)")
     add("--out", default="model.safetensors", metavar="FILE", help="checkpoint (model.safetensors)")
     add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
-    add("--steps", type=integer(), default=1000, metavar="N", help="steps in all (1000)")
+    add("--steps", type=integer(), default=600, metavar="N", help="steps in all (600)")
     add("--dim", type=integer(), default=256, metavar="N", help="length of a row (256)")
     add("--depth", type=integer(), default=4, metavar="N", help="blocks (4)")
     add("--heads", type=integer(), default=4, metavar="N", help="heads (4)")

@@ -38,7 +38,10 @@ class CPU:
         return array
 
     def cotangent(self, call: Call, grad_out: object) -> Array:
-        return validation.cotangent(grad_out, call.out_shape)
+        grad = validation.cotangent(grad_out, call.out_shape)
+        if call.check_finite:
+            validation.finite(grad_out=grad)
+        return grad
 
     def new_output(self, call: Call) -> Array:
         return np.empty(call.out_shape, call.compute)

@@ -94,7 +94,7 @@ class CUDA:
             )
         if self.place.kind == "numpy":
             return call
-        if options.get("check_finite"):
+        if call.check_finite:
             self._launch.check_finite(q=q, k=k, v=v)
         given = [array for array in (q, k, v) if array is not None]
         result = given[0].dtype if len({array.dtype for array in given}) == 1 else call.compute
@@ -127,6 +127,8 @@ class CUDA:
         grad = self.place.taken("grad_out", grad_out)
         if grad.shape != call.out_shape:
             raise ValueError(f"grad_out must have shape {call.out_shape}, got {grad.shape}")
+        if call.check_finite:
+            self._launch.check_finite(grad_out=grad)
         return grad
 
     def new_output(self, call: Call) -> Any:

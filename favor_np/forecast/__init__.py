@@ -24,6 +24,7 @@ from ._evaluate import VolatilityEvaluation as VolatilityEvaluation
 from ._evaluate import evaluate as evaluate
 from ._forecast import Forecast as Forecast
 from ._forecast import forecast as forecast
+from ._inputs import inputs as inputs
 from ._intervals import Intervals as Intervals
 from ._intervals import conformal_intervals as conformal_intervals
 from ._live import LiveForecast as LiveForecast
@@ -32,6 +33,7 @@ from ._live import Tick as Tick
 from ._live import replay as replay
 from ._next import NextStep as NextStep
 from ._next import Precedent as Precedent
+from ._performer import PerformerForecaster as PerformerForecaster
 from ._prices import PriceError as PriceError
 from ._prices import Prices as Prices
 from ._prices import read_prices as read_prices

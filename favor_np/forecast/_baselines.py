@@ -138,6 +138,12 @@ class HAR(Parameters):
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
         """Regress."""
+        if not self.spans:
+            raise ValueError("spans must hold at least one number of rows, got none")
+        for span in self.spans:
+            validation.integer("spans", span)
+        if self.window is not None:
+            validation.integer("window", self.window)
         returns, outcome = returns_of(X), np.asarray(y, np.float64)
         last = slice(0 if self.window is None else max(0, len(outcome) - self.window), None)
         if not (returns[last].any() and outcome[last].any()):

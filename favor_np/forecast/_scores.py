@@ -155,8 +155,10 @@ def newey_west_lags(count: int, horizon: int) -> int:
 
 def z_score(values: F64, horizon: int) -> float:
     """Mean over its standard error, with the autocovariances of overlapping outcomes."""
-    error = standard_error(values, horizon)
-    return float(values.mean() / error) if error > 0 else 0.0
+    mean, error = float(values.mean()), standard_error(values, horizon)
+    if error > 0:
+        return mean / error
+    return math.copysign(math.inf, mean) if mean else 0.0
 
 
 def standard_error(values: F64, horizon: int) -> float:

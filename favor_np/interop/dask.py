@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,7 @@ def favor_attention(
     key_bias: da.Array | npt.ArrayLike | None = None,
     enable_gqa: bool = False,
     decay: da.Array | npt.ArrayLike | None = None,
+    precision: Literal["full", "bfloat16"] = "full",
     num_threads: int | None = 1,
 ) -> da.Array:
     """Attend in linear time on dask arrays: `favor_np.favor_attention`, lazy and in blocks.
@@ -90,6 +91,8 @@ def favor_attention(
     decay : dask array or array_like of float, optional
         As for `favor_np.favor_attention`: a constant, or with an axis for positions a factor a
         token.
+    precision : {"full", "bfloat16"}, default "full"
+        As for `favor_np.favor_attention`; states are folded in full.
     num_threads : int or None, default 1
         Threads of one task.  The scheduler runs as many tasks at once as it has been given
         cores; None is for workers of one task at a time (see `favor_np.thread_limit`).
@@ -110,7 +113,8 @@ def favor_attention(
         numpy.ndarray.
     ValueError
         If shapes do not fit, `causal` is set with L_q != L_k, the map is "trig" or of another
-        dimension, the size of a chunk is unknown, or a chunk of q's heads divides a group.
+        dimension, the size of a chunk is unknown, a chunk of q's heads divides a group, or
+        `precision` is "bfloat16" with float64.
 
     See Also
     --------
@@ -150,6 +154,7 @@ def favor_attention(
         enable_gqa=enable_gqa,
         num_threads=num_threads,
     )
+    validation.is_bfloat16(precision, call.compute)
     lead, shape = call.out_shape[:-2], call.state_shape
     bias = None if key_bias is None else _wrap("key_bias", key_bias)
     if mask is not None:
@@ -177,7 +182,8 @@ def favor_attention(
         for x in (mask, bias, gates)
     ]
 
-    token = tokenize(q, k, v, *of_keys, feature_map, call.causal, call.grouped, call.num_threads)
+    options = call.causal, call.grouped, precision, call.num_threads
+    token = tokenize(q, k, v, *of_keys, feature_map, *options)
     name = f"favor_attention-{token}"
     given = tuple(x is not None for x in of_keys)
     bring = partial(_tokens, given=given)
@@ -186,7 +192,10 @@ def favor_attention(
     fold = partial(_fold, threads=call.num_threads)
     states = _blockwise(f"favor_attention-fold-{token}", fold, empty, tokens)
     before = _merged(f"favor_attention-merge-{token}", states, empty if call.causal else None)
-    read = partial(_read, dtype=call.result, grouped=call.grouped, threads=call.num_threads)
+    read = partial(
+        _read, dtype=call.result, grouped=call.grouped, precision=precision,
+        threads=call.num_threads,
+    )  # fmt: skip
     seen = tokens if call.causal else None
     return _blockwise(name, read, q, before, seen, chunks=chunks, dtype=call.result)
 
@@ -226,6 +235,7 @@ def _read(
     *,
     dtype: np.dtype[Any],
     grouped: bool,
+    precision: Literal["full", "bfloat16"],
     threads: int | None,
 ) -> Array:
     """Attend to the state, and causally to the tokens of q's own block if given."""
@@ -243,6 +253,7 @@ def _read(
         **more,
         enable_gqa=grouped,
         state=state,
+        precision=precision,
         num_threads=threads,
     )
     return out

@@ -35,7 +35,15 @@ from favor_np.features import FeatureMap, feature_map
 from favor_np.sphere import on_sphere, sphere_map
 from favor_np.state import AttentionState
 
-__all__ = ["FavorClassifier", "FavorFeatures", "FavorRegressor"]
+from ._windows import PerformerClassifier, PerformerRegressor
+
+__all__ = [
+    "FavorClassifier",
+    "FavorFeatures",
+    "FavorRegressor",
+    "PerformerClassifier",
+    "PerformerRegressor",
+]
 
 Array = npt.NDArray[Any]
 F64 = npt.NDArray[np.float64]

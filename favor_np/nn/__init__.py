@@ -9,7 +9,7 @@ from favor_np.nn.attention import FavorSelfAttention
 from favor_np.nn.checkpoint import Checkpoint, load, save
 from favor_np.nn.data import windows
 from favor_np.nn.feedforward import FeedForward
-from favor_np.nn.layer import Chain, Layer
+from favor_np.nn.layer import Chain, Layer, Sum
 from favor_np.nn.linear import Dropout, Embedding, Linear
 from favor_np.nn.losses import cross_entropy, gaussian, mean_squared, qlike, quantile
 from favor_np.nn.models import Block, Performer, PerformerLM, Residual
@@ -41,6 +41,7 @@ __all__ = [
     "ScaleNorm",
     "ShiftTokens",
     "SinusoidalPositions",
+    "Sum",
     "UnitScale",
     "astype",
     "constant",

@@ -57,10 +57,12 @@ def choose(logits: Array, temperature: float, top_k: int | None, chance: Array) 
         raise FloatingPointError("the logits are not finite")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.astype(np.float64) / temperature
+    logits = logits.astype(np.float64)
     if top_k is not None:
         least = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
         logits[logits < least] = -np.inf
-    weights = np.exp(logits - logits.max(-1, keepdims=True)).cumsum(-1)
+    with np.errstate(over="ignore", under="ignore"):
+        below = (logits - logits.max(-1, keepdims=True)) / temperature
+        weights = np.exp(below).cumsum(-1)
     reached = weights > chance[:, None] * weights[:, -1:]
     return reached.argmax(-1)

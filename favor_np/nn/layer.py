@@ -250,3 +250,61 @@ class Chain(InOrder):
     @cached_property
     def parts(self) -> dict[str, Layer]:
         return {str(number): layer for number, layer in enumerate(self.layers)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Layer):
+    """Layers that all take the same input, and whose outputs are added.
+
+    Their parameters are named "0", "1" and so on.
+
+    Parameters
+    ----------
+    layers : tuple of Layer
+        With outputs of one shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from favor_np import nn
+    >>> model = nn.Sum((nn.Linear(3, 1), nn.Chain((nn.Linear(3, 8), nn.Linear(8, 1)))))
+    >>> params = model.init(np.random.default_rng(0))
+    >>> model.apply(params, np.ones((5, 3))).shape
+    (5, 1)
+    """
+
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers must hold at least one layer, got none")
+
+    @cached_property
+    def parts(self) -> dict[str, Layer]:
+        return {str(number): layer for number, layer in enumerate(self.layers)}
+
+    def vjp(
+        self, params: Params, x: Any, *, key: Key | None = None, **options: Any
+    ) -> tuple[Array, Pullback]:
+        found = [part(layer, name, params, x, key, **options) for name, layer in self.parts.items()]
+
+        def pullback(grad: Array, grads: Params) -> Any:
+            backs = [pull(grad, grads) for _, pull in found]
+            return None if any(back is None for back in backs) else _total(backs)
+
+        return _total([y for y, _ in found]), pullback
+
+    def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
+        return _total(
+            [extend_part(layer, name, params, state, x) for name, layer in self.parts.items()]
+        )
+
+
+def _total(arrays: list[Array]) -> Array:
+    """Return the sum of arrays of one shape."""
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError(
+            f"layers must have outputs of one shape, got {[array.shape for array in arrays]}"
+        )
+    total: Array = sum(arrays[1:], start=arrays[0])
+    return total

@@ -7,13 +7,13 @@ import ptxrun
 import pytest
 from support import oracle
 from support.tolerance import relative_error
+from support.tuning import tuned
 
 ptxrun.require()
 
 from cases import Case
 
 from favor_np import AttentionState, favor_attention
-from favor_np.cuda.kernels import step
 
 CASE = Case(length=75, value_dim=5, rows=20)
 
@@ -84,14 +84,14 @@ def test_a_step_is_one_launch(kind, gpu):
     assert not np.isfinite(row).all()
 
 
-def test_a_step_beyond_what_its_kernel_holds(gpu, monkeypatch):
+def test_a_step_beyond_what_its_kernel_holds(gpu):
     """A map of more features than shared memory has room for takes the way of long calls."""
     (q, k, v), fm = CASE.arrays(), CASE.feature_map()
     states = [AttentionState.zeros(fm, 5, 2, device="cuda") for _ in range(2)]
     token = [x[:, 0] for x in (q, k, v)]
     row = states[0].step(*token)
-    monkeypatch.setattr(step, "FEATURES", 32)
-    assert relative_error(states[1].step(*token), row) < 1e-6
+    with tuned(FEATURES=32):
+        assert relative_error(states[1].step(*token), row) < 1e-6
     assert len({kernel.__name__ for kernel, *_ in gpu.launches}) > 2
 
 

@@ -166,6 +166,12 @@ def test_overlapping_outcomes_raise_few_false_alarms():
     assert alarms < 0.14 * 300
 
 
+def test_what_is_better_every_time_is_better():
+    found = diebold_mariano(np.zeros(50), np.ones(50))
+    assert found.verdict("X") == "better than X (p = 0)"
+    assert diebold_mariano(np.ones(50), np.ones(50)).verdict("X") == "no better than X (p = 1)"
+
+
 def test_verdicts_are_words():
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(1000)
@@ -294,6 +300,9 @@ class Wrong(Constant):
         ({"estimator": Wrong(np.zeros)}, ValueError, r"above 0.*: row 50 has 0\.0"),
         ({"estimator": EWMA(decay=1.0)}, ValueError, "decay must be from 0 to below 1"),
         ({"estimator": HAR(), "X": np.zeros(100)}, ValueError, "the returns never vary"),
+        ({"estimator": HAR(window=0)}, ValueError, "window must be at least 1"),
+        ({"estimator": HAR(spans=(1, 0))}, ValueError, "spans must be at least 1"),
+        ({"estimator": HAR(spans=(1, 2), window=-3)}, ValueError, "window must be at least 1"),
         ({"estimator": GARCH(), "X": np.zeros(100)}, ValueError, "the returns never vary"),
     ],
 )

@@ -17,6 +17,7 @@ from support import child
 from support.inputs import draw, random_inputs
 from support.parameters import each_causal
 from support.tolerance import relative_error
+from support.tuning import tuned
 
 import favor_np
 from favor_np import AttentionState, FeatureMap
@@ -108,6 +109,17 @@ def test_bias_and_decay(causal, chunks):
             more["decay"] = gates[None]
         expected = favor_np.favor_attention(q, k, v, FM, key_bias=bias, **more)
         assert relative_error(compute(out), expected) < 1e-13
+
+
+@each_causal
+def test_products_of_bfloat16(causal):
+    arrays = inputs(2, 3, dtype=np.float32)
+    with tuned(USE_BFLOAT16=True):
+        full, half = (
+            compute(favor_attention(*chunked(arrays, 1, 1, 10), FM, causal=causal, precision=p))
+            for p in ("full", "bfloat16")
+        )
+    assert 0 < relative_error(half, full) < 2e-2
 
 
 def test_bias_and_decay_that_do_not_fit():
@@ -411,6 +423,8 @@ REFUSED = [
     ("f(q, k, v, favor_np.feature_map('trig', 4, 8))", ValueError, "trig"),
     ("f(q, k, v, feature_map(3))", ValueError, r"broadcast.*feature_map \(3,\)"),
     ("f(q, k, v, FM, causal=1)", TypeError, "causal must be True or False, got 1"),
+    ("f(q, k, v, FM, precision='half')", ValueError, "precision must be one of"),
+    ("f(q, k, v, FM, precision='bfloat16')", ValueError, "needs arrays of at most 32 bits"),
     ("f(q, k, v, FM, num_threads=0)", ValueError, "num_threads must be at least 1, got 0"),
     (
         "f(da.ones((4, 6, 4), chunks=(3, -1, -1)), k, v, FM, enable_gqa=True)",

@@ -14,7 +14,7 @@ onnxruntime = bridges.require("onnxruntime")
 import favor_np.interop.onnx
 from favor_np import AttentionState, FeatureMap, favor_attention, feature_map
 from favor_np.cli import main
-from favor_np.interop.onnx import export_attention, from_onnx_state, to_onnx_state
+from favor_np.interop.onnx import empty_state, export_attention, from_onnx_state, to_onnx_state
 
 DIM, VALUE_DIM, FEATURES = 8, 5, 32
 DECAY = [1.0, 0.99999, 0.9, 0.5]
@@ -293,6 +293,94 @@ def test_biases_a_token_at_a_time(form):
     assert relative_rms(np.concatenate(outs, axis=1), flat(want)) <= PROMISE
 
 
+def factors(length, heads=4, *, batch=2, seed=0):
+    """Factors a token: of all sizes, and one where nothing is forgotten."""
+    rng = np.random.default_rng(seed)
+    factors = rng.choice([1, 0.99999, 0.9, 0.1, 1e-20], (batch, length, heads), p=[0.2] * 5)
+    return (factors * rng.uniform(0.5, 1, factors.shape)).astype(np.float32)
+
+
+def gated(run, q, k, v, decay, state, size, mask=None):
+    """The result of calls for `size` positions each, and the state in the end."""
+    outs = []
+    for i in range(0, q.shape[2], size):
+        at = slice(i, i + size)
+        named = inputs(
+            *(x[:, :, at] for x in (q, k, v)), state, None if mask is None else mask[:, at]
+        )
+        outputs = run(named | {"decay": decay[:, at]})
+        outs.append(outputs["out"])
+        state = past(outputs)
+    return np.concatenate(outs, axis=1), state
+
+
+def expected_gated(q, k, v, fm, decay, mask=None):
+    arrays = [x.astype(np.float64) for x in (q, k, v)]
+    mask = None if mask is None else mask[:, None]
+    decay = decay.swapaxes(1, 2).astype(np.float64)
+    return flat(
+        favor_attention(*arrays, fm, causal=True, enable_gqa=True, decay=decay, key_mask=mask)
+    )
+
+
+@causal_forms
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("kind", ["antithetic", "relu", "oprf"])
+def test_factors_a_token(kind, kv_heads, form):
+    fm = maps()[kind]
+    model = export(fm, form, kv_heads=kv_heads, decay="input", key_mask=True)
+    run, start = runner(model), empty_state(model, 2)
+    for length, std in ((1, 1), (70, 1), (200, 4)):
+        q, k, v = data(length, kv_heads=kv_heads, std=std)
+        decay, mask = factors(length, kv_heads), some_mask(2, length)
+        want = expected_gated(q, k, v, fm, decay, mask)
+        for size in (length, 37):
+            out, _ = gated(run, q, k, v, decay, start, size, mask)
+            assert relative_rms(out, want) <= PROMISE
+    out, _ = gated(run, q, k, v, decay, start, 1, mask)
+    assert relative_rms(out, want) <= PROMISE
+
+
+@causal_forms
+def test_factors_near_one(form):
+    fm = maps()["antithetic"]
+    model = export(fm, form, heads=1, decay="input")
+    q, k, v = data(20_000, batch=1, heads=1, kv_heads=1, std=0.7)
+    decay = np.full((1, 20_000, 1), 0.99999, np.float32)
+    out, _ = gated(runner(model), q, k, abs(v), decay, empty_state(model), 5000)
+    assert relative_rms(out, expected_gated(q, k, abs(v), fm, decay)) <= PROMISE
+
+
+@causal_forms
+def test_states_that_factors_have_faded_go_both_ways(form):
+    fm = maps()["antithetic"]
+    model = export(fm, form, decay="input")
+    (q, k, v), decay = data(100, std=2), factors(100)
+    want = expected_gated(q, k, v, fm, decay)
+    first, second = ([x[:, :, at] for x in (q, k, v)] for at in (slice(0, 60), slice(60, 100)))
+    of_head = decay.swapaxes(1, 2)
+
+    state = AttentionState.zeros(fm, VALUE_DIM, (2, 4))
+    state.update(*first[1:], decay=of_head[..., :60])
+    out, _ = gated(runner(model), *second, decay[:, 60:], to_onnx_state(state), 40)
+    assert relative_rms(out, want[:, 60:]) <= PROMISE
+
+    _, after = gated(runner(model), *first, decay[:, :60], empty_state(model, 2), 30)
+    back = from_onnx_state(fm, after)
+    out = favor_attention(*second, fm, causal=True, state=back, decay=of_head[..., 60:])
+    assert relative_rms(flat(out), want[:, 60:]) <= PROMISE
+
+
+@causal_forms
+def test_factors_that_are_none(form):
+    """Zero and more than one count as what is next to them, and give no NaN."""
+    model = export(maps()["antithetic"], form, decay="input")
+    q, k, v = data(70)
+    decay = np.random.default_rng(0).choice([0, 2, -1], (2, 70, 4)).astype(np.float32)
+    for array in runner(model)(inputs(q, k, v, empty_state(model, 2)) | {"decay": decay}).values():
+        assert np.isfinite(array).all()
+
+
 @causal_forms
 @pytest.mark.parametrize("decay", [0.99999, 0.999])
 def test_decay_near_one(form, decay):
@@ -520,6 +608,8 @@ def test_auto():
         ({"form": "gated", "causal": False}, ValueError, "causal"),
         ({"form": "gated", "dtype": "float64"}, ValueError, "float64"),
         ({"causal": False, "decay": 0.9}, ValueError, "decay needs causal"),
+        ({"causal": False, "decay": "input"}, ValueError, "decay needs causal"),
+        ({"decay": "output"}, ValueError, "decay"),
         ({"decay": 0.0}, ValueError, "decay"),
         ({"decay": [0.9, 0.8]}, ValueError, "decay"),
         ({"opset": 13}, ValueError, "opset"),
@@ -546,6 +636,8 @@ def test_wrong_maps():
 def test_wrong_states():
     fm = maps()["antithetic"]
     arrays = empty(fm, 1)
+    with pytest.raises(ValueError, match="decay"):
+        from_onnx_state(fm, arrays | {"past_decay": np.zeros((2, 4))})
     for state, error in (
         ("state", TypeError),
         (AttentionState.zeros(fm, 2, (1, 1, 1)), ValueError),

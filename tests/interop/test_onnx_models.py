@@ -14,9 +14,12 @@ onnxruntime = bridges.require("onnxruntime")
 
 from favor_np import nn
 from favor_np.cli import main
+from favor_np.interop import performer_pytorch
 from favor_np.interop.onnx import empty_state, export_model, models
 
 PROMISE = 3e-6
+#: What performer-pytorch trained: see tests/golden/README.md.
+TRAINED = sorted(Path(__file__).parents[1].glob("golden/performer_pytorch_model_*.npz"))
 VOCAB, DIM = 50, 12
 LENGTH, PROMPT = 150, 130
 
@@ -44,6 +47,17 @@ LANGUAGE_MODELS = {
     "odd": {"dim": 11, "dim_head": 4, "activation": "relu2"},
     "exact": {"exact": True, "activation": "relu", "embedding_dropout": 0.1},
     "some exact": {"layers": "FE", "heads": 4, "dim_head": 4, "kv_heads": 2, "decay": 0.9},
+    "exact with decay": {"exact": True, "decay": (0.9, 0.999)},
+    "some near": {"local_heads": 1, "window": 30, "decay": 0.9},
+    "some near of groups": {
+        "heads": 6,
+        "dim_head": 4,
+        "kv_heads": 3,
+        "local_heads": 2,
+        "window": 300,
+        "exact": True,
+    },
+    "the last alone": {"heads": 2, "local_heads": 1, "window": 1, "qk": None},
 }
 ENCODERS = {
     "default": {},
@@ -51,6 +65,8 @@ ENCODERS = {
     "exact": {"exact": True, "kv_heads": 1},
     "some exact": {"layers": "EF", "shift": True, "kind": "relu", "bias": True},
     "thirds": {"dim": 11, "dim_head": 4, "shift": True},
+    "some near": {"local_heads": 1, "window": 20, "rotary": "halves"},
+    "some near of groups": {"heads": 4, "kv_heads": 2, "local_heads": 2, "window": 500},
 }
 every_language_model = pytest.mark.parametrize("name", LANGUAGE_MODELS)
 causal_forms = pytest.mark.parametrize("form", ["chunk", "gated"])
@@ -193,13 +209,12 @@ def test_chains(name):
 
 @pytest.mark.parametrize("evaluate", [False, True], ids=["onnxruntime", "onnx"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", ["halves", "some exact", "one decay"])
+@pytest.mark.parametrize("name", ["halves", "some exact", "one decay", "some near"])
 def test_evaluators_and_float64(name, dtype, evaluate):
     model = language_model(**LANGUAGE_MODELS[name] | {"activation": "swiglu"})
     params = parameters(model, dtype)
     session = Session(model, params, evaluate)
     out, state = session(tokens(70))
-    want = expected(model, params, tokens())[:, :0]
     want = expected(model, params, tokens(70))
     assert relative_rms(out, want) <= (PROMISE if dtype == np.float32 else 5e-15)
     again, _ = session(tokens(70)[:, :3], state)
@@ -209,7 +224,7 @@ def test_evaluators_and_float64(name, dtype, evaluate):
 
 
 def test_every_length():
-    model = language_model(layers="FE")
+    model = language_model(layers="FE", local_heads=1)
     params = parameters(model)
     session = Session(model, params)
     want = expected(model, params, tokens(300, batch=1))
@@ -219,8 +234,8 @@ def test_every_length():
 
 
 @causal_forms
-def test_no_tokens(form):
-    model = language_model(layers="FE", decay=0.9)
+def test_no_positions(form):
+    model = language_model(layers="FE", decay=0.9, local_heads=1)
     session = Session(model, parameters(model), form=form)
     for before in (empty_state(session.model, 2), session(tokens())[1]):
         out, after = session(tokens()[:, :0], before)
@@ -278,10 +293,29 @@ def test_greedy_text_is_that_of_generate():
     assert bytes(found) == bytes(model.generate(params, b"to be or not to be", 20, temperature=0))
 
 
+@pytest.mark.parametrize("path", TRAINED, ids=[path.stem[24:] for path in TRAINED])
+@causal_forms
+def test_models_that_pytorch_trained(path, form):
+    """Without its constants; the logits were computed in float64, without favor_np."""
+    files = path.with_suffix(".safetensors"), path.with_suffix(".json")
+    model, params = performer_pytorch.load(*files, eps=0)
+    data = np.load(path)
+    x, want = data["tokens"], data["logits_f64_eps0"]
+    if not model.causal and form == "gated":
+        with pytest.raises(ValueError, match="causal"):
+            export_model(model, params, form=form)
+        return
+    session = Session(model, params, form=form if model.causal else "auto")
+    out, _ = session(x.astype(np.int64))
+    assert abs(out - want).max() < 3e-5
+    with pytest.raises(ValueError, match="OriginalPerformerLM cannot be exported"):
+        export_model(*performer_pytorch.load(*files))
+
+
 @pytest.mark.parametrize("opset", [14, 17, 18, 22, 27])
 @causal_forms
 def test_every_opset(form, opset):
-    model = language_model(layers="FE", positions="learned")
+    model = language_model(layers="FE", positions="learned", local_heads=1)
     params = parameters(model)
     session = Session(model, params, form=form, opset=opset)
     domains = {x.domain: x.version for x in session.model.opset_import}
@@ -396,7 +430,7 @@ def saved(path, model, **options):
     [
         (language_model(vocab=256), ()),
         (language_model(vocab=256, layers="FE", decay=0.9), ("--form", "gated", "--key-mask")),
-        (language_model(positions="learned", length=40), ("--opset", "22")),
+        (language_model(positions="learned", length=40), ("--opset", "18")),
         (encoder(), ("--key-mask",)),
     ],
     ids=["default", "gated", "learned", "encoder"],

@@ -15,10 +15,11 @@ from support.tolerance import relative_rms
 onnx = bridges.require("onnx")
 
 import favor_np
-from favor_np.interop.onnx import export_attention, to_onnx_state
+from favor_np import nn
+from favor_np.interop.onnx import empty_state, export_attention, export_model, to_onnx_state
 
 HEADS, DIM, FEATURES = 2, 16, 64
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/attention.mjs"
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 #: A folder in which npm has installed onnxruntime-web.
 NODE = os.environ.get("FAVOR_NP_TEST_NODE")
 
@@ -52,18 +53,80 @@ def test_openvino(kind, options):
         assert relative_rms(out, want) <= 3e-6
 
 
-@pytest.mark.skipif(not NODE, reason="FAVOR_NP_TEST_NODE names no folder with onnxruntime-web")
+def language_model(**options):
+    """A language model of bytes, with parameters that say something."""
+    sizes = {"vocab": 256, "dim": 16, "depth": 2, "heads": 2, "num_features": 32}
+    model = nn.PerformerLM(**sizes | options)
+    rng = np.random.default_rng(0)
+    params = model.init(rng)
+    for name, array in nn.leaves(params):
+        if not name.endswith("projection"):
+            array += 0.3 * rng.standard_normal(array.shape).astype(np.float32)
+    return model, params
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layers": "FE", "decay": 0.99, "local_heads": 1},
+        {"norm": "layer", "activation": "swiglu", "kv_heads": 1},
+    ],
+    ids=str,
+)
+def test_openvino_runs_language_models(options):
+    openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
+    model, params = language_model(**options)
+    exported = export_model(model, params)
+    core = openvino.Core()
+    read = core.read_model(exported.SerializeToString(), b"")
+    run = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    text = np.random.default_rng(1).integers(0, 256, (1, 80))
+    want = model.apply(nn.astype(params, np.float64), text)
+    names = [x.name for x in exported.graph.output]
+    outs, state = [], empty_state(exported)
+    for part in (slice(0, 70), *(slice(i, i + 1) for i in range(70, 80))):
+        found = run({"tokens": text[:, part], **state})
+        outs.append(found[run.output("logits")])
+        state = {n.replace("present", "past"): found[run.output(n)].copy() for n in names[1:]}
+    assert relative_rms(np.concatenate(outs, 1), want) <= 3e-6
+
+
+def node(example, folder, *arguments):
+    """What an example prints, in a folder that has its files."""
+    (folder / "node_modules").symlink_to(Path(NODE, "node_modules").absolute())
+    shutil.copy(EXAMPLES / example, folder)
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": child.HANG}
+    done = subprocess.run(["node", example, *arguments], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+needs_node = pytest.mark.skipif(
+    not NODE, reason="FAVOR_NP_TEST_NODE names no folder with onnxruntime-web"
+)
+
+
+@needs_node
 @pytest.mark.parametrize("form", ["chunk", "gated"])
-def test_the_example_in_javascript(form, tmp_path):
+def test_attention_in_javascript(form, tmp_path):
     fm = favor_np.feature_map("positive", DIM, FEATURES)
     model = export_attention(fm, heads=HEADS, value_dim=DIM, form=form)
     onnx.save(model, tmp_path / "attention.onnx")
     facts = {"heads": HEADS, "features": FEATURES, "valueDim": DIM, "length": 80, "prompt": 70}
     arrays = {name: x.ravel().tolist() for name, x in tokens(fm, 80, 1, causal=True).items()}
     (tmp_path / "tokens.json").write_text(json.dumps(facts | arrays))
-    (tmp_path / "node_modules").symlink_to(Path(NODE, "node_modules").absolute())
-    shutil.copy(EXAMPLE, tmp_path)
-    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": child.HANG}
-    done = subprocess.run(["node", EXAMPLE.name], check=False, **options)
-    assert done.returncode == 0, done.stderr
-    assert float(re.search(r"favor_np (\S+)", done.stdout).group(1)) < 1e-5
+    said = node("attention.mjs", tmp_path)
+    assert float(re.search(r"favor_np (\S+)", said).group(1)) < 1e-5
+
+
+@needs_node
+@pytest.mark.parametrize("options", [{}, {"layers": "FE", "local_heads": 1}], ids=str)
+@pytest.mark.parametrize("form", ["chunk", "gated"])
+def test_a_language_model_in_javascript(form, options, tmp_path):
+    """The bytes are those that favor_np generates."""
+    model, params = language_model(**options)
+    onnx.save(export_model(model, params, form=form), tmp_path / "model.onnx")
+    said = node("generate.mjs", tmp_path, "to be or not")
+    new = bytes(model.generate(params, b"to be or not", 40, temperature=0))
+    assert said == (b"to be or not" + new).decode(errors="replace") + "\n"

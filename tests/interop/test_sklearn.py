@@ -15,7 +15,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from favor_np.forecast import HAR, backtest, samples, simulated_minutes
-from favor_np.interop.sklearn import FavorClassifier, FavorFeatures, FavorRegressor
+from favor_np.interop.sklearn import (
+    FavorClassifier,
+    FavorFeatures,
+    FavorRegressor,
+    PerformerClassifier,
+    PerformerRegressor,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 
@@ -26,6 +32,8 @@ ESTIMATORS = [
     FavorClassifier(linear=False),
     FavorFeatures(),
     FavorFeatures(kernel="gaussian"),
+    PerformerRegressor(epochs=2),
+    PerformerClassifier(epochs=2),
 ]
 
 

@@ -53,6 +53,13 @@ def test_the_most_likely_tokens_are_those_of_the_whole_text():
     assert (model.apply(params, text).argmax(-1)[:, 9:-1] == new).all()
 
 
+def test_at_a_tiny_temperature_the_most_likely_is_drawn():
+    model, params = made({})
+    new = model.generate(params, TOKENS[:, :10], 20, temperature=0)
+    cold = model.generate(params, TOKENS[:, :10], 20, temperature=1e-320, top_k=7)
+    np.testing.assert_array_equal(cold, new)
+
+
 def test_a_seed_and_a_row_decide():
     """A row of a batch is what it would be alone at the first place, and two rows differ."""
     model, params = made({})

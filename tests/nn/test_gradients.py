@@ -40,6 +40,7 @@ LAYERS = {
     ),
     "shift": (nn.ShiftTokens(), ROWS),
     "shift both ways": (nn.ShiftTokens(causal=False), ROWS),
+    "sum": (nn.Sum((nn.Linear(8, 3), nn.Chain((nn.Linear(8, 4), nn.Linear(4, 3))))), ROWS),
     "chain": (nn.Chain((nn.Linear(8, 4), nn.RMSNorm(4), nn.Linear(4, 3))), ROWS),
     "residual": (nn.Residual(nn.Linear(8, 8), nn.RMSNorm(8), nn.ShiftTokens(), gate=True), ROWS),
     **{

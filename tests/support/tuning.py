@@ -15,6 +15,7 @@ from favor_np.cpu import tuning
 HOME = {
     "BLOCK": "favor_np.weights",
     "CHECKPOINT_SECONDS": "favor_np.streaming",
+    "FEATURES": "favor_np.cuda.kernels.step",
     "MOST": "favor_np.forecast.reading.files",
     "ROOM": "favor_np.cuda.plan",
     "SHORTEST": "favor_np.cuda.plan",

@@ -227,7 +227,7 @@ def read_frame(kind: str, data: bytes) -> Table:
     except ImportError:
         needed = "openpyxl" if kind == "xlsx" else "pandas with pyarrow, or polars"
         raise PriceError(f"to read .{kind} files needs {needed}: {INSTALL}") from None
-    except (PriceError, MemoryError):
+    except PriceError:
         raise
     except Exception as error:  # noqa: BLE001 - each library has errors of its own
         raise PriceError(f"a .{kind} file that cannot be read ({error})") from None

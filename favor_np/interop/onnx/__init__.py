@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ def export_attention(
     causal: bool = True,
     key_mask: bool = False,
     key_bias: bool = False,
-    decay: npt.ArrayLike | None = None,
+    decay: npt.ArrayLike | Literal["input"] | None = None,
     form: str = "auto",
     opset: int = 17,
     dtype: npt.DTypeLike | None = None,
@@ -62,9 +62,10 @@ def export_attention(
         Whether the model has an input that says which keys take part.
     key_bias : bool, default False
         Whether it has one of numbers that are added to the logits of keys.
-    decay : array_like of float, optional
+    decay : array_like of float or "input", optional
         In (0, 1], one number or one a head of keys; at every token the weight of all earlier keys
-        is multiplied with it.  Causal only.
+        is multiplied with it.  "input": the model has an input of such factors, one a token and
+        head of keys.  Causal only.
     form : {"auto", "chunk", "gated", "whole"}, default "auto"
         How the graph is written.  "auto" is "chunk" if causal, else "whole".
 
@@ -87,12 +88,14 @@ def export_attention(
           (batch, positions, kv_heads * dv); not causal, ``k`` and ``v`` may have other positions;
         - ``key_mask`` (batch, positions) of bool, if asked for;
         - ``key_bias`` (batch, positions, kv_heads), if asked for; -inf masks a key;
+        - ``decay`` (batch, positions, kv_heads), if it is an input;
         - ``past_state`` (batch, kv_heads, M, dv + 1) and ``past_max`` (batch, kv_heads, M), of float32,
           or float64 like the rest; before the first key zeros and -1e30;
-        - ``past_length`` (batch) of int64 with a decay: how many tokens are in the state.
+        - ``past_length`` (batch) of int64 with a decay: how many tokens are in the state; or
+          ``past_decay`` (batch, kv_heads) of float64 if it is an input, 0 before the first key.
 
         Outputs are ``out`` (batch, positions, heads * dv), ``present_state``, ``present_max`` and
-        with a decay ``present_length``.
+        with a decay ``present_length`` or ``present_decay``.
 
     Raises
     ------
@@ -111,7 +114,8 @@ def export_attention(
     Notes
     -----
     No finite queries and keys give NaN.  Rows whose log-features pass 2**20 are cut to what does not,
-    number by number, biases beyond 2**22 to that, and values beyond 2**100.  Unlike favor_np, a model does not keep what
+    number by number, biases beyond 2**22 to that, values beyond 2**100, and factors a token below
+    1e-30.  Unlike favor_np, a model does not keep what
     rounding takes from its sums: in float32 that is felt after some ten thousand calls that go on
     from each other.
 
@@ -137,7 +141,13 @@ def export_attention(
     fm = checked(feature_map, ATTENTION_KINDS)
     heads, kv_heads = _heads(fm, heads, kv_heads)
     causal = validation.flag("causal", causal)
-    rates = validation.decay_rates(decay, (kv_heads,), causal=causal)
+    if isinstance(decay, str):
+        validation.choice("decay", decay, ("input",))
+        rates = None
+        if not causal:
+            raise ValueError("decay needs causal=True")
+    else:
+        rates = validation.decay_rates(decay, (kv_heads,), causal=causal)
     io = _dtype(fm, dtype)
     a = forms.Attention(
         feature_map=fm,
@@ -145,10 +155,11 @@ def export_attention(
         kv_heads=kv_heads,
         value_dim=validation.integer("value_dim", value_dim),
         causal=causal,
-        rates=None if rates is None else rates * np.log(2),
         real=np.dtype(np.float64 if io == np.float64 else np.float32),
         io=io,
     )
+    graph = Graph(validation.integer("opset", opset), a.real)
+    form = forms.form_of(form, a.real, causal=causal)
     given = forms.Given(
         "q",
         "k",
@@ -157,10 +168,22 @@ def export_attention(
         "past_max",
         mask="key_mask" if validation.flag("key_mask", key_mask) else None,
         bias="key_bias" if validation.flag("key_bias", key_bias) else None,
-        length=None if rates is None else "past_length",
     )
-    graph = Graph(validation.integer("opset", opset), a.real)
-    form = forms.form_of(form, a.real, causal=causal)
+    inputs, outputs = _ends(a, graph, given)
+    if isinstance(decay, str):
+        inputs.insert(-2, end("decay", TYPES[io.name], "batch", "positions", kv_heads))
+        inputs.append(end("past_decay", TYPES["float64"], "batch", kv_heads))
+        outputs.append(end("present_decay", TYPES["float64"], "batch", kv_heads))
+        clock, left = forms.token_clock(graph, "decay", "past_decay")
+        graph.named(left, "present_decay")
+        given = given._replace(clock=clock)
+    elif rates is not None:
+        inputs.append(end("past_length", TYPES["int64"], "batch"))
+        outputs.append(end("present_length", TYPES["int64"], "batch"))
+        count = graph.Gather(graph.Shape("k"), [1])
+        clock = forms.clock(graph, rates * np.log(2), "past_length", count)
+        graph.named(graph.Add("past_length", count), "present_length")
+        given = given._replace(clock=clock)
     out, sums, c = forms.write(form, a, graph, given)
     for name, x in (("out", out), ("present_state", sums), ("present_max", c)):
         graph.named(x, name)
@@ -173,9 +196,9 @@ def export_attention(
         "value_dim": a.value_dim,
         "num_features": fm.num_features,
         "causal": causal,
-        "decay": None if rates is None else np.exp2(-rates).tolist(),
+        "decay": np.exp2(-rates).tolist() if rates is not None else decay,
     }
-    return graph.model("favor_attention", *_ends(a, graph, given), facts)
+    return graph.model("favor_attention", inputs, outputs, facts)
 
 
 def _heads(fm: FeatureMap, heads: object, kv_heads: object) -> tuple[int, int]:
@@ -207,16 +230,16 @@ def _ends(a: forms.Attention, graph: Graph, given: forms.Given) -> tuple[list[An
     """Return names and shapes of what goes in and out."""
     io, dim = TYPES[a.io.name], a.feature_map.dim
     state = "batch", a.kv_heads, a.feature_map.num_features
-    keys = "positions" if a.causal else "key_positions"
+    keys = "batch", "positions" if a.causal else "key_positions"
     inputs = [
         end("q", io, "batch", "positions", a.heads * dim),
-        end("k", io, "batch", keys, a.kv_heads * dim),
-        end("v", io, "batch", keys, a.kv_heads * a.value_dim),
+        end("k", io, *keys, a.kv_heads * dim),
+        end("v", io, *keys, a.kv_heads * a.value_dim),
     ]
     if given.mask:
-        inputs.append(end("key_mask", TYPES["bool"], "batch", keys))
+        inputs.append(end("key_mask", TYPES["bool"], *keys))
     if given.bias:
-        inputs.append(end("key_bias", io, "batch", keys, a.kv_heads))
+        inputs.append(end("key_bias", io, *keys, a.kv_heads))
     inputs += [
         end("past_state", graph.type, *state, a.columns),
         end("past_max", graph.type, *state),
@@ -226,10 +249,6 @@ def _ends(a: forms.Attention, graph: Graph, given: forms.Given) -> tuple[list[An
         end("present_state", graph.type, *state, a.columns),
         end("present_max", graph.type, *state),
     ]
-    if given.length:
-        inputs.append(end("past_length", TYPES["int64"], "batch"))
-        outputs.append(end("present_length", TYPES["int64"], "batch"))
-        graph.named(graph.Add("past_length", graph.Gather(graph.Shape("k"), [1])), "present_length")
     return inputs, outputs
 
 
@@ -245,7 +264,8 @@ def to_onnx_state(state: AttentionState) -> dict[str, Array]:
     Returns
     -------
     dict of str to ndarray
-        ``past_state``, ``past_max`` and, if the state has a decay, ``past_length``.
+        ``past_state``, ``past_max`` and, if the state has a decay, ``past_length``; or if factors a
+        token have made it fade, ``past_decay``, which is zero.
 
     Raises
     ------
@@ -285,6 +305,8 @@ def to_onnx_state(state: AttentionState) -> dict[str, Array]:
     }
     if state.decay is not None:
         arrays["past_length"] = lengths[:, 0].copy()
+    if snapshot._fade is not None:  # it is in the sums
+        arrays["past_decay"] = np.zeros(lead)
     return arrays
 
 
@@ -301,10 +323,10 @@ def from_onnx_state(
     feature_map : FeatureMap
         That of the model.
     arrays : mapping of str to array_like
-        The model's ``present_state``, ``present_max`` and, with a decay, ``present_length``; or the
-        same with ``past``.
+        The model's ``present_state``, ``present_max`` and, with a decay, ``present_length`` or
+        ``present_decay``; or the same with ``past``.
     decay : array_like of float, optional
-        That of the model.
+        That of the model, if it is no input.
 
     Returns
     -------
@@ -359,6 +381,11 @@ def from_onnx_state(
         lengths[...] = given[:, None]
         rates = -np.log2(state.decay)
         height += (lengths * rates % 1.0 * np.log(2) - _fraction(state.decay, lengths))[..., None]
+    if "present_decay" in arrays or "past_decay" in arrays:
+        before = _found(arrays, "decay", 2)
+        if before.shape != lead:
+            raise ValueError(f"decay must have shape {lead}, got {before.shape}")
+        height -= before[..., None]
     empty = sums[..., -1] == 0
     rebuild, parts = state.__reduce__()
     parts = storage.Parts(*parts)

@@ -36,18 +36,19 @@ LONGEST = {4: 2.0**100, 8: 2.0**900}
 
 #: Larger biases of keys are cut off, so that they are integers and fractions without a rounding.
 LARGEST_BIAS = 2.0**22
+#: Smaller factors a token count as this.
+SMALLEST_DECAY = 1e-30
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What is exported: see `export_attention`.  `rates` are -log of the decay, one a key head."""
+    """What is exported: see `export_attention`."""
 
     feature_map: FeatureMap
     heads: int
     kv_heads: int
     value_dim: int
     causal: bool
-    rates: Array | None
     #: In which the graph computes.
     real: np.dtype[Any]
     #: Of queries, keys, values and the result.
@@ -112,8 +113,8 @@ class Given(NamedTuple):
     c: str
     mask: str | None = None
     bias: str | None = None
-    #: How many tokens are in the state, (batch); with a decay.
-    length: str | None = None
+    #: What decay does: see `clock`.
+    clock: tuple[str, str, str] | None = None
 
 
 # --- features ----------------------------------------------------------------------------------
@@ -275,9 +276,7 @@ class Raised(NamedTuple):
 def raised_keys(a: Attention, g: Graph, x: Given) -> Raised:
     """Put together what decay, a mask and a bias do to keys."""
     alive = None if x.mask is None else g.Unsqueeze(x.mask, [2])
-    extra = lift = wound = None
-    if a.rates is not None:
-        extra, lift, wound = clock(a, g, x)
+    extra, lift, wound = x.clock or (None, None, None)
     if x.bias is not None:
         bias = real_input(a, g, x.bias)
         heard = g.Not(g.Equal(bias, -math.inf))
@@ -292,17 +291,16 @@ def raised_keys(a: Attention, g: Graph, x: Given) -> Raised:
     return Raised(alive, extra, lift, wound)
 
 
-def clock(a: Attention, g: Graph, x: Given) -> tuple[str, str, str]:
+def clock(g: Graph, rates: Array, length: str, count: str) -> tuple[str, str, str]:
     """By how much decay raises keys, and c in the end: fractions, integers, an integer.
 
-    Key j is raised by j times the rate.  Only integers ever move c: nothing is scaled by a factor
-    so near to 1 that float32 could not hold it.  The first two are (batch, positions, kv_heads).
+    Key j is raised by j times the rate, -log of the decay of its head.  Only integers ever move c:
+    nothing is scaled by a factor so near to 1 that float32 could not hold it.  The first two are
+    (batch, positions, kv_heads), the last is (batch, 1, kv_heads).  `length` (batch) are the tokens
+    in the state, `count` (1) those that come.
     """
-    assert a.rates is not None
-    assert x.length is not None
-    rates = a.rates.reshape(1, 1, -1)
-    count = lengths(g, x.k)[1]
-    first = g.Unsqueeze(x.length, [1])
+    rates = rates.reshape(1, 1, -1)
+    first = g.Unsqueeze(length, [1])
     tokens = g.Add(first, g.Unsqueeze(g.Range(0, g.Squeeze(count, [0]), 1), [0]))
     start, end, each = (
         g.Mul(g.Cast(g.Unsqueeze(n, [2]), to=DOUBLE), rates)
@@ -311,6 +309,21 @@ def clock(a: Attention, g: Graph, x: Given) -> tuple[str, str, str]:
     before, whole = g.Floor(start), g.Floor(each)
     fraction, lift = g.Sub(each, whole), g.Sub(whole, before)
     return real(g, fraction), real(g, lift), real(g, g.Sub(g.Floor(end), before))
+
+
+def token_clock(g: Graph, decay: str, before: str) -> tuple[tuple[str, str, str], str]:
+    """Return the same for a factor a token, (batch, positions, kv_heads); and what comes `before` next.
+
+    That is a fraction of float64, (batch, kv_heads).
+    """
+    steps = g.Neg(g.Log(g.Clip(g.Cast(decay, to=DOUBLE), *map(np.array, (SMALLEST_DECAY, 1.0)))))
+    start = g.Unsqueeze(before, [1])
+    each = g.Add(start, g.CumSum(steps, 1))
+    whole = g.Floor(each)
+    end = g.Add(start, g.ReduceSum(steps, [1], keepdims=1))
+    wound = g.Floor(end)
+    parts = real(g, g.Sub(each, whole)), real(g, whole), real(g, wound)
+    return parts, g.Squeeze(g.Sub(end, wound), [1])
 
 
 class Cut:

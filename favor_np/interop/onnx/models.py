@@ -90,7 +90,8 @@ def export_model(
     -----
     Dropout is left out.  Layers with exact attention keep all keys and values, as ``past_keys_0``
     and ``past_values_0`` (batch, kv_heads, past_positions, d) for layer 0, and with `key_mask` there
-    is a ``past_mask`` (batch, past_positions).  ``past_state_0`` and ``past_max_0`` are those of
+    is a ``past_mask`` (batch, past_positions).  Heads within a window keep ``past_near_keys_0``,
+    ``past_near_values_0`` and ``past_near_mask_0`` of window - 1 positions.  ``past_state_0`` and ``past_max_0`` are those of
     `export_attention`, ``past_row_0`` is what `favor_np.nn.ShiftTokens` shifts to the next row, and
     ``past_length`` (batch) how many tokens there were.
 
@@ -523,15 +524,24 @@ def attention(w: Writer, layer: nn.FavorSelfAttention, params: Params, x: Rows) 
             qk = rotated(w, nn.Rotary(d, layer.rotary), qk)
         qk = g.Reshape(qk, [0, 0, (heads + kv_heads) * d])
     q, k = g.several("Split", [qk, [heads * d, kv_heads * d]], 2, axis=2)
+    near = None
+    if layer.local_heads:
+        far = heads - layer.local_heads, layer._kv_far, layer._kv_far
+        counts = zip((q, k, v), far, (heads, kv_heads, kv_heads), strict=True)
+        cut = [g.several("Split", [x, [n * d, (of - n) * d]], 2, axis=2) for x, n, of in counts]
+        (q, k, v), beside = zip(*cut, strict=True)
+        near = local(w, layer, *beside)
     out = exact(w, layer, q, k, v) if layer.exact else favor(w, layer, params, q, k, v)
+    out = out if near is None else g.Concat(out, near, axis=2)
     w.layers["attention"] += 1
     return w.part(layer, "output", params, Rows(out, heads * d))
 
 
 def on_spheres(w: Writer, layer: nn.FavorSelfAttention, params: Params, x: str) -> str:
     """Put heads of queries and keys (batch, positions, heads, d) on spheres."""
+    assert layer._sphere is not None
     with within("sphere"):
-        radii = nn.UnitScale(layer._kv_heads).lengths(params.get("sphere", {}))
+        radii = layer._sphere.lengths(params.get("sphere", {}))
     radii = np.concatenate([np.repeat(radii, layer.heads // layer._kv_heads), radii])[:, None]
     g = w.g
     size = g.Sqrt(g.Max(g.reduce("ReduceSumSquare", x, -1), TINY))
@@ -542,15 +552,14 @@ def favor(w: Writer, layer: nn.FavorSelfAttention, params: Params, q: str, k: st
     """Write attention with random features."""
     fm, number = layer.feature_map(params), w.layers["attention"]
     w.fingerprints.append(fm.fingerprint)
-    heads, d = layer._kv_heads, layer._dim_head
+    heads, d = layer._kv_far, layer._dim_head
     rates = validation.decay_rates(layer.decay, (heads,), causal=layer.causal)
     a = forms.Attention(
         feature_map=fm,
-        heads=layer.heads,
+        heads=layer.heads - layer.local_heads,
         kv_heads=heads,
         value_dim=d,
         causal=layer.causal,
-        rates=None if rates is None else rates * np.log(2),
         real=w.g.real,
         io=w.g.real,
     )
@@ -562,7 +571,7 @@ def favor(w: Writer, layer: nn.FavorSelfAttention, params: Params, q: str, k: st
         w.past(f"state_{number}", *sums),
         w.past(f"max_{number}", *highest, fill=forms.NOTHING),
         mask="key_mask" if w.masked else None,
-        length=None if rates is None else w.length,
+        clock=None if rates is None else forms.clock(w.g, rates * np.log(2), w.length, w.count),
     )
     form = w.form if layer.causal == (w.form != "whole") else "chunk"
     out, after, c = forms.write(form, a, w.g, given)
@@ -573,8 +582,9 @@ def favor(w: Writer, layer: nn.FavorSelfAttention, params: Params, q: str, k: st
 
 def exact(w: Writer, layer: nn.FavorSelfAttention, q: str, k: str, v: str) -> str:
     """Write exact attention: a block of queries at a time sees all keys."""
-    g, heads, d = w.g, layer._kv_heads, layer._dim_head
-    group = layer.heads // heads
+    g, heads, d = w.g, layer._kv_far, layer._dim_head
+    group = layer.heads // layer._kv_heads
+    rates = validation.decay_rates(layer.decay, (heads,), causal=layer.causal)
     k, v = (g.Transpose(g.Reshape(x, [0, 0, heads, d]), perm=[0, 2, 1, 3]) for x in (k, v))
     if w.masked:
         new = g.Unsqueeze(w.mask[0], [1, 3])
@@ -589,10 +599,10 @@ def exact(w: Writer, layer: nn.FavorSelfAttention, q: str, k: str, v: str) -> st
     if w.masked:
         state.append(g.Cast(g.Unsqueeze(w.mask[1], [1, 2]), to=g.type))
     blocks = cut.apart(g.Mul(q, layer._scale), heads, d, group)
-    body = exact_body(g, group, causal=layer.causal, masked=w.masked)
+    body = exact_body(g, group, rates, causal=layer.causal, masked=w.masked)
     options = {"body": body, "num_scan_inputs": 1}
     rows = g.several("Scan", [*state, blocks], len(state) + 1, **options)[-1]
-    return g.Reshape(cut.together(rows, heads, group, d), [0, 0, layer.heads * d])
+    return g.Reshape(cut.together(rows, heads, group, d), [0, 0, heads * group * d])
 
 
 def kept(w: Writer, name: str, x: str, heads: int, dim: int) -> str:
@@ -602,7 +612,7 @@ def kept(w: Writer, name: str, x: str, heads: int, dim: int) -> str:
     return w.present(name, every, heads, "present_positions", dim)
 
 
-def exact_body(g: Graph, group: int, *, causal: bool, masked: bool) -> Any:
+def exact_body(g: Graph, group: int, rates: Array | None, *, causal: bool, masked: bool) -> Any:
     """Read all keys with a block of queries, and hand on what the next block needs."""
     b = g.body()
     k, v = b.takes("k", "v")
@@ -618,6 +628,9 @@ def exact_body(g: Graph, group: int, *, causal: bool, masked: bool) -> Any:
         numbers = b.Unsqueeze(b.Concat(*[numbers] * group, axis=0), [1])
         every = b.Cast(b.Range(0, b.Gather(b.Shape(k), 2), 1), to=b.type)
         seen = b.Not(b.Greater(every, numbers))  # LessOrEqual has no shape before opset 16
+        if rates is not None:
+            faded = b.weight(np.log(2) * rates[:, None, None])
+            logits = b.Sub(logits, b.Mul(b.Sub(numbers, every), faded))
         hands_on.append(b.Add(first, b.Cast(count, to=b.type)))
     if alive is not None:
         may = b.Cast(alive, to=BOOL)
@@ -631,6 +644,56 @@ def exact_body(g: Graph, group: int, *, causal: bool, masked: bool) -> Any:
     return b.gives("exact", *hands_on, b.MatMul(weights, v))
 
 
+def local(w: Writer, layer: nn.FavorSelfAttention, q: str, k: str, v: str) -> str:
+    """Write exact attention within a window: a block of queries sees what is around it.
+
+    What a block sees, a query only in part, is gathered for all blocks at once.
+    """
+    g, d, before = w.g, layer._dim_head, layer.window - 1
+    after = 0 if layer.causal else before
+    heads, group = layer._kv_heads - layer._kv_far, layer.heads // layer._kv_heads
+    k, v = (g.Transpose(g.Reshape(x, [0, 0, heads, d]), perm=[0, 2, 1, 3]) for x in (k, v))
+    ones = numpy_helper.from_array(np.ones(1, g.real))
+    alive = g.ConstantOfShape(g.Concat(w.batch, w.count, axis=0), value=ones)
+    if w.masked:
+        new = g.Unsqueeze("key_mask", [1, 3])
+        k, v = (g.Where(new, x, 0.0) for x in (k, v))
+        alive = g.Cast("key_mask", to=g.type)
+    number = w.layers["attention"]
+    shape = heads, before, d
+    parts = []
+    for name, x, axis, sizes in (
+        ("near_keys", k, 2, shape),
+        ("near_values", v, 2, shape),
+        ("near_mask", alive, 1, (before,)),
+    ):
+        name = f"{name}_{number}"
+        every = g.Concat(w.past(name, *sizes), x, axis=axis)
+        w.present(name, g.Slice(every, w.count, [2**62], [axis]), *sizes)
+        parts.append(every)
+    cut = forms.Cut(g, q, forms.BLOCK)
+    size, wide = g.Squeeze(cut.size, [0]), g.Add(g.Squeeze(cut.size, [0]), before + after)
+    more = g.Add(cut.more, after)
+    k, v = (g.Pad(x, g.Concat([0] * 6, more, [0], axis=0), 0.0) for x in parts[:2])
+    alive = g.Pad(parts[2], g.Concat([0] * 3, more, axis=0), 0.0)
+    starts = g.Mul(g.Range(0, g.Squeeze(cut.chunks, [0]), 1), size)
+    columns = g.Range(0, wide, 1)
+    rows = g.Add(g.Unsqueeze(starts, [1]), columns)
+    k = g.Transpose(g.Gather(k, rows, axis=2), perm=[2, 0, 1, 4, 3])
+    v = g.Transpose(g.Gather(v, rows, axis=2), perm=[2, 0, 1, 3, 4])
+    alive = g.Transpose(g.Gather(alive, rows, axis=1), perm=[1, 0, 2])
+    first = g.Range(0, size, 1)
+    apart = g.Sub(columns, g.Unsqueeze(g.Concat(*[first] * group, axis=0), [1]))
+    near = g.And(g.Not(g.Less(apart, 0)), g.Not(g.Greater(apart, before + after)))
+    seen = g.And(near, g.Cast(g.Unsqueeze(alive, [2, 3]), to=BOOL))
+    logits = g.MatMul(cut.apart(g.Mul(q, layer._scale), heads, d, group), k)
+    weights = g.Softmax(g.Where(seen, logits, HIDDEN), axis=-1)
+    if w.masked:
+        weights = g.Where(seen, weights, 0.0)
+    rows = cut.together(g.MatMul(weights, v), heads, group, d)
+    return g.Reshape(rows, [0, 0, heads * group * d])
+
+
 #: How layers are written, and which of their fields are known here.
 WRITERS: dict[type[Layer], tuple[Callable[..., Rows], str]] = {
     nn.Block: (in_order, "attention feedforward norm shift dropout gate"),
@@ -640,7 +703,7 @@ WRITERS: dict[type[Layer], tuple[Callable[..., Rows], str]] = {
     nn.FavorSelfAttention: (
         attention,
         "dim heads num_features causal kv_heads dim_head kind antithetic kernel_epsilon qk rotary "
-        "decay exact bias output_bias std learn_projection",
+        "decay exact bias output_bias std learn_projection local_heads window",
     ),
     nn.FeedForward: (in_order, "dim hidden activation bias dropout std"),
     nn.LayerNorm: (layer_norm, "dim eps bias"),
@@ -656,8 +719,8 @@ WRITERS: dict[type[Layer], tuple[Callable[..., Rows], str]] = {
 }
 _BODY = (
     "dim depth heads num_features causal layers exact kv_heads dim_head kind antithetic "
-    "kernel_epsilon qk rotary decay learn_projection hidden activation norm final_norm shift gate "
-    "dropout qkv_bias bias"
+    "kernel_epsilon qk rotary decay learn_projection local_heads window hidden activation norm "
+    "final_norm shift gate dropout qkv_bias bias"
 )
 WRITERS[nn.Performer] = in_order, _BODY
 WRITERS[nn.PerformerLM] = (
