@@ -46,7 +46,7 @@ class Call:
         In their own dtypes; on a device its arrays.
     mask : ndarray of bool, shape (..., L_k), or None
         True where a key takes part.
-    lifts : ndarray of float64, shape (..., L_k), or None
+    log2_bias : ndarray of float64, shape (..., L_k), or None
         log2 of what the weight of a key is multiplied with, decay included.
     key_bias, gates : ndarray or None
         The bias, and the decay of one factor a token, as the caller gave them.
@@ -95,7 +95,7 @@ class Call:
     compute: np.dtype[Any]
     offsets: Array | None = None
     key_bias: Array | None = None
-    lifts: Array | None = None
+    log2_bias: Array | None = None
     gates: Array | None = None
     faded: Array | None = None
     decay_rates: Array | None = None
@@ -125,7 +125,7 @@ class Call:
             self.k.shape,
             self.v.shape,
             None if self.mask is None else self.mask.shape,
-            None if self.lifts is None else self.lifts.shape,
+            None if self.log2_bias is None else self.log2_bias.shape,
             self.grouped,
             self.state_shape if stateful else None,
         )
@@ -269,7 +269,7 @@ def check_call(
         result,
         compute,
         key_bias=bias,
-        lifts=None if bias is None else decay.in_log2(bias),
+        log2_bias=None if bias is None else decay.in_log2(bias),
         check_finite=finite,
     )
 

@@ -67,12 +67,12 @@ def raise_by(call: Call, start: Array | None) -> None:
     first = start.reshape(*call.state_shape, len(begin))
     if len(begin) != call.keys or (end - begin).max() > 1:
         first = np.repeat(first, end - begin, -1)
-    _lift(call, first)
+    _add(call, first)
 
 
-def _lift(call: Call, by: Array) -> None:
+def _add(call: Call, by: Array) -> None:
     """Raise the keys of a call by so much more."""
-    call.lifts = np.ascontiguousarray(by if call.lifts is None else call.lifts + by)
+    call.log2_bias = np.ascontiguousarray(by if call.log2_bias is None else call.log2_bias + by)
 
 
 def in_log2(bias: Array) -> Array:
@@ -131,11 +131,11 @@ def set_decay(call: Call, value: object, before: Fading | None = None) -> None:
     if rates is not None:
         validation.decay_span(rates.max(initial=0.0) * call.keys, call.keys)
         position = np.arange(call.keys) - np.repeat(begin, end - begin)
-        _lift(call, rates.reshape(*batch, 1) * position)
+        _add(call, rates.reshape(*batch, 1) * position)
     if call.gates is not None:
         gates = validation.gates_of(call.gates, batch, call.keys)
         validation.decay_span(gates.sum(-1).max(initial=0.0), call.keys)
         found = faded(gates, call.offsets)
-        _lift(call, found)
+        _add(call, found)
         if call.keys:
             call.faded = np.where(end > begin, found[..., np.maximum(end - 1, 0)], 0).ravel()

@@ -163,9 +163,15 @@ def diagnose(
     """
     checked(feature_map, ("positive",))
     call = processor().check(
-        q, k, v, feature_map, causal=causal, key_mask=key_mask, key_bias=key_bias,
+        q,
+        k,
+        v,
+        feature_map,
+        causal=causal,
+        key_mask=key_mask,
+        key_bias=key_bias,
         enable_gqa=enable_gqa,
-    )  # fmt: skip
+    )
     if cu_seqlens is not None:
         call.offsets = validation.sequence_offsets(cu_seqlens, call.keys, call.q.shape[-2])
     if decay is not None:
@@ -267,8 +273,8 @@ def _bias(fm: FeatureMap, call: Call, output: Array, error: Array) -> float:
         positions = np.tile(rows, shape[-3] // of.out_shape[-3])
     q, k, v = (x.astype(call.compute, copy=False) for x in (of.q, of.k, of.v))
     logits = fm.scale * (q @ np.swapaxes(k, -1, -2))
-    if call.lifts is not None:
-        logits = logits + (call.lifts * LN2).astype(call.compute)[..., None, :]
+    if call.log2_bias is not None:
+        logits = logits + (call.log2_bias * LN2).astype(call.compute)[..., None, :]
     if call.causal:
         logits = np.where(positions[:, None] >= places, logits, EMPTY)
     if call.offsets is not None:

@@ -129,10 +129,20 @@ def exact_attention(
     array([0.    , 0.6667, 1.6667, 2.6667])
     """
     call = _check(
-        q, k, v, scale, window, cu_seqlens, decay, causal=causal, key_mask=key_mask,
-        key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
+        q,
+        k,
+        v,
+        scale,
+        window,
+        cu_seqlens,
+        decay,
+        causal=causal,
+        key_mask=key_mask,
+        key_bias=key_bias,
+        enable_gqa=enable_gqa,
+        num_threads=num_threads,
         check_finite=check_finite,
-    )  # fmt: skip
+    )
     call.bfloat16 = validation.is_bfloat16(precision, call.compute)
     return _attend(call)[0]
 
@@ -231,10 +241,20 @@ def exact_attention_vjp(
            [0.    , 0.7311]])
     """
     call = _check(
-        q, k, v, scale, window, cu_seqlens, decay, causal=causal, key_mask=key_mask,
-        key_bias=key_bias, enable_gqa=enable_gqa, num_threads=num_threads,
+        q,
+        k,
+        v,
+        scale,
+        window,
+        cu_seqlens,
+        decay,
+        causal=causal,
+        key_mask=key_mask,
+        key_bias=key_bias,
+        enable_gqa=enable_gqa,
+        num_threads=num_threads,
         check_finite=check_finite,
-    )  # fmt: skip
+    )
     call.bfloat16 = validation.is_bfloat16(precision, call.compute)
     out, forward, rows = _attend(call, keep=True)
 
@@ -245,7 +265,7 @@ def exact_attention_vjp(
         leads = call.out_shape[:-1], keys, keys
         shapes = [(*lead, x.shape[-1]) for lead, x in zip(leads, inputs, strict=True)]
         kinds = [np.dtype(np.float64) if forward is None else forward.out.dtype] * 3
-        if call.lifts is not None:
+        if call.log2_bias is not None:
             shapes, kinds = [*shapes, keys], [*kinds, np.dtype(np.float64)]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             if forward is None:
@@ -344,9 +364,9 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
     lead, own = call.out_shape[:-2], call.state_shape
     queries = np.broadcast_to(call.q, (*lead, *call.q.shape[-2:]))
     keys, values = (np.broadcast_to(x, (*own, *x.shape[-2:])) for x in (call.k, call.v))
-    mask, lifts = (
+    mask, log2_bias = (
         None if x is None else np.broadcast_to(x, (*own, call.keys))
-        for x in (call.mask, call.lifts)
+        for x in (call.mask, call.log2_bias)
     )
     left, right = call.band
     for at in map(tuple, rows.tolist()):
@@ -367,8 +387,8 @@ def _each_row(call: Call, rows: Array) -> Iterator[_Row]:
         q, k, v = (x.astype(np.float64) for x in (queries[at], keys[of][seen], values[of][seen]))
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
             logits = k @ (q * call.scale)
-            if lifts is not None:
-                logits += lifts[of][seen] * numerics.LN2
+            if log2_bias is not None:
+                logits += log2_bias[of][seen] * numerics.LN2
             weights = np.exp(logits - logits.max(initial=-np.inf))
         yield _Row(at, of, seen, q, k, v, weights / weights.sum())
 

@@ -131,11 +131,24 @@ return_state, precision, num_threads, check_finite, device
     ((10, 4), np.float64(40.0))
     """
     call = check(
-        q, k, v, feature_map, causal=causal, key_mask=key_mask, key_bias=key_bias, cu_seqlens=cu_seqlens,
-        enable_gqa=enable_gqa, decay=decay, window=window, state=state,
-        return_state=return_state, precision=precision,
-        num_threads=num_threads, check_finite=check_finite, device=device,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        feature_map,
+        causal=causal,
+        key_mask=key_mask,
+        key_bias=key_bias,
+        cu_seqlens=cu_seqlens,
+        enable_gqa=enable_gqa,
+        decay=decay,
+        window=window,
+        state=state,
+        return_state=return_state,
+        precision=precision,
+        num_threads=num_threads,
+        check_finite=check_finite,
+        device=device,
+    )
     engine = call.engine
     refuse(engine, **{"state in a gradient": state, "return_state in a gradient": return_state})
     after = state_after(call, state) if return_state else None
@@ -163,9 +176,11 @@ def attend_forward(
 
 
 def pullback_of(
-    call: Call, forward: Forward, state: AttentionState | None = None,
+    call: Call,
+    forward: Forward,
+    state: AttentionState | None = None,
     after: AttentionState | None = None,
-) -> Callable[..., Gradients]:  # fmt: skip
+) -> Callable[..., Gradients]:
     """Return the pullback from what the forward pass left behind."""
     engine = call.engine
 

@@ -19,11 +19,11 @@ from favor_np.tables import kept
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
-#: Attention: the first rows of keys, values, mask and lifts (-1: there is none), how many keys; the
+#: Attention: the first rows of keys, values, mask and log2_bias (-1: there is none), how many keys; the
 #: first block of the map's weights; the slot of the state (-1: there is none); how many queries; the
 #: rows of W.  A slot of BACKWARDS: there is none, rows are numbered downwards, the last so many
 #: queries read, and what they read is joined with the rows and denominators that are there.
-K_ROW, V_ROW, MASK_ROW, LIFT_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(9)
+K_ROW, V_ROW, MASK_ROW, BIAS_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(9)
 BACKWARDS = -2
 #: With a window so many positions are computed at a time, or one segment.
 WAVE = 16_384
@@ -55,16 +55,16 @@ class Jobs:
 
 
 def skip_rows(table: Array, start: Any) -> None:
-    """Move the rows of keys and values, and of mask and lifts where there are such."""
+    """Move the rows of keys and values, and of mask and log2_bias where there are such."""
     table[:, [K_ROW, V_ROW]] += np.reshape(start, (-1, 1))
-    for column in (MASK_ROW, LIFT_ROW):
+    for column in (MASK_ROW, BIAS_ROW):
         table[:, column] += np.where(table[:, column] < 0, 0, start)
 
 
 def jobs_without_rows(slots: int, rows: int) -> Jobs:
     """Return jobs that only fold the tail of each slot."""
     table = np.zeros((slots, ROWS + 1), np.int64)
-    table[:, [MASK_ROW, LIFT_ROW]], table[:, SLOT], table[:, ROWS] = -1, np.arange(slots), rows
+    table[:, [MASK_ROW, BIAS_ROW]], table[:, SLOT], table[:, ROWS] = -1, np.arange(slots), rows
     nothing = np.empty((slots, 0), np.int64)
     return Jobs(table, nothing, nothing)
 
@@ -80,7 +80,7 @@ class Shapes(NamedTuple):
     k: Shape
     v: Shape
     mask: Shape | None = None
-    lifts: Shape | None = None
+    log2_bias: Shape | None = None
     grouped: bool = False
     state: Shape | None = None
 
@@ -95,9 +95,9 @@ def broadcast_jobs(
     """
     (q, q_length), (k, k_length) = ((x[:-2], x[-2]) for x in (shapes.q, shapes.k))
     v, state, grouped = shapes.v[:-2], shapes.state, shapes.grouped
-    mask, lifts = (None if x is None else x[:-1] for x in (shapes.mask, shapes.lifts))
+    mask, log2_bias = (None if x is None else x[:-1] for x in (shapes.mask, shapes.log2_bias))
     of_heads = (heads,) if heads else ()
-    state_shape = np.broadcast_shapes(k, v, mask or (), lifts or (), of_heads, state or ())
+    state_shape = np.broadcast_shapes(k, v, mask or (), log2_bias or (), of_heads, state or ())
     q_full, state_full = q, state_shape
     if grouped:
         q_full = (*q[:-1], state_shape[-1], q[-1] // state_shape[-1])
@@ -116,7 +116,7 @@ def broadcast_jobs(
     table[:, K_ROW] = index(k, state_shape) * k_length
     table[:, V_ROW] = index(v, state_shape) * k_length
     table[:, MASK_ROW] = -1 if mask is None else index(mask, state_shape) * k_length
-    table[:, LIFT_ROW] = -1 if lifts is None else index(lifts, state_shape) * k_length
+    table[:, BIAS_ROW] = -1 if log2_bias is None else index(log2_bias, state_shape) * k_length
     table[:, KEYS], table[:, QUERIES] = k_length, q_length
     table[:, BLOCK], table[:, ROWS] = head * blocks, rows
     table[:, SLOT] = -1 if state is None else np.arange(count)

@@ -33,7 +33,7 @@ HIDDEN = {4: -(2**28), 8: -(2**50)}
 #: within 32 bits.
 NOTHING, UNREACHED = {4: -(2**29), 8: -(2**40)}, {4: 5 * 2**26, 8: 2**40}
 #: log2-features of the keys of one chunk may pass its first key by this much (see raise_keys).
-SPAN = {4: 40, 8: 400}
+MAX_RISE = {4: 40, 8: 400}
 #: Largest projection of relu and elu maps: they are no exponents, and only have to stay finite.
 MAX_PROJECTION = 2.0**60
 

@@ -86,9 +86,13 @@ def _bars(tqdm: Callable[..., Any], *, stay: bool) -> Iterator[Report]:
             wait = 0.0 if stay or done == 0 else begin + PATIENCE - time.monotonic()
             now = stage
             bar = tqdm(
-                desc=stage, initial=done, total=total, delay=max(wait, 0.0), leave=stay,
+                desc=stage,
+                initial=done,
+                total=total,
+                delay=max(wait, 0.0),
+                leave=stay,
                 unit_scale=total >= 10_000,
-            )  # fmt: skip
+            )
         bar.set_postfix_str(note, refresh=False)
         bar.update(max(done - bar.n, 0))
 

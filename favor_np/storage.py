@@ -260,8 +260,11 @@ def _parse(file: zipfile.ZipFile, kind: str) -> tuple[Parts, dict[str, Any], dic
         rows = (*batch, validation.integer("window", extra["window"]))
         validation.integer("length", extra["length"], minimum=0)
         of_numbers = {"window_k": (*rows, fm.dim), "window_v": (*rows, value_dim)}
-        kinds = {"window_mask": ("|b1", rows), "window_lifts": ("<f8", rows),
-                 "window_faded": ("<f8", batch)}  # fmt: skip
+        kinds = {
+            "window_mask": ("|b1", rows),
+            "window_lifts": ("<f8", rows),
+            "window_faded": ("<f8", batch),
+        }
         kinds |= {name: (f"<f{size}", shape) for name, shape in of_numbers.items()}
         window = {n: _array(file, n, kinds[n][0], shape=kinds[n][1]) for n in tokens}
         if any(not np.isfinite(window[n]).all() for n in tokens[3:]):

@@ -226,16 +226,26 @@ def stream_attention(
                 else:
                     if call.causal:
                         result, after = favor_attention(
-                            **chunk, feature_map=feature_map, causal=True, state=state,
-                            return_state=True, enable_gqa=enable_gqa, precision=precision,
+                            **chunk,
+                            feature_map=feature_map,
+                            causal=True,
+                            state=state,
+                            return_state=True,
+                            enable_gqa=enable_gqa,
+                            precision=precision,
                             num_threads=num_threads,
-                        )  # fmt: skip
+                        )
                     else:
                         result = favor_attention(
-                            **chunk, k=call.k[..., :0, :], v=call.v[..., :0, :],
-                            feature_map=feature_map, state=state, enable_gqa=enable_gqa,
-                            precision=precision, num_threads=num_threads,
-                        )  # fmt: skip
+                            **chunk,
+                            k=call.k[..., :0, :],
+                            v=call.v[..., :0, :],
+                            feature_map=feature_map,
+                            state=state,
+                            enable_gqa=enable_gqa,
+                            precision=precision,
+                            num_threads=num_threads,
+                        )
                         after = state
                     out[..., rows, :] = result.astype(call.result, copy=False)
                 state, done = after, step + 1  # together: no interrupt comes between

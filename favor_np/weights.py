@@ -115,8 +115,8 @@ def attention_weights(
             log_k = _log_key_features(feature_map, call.k[..., block, :].astype(np.float64))
             if call.mask is not None:
                 log_k = np.where(call.mask[..., block, None], log_k, -np.inf)
-            if call.lifts is not None:
-                log_k = log_k + call.lifts[..., block, None] * LN2
+            if call.log2_bias is not None:
+                log_k = log_k + call.log2_bias[..., block, None] * LN2
             sees = seen >= end
             logs[..., sees, block] = _log_products(log_q[..., sees, :], log_k)
             start = end

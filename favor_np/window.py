@@ -67,7 +67,7 @@ def _part(call: Call, queries: Any, keys: Any, packs: Array, real: Array | None 
             k=_at(call.k, keys, -2),
             v=_at(call.v, keys, -2),
             mask=_at(call.mask, keys, -1),
-            lifts=_at(call.lifts, keys, -1),
+            log2_bias=_at(call.log2_bias, keys, -1),
             out_shape=(*call.out_shape[:-2], q.shape[-2], call.out_shape[-1]),
             offsets=packs,
             window=None,
@@ -119,7 +119,7 @@ def attend_vjp(call: Call, forward: Forward, grad: Array) -> Cotangents:
     pullback is that of causal attention.
     """
     q, k, v = (np.zeros(x.shape, call.compute) for x in (call.q, call.k, call.v))
-    bias = None if call.lifts is None else np.zeros(call.lifts.shape)
+    bias = None if call.log2_bias is None else np.zeros(call.log2_bias.shape)
     for part, of_part, of_rows in _pulled(call, forward, grad):
         found = call.engine.attend_vjp(part.call, of_part, of_rows)
         of_queries = found.q if part.real is None else found.q.compress(part.real, -2)
@@ -246,7 +246,7 @@ class WindowState:
         self._v = np.zeros((*rows, self.value_dim), self.dtype)
         self._mask = np.zeros(rows, np.bool_)
         #: By how much they are raised, and how far the first keys have faded; None where none was.
-        self._lifts: Any = None
+        self._log2_bias: Any = None
         self._faded: Any = None
         self._own = self._empty()
         self._forget()
@@ -275,17 +275,23 @@ class WindowState:
     def _fold(self, call: Call, state: Any, start: int, stop: int) -> None:
         """Fold the tokens start:stop into `state`."""
         rows = np.arange(start, stop) % self.window
-        bias = None if self._lifts is None else self._lifts.take(rows, -1)
+        bias = None if self._log2_bias is None else self._log2_bias.take(rows, -1)
         out = np.empty((*self.batch_shape, 0, self.value_dim), self.dtype)
         of = replace(
-            call, q=self._k[..., :0, :], k=self._k.take(rows, -2), v=self._v.take(rows, -2),
-            mask=self._mask.take(rows, -1), lifts=bias, causal=False, out_shape=out.shape,
-        )  # fmt: skip
+            call,
+            q=self._k[..., :0, :],
+            k=self._k.take(rows, -2),
+            v=self._v.take(rows, -2),
+            mask=self._mask.take(rows, -1),
+            log2_bias=bias,
+            causal=False,
+            out_shape=out.shape,
+        )
         call.engine.attend(of, out, state)
 
     def _read(self, call: Call, state: Any) -> Rows:
         none = self._k[..., :0, :], self._v[..., :0, :]
-        of = replace(call, k=none[0], v=none[1], mask=None, lifts=None, causal=False)
+        of = replace(call, k=none[0], v=none[1], mask=None, log2_bias=None, causal=False)
         out = np.zeros(call.out_shape, self.dtype)
         w, top = call.engine.normalizers(out)
         call.engine.attend(of, out, state, (w, top))
@@ -293,26 +299,26 @@ class WindowState:
 
     def _append(self, call: Call) -> None:
         """Remember the keys of a call, and fold them."""
-        last, mask, lifts = slice(-self.window, None), call.mask, self._raised(call)
+        last, mask, log2_bias = slice(-self.window, None), call.mask, self._raised(call)
         tokens = (
             call.k[..., last, :],
             call.v[..., last, :],
             True if mask is None else mask[..., last],
-            None if lifts is None else lifts[..., last],
+            None if log2_bias is None else log2_bias[..., last],
         )
         self._remember(call, tokens, call.keys)
 
     def _remember(self, call: Call, tokens: tuple[Any, ...], count: int) -> None:
-        """Take the last of `count` new tokens: their keys, values, mask and lifts."""
+        """Take the last of `count` new tokens: their keys, values, mask and log2_bias."""
         new, before = min(count, self.window), self._begin
         start, self.length = self.length, self.length + count
         rows = np.arange(self.length - new, self.length) % self.window
-        self._k[..., rows, :], self._v[..., rows, :], self._mask[..., rows], lifts = tokens
-        if lifts is not None:
-            self._lifts[..., rows] = lifts
+        self._k[..., rows, :], self._v[..., rows, :], self._mask[..., rows], log2_bias = tokens
+        if log2_bias is not None:
+            self._log2_bias[..., rows] = log2_bias
         if self._begin > before:
-            if self._lifts is not None:  # exponents begin at the raise of the latest key
-                self._lifts -= self._faded[..., None]
+            if self._log2_bias is not None:  # exponents begin at the raise of the latest key
+                self._log2_bias -= self._faded[..., None]
                 self._faded = np.zeros(self.batch_shape)
             self._own = self._empty()
             self._forget()
@@ -320,8 +326,8 @@ class WindowState:
 
     def _raised(self, call: Call) -> Array | None:
         """Return by how much new keys are raised, in log2; None if none ever was."""
-        if self._lifts is None:
-            if self.rates is None and call.lifts is None:
+        if self._log2_bias is None:
+            if self.rates is None and call.log2_bias is None:
                 return None
             self._be_raised()
         raised: Array = np.repeat(self._faded[..., None], call.keys, -1)
@@ -331,10 +337,10 @@ class WindowState:
             self._faded = raised[..., -1].copy()
         elif call.faded is not None:
             self._faded = self._faded + call.faded.reshape(self.batch_shape)
-        return raised if call.lifts is None else raised + call.lifts
+        return raised if call.log2_bias is None else raised + call.log2_bias
 
     def _be_raised(self) -> None:
-        self._lifts, self._faded = np.zeros(self._mask.shape), np.zeros(self.batch_shape)
+        self._log2_bias, self._faded = np.zeros(self._mask.shape), np.zeros(self.batch_shape)
 
     def _before(self, call: Call) -> Any:
         """Return the state of the keys before the latest segment that its position sees."""
@@ -439,9 +445,15 @@ class WindowState:
         """
         validation.given(k=k, v=v)
         self._run(
-            None, k, v, decay, key_mask=key_mask, key_bias=key_bias, num_threads=num_threads,
+            None,
+            k,
+            v,
+            decay,
+            key_mask=key_mask,
+            key_bias=key_bias,
+            num_threads=num_threads,
             check_finite=check_finite,
-        )  # fmt: skip
+        )
         return self
 
     def attend(self, q: npt.ArrayLike, *, num_threads: int | None = None) -> Array:
@@ -515,9 +527,13 @@ class WindowState:
         if decay is not None:
             decay = validation.number_a_token("decay", decay, self.batch_shape)
         out = self._run(
-            *rows, decay, key_bias=key_bias, causal=True, num_threads=num_threads,
+            *rows,
+            decay,
+            key_bias=key_bias,
+            causal=True,
+            num_threads=num_threads,
             check_finite=check_finite,
-        )  # fmt: skip
+        )
         return out[..., 0, :] if flat else out
 
     @validation.own_error_state
@@ -561,14 +577,19 @@ class WindowState:
         if not new:
             return
         rows = np.arange(other.length - new, other.length) % self.window
-        lifts = None
-        if self._lifts is not None or other._lifts is not None:
+        log2_bias = None
+        if self._log2_bias is not None or other._log2_bias is not None:
             for state in (self, other):
-                if state._lifts is None:
+                if state._log2_bias is None:
                     state._be_raised()
-            lifts = other._lifts.take(rows, -1) + self._faded[..., None]
+            log2_bias = other._log2_bias.take(rows, -1) + self._faded[..., None]
             self._faded = self._faded + other._faded
-        tokens = other._k.take(rows, -2), other._v.take(rows, -2), other._mask.take(rows, -1), lifts
+        tokens = (
+            other._k.take(rows, -2),
+            other._v.take(rows, -2),
+            other._mask.take(rows, -1),
+            log2_bias,
+        )
         call = processor().check(None, None, None, self.feature_map, self, dtype=self.dtype)
         self._remember(call, tokens, other.length)
 
@@ -594,9 +615,18 @@ class WindowState:
         c, s, z = (x.reshape(*batch, *x.shape[1:]) for x in (c, s, z))
         lengths = np.full(count, kept["length"])
         parts = storage.Parts(
-            form.feature_map, form.value_dim, batch, form.dtype.str, c, s, z, None, self.rates,
-            lengths, None if rest[0] is None else rest,
-        )  # fmt: skip
+            form.feature_map,
+            form.value_dim,
+            batch,
+            form.dtype.str,
+            c,
+            s,
+            z,
+            None,
+            self.rates,
+            lengths,
+            None if rest[0] is None else rest,
+        )
         tokens = {
             name: kept[name.removeprefix("window")]
             for name in storage.WINDOW
@@ -627,9 +657,12 @@ class WindowState:
 
         parts, extra, tokens = storage.read_window(path)
         state = cls(
-            parts.feature_map, parts.value_dim, extra["window"], parts.batch_shape,
+            parts.feature_map,
+            parts.value_dim,
+            extra["window"],
+            parts.batch_shape,
             dtype=parts.dtype,
-        )  # fmt: skip
+        )
         rows = math.prod(parts.batch_shape), parts.feature_map.num_features
         sums = parts.c.reshape(rows), parts.s.reshape(*rows, -1), parts.z.reshape(rows)
         kept = {name.removeprefix("window"): array for name, array in tokens.items()}
@@ -665,7 +698,7 @@ class WindowState:
     def _kept(self) -> dict[str, Any]:
         c, s, z, *rest = processor().state_parts(self._form, self._own)
         kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
-        names = ("_k", "_v", "_mask", "_lifts", "_faded")
+        names = ("_k", "_v", "_mask", "_log2_bias", "_faded")
         rows = {name: kept[name].copy() for name in names if kept[name] is not None}
         return kept | rows | {"_own": ((c, s, z), tuple(rest))}
 

@@ -137,7 +137,7 @@ def test_a_state_goes_on_in_either_precision():
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_it_is_attention_of_the_rounded_queries_and_keys(antithetic):
-    """The height of a key too: to the bit, however long the key is."""
+    """The log-norm of a key too: to the bit, however long the key is."""
     q, k, v = inputs(200, 32, 16, std=3.0)
     fm = feature_map("positive", 32, 128, antithetic=antithetic, rng=0)
     short = [

@@ -131,7 +131,7 @@ def test_earlier_rows_keep_their_bits():
     ("center", "size", "wins"), [(1e6, 5e3, 0), (-1e6, 5e3, 1), (0.0, 1e9, 2), (0.0, -1e9, 2)]
 )
 def test_keys_out_of_reach(dtype, change, center, size, wins):
-    """Their heights are far below or above what exponents can hold: they win, or lose, and no more."""
+    """Their log-norms are far below or above what exponents can hold: they win, or lose, and no more."""
     calibration = Calibration(np.full(4, center), np.zeros(4), change, np.full(4, 0.05))
     fm = FeatureMap(draw(8, 4), "positive", 1.0, False, 1.0, calibration)
     k = np.array([[size], [-size], [0.1]], dtype).repeat(4, axis=1)

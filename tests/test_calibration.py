@@ -154,7 +154,7 @@ FAULTS = {
     "half the bias": lambda fm: ({}, {"bias": fm.bias / 2}),
     "centre of queries": lambda fm: ({"query_center": 0 * fm.query_center}, {}),
     "centre of keys": lambda fm: ({}, {"key_center": 0 * fm.key_center}),
-    "height of keys": lambda fm: ({}, {"key_linear": 0 * fm.key_linear}),
+    "log-norm of keys": lambda fm: ({}, {"key_linear": 0 * fm.key_linear}),
     "tilt": lambda fm: (
         {"query_weight": untilted(fm, "query")},
         {"key_weight": untilted(fm, "key")},

@@ -310,7 +310,7 @@ def test_a_long_decay_neither_overflows_nor_fades(decay, dtype):
     out, state = favor_attention(q, k, v, fm, causal=True, decay=decay, return_state=True)
     assert np.isfinite(out).all()
     tail = oracle.favor_attention(*(x[-200:] for x in (q, k, v)), fm, causal=True, decay=decay)
-    # A lift is one number, as far from zero as all that has faded.
+    # What decay adds to a key is one number, as far from zero as all that has faded.
     rounding = 2 * np.finfo(np.float64).eps * -np.log2(decay) * len(q) ** 0.5
     assert relative_error(out[-50:], tail[-50:]) < tolerance(q, k, fm, dtype, decay) + rounding
     assert np.abs(state.c).max() < 100

@@ -119,7 +119,7 @@ def test_old_versions_are_forgotten(path):
     draft = path.with_name(f"{others[6].name}.0123")
     draft.write_bytes(b"half")
     os.utime(draft, (0, 0))
-    kin = path.with_name(path.name.replace("kernel_", "kernel_relay_"))
+    kin = path.with_name(path.name.replace("kernel_", "kernel_pipeline_"))
     kin.write_bytes(b"another kernel")
     store.save(SYMBOL, HEADER, CODE)
     assert files(path.parent) == sorted([path, kin, *others[: store._VERSIONS - 1]])

@@ -17,7 +17,7 @@ from favor_np.cpu.tiles import Sizes
 F4, F8 = np.dtype(np.float32), np.dtype(np.float64)
 #: Class, what lays it out, and of which variants there are.
 ROOMS = {
-    "attention": (tiles.ChunkTiles, tiles.chunk_room, ["", "spread", "pairs", "parts"]),
+    "attention": (tiles.ChunkTiles, tiles.chunk_room, ["", "error_bars", "pairs", "parts"]),
     "its gradient": (tiles.GradientTiles, tiles.gradient_room, ["", "parts"]),
     "exact attention": (tiles.ExactTiles, tiles.exact_room, ["", "pairs", "parts"]),
     "its gradient, exact": (

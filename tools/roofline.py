@@ -37,7 +37,19 @@ WORKLOADS = {
 DIM, FEATURES = 64, 256
 TILE = 64
 #: Arguments with a row for every position.
-ROWS = {"source", "target", "k", "height", "v", "mask", "q", "q_height", "out", "dens", "tops_out"}
+ROWS = {
+    "source",
+    "target",
+    "k",
+    "log_norm",
+    "v",
+    "mask",
+    "q",
+    "q_log_norm",
+    "out",
+    "dens",
+    "tops_out",
+}
 
 
 class Cost(NamedTuple):
@@ -104,7 +116,7 @@ def moved(kernel, args):
     if kernel.__name__ == "scan":
         return 2 * sum(array.nbytes for array in arrays.values())
     if kernel.__name__ == "read" and not inspect.getclosurevars(kernel).nonlocals["causal"]:
-        for name in ("k", "height", "v", "mask", "bias"):
+        for name in ("k", "log_norm", "v", "mask", "bias"):
             arrays.pop(name, None)
     rows = int(given["table"][:, {"pack": 1}.get(kernel.__name__, 2)].sum())
     return sum(

@@ -97,10 +97,13 @@ def models_section(models: Models) -> tuple[str, list[tuple[str, str]]]:
     """Return the title and the rows."""
     best, held = models.backtests[BEST], models.intervals
     rows = [
-        (name, f"QLIKE {made.score:.4f}, R² {made.r2:+.3f}; next standard deviation "
-               f"{np.sqrt(made.predicted[-1]):.3f}{GLUE}%")
+        (
+            name,
+            f"QLIKE {made.score:.4f}, R² {made.r2:+.3f}; next standard deviation "
+            f"{np.sqrt(made.predicted[-1]):.3f}{GLUE}%",
+        )
         for name, made in models.backtests.items()
-    ]  # fmt: skip
+    ]
     verdicts = [
         best.against(made).verdict(ARTICLE.get(name, name))
         for name, made in models.backtests.items()
@@ -109,8 +112,11 @@ def models_section(models: Models) -> tuple[str, list[tuple[str, str]]]:
     rows.append(("in short", f"{BEST} is {', '.join(verdicts)}, by Diebold and Mariano"))
     shares = ", ".join(f"{100 * share:.0f}{GLUE}%" for share in held.by_scale)
     rows.append(
-        ("interval", f"{held.lower[-1]:+.2f} to {held.upper[-1]:+.2f}{GLUE}%, {100 * held.target:.0f}"
-                     f"{GLUE}% of the next moves; such intervals held {100 * held.coverage:.1f}"
-                     f"{GLUE}%, in calm, usual and wild times {shares}")
-    )  # fmt: skip
+        (
+            "interval",
+            f"{held.lower[-1]:+.2f} to {held.upper[-1]:+.2f}{GLUE}%, {100 * held.target:.0f}"
+            f"{GLUE}% of the next moves; such intervals held {100 * held.coverage:.1f}"
+            f"{GLUE}%, in calm, usual and wild times {shares}",
+        )
+    )
     return f"MODELS that are refitted as they would have been, {len(best):,} forecasts", rows

@@ -42,9 +42,12 @@ def read_section(prices: Prices) -> Section:
     order = f", {prices.order} in the file" if prices.order in ("descending", "unsorted") else ""
     rows = [
         ("series", prices.name + column),
-        ("used", f"{len(prices):,} of {prices.rows:,} rows, {prices.time_label(0)} to "
-                 f"{prices.time_label(-1)}, {prices.step} apart{order}"),
-    ]  # fmt: skip
+        (
+            "used",
+            f"{len(prices):,} of {prices.rows:,} rows, {prices.time_label(0)} to "
+            f"{prices.time_label(-1)}, {prices.step} apart{order}",
+        ),
+    ]
     rows += [
         ("dropped", f"{count:,} x {reason} (line {line:,}{' on' * (count > 1)}); returns span gaps")
         for reason, (count, line) in prices.dropped.items()
@@ -52,10 +55,13 @@ def read_section(prices: Prices) -> Section:
     found = gaps(prices)
     if found is not None:
         rows.append(
-            ("gaps", f"{found.count:,} of {found.steps:,} steps are longer, up to "
-                     f"{_duration(found.longest)}; each counts as one, and moves over them are "
-                     f"{two(found.ratio)} times as large")
-        )  # fmt: skip
+            (
+                "gaps",
+                f"{found.count:,} of {found.steps:,} steps are longer, up to "
+                f"{_duration(found.longest)}; each counts as one, and moves over them are "
+                f"{two(found.ratio)} times as large",
+            )
+        )
     return "READ", rows + ([("note", prices.note)] if prices.note else [])
 
 

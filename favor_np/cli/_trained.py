@@ -251,9 +251,12 @@ def _method(model: PerformerForecaster, took: float, *, loaded: bool) -> Section
     columns = model.start_.shape[0] - 1
     what = "log variance" if model.target == "volatility" else "return, and its log variance,"
     rows = [
-        ("start", f"regression of the {what} on {columns:,} columns: averages of squares and of "
-                  "signed returns with several decays, and what the calendar tells"),
-    ]  # fmt: skip
+        (
+            "start",
+            f"regression of the {what} on {columns:,} columns: averages of squares and of "
+            "signed returns with several decays, and what the calendar tells",
+        ),
+    ]
     size = f"{model.dim} wide, {model.heads} heads, {model.num_features} random features"
     if model.epochs:
         gain = model.validation_scores_[0] - model.best_loss_
@@ -262,9 +265,12 @@ def _method(model: PerformerForecaster, took: float, *, loaded: bool) -> Section
         if not gain > 0:
             said = f"but in {part} that was no better than the start, which remains"
         rows.append(
-            ("Performer", f"causal, {size}, {model.members} seed{'s' * (model.members > 1)}; "
-                          f"{model.n_iter_} passes, {said}")
-        )  # fmt: skip
+            (
+                "Performer",
+                f"causal, {size}, {model.members} seed{'s' * (model.members > 1)}; "
+                f"{model.n_iter_} passes, {said}",
+            )
+        )
     else:
         rows.append(("Performer", "none (--epochs 0): the start alone"))
     told = "to load: nothing was trained now" if loaded else "for all that follows"
@@ -279,11 +285,17 @@ def _next_section(prices: Prices, model: PerformerForecaster, step: _Next) -> Se
     if model.target == "return":
         rows.append(("predicted move", f"{100 * step.mean:+.4f}{GLUE}% (log return)"))
     rows += [
-        ("volatility", f"standard deviation {_percent(step.deviation)}, "
-                       f"{step.deviation / step.usual:.2f} times that of all returns"),
-        ("interval", f"{100 * step.low:+.3f} to {100 * step.high:+.3f}{GLUE}%, for "
-                     f"{100 * COVERAGE:.0f}{GLUE}% of such moves"),
-    ]  # fmt: skip
+        (
+            "volatility",
+            f"standard deviation {_percent(step.deviation)}, "
+            f"{step.deviation / step.usual:.2f} times that of all returns",
+        ),
+        (
+            "interval",
+            f"{100 * step.low:+.3f} to {100 * step.high:+.3f}{GLUE}%, for "
+            f"{100 * COVERAGE:.0f}{GLUE}% of such moves",
+        ),
+    ]
     label, price = prices.time_label(len(prices) - 1), prices.values[-1]
     return f"NEXT {ahead} after {label}, price {price:g}", rows
 
@@ -292,9 +304,8 @@ def _past_section(prices: Prices, model: PerformerForecaster, past: _Past) -> Se
     ours, held = past.ours, past.intervals
     name = "QLIKE" if ours.loss == "qlike" else "mean square"
     rows = [
-        (label, f"{name} {made.score:.4f}, R² {made.r2:+.4f}")
-        for label, made in past.made.items()
-    ]  # fmt: skip
+        (label, f"{name} {made.score:.4f}, R² {made.r2:+.4f}") for label, made in past.made.items()
+    ]
     rows.append(("in short", _words(past)))
     if ours.horizon > 1:
         thinned = [
@@ -308,15 +319,21 @@ def _past_section(prices: Prices, model: PerformerForecaster, past: _Past) -> Se
     if model.target == "return":
         right, usual = _hits(past)
         rows.append(
-            ("hit rate", f"{100 * right:.1f}{GLUE}% of moves; the more frequent direction so far: "
-                         f"{100 * usual:.1f}{GLUE}%")
-        )  # fmt: skip
+            (
+                "hit rate",
+                f"{100 * right:.1f}{GLUE}% of moves; the more frequent direction so far: "
+                f"{100 * usual:.1f}{GLUE}%",
+            )
+        )
     shares = ", ".join(f"{100 * share:.0f}{GLUE}%" for share in held.by_scale)
     rows.append(
-        ("intervals", f"of {100 * held.target:.0f}{GLUE}% held {100 * held.coverage:.1f}{GLUE}%, in "
-                      f"calm, usual and wild times {shares}, after shocks "
-                      f"{100 * held.after_shocks:.0f}{GLUE}%")
-    )  # fmt: skip
+        (
+            "intervals",
+            f"of {100 * held.target:.0f}{GLUE}% held {100 * held.coverage:.1f}{GLUE}%, in "
+            f"calm, usual and wild times {shares}, after shocks "
+            f"{100 * held.after_shocks:.0f}{GLUE}%",
+        )
+    )
     first, last = (prices.time_label(int(ours.index[i]) + 1) for i in (0, -1))
     title = f"WALK-FORWARD {len(ours):,} forecasts, {first} to {last}, {ours.fits} fits each"
     return title, rows
@@ -416,22 +433,28 @@ def _draw(prices: Prices, past: _Past, step: _Next) -> Any:
         top, bottom = figure.subplots(2)
         last = slice(-LINES, None)
         top.fill_between(
-            when[last], held.lower[last], held.upper[last], color=BLUE, alpha=0.2, lw=0,
+            when[last],
+            held.lower[last],
+            held.upper[last],
+            color=BLUE,
+            alpha=0.2,
+            lw=0,
             label=f"{100 * held.target:.0f}% interval, {100 * held.coverage:.1f}% held",
-        )  # fmt: skip
+        )
         top.plot(when[last], held.outcome[last], ".", color=INK, ms=3, label="what followed")
-        top.plot(
-            [when[-1]] * 2, [100 * step.low, 100 * step.high], color=RED, lw=2, label="next"
-        )  # fmt: skip
+        top.plot([when[-1]] * 2, [100 * step.low, 100 * step.high], color=RED, lw=2, label="next")
         top.set(ylabel="%", title=f"The last {len(when[last])} moves of {prices.name}")
         top.legend(loc="upper left", ncols=3)
         colours = dict(zip(names, [GREY, ORANGE, GREEN, RED, INK] * 2, strict=False)) | {OURS: BLUE}
         for name in names:
             gain = np.cumsum(past.made[rival].losses - past.made[name].losses)
             bottom.plot(
-                when[ours.known], gain, color=colours[name], lw=1.6 if name == OURS else 0.9,
+                when[ours.known],
+                gain,
+                color=colours[name],
+                lw=1.6 if name == OURS else 0.9,
                 label=name,
-            )  # fmt: skip
+            )
         bottom.axhline(0, color=INK, lw=0.6)
         loss = "QLIKE" if ours.loss == "qlike" else "squared error"
         bottom.set_title(f"{loss} saved against {rival} so far")

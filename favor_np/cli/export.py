@@ -65,8 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--key-mask", action="store_true", help="with an input that says which keys take part")
     add("--form", default="auto", choices=("auto", "chunk", "gated", "whole"), help="(auto)")
     add("--opset", type=integer(), default=17, metavar="N", help="version of operators (17)")
-    add("--seed", type=integer(0), default=0, metavar="N",
-        help="of the random input, and of the feature map (0)")  # fmt: skip
+    add(
+        "--seed",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="of the random input, and of the feature map (0)",
+    )
     add("--json", action="store_true", help="print JSON instead of text")
     group = parser.add_argument_group("attention alone")
     group.add_argument("--attention", action="store_true", help="with a random feature map")
@@ -78,8 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-heads", type=integer(), metavar="N", help="heads of keys and values (as of queries)")
     add("--value-dim", type=integer(), metavar="N", help="length of values (as of keys)")
     add("--bidirectional", action="store_true", default=None, help="every query sees every key")
-    add("--key-bias", action="store_true", default=None,
-        help="with an input that is added to the logits of keys")  # fmt: skip
+    add(
+        "--key-bias",
+        action="store_true",
+        default=None,
+        help="with an input that is added to the logits of keys",
+    )
     add("--decay", type=real(positive=True), metavar="G", help="factor of earlier weights")
     add("--dtype", choices=("float16", "float32", "float64"), help="(float32)")
 
@@ -274,9 +283,13 @@ def _attention(args: argparse.Namespace) -> Exported:
             return x.reshape(BATCH, POSITIONS, heads, -1).swapaxes(1, 2).astype(np.float64)
 
         expected = favor_attention(
-            apart(q, args.heads), apart(k, kv_heads), apart(v, kv_heads), fm, enable_gqa=True,
+            apart(q, args.heads),
+            apart(k, kv_heads),
+            apart(v, kv_heads),
+            fm,
+            enable_gqa=True,
             **options,
-        )  # fmt: skip
+        )
         return apart(run(inputs)["out"], args.heads), expected
 
     return Exported(model, compared, {"fingerprint": fm.fingerprint, "positions": POSITIONS})

@@ -22,8 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", metavar="CHECKPOINT", help="a file that favor-np train has written")
     add("--prompt", default="The ", metavar="TEXT", help="what to continue ('The ')")
     add("--length", type=integer(), default=500, metavar="N", help="bytes to add (500)")
-    add("--temperature", type=real(), default=0.8, metavar="T",
-        help="0 takes the most likely byte, 1 draws as often as the model says (0.8)")  # fmt: skip
+    add(
+        "--temperature",
+        type=real(),
+        default=0.8,
+        metavar="T",
+        help="0 takes the most likely byte, 1 draws as often as the model says (0.8)",
+    )
     add("--top-k", type=integer(), default=None, metavar="N", help="draw among so many bytes (all)")
     add("--seed", type=integer(0), default=0, metavar="N", help="seed (0)")
     add("--json", action="store_true", help="print JSON instead of text")

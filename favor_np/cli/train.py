@@ -23,8 +23,22 @@ exact attention. Ctrl-C saves and ends; --resume with the same options goes on, 
 """
 
 #: Options that decide the bits of a run: it cannot go on with others.
-DECISIVE = ("dim", "depth", "heads", "features", "layers", "exact", "local_heads", "window", "decay",
-            "length", "batch", "rate", "dropout", "seed")  # fmt: skip
+DECISIVE = (
+    "dim",
+    "depth",
+    "heads",
+    "features",
+    "layers",
+    "exact",
+    "local_heads",
+    "window",
+    "decay",
+    "length",
+    "batch",
+    "rate",
+    "dropout",
+    "seed",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,16 +52,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dim", type=integer(), default=256, metavar="N", help="length of a row (256)")
     add("--depth", type=integer(), default=4, metavar="N", help="blocks (4)")
     add("--heads", type=integer(), default=4, metavar="N", help="heads (4)")
-    add("--features", type=integer(2, even=True), default=128, metavar="N",
-        help="random features (128)")  # fmt: skip
-    add("--layers", default="F", metavar="FE", help="blocks with random features (F) and with "
-        "exact attention (E), repeated: FFFE (F)")  # fmt: skip
+    add(
+        "--features",
+        type=integer(2, even=True),
+        default=128,
+        metavar="N",
+        help="random features (128)",
+    )
+    add(
+        "--layers",
+        default="F",
+        metavar="FE",
+        help="blocks with random features (F) and with exact attention (E), repeated: FFFE (F)",
+    )
     add("--exact", action="store_true", help="exact attention everywhere")
-    add("--local-heads", type=integer(0), default=None, metavar="N", help="heads of F blocks, the "
-        "last ones, that attend exactly, within a window (half of them)")  # fmt: skip
+    add(
+        "--local-heads",
+        type=integer(0),
+        default=None,
+        metavar="N",
+        help="heads of F blocks, the "
+        "last ones, that attend exactly, within a window (half of them)",
+    )
     add("--window", type=integer(), default=128, metavar="N", help="bytes of it (128)")
-    add("--decay", type=_factors, default=None, metavar="A,B", help="what the weight of a byte is "
-        "multiplied with at each later one, for each head of F blocks that is not local (1)")  # fmt: skip
+    add(
+        "--decay",
+        type=_factors,
+        default=None,
+        metavar="A,B",
+        help="what the weight of a byte is "
+        "multiplied with at each later one, for each head of F blocks that is not local (1)",
+    )
     add("--length", type=integer(), default=512, metavar="N", help="bytes of a window (512)")
     add("--batch", type=integer(), default=4, metavar="N", help="windows of a step (4)")
     add("--rate", type=real(positive=True), default=2e-3, metavar="R", help="highest rate (0.002)")
@@ -115,15 +150,26 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
     except ValueError as error:
         raise options.CommandError(str(error)) from None
     if start >= args.steps:
-        raise options.CommandError(f"{args.out}: has {start} steps already, and --steps asks for "
-                                   f"{args.steps}")  # fmt: skip
+        raise options.CommandError(
+            f"{args.out}: has {start} steps already, and --steps asks for {args.steps}"
+        )
     batches = data.windows(learned, args.length, args.batch, seed=args.seed)
     with favor_np.thread_limit(resolve_threads(args.threads)), options.compilation_told():
         history = nn.train(
-            model, params, batches, steps=args.steps, rate=rate, optimizer=optimizer, start=start,
-            seed=args.seed, redraw=None if args.exact else 1000, validation_batches=validation,
-            every=args.every, path=args.out, info=settings,
-        )  # fmt: skip
+            model,
+            params,
+            batches,
+            steps=args.steps,
+            rate=rate,
+            optimizer=optimizer,
+            start=start,
+            seed=args.seed,
+            redraw=None if args.exact else 1000,
+            validation_batches=validation,
+            every=args.every,
+            path=args.out,
+            info=settings,
+        )
         exact = model.replace(exact=True)
         cost = [nn.cross_entropy(exact.apply(params, x), y)[0] for x, y in validation]
     facts = {
@@ -157,10 +203,18 @@ def _begin(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any
         _compare(args.out, settings, found.info)
         return found.model, found.params, found.optimizer, found.step
     model = nn.PerformerLM(
-        vocab=256, dim=args.dim, depth=args.depth, heads=args.heads, num_features=args.features,
-        layers=args.layers, exact=args.exact, dropout=args.dropout, window=args.window,
-        local_heads=args.local_heads, decay=None if args.decay is None else tuple(args.decay),
-    )  # fmt: skip
+        vocab=256,
+        dim=args.dim,
+        depth=args.depth,
+        heads=args.heads,
+        num_features=args.features,
+        layers=args.layers,
+        exact=args.exact,
+        dropout=args.dropout,
+        window=args.window,
+        local_heads=args.local_heads,
+        decay=None if args.decay is None else tuple(args.decay),
+    )
     params = model.init(np.random.default_rng(args.seed))
     return model, params, nn.AdamW(params), 0
 

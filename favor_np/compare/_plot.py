@@ -96,9 +96,15 @@ def _draw_errors(axes: Any, result: Comparison) -> None:
         low = np.minimum(spread, 0.7 * mean)  # a logarithmic axis has no zero
         shift = 1.012 ** (names.index(name) - len(names) / 2)  # bars beside each other
         axes.errorbar(
-            x * shift, mean, yerr=[low, spread], **LINES[name], ms=4, lw=1.2, elinewidth=0.7,
+            x * shift,
+            mean,
+            yerr=[low, spread],
+            **LINES[name],
+            ms=4,
+            lw=1.2,
+            elinewidth=0.7,
             label=f"{name} (default)" if name == DEFAULT.name else name,
-        )  # fmt: skip
+        )
     heads, length, dim = result.tokens
     axes.set(
         title=f"Error against exact attention on held-out tokens: {Path(result.setting.data).name}, "

@@ -37,8 +37,13 @@ LISTENERS: list[Callable[[Kernel], None]] = []
 #: Where each kernel is written, what it takes, what its threads work on, and of what there are
 #: variants: in float32 and float64, and in float32 alone.
 KERNELS: dict[str, tuple[str, Any, Any, list[str], list[str]]] = {
-    "attend": ("favor", records.Attend, tiles.ChunkTiles, ["", "relay", "spread", "relay spread"],
-               ["pairs", "pairs relay", "parts", "parts relay"]),
+    "attend": (
+        "favor",
+        records.Attend,
+        tiles.ChunkTiles,
+        ["", "pipeline", "error_bars", "pipeline error_bars"],
+        ["pairs", "pairs pipeline", "parts", "parts pipeline"],
+    ),
     "attend_tokens": ("favor", records.Attend, tiles.ChunkTiles, [""], []),
     "pull": ("favor_vjp", records.Pull, tiles.GradientTiles, [""], ["parts"]),
     "attend_exact": ("exact", records.Exact, tiles.ExactTiles, [""], ["pairs", "parts"]),
@@ -53,7 +58,7 @@ KERNELS: dict[str, tuple[str, Any, Any, list[str], list[str]]] = {
     "cross_entropy": ("learning", records.Entropy, None, [""], []),
     "square_sums": ("learning", records.Squares, None, [""], []),
     "adam": ("learning", records.Adam, None, [""], []),
-}  # fmt: skip
+}
 
 
 class Kernel:

@@ -49,7 +49,7 @@ Array: TypeAlias = npt.NDArray[Any]
 _PLAIN, _PAIRS, _PARTS = frozenset[str](), frozenset(["pairs"]), frozenset(["parts"])
 _NO_MASK = np.ones(1, np.bool_)
 _NO_MASK.flags.writeable = False
-_NO_LIFTS = np.zeros(1)
+_NO_BIAS = np.zeros(1)
 _NO_NORMALIZERS = {
     np.dtype(kind): (np.zeros(0, kind), np.zeros(0, memory.integer_of(np.dtype(kind))))
     for kind in (np.float32, np.float64)
@@ -76,7 +76,7 @@ def fold_tails(form: StateForm, arrays: Any) -> None:
         keys,
         nothing,
         _NO_MASK,
-        _NO_LIFTS,
+        _NO_BIAS,
         nothing,
         *_NO_NORMALIZERS[form.dtype],
     )
@@ -99,9 +99,14 @@ def attend(
     if call.offsets is not None and call.window is None:
         jobs = packed(jobs, call.offsets)
     arrays = (
-        contiguous(call.q, dtype), contiguous(call.k, dtype), v, _mask(call), _lifts(call), out,
+        contiguous(call.q, dtype),
+        contiguous(call.k, dtype),
+        v,
+        _mask(call),
+        _log2_bias(call),
+        out,
         *_flat(normalizers, dtype),
-    )  # fmt: skip
+    )
     threads = _threads(plan.work * len(jobs.table), call.num_threads)
     launch = _Launch(plan.layout, arrays, threads, bars, plan)
     if call.window is not None:
@@ -159,8 +164,8 @@ def _mask(call: Call) -> Array:
     return _NO_MASK if call.mask is None else call.mask
 
 
-def _lifts(call: Call) -> Array:
-    return _NO_LIFTS if call.lifts is None else call.lifts
+def _log2_bias(call: Call) -> Array:
+    return _NO_BIAS if call.log2_bias is None else call.log2_bias
 
 
 def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
@@ -190,9 +195,9 @@ def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = Non
         for rows, x, heads in zip(pulled.to[:3], inputs, kept, strict=True)
     )
     bias = None
-    if call.lifts is not None:
+    if call.log2_bias is not None:
         rows = pulled.to.key_bias.reshape(*batch, -1, 1)
-        bias = sum_heads(rows, call.lifts[..., None], kept[1])[..., 0]
+        bias = sum_heads(rows, call.log2_bias[..., None], kept[1])[..., 0]
     if pulled.states is None:
         return Cotangents(q, k, v, bias)
     # Query heads that share a state have each seen a part of its cotangent.
@@ -255,7 +260,7 @@ def _pull(
     count = len(jobs.table)
     heads, sums = (0, count) if projection else (math.prod(call.out_shape[:-2]), 0)
     dq, dk, dv = (np.zeros((heads * x.shape[-2], x.shape[-1]), dtype) for x in (q, k, v))
-    biases = 0 if call.lifts is None else heads * k.shape[-2]
+    biases = 0 if call.log2_bias is None else heads * k.shape[-2]
     to = _Gradients(
         dq,
         dk,
@@ -278,10 +283,17 @@ def _pull(
         workers = _threads(work * count, call.num_threads)
         space = vjp_workspace(layout, stateful=not stateful)
         arrays = (
-            contiguous(q, dtype), contiguous(k, dtype), contiguous(v, dtype), _mask(call),
-            _lifts(call), contiguous(grad, dtype), contiguous(forward.out, dtype),
-            *_flat(forward.normalizers, dtype), *to, *(states or ()),
-        )  # fmt: skip
+            contiguous(q, dtype),
+            contiguous(k, dtype),
+            contiguous(v, dtype),
+            _mask(call),
+            _log2_bias(call),
+            contiguous(grad, dtype),
+            contiguous(forward.out, dtype),
+            *_flat(forward.normalizers, dtype),
+            *to,
+            *(states or ()),
+        )
         more = () if layout.parts is None else (*layout.parts, TILE_CONFIG)
         fields = constants, jobs.table, *layout.weights, *layout.natural, *more
         known = kernel("pull", dtype, layout.variant & {"parts"})
@@ -392,25 +404,25 @@ class _Launch:
         few, space = schedule.shared_count(jobs, threads), layout.stateful
         if few and state is not None:
             self.fold_tails(state)
-        known = kernel("attend", layout.dtype, layout.variant | {"relay"})
+        known = kernel("attend", layout.dtype, layout.variant | {"pipeline"})
         for i in range(few):
             job = jobs.take(slice(i, i + 1))
             slot = int(job.table[0, SLOT])
-            relay = schedule.relay(layout, int(job.table[0, KEYS]), threads)
-            total = relay.states
+            pipeline = schedule.pipeline(layout, int(job.table[0, KEYS]), threads)
+            total = pipeline.states
             arrays = memory.borrow(space, threads, total + 1)
             try:
                 c, s, z, room, keys = arrays
                 new = empty(layout, 1) if state is None else [a[slot, None] for a in state]
                 for array, mine in zip(arrays, new, strict=False):
                     array[total] = mine[0]
-                more = self._more(relay.words, keys)
+                more = self._more(pipeline.words, keys)
                 rest = schedule.fixed_of(layout, constants, job, more)
                 fields = (*self.arrays, c, s, z, room)
-                if POOL.call(known, fields, rest, relay.count, threads)[OVERFLOW]:
+                if POOL.call(known, fields, rest, pipeline.count, threads)[OVERFLOW]:
                     self.overflow = True
                 if state is not None:
-                    after = c[relay.last], s[total], z[total]
+                    after = c[pipeline.last], s[total], z[total]
                     for array, mine in zip(state, after, strict=True):
                         array[slot] = mine
             finally:
@@ -428,15 +440,15 @@ class _Launch:
         bars, layout, none = self.bars, self.layout, (None, None)
         if words is None and not layout.variant:
             return ()
-        spread: tuple[Any, ...] = (*none, *none)
+        error_bars: tuple[Any, ...] = (*none, *none)
         if bars is not None:
             v = self.arrays[2]
             rows = v.size // v.shape[-1] // len(bars.variances)
             numbers = np.array([bars.dof, bars.prior_dof, bars.t_factor, rows])
             variances = np.ascontiguousarray(bars.variances)
-            spread = (bars.errors, bars.sizes, variances, numbers)
+            error_bars = (bars.errors, bars.sizes, variances, numbers)
         parts = none if layout.parts is None else layout.parts[:2]
-        return words, keys, *spread, *parts, TILE_CONFIG
+        return words, keys, *error_bars, *parts, TILE_CONFIG
 
     def fold(self, constants: Array, folds: Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
@@ -477,9 +489,14 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     table = schedule.exact_jobs(*_exact_shapes(call))
     values = contiguous(v, dtype)
     arrays = (
-        contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), out,
-        *_flat(normalizers, dtype), *_factors(call, dtype),
-    )  # fmt: skip
+        contiguous(q, dtype),
+        contiguous(k, dtype),
+        values,
+        _mask(call),
+        out,
+        *_flat(normalizers, dtype),
+        *_factors(call, dtype),
+    )
     fields: tuple[Array, ...] = (exact_parameters(dtype, call.scale, *call.band), table)
     variant = _PLAIN
     if call.bfloat16 and dtype == np.float32 and worth_bfloat16():
@@ -511,10 +528,10 @@ def _exact_work(call: Call) -> int:
 
 def _factors(call: Call, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """Return what the weights of keys are multiplied with, as exponents and shares of 1/2 to 1."""
-    if call.lifts is None:
+    if call.log2_bias is None:
         return _NO_NORMALIZERS[dtype][::-1]
-    whole = np.ceil(call.lifts)
-    shares = np.exp2((call.lifts - whole).astype(dtype))
+    whole = np.ceil(call.log2_bias)
+    shares = np.exp2((call.log2_bias - whole).astype(dtype))
     return whole.astype(memory.integer_of(dtype)).reshape(-1), shares.reshape(-1)
 
 
@@ -534,9 +551,20 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     columns = padded(dim, dtype.itemsize)
     sums = memory.aligned((jobs.parts, jobs.heads, jobs.rows, columns), dtype)
     arrays = (
-        contiguous(q, dtype), contiguous(k, dtype), values, _mask(call), g, inverse, delta, tops,
-        sums.reshape(-1, columns), dk, dv, *_factors(call, dtype), dbias,
-    )  # fmt: skip
+        contiguous(q, dtype),
+        contiguous(k, dtype),
+        values,
+        _mask(call),
+        g,
+        inverse,
+        delta,
+        tops,
+        sums.reshape(-1, columns),
+        dk,
+        dv,
+        *_factors(call, dtype),
+        dbias,
+    )
     constants = exact_parameters(dtype, call.scale, *call.band)
     fields = (constants, jobs.table, jobs.q_rows, jobs.out_rows, jobs.dq_rows)
     workers = _threads(4 * _exact_work(call), call.num_threads)

@@ -60,7 +60,7 @@ class Layout:
     parts : Parts or None
         Weights in three parts, where products with them are faster.
     variant : frozenset
-        The variant of the kernels: with "pairs", "parts" or "spread", or with none of them.
+        The variant of the kernels: with "pairs", "parts" or "error_bars", or with none of them.
     blocks, width, half
         The rows of W are cut into `blocks` of `width`, `half` rows together; feature r of sign s is
         row ``s * half + r`` of a state.  Padded rows are features of W = 0 that no query reads.
@@ -192,9 +192,9 @@ def layout(
     par = _parameters(feature_map, blocks)
     signs, half, value_columns = par.signs, blocks.half, padded(value_dim, dtype.itemsize)
     real = np.concatenate([s * half + blocks.places for s in range(signs)])
-    fresh = np.full(signs * half, par.idle, integer_of(dtype))
+    fresh = np.full(signs * half, par.padding_exponent, integer_of(dtype))
     fresh[real] = par.nothing
-    chosen = {"spread": group is not None, "pairs": bfloat16, "parts": split}
+    chosen = {"error_bars": group is not None, "pairs": bfloat16, "parts": split}
     variant = frozenset(name for name, there in chosen.items() if there)
     sizes = Sizes(dtype, blocks.dim, value_columns, signs, blocks.count, blocks.width)
     room, state = tiles.chunk_room(sizes, variant), (signs * half, value_columns)
@@ -215,7 +215,7 @@ def layout(
         real=real,
         fresh=fresh,
         causal=records.constants(par),
-        bidirectional=records.constants(par._replace(causal=False, span=2**30)),
+        bidirectional=records.constants(par._replace(causal=False, max_rise=2**30)),
         rows=blocks.rows,
         signs=signs,
         width=blocks.width,
@@ -256,7 +256,7 @@ def _parameters(feature_map: FeatureMap, blocks: _Blocks) -> records.Parameters:
     """Return what causal kernels are told about the map."""
     size = blocks.dtype.itemsize
     # Features that only pad: no key may reach their exponents and so move those of others.
-    idle = numerics.UNREACHED if feature_map.kind == "positive" else numerics.NOTHING
+    padding_exponent = numerics.UNREACHED if feature_map.kind == "positive" else numerics.NOTHING
     return records.Parameters(
         kind=numerics.KINDS[feature_map.kind],
         signs=2 if feature_map.antithetic else 1,
@@ -268,8 +268,8 @@ def _parameters(feature_map: FeatureMap, blocks: _Blocks) -> records.Parameters:
         limit=numerics.projection_limit(feature_map, size),
         far=numerics.FAR[size],
         nothing=numerics.NOTHING[size],
-        idle=idle[size],
-        span=numerics.SPAN[size],
+        padding_exponent=padding_exponent[size],
+        max_rise=numerics.MAX_RISE[size],
         causal=True,
     )
 

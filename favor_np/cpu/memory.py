@@ -75,20 +75,20 @@ class Workspace:
             size += self.dtype.itemsize * sum(map(math.prod, state_shapes(1, *self.state)))
         return size
 
-    def make(self, threads: int, relay: int = 0) -> tuple[Array, ...]:
-        """Return rooms and, if there are any, states: one a thread, or those of a relay.
+    def make(self, threads: int, pipeline: int = 0) -> tuple[Array, ...]:
+        """Return rooms and, if there are any, states: one a thread, or those of a pipeline.
 
-        A relay gets the features of the keys of so many states as well.
+        A pipeline gets the features of the keys of so many states as well.
         """
         rooms = aligned((threads, self.room.nbytes), np.uint8)
         words = self.room.words
         rooms[:, : words.nbytes].view(np.int64)[...] = words
         if self.state is None:
             return (rooms,)
-        states = state_arrays(relay or threads, *self.state, self.dtype)
-        if not relay:
+        states = state_arrays(pipeline or threads, *self.state, self.dtype)
+        if not pipeline:
             return *states, rooms
-        return *states, rooms, aligned((relay, *self.keys), self.dtype)
+        return *states, rooms, aligned((pipeline, *self.keys), self.dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -114,23 +114,23 @@ class _Spare(threading.local):
 _spare = _Spare()
 
 
-def borrow(of: Workspace, threads: int, relay: int = 0) -> tuple[Array, ...]:
+def borrow(of: Workspace, threads: int, pipeline: int = 0) -> tuple[Array, ...]:
     """Take the arrays that were given back, or make them: nobody else has them meanwhile."""
-    return _spare.kept.pop((of, threads, relay), None) or of.make(threads, relay)
+    return _spare.kept.pop((of, threads, pipeline), None) or of.make(threads, pipeline)
 
 
 def _nbytes(arrays: tuple[Array, ...]) -> int:
     return sum([array.nbytes for array in arrays])
 
 
-def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...], relay: int = 0) -> None:
+def give_back(of: Workspace, threads: int, arrays: tuple[Array, ...], pipeline: int = 0) -> None:
     """Keep arrays for the next calls of this Python thread; the oldest go if they are too many."""
     kept = _spare.kept
-    kept[of, threads, relay] = arrays
+    kept[of, threads, pipeline] = arrays
     if (
         len(kept) <= tuning.MAX_SPARE
         and of.nbytes * threads <= tuning.MAX_SPARE_BYTES // tuning.MAX_SPARE
-        and not relay
+        and not pipeline
     ):
         return
     # A signal handler may have called since, or call now: no iterator may be open.

@@ -26,11 +26,35 @@ _V3 = frozenset(["avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe"])
 _V4 = _V3 | frozenset(["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"])
 
 _LEVELS = {"x86-64-v3": _V3, "x86-64-v4": _V4}
-_AVX512_NAMES = ("avx512", "lake-server", "cascade", "cooper", "cannon", "icelake", "tigerlake",
-                 "rocketlake", "sapphire", "emerald", "granite", "diamond", "znver4", "znver5",
-                 "x86-64-v4")  # fmt: skip
-_AVX2_NAMES = ("haswell", "broadwell", "skylake", "znver1", "znver2", "znver3", "alderlake",
-               "raptorlake", "meteorlake", "x86-64-v3")  # fmt: skip
+_AVX512_NAMES = (
+    "avx512",
+    "lake-server",
+    "cascade",
+    "cooper",
+    "cannon",
+    "icelake",
+    "tigerlake",
+    "rocketlake",
+    "sapphire",
+    "emerald",
+    "granite",
+    "diamond",
+    "znver4",
+    "znver5",
+    "x86-64-v4",
+)
+_AVX2_NAMES = (
+    "haswell",
+    "broadwell",
+    "skylake",
+    "znver1",
+    "znver2",
+    "znver3",
+    "alderlake",
+    "raptorlake",
+    "meteorlake",
+    "x86-64-v3",
+)
 #: Processors whose vector products of bfloat16 are faster than those of float32: twice on AMD's,
 #: while Intel's take as long, or twice as long.
 _FAST_PRODUCTS = ("znver4", "znver5")

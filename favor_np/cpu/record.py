@@ -24,8 +24,12 @@ Array: TypeAlias = npt.NDArray[Any]
 
 #: Kinds: floats of the precision that is computed in, integers of the same width, and these.
 FLOAT, WHOLE = "float", "whole"
-DTYPES = {"f8": np.dtype(np.float64), "i8": np.dtype(np.int64), "bool": np.dtype(np.bool_),
-          "u1": np.dtype(np.uint8)}  # fmt: skip
+DTYPES = {
+    "f8": np.dtype(np.float64),
+    "i8": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+    "u1": np.dtype(np.uint8),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ Doubles3 = Annotated[Array, Field("f8", 3)]
 Ints1 = Annotated[Array, Field("i8")]
 Ints2 = Annotated[Array, Field("i8", 2)]
 Rows = Annotated[Array, Field(ndim=2, rows=True)]
-Lifts = Annotated[Array, Field("f8", rows=True)]
+Log2Bias = Annotated[Array, Field("f8", rows=True)]
 Mask = Annotated[Array, Field("bool", rows=True)]
 Bytes2 = Annotated[Array, Field("u1", 2)]
 

@@ -24,7 +24,7 @@ from favor_np.cpu.record import (
     Floats3,
     Ints1,
     Ints2,
-    Lifts,
+    Log2Bias,
     Mask,
     Rows,
     Whole1,
@@ -36,13 +36,13 @@ from favor_np.cpu.record import (
 NEXT, CAME, FINISHED, TROUBLE, OVERFLOW, COUNT = 0, 4, 8, 12, 14, 15
 CONTROL = 16
 
-#: What is done to a chunk by a job of a relay: its keys are folded, its queries read, or both; and
+#: What is done to a chunk by a job of a pipeline: its keys are folded, its queries read, or both; and
 #: the job that adds up the states of a group.
 FOLD, READ, WHOLE, SCAN = 0, 1, 2, 2
-#: How many groups of a relay have their states in memory: until they are read, and until nobody
+#: How many groups of a pipeline have their states in memory: until they are read, and until nobody
 #: needs their c.
 RING = 4
-#: Words of a relay: its chunks, those of a group, its threads, the address of the function by
+#: Words of a pipeline: its chunks, those of a group, its threads, the address of the function by
 #: which a thread gives way to others; then for each turn, and for RING
 #: before the first, the jobs of each kind that are left; then for each state, and that of the
 #: beginning, the last chunk at which c had moved before this one was folded, that with this one,
@@ -58,8 +58,8 @@ class Parameters(NamedTuple):
     signs: int
     filled: int
     nothing: int
-    idle: int
-    span: int
+    padding_exponent: int
+    max_rise: int
     key_norm: float
     kernel_epsilon: float
     limit: float
@@ -105,12 +105,12 @@ class Attend(NamedTuple):
 
     Attributes
     ----------
-    mask, lifts
+    mask, log2_bias
         Which keys take part, in jobs that have a MASK_ROW; and log2 of what their weights are
-        multiplied with, in those that have a LIFT_ROW.
+        multiplied with, in those that have a BIAS_ROW.
     query, key, bias, affine
         Of each block of the map, the weights (d, width), the bias and, if it is calibrated, rows:
-        the centres of queries and of keys, what is linear in the height of a key and, if it has a
+        the centres of queries and of keys, what is linear in the log-norm of a key and, if it has a
         quadratic part, the columns of its factor.
     q_rows, out_rows
         The first row of each run of queries that reads the state of a job, and that of its results.
@@ -120,10 +120,10 @@ class Attend(NamedTuple):
         States, as ``kernels.state`` describes them: those of the jobs, or one for each thread.
     room
         A row of bytes for each thread: see ``cpu.tiles``.
-    relay, features
+    pipeline, features
         What threads know of the one problem that they share, and the features of the keys of its
-        states: see ``kernels.relay``.
-    errors, sizes, variances, spread
+        states: see ``kernels.pipeline``.
+    errors, sizes, variances, error_bars
         Where standard errors and effective sample sizes go; the variances of the values (batch of
         v, dv); and three numbers of `call.ErrorBars` (dof, prior_dof, t_factor), and how many rows
         of values share variances.
@@ -137,7 +137,7 @@ class Attend(NamedTuple):
     k: Rows
     v: Rows
     mask: Mask
-    lifts: Lifts
+    log2_bias: Log2Bias
     out: Rows
     weights: Floats1
     tops: Whole1
@@ -154,12 +154,12 @@ class Attend(NamedTuple):
     key: Floats3
     bias: Floats2
     affine: Floats3
-    relay: Annotated[Optional, Field("i8", 1, ("relay",))] = None
-    features: Annotated[Optional, Field(ndim=4, variants=("relay",))] = None
-    errors: Annotated[Optional, Field(ndim=2, variants=("spread",))] = None
-    sizes: Annotated[Optional, Field(variants=("spread",))] = None
-    variances: Annotated[Optional, Field(ndim=2, variants=("spread",))] = None
-    spread: Annotated[Optional, Field("f8", variants=("spread",))] = None
+    pipeline: Annotated[Optional, Field("i8", 1, ("pipeline",))] = None
+    features: Annotated[Optional, Field(ndim=4, variants=("pipeline",))] = None
+    errors: Annotated[Optional, Field(ndim=2, variants=("error_bars",))] = None
+    sizes: Annotated[Optional, Field(variants=("error_bars",))] = None
+    variances: Annotated[Optional, Field(ndim=2, variants=("error_bars",))] = None
+    error_bars: Annotated[Optional, Field("f8", variants=("error_bars",))] = None
     query_parts: PartWeights = None
     key_parts: PartWeights = None
     config: TileConfig = None
@@ -175,7 +175,7 @@ class Pull(NamedTuple):
     query_rows, key_rows
         The weights (blocks, width, d) row by row.
     hessian, linear
-        The matrix of the quadratic part of a key's height, and its linear part.
+        The matrix of the quadratic part of a key's log-norm, and its linear part.
     dq, dk, dv, dbias, projection, bias_sums
         What is written: rows or, if these are not empty, for each job sums over its rows.
     query_parts, key_parts, query_rows_parts, key_rows_parts
@@ -186,7 +186,7 @@ class Pull(NamedTuple):
     k: Rows
     v: Rows
     mask: Mask
-    lifts: Lifts
+    log2_bias: Log2Bias
     grad: Rows
     out: Rows
     weights: Floats1
@@ -227,7 +227,7 @@ class Exact(NamedTuple):
     ----------
     exponents, shares
         What the weights of keys are multiplied with, shares * 2**exponents, in jobs that have a
-        LIFT_ROW.
+        BIAS_ROW.
     """
 
     q: Rows

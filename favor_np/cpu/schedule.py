@@ -120,7 +120,7 @@ def shared_count(of: Jobs, threads: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Relay:
+class Pipeline:
     """How threads share one long causal problem: words, numbers of jobs and states, the last state.
 
     The sum of the states is one more.
@@ -132,8 +132,8 @@ class Relay:
     last: int
 
 
-def relay(of: Layout, length: int, threads: int) -> Relay:
-    """Return the plan of a relay: see ``kernels.relay``."""
+def pipeline(of: Layout, length: int, threads: int) -> Pipeline:
+    """Return the plan of a pipeline: see ``kernels.pipeline``."""
     chunks = -(-length // CHUNK)
     size = of.features * (of.value_columns + CHUNK) * of.dtype.itemsize
     most = tuning.MAX_GROUP_BYTES // (names.RING * size)
@@ -146,7 +146,7 @@ def relay(of: Layout, length: int, threads: int) -> Relay:
     left[names.RING :, :] = group, group, 1
     left[-1, : names.SCAN] = chunks - group * (turns - 1)
     words[-2:] = -1, 1  # at the beginning c has not moved, and there is no key that would not fit
-    return Relay(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states)
+    return Pipeline(words, (turns + 2) * (2 * group + 1), states, (chunks - 1) % states)
 
 
 def vjp_jobs(of: Jobs, q_length: int, k_length: int) -> Jobs:

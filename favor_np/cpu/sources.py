@@ -5,8 +5,12 @@ from __future__ import annotations
 from favor_np import jobs, numerics
 from favor_np.sources import Sources
 
-_SHARED = ("favor_np.cpu.processor", "favor_np.cpu.record", "favor_np.cpu.records",
-           "favor_np.cpu.tiles")  # fmt: skip
+_SHARED = (
+    "favor_np.cpu.processor",
+    "favor_np.cpu.record",
+    "favor_np.cpu.records",
+    "favor_np.cpu.tiles",
+)
 _EARLIER = (jobs, numerics)
 
 

@@ -117,8 +117,8 @@ class ChunkTiles(NamedTuple):
     spare: Floats2
     scores: Floats2
     keys: Floats3
-    height: Floats1
-    lift: Whole1
+    log_norm: Floats1
+    bias_exponent: Whole1
     share: Floats1
     den: Floats2
     part: Floats2
@@ -132,7 +132,7 @@ class ChunkTiles(NamedTuple):
     excess: Whole2
     pairs: Annotated[Array | None, Field(variants=("pairs",), block=PairTiles)] = None
     parts: Annotated[Array | None, Field(variants=("parts",), block=PartTiles)] = None
-    groups: Annotated[Array | None, Field(variants=("spread",), block=GroupTiles)] = None
+    groups: Annotated[Array | None, Field(variants=("error_bars",), block=GroupTiles)] = None
 
 
 class GradientTiles(NamedTuple):
@@ -154,8 +154,8 @@ class GradientTiles(NamedTuple):
     products: Floats2
     keys: Floats3
     grad: Floats2
-    height: Floats1
-    lift: Whole1
+    log_norm: Floats1
+    bias_exponent: Whole1
     share: Floats1
     extra: Floats2
     factor: Floats2
@@ -261,7 +261,7 @@ def chunk_room(of: Sizes, variants: frozenset[str]) -> Room:
     }
     if "pairs" in variants:
         shapes["pairs"] = _pairs(of)
-    if "spread" in variants:
+    if "error_bars" in variants:
         shapes["groups"] = {
             **dict.fromkeys(("den", "top", "shares"), (blocks, CHUNK)),
             "num": (blocks * CHUNK, columns),
@@ -302,7 +302,7 @@ def _chunk(of: Sizes, variants: frozenset[str]) -> dict[str, Any]:
         **dict.fromkeys(("values", "num", "spare"), (CHUNK, columns)),
         "scores": (CHUNK, CHUNK),
         "keys": (tiles, CHUNK, width),
-        **dict.fromkeys(("height", "lift", "share", "square"), (CHUNK,)),
+        **dict.fromkeys(("log_norm", "bias_exponent", "share", "square"), (CHUNK,)),
         **dict.fromkeys(("sums", "scale"), (1, tiles * width)),
         "top": (1, CHUNK),
         "excess": (CHUNK, _lanes(of)),

@@ -169,14 +169,14 @@ class CUDA:
     ) -> Cotangents:
         assert forward.state is None
         assert final_state is None
-        *found, of_lifts = self._launch.attend_vjp(call, forward, grad)
+        *found, of_log2_bias = self._launch.attend_vjp(call, forward, grad)
         like = (call.q.dtype, call.k.dtype, call.v.dtype)
         q, k, v = (self.place.give(x, dtype) for x, dtype in zip(found, like, strict=True))
-        if call.lifts is None:
+        if call.log2_bias is None:
             return Cotangents(q, k, v)
-        rows = of_lifts.astype(np.float64).reshape(*call.out_shape[:-2], call.keys, 1)
+        rows = of_log2_bias.astype(np.float64).reshape(*call.out_shape[:-2], call.keys, 1)
         heads = call.state_shape if call.grouped else None
-        return Cotangents(q, k, v, sum_heads(rows, call.lifts[..., None], heads)[..., 0])
+        return Cotangents(q, k, v, sum_heads(rows, call.log2_bias[..., None], heads)[..., 0])
 
     def projection_vjp(
         self, _call: Call, _forward: Forward, _grad: Any, _final_state: Any = None, /

@@ -24,8 +24,8 @@ from favor_np.features import FeatureMap
 Array: TypeAlias = npt.NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: A lift of 1.
-LIFT_UNIT = 2**32
+#: A bias_exponent of 1.
+BIAS_UNIT = 2**32
 
 make_fold = functools.cache(kernels.make_fold)
 make_read = functools.cache(kernels.make_read)
@@ -49,7 +49,7 @@ class Map(NamedTuple):
     no_linear: Any
     nothing: Any
     no_tops: Any
-    no_lifts: Any
+    no_log2_bias: Any
     unmasked: Any
 
 
@@ -62,14 +62,14 @@ class States(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Rows, heights, vectors, shares (of size 0 if all are 1) and mask, on the device.
+    """Rows, log-norms, vectors, shares (of size 0 if all are 1) and mask, on the device.
 
-    And lifts, the log2 of what weights are multiplied with, as integers of `LIFT_UNIT`.
+    And log2_bias, the log2 of what weights are multiplied with, as integers of `BIAS_UNIT`.
     """
 
     rows: Any
-    heights: Any
-    lifts: Any
+    log_norms: Any
+    log2_bias: Any
     vectors: Any
     shares: Any
     mask: Any
@@ -83,7 +83,7 @@ class Problem(NamedTuple):
     a: Side
     b: Side
     causal: bool
-    lifted: bool
+    biased: bool
     states: States
     spans: tuple[plan.Span, ...]
 
@@ -116,7 +116,7 @@ def _map(feature_map: FeatureMap, on: Device) -> Map:  # noqa: ARG001  # a copy 
         no_linear=put(np.zeros((0, 1), np.float32)),
         nothing=put(np.zeros(0, np.float32)),
         no_tops=put(np.zeros(0, np.int32)),
-        no_lifts=put(np.zeros(0, np.int64)),
+        no_log2_bias=put(np.zeros(0, np.int64)),
         unmasked=put(np.zeros(0, np.bool_)),
     )
 
@@ -291,13 +291,15 @@ class Launch:
             fresh=state is None,
             causal=call.causal,
         )
-        rows, heights = self._pack(of, call.q, 0, how.queries)
+        rows, log_norms = self._pack(of, call.q, 0, how.queries)
         problem = Problem(
             map=of,
             a=self._keys(of, call, how.keys),
-            b=Side(rows, heights, of.no_lifts, of.nothing, of.nothing, of.unmasked, of.query_bias),
+            b=Side(
+                rows, log_norms, of.no_log2_bias, of.nothing, of.nothing, of.unmasked, of.query_bias
+            ),
             causal=call.causal,
-            lifted=call.lifts is not None,
+            biased=call.log2_bias is not None,
             states=state or self._room(of, how.jobs, call.v.shape[-1]),
             spans=how.spans,
         )
@@ -317,7 +319,7 @@ class Launch:
             (how.table.shape[0],),
             *(runtime.rows(put(x)) for x in (call.q, call.k, call.v)),
             of.unmasked if call.mask is None else runtime.flat(put(call.mask)),
-            self._lifts(of, call),
+            self._log2_bias(of, call),
             of.weight,
             of.query_bias,
             of.bias,
@@ -336,7 +338,7 @@ class Launch:
     def attend_vjp(self, call: Call, forward: Forward, grad: Any) -> tuple[Any, ...]:
         """Pull `grad` back through `attend`: gradients of q, k and v.
 
-        And of lifts, for every head of the result, in main memory; or None.
+        And of log2_bias, for every head of the result, in main memory; or None.
         """
         q, k, v, causal = call.q, call.k, call.v, call.causal
         of, dim = self._map(call), v.shape[-1]
@@ -345,9 +347,13 @@ class Launch:
         )
         rows, _ = self._pack(of, q, 0, how.queries)
         count = rows.shape[0]
-        vectors, shares, heights = self._taken((count, dim)), self._taken(count), self._taken(count)
-        lifted = call.lifts is not None
-        lifts = self._taken(count, np.int64) if lifted else of.no_lifts
+        vectors, shares, log_norms = (
+            self._taken((count, dim)),
+            self._taken(count),
+            self._taken(count),
+        )
+        biased = call.log2_bias is not None
+        log2_bias = self._taken(count, np.int64) if biased else of.no_log2_bias
         self._launch(
             vjp.cotangents,
             (-(-count // 8),),
@@ -356,11 +362,11 @@ class Launch:
             *map(runtime.flat, forward.normalizers),
             vectors,
             shares,
-            heights,
-            lifts,
+            log_norms,
+            log2_bias,
         )
         keys = self._keys(of, call, how.keys)
-        queries = Side(rows, heights, lifts, vectors, shares, of.unmasked, of.query_bias)
+        queries = Side(rows, log_norms, log2_bias, vectors, shares, of.unmasked, of.query_bias)
         of_queries, of_keys = (self._room(of, jobs, dim) for jobs in how.jobs)
         found = [
             self.empty(
@@ -369,24 +375,24 @@ class Launch:
             )
             for x, added in zip((q, k, v), how.sums, strict=True)
         ]
-        of_lifts = of.nothing
-        if lifted:
-            of_lifts = self.empty((math.prod(call.out_shape[:-2]), k.shape[-2]))
-        problem = Problem(of, keys, queries, causal, lifted, of_queries, how.of_queries)
-        pull = functools.partial(self._pull, side=0, out=found[0], of_lifts=of.nothing)
+        of_log2_bias = of.nothing
+        if biased:
+            of_log2_bias = self.empty((math.prod(call.out_shape[:-2]), k.shape[-2]))
+        problem = Problem(of, keys, queries, causal, biased, of_queries, how.of_queries)
+        pull = functools.partial(self._pull, side=0, out=found[0], of_log2_bias=of.nothing)
         self._run(problem, pull)
         none = of.nothing, of.no_tops
 
         def read_and_pull(*args: Any) -> None:
             self._read(*args, out=found[2], weights=none, divide=False)
-            self._pull(*args, side=1, out=found[1], of_lifts=runtime.flat(of_lifts))
+            self._pull(*args, side=1, out=found[1], of_log2_bias=runtime.flat(of_log2_bias))
 
-        self._run(Problem(of, queries, keys, causal, lifted, of_keys, how.of_keys), read_and_pull)
+        self._run(Problem(of, queries, keys, causal, biased, of_keys, how.of_keys), read_and_pull)
         summed = (
             self._summed(x, like, added)
             for x, like, added in zip(found, (q, k, v), how.sums, strict=True)
         )
-        return *summed, runtime.to_host(of_lifts, self.place.stream) if lifted else None
+        return *summed, runtime.to_host(of_log2_bias, self.place.stream) if biased else None
 
     def _summed(self, found: Any, like: Any, sums: tuple[Any, Any] | None) -> Any:
         """Add the gradients of all results to those of the heads that they belong to."""
@@ -408,22 +414,22 @@ class Launch:
         return _map(call.map, self.place.device)
 
     def _keys(self, of: Map, call: Call, packs: tuple[Any, int]) -> Side:
-        rows, heights = self._pack(of, call.k, 1, packs)
+        rows, log_norms = self._pack(of, call.k, 1, packs)
         seen = of.unmasked if call.mask is None else runtime.flat(self.place.put(call.mask))
         v = runtime.rows(self.place.put(call.v))
-        return Side(rows, heights, self._lifts(of, call), v, of.nothing, seen, of.bias)
+        return Side(rows, log_norms, self._log2_bias(of, call), v, of.nothing, seen, of.bias)
 
-    def _lifts(self, of: Map, call: Call) -> Any:
-        if call.lifts is None:
-            return of.no_lifts
-        return runtime.flat(self._put(np.rint(call.lifts * LIFT_UNIT).astype(np.int64)))
+    def _log2_bias(self, of: Map, call: Call) -> Any:
+        if call.log2_bias is None:
+            return of.no_log2_bias
+        return runtime.flat(self._put(np.rint(call.log2_bias * BIAS_UNIT).astype(np.int64)))
 
     def _pack(self, of: Map, source: Any, side: int, packs: tuple[Any, int]) -> tuple[Any, Any]:
-        """Pack queries (side 0) or keys (side 1): rows, and their heights."""
+        """Pack queries (side 0) or keys (side 1): rows, and their log-norms."""
         layout = of.layout
         table, count = packs
         grid = (table.shape[0],)
-        rows, heights = self._taken((count, layout.columns)), self._taken(count)
+        rows, log_norms = self._taken((count, layout.columns)), self._taken(count)
         factored = layout.factors[0].size > 0
         norm = np.float32(layout.key_norm if side else 0)
         self._launch(
@@ -436,13 +442,13 @@ class Launch:
             of.linear if side else of.no_linear,
             table,
             rows,
-            heights,
+            log_norms,
         )
         if not factored:
-            return rows, heights
+            return rows, log_norms
         new = self._taken((count, layout.columns))
-        self._launch(change, grid, rows, of.factors[side], norm, table, new, heights)
-        return new, heights
+        self._launch(change, grid, rows, of.factors[side], norm, table, new, log_norms)
+        return new, log_norms
 
     def _run(self, p: Problem, read: Any) -> None:
         """Fold one side span by span; `read` by the other side, from the states that it needs."""
@@ -456,11 +462,11 @@ class Launch:
         layout, (slices, columns), a = p.map.layout, p.shape, p.a
         own = self._room(p.map, span.parts, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs, p.lifted),
+            make_fold(layout.kind, layout.signs, p.biased),
             (span.parts, slices, columns),
             a.rows,
-            a.heights,
-            a.lifts,
+            a.log_norms,
+            a.log2_bias,
             a.shares,
             a.vectors,
             a.mask,
@@ -487,15 +493,15 @@ class Launch:
         """Read states, a part of side b each."""
         layout, a, b = p.map.layout, p.a, p.b
         self._launch(
-            make_read(layout.kind, layout.signs, p.causal, divide, p.lifted),
+            make_read(layout.kind, layout.signs, p.causal, divide, p.biased),
             (span.read.shape[0], p.shape[1]),
             b.rows,
-            b.heights,
-            b.lifts,
+            b.log_norms,
+            b.log2_bias,
             b.mask,
             a.rows,
-            a.heights,
-            a.lifts,
+            a.log_norms,
+            a.log2_bias,
             a.vectors,
             a.mask,
             p.map.weight,
@@ -509,7 +515,7 @@ class Launch:
         )
 
     def _pull(
-        self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any, of_lifts: Any
+        self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any, of_log2_bias: Any
     ) -> None:
         """Write the gradients of a span of side b, queries (side 0) or keys (side 1)."""
         layout, a, b = p.map.layout, p.a, p.b
@@ -517,17 +523,17 @@ class Launch:
         if span.change is not None:
             target = self._taken((out.shape[0], layout.columns))
         self._launch(
-            make_pull(layout.kind, layout.signs, p.causal, p.lifted),
+            make_pull(layout.kind, layout.signs, p.causal, p.biased),
             (span.read.shape[0], -(-out.shape[1] // TILE)),
             b.rows,
-            b.heights,
-            b.lifts,
+            b.log_norms,
+            b.log2_bias,
             b.vectors,
             b.shares,
             b.mask,
             a.rows,
-            a.heights,
-            a.lifts,
+            a.log_norms,
+            a.log2_bias,
             a.vectors,
             a.shares,
             a.mask,
@@ -541,7 +547,7 @@ class Launch:
             np.float32(2 * layout.key_norm / layout.unit if side else 0),
             p.map.slope if side else p.map.no_linear,
             target,
-            of_lifts,
+            of_log2_bias,
         )
         if span.change is not None:
             self._launch(

@@ -16,10 +16,10 @@ from favor_np.cuda.kernels.favor import COUNT, HEAD, OUT_ROW, STEP
 from favor_np.cuda.kernels.tiles import MASKED, TILE
 from favor_np.features import FeatureMap
 from favor_np.jobs import (
+    BIAS_ROW,
     BLOCK,
     K_ROW,
     KEYS,
-    LIFT_ROW,
     MASK_ROW,
     QUERIES,
     SLOT,
@@ -92,7 +92,7 @@ class Layout:
     #: What centred queries and keys are multiplied with, transposed never; of size 0 if with
     #: nothing.
     factors: tuple[Array, Array]
-    #: The gradient of what is linear in the height of a key, by the multiplied key.
+    #: The gradient of what is linear in the log-norm of a key, by the multiplied key.
     slope: Array
     unit: float
     limit: float
@@ -228,7 +228,7 @@ class Sides(NamedTuple):
     jobs: Jobs
     vectors: Array
     masks: Array
-    lifts: Array
+    log2_bias: Array
 
     @property
     def slots(self) -> Array:
@@ -246,14 +246,14 @@ def queries_and_keys(jobs: Jobs, q_length: int, k_length: int) -> Sides:
     """Let the keys of each head read what its queries are folded to."""
     group = jobs.out_rows.shape[1]
     table = np.repeat(jobs.table, group, axis=0)
-    k_row, v_row, mask_row, lift_row = (table[:, [x]] for x in (K_ROW, V_ROW, MASK_ROW, LIFT_ROW))
+    k_row, v_row, mask_row, bias_row = (table[:, [x]] for x in (K_ROW, V_ROW, MASK_ROW, BIAS_ROW))
     out_row = jobs.out_rows.ravel()
     head, start = np.divmod(out_row, max(q_length, 1))
-    table[:, K_ROW] = table[:, V_ROW] = table[:, LIFT_ROW] = out_row
+    table[:, K_ROW] = table[:, V_ROW] = table[:, BIAS_ROW] = out_row
     table[:, MASK_ROW], table[:, SLOT] = 0, -1
     table[:, [KEYS, QUERIES]] = table[:, [QUERIES, KEYS]]
     k_rows = (head * k_length + start)[:, None]
-    return Sides(Jobs(table, k_row, k_rows), v_row, mask_row, lift_row)
+    return Sides(Jobs(table, k_row, k_rows), v_row, mask_row, bias_row)
 
 
 def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
@@ -282,17 +282,17 @@ def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
 
 
 def _rows_and_head(table: Array) -> tuple[Array, ...]:
-    """Return the first rows of keys, values, mask and lifts of each job, and its head."""
-    return tuple(table[:, column] for column in (K_ROW, V_ROW, MASK_ROW, LIFT_ROW, BLOCK))
+    """Return the first rows of keys, values, mask and log2_bias of each job, and its head."""
+    return tuple(table[:, column] for column in (K_ROW, V_ROW, MASK_ROW, BIAS_ROW, BLOCK))
 
 
 def fold_table(sides: Sides, parts: Stretches, backwards: bool = False) -> Array:
     """Return the table of the fold of stretches: the state of each has its number."""
-    k_row, v_row, mask_row, lift_row, head = _rows_and_head(sides.jobs.table[parts.owner])
+    k_row, v_row, mask_row, bias_row, head = _rows_and_head(sides.jobs.table[parts.owner])
     at, step = _ways(sides, parts, backwards)
     slots = np.arange(len(parts.owner))
     rows = (k_row + at, v_row + at, mask_row + at)
-    return _table(0, step, parts.lengths, 0, 0, *rows, head, slots, 0, lift_row + at)
+    return _table(0, step, parts.lengths, 0, 0, *rows, head, slots, 0, bias_row + at)
 
 
 def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
@@ -304,7 +304,7 @@ def scan_table(sides: Sides, parts: Stretches, fresh: bool) -> Array:
 def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = False) -> Array:
     """Return the table of the reads of stretches, each by the group of queries of its job."""
     owner, jobs = parts.owner, sides.jobs
-    k_row, v_row, mask_row, lift_row, head = (x[:, None] for x in _rows_and_head(jobs.table[owner]))
+    k_row, v_row, mask_row, bias_row, head = (x[:, None] for x in _rows_and_head(jobs.table[owner]))
     way, step = _ways(sides, parts, backwards)
     at = way[:, None]
     table = _table(
@@ -319,8 +319,8 @@ def read_table(sides: Sides, parts: Stretches, slots: Array, backwards: bool = F
         head,
         slots[:, None],
         sides.vectors[owner] + at,
-        lift_row + at,
-        sides.lifts[owner] + at,
+        bias_row + at,
+        sides.log2_bias[owner] + at,
     )
     return np.ascontiguousarray(table.swapaxes(1, 2).reshape(-1, table.shape[1]))
 
@@ -421,7 +421,7 @@ class Steps(NamedTuple):
 def steps(feature_map: FeatureMap, shapes: Shapes, offsets: bytes | None) -> Steps:
     """Return how states take a token each."""
     jobs = _in_sequences(broadcast_jobs(shapes, feature_map.num_heads, 1), offsets)
-    columns = (K_ROW, V_ROW, MASK_ROW, LIFT_ROW, BLOCK, SLOT)
+    columns = (K_ROW, V_ROW, MASK_ROW, BIAS_ROW, BLOCK, SLOT)
     return Steps(
         np.ascontiguousarray(jobs.table[:, columns], np.int32),
         jobs.q_rows.astype(np.int32),

@@ -330,9 +330,14 @@ class PerformerForecaster(Parameters):
         arrays |= {name: getattr(self.memory_, f"{name}_") for name in ("centre", "spread")}
         facts = {name: getattr(self, f"{name}_") for name in FACTS}
         nn.save(
-            path, self.model_, {**self.params_, "forecaster": arrays}, kind=KIND,
-            settings=self.get_params(), floor=self.memory_.floor_, facts=facts,
-        )  # fmt: skip
+            path,
+            self.model_,
+            {**self.params_, "forecaster": arrays},
+            kind=KIND,
+            settings=self.get_params(),
+            floor=self.memory_.floor_,
+            facts=facts,
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -157,17 +157,30 @@ def _recent_returns(axes: Any, result: Forecast, record: ReturnEvaluation) -> No
     for sign, colour, marker, label in ((1, GREEN, "^", "BUY"), (-1, RED, "v", "SELL")):
         chosen = record.signals[rows] == sign
         axes.scatter(
-            when[chosen], values[index[chosen]] - sign * shift, s=14, c=colour, marker=marker,
-            label=label, zorder=3, lw=0,
-        )  # fmt: skip
+            when[chosen],
+            values[index[chosen]] - sign * shift,
+            s=14,
+            c=colour,
+            marker=marker,
+            label=label,
+            zorder=3,
+            lw=0,
+        )
     step = when[-1] - when[-2]
     move, spread = result.next.move, result.next.spread
     ends = values[-1] * np.exp([move - spread, move, move + spread])
     axes.errorbar(
-        [when[-1] + horizon * step], ends[1:2], yerr=[[ends[1] - ends[0]], [ends[2] - ends[1]]],
-        color=ORANGE, fmt="o", ms=4, capsize=3, lw=1.5, zorder=4,
+        [when[-1] + horizon * step],
+        ends[1:2],
+        yerr=[[ends[1] - ends[0]], [ends[2] - ends[1]]],
+        color=ORANGE,
+        fmt="o",
+        ms=4,
+        capsize=3,
+        lw=1.5,
+        zorder=4,
         label=f"next: {100 * np.expm1(move):+.3f}%, P(up) {100 * result.next.chance:.0f}%",
-    )  # fmt: skip
+    )
     axes.set_title(f"The last {len(rows)} prices and what had been forecast for them")
     _room_for_legend(axes)
     axes.legend(loc="upper left", ncols=2)
@@ -233,9 +246,14 @@ def _error_bars(axes: Any, result: Forecast, exact: ExactComparison, bars: Error
     when, middle = _time(result, result.index[rows]), 100 * result.predicted[rows]
     half = 196 * bars.standard_error[rows]
     axes.fill_between(
-        when, middle - half, middle + half, color=BLUE, alpha=0.3, lw=0,
+        when,
+        middle - half,
+        middle + half,
+        color=BLUE,
+        alpha=0.3,
+        lw=0,
         label="FAVOR+ ± 1.96 standard errors of its features",
-    )  # fmt: skip
+    )
     axes.plot(when, middle, color=BLUE, lw=0.9, label="FAVOR+")
     axes.plot(when, 100 * exact.predicted[rows], color=ORANGE, lw=0.9, label="exact attention")
     size = np.median(bars.effective_sample_size[rows])
@@ -304,9 +322,13 @@ def _latency(axes: Any, replayed: Replay) -> None:
         value = 1e6 * float(np.percentile(replayed.seconds, share))
         axes.axvline(value, color=INK, lw=0.8)
         axes.annotate(
-            f"p{share} {value:,.3g}" if value < 1000 else f"p{share} {value:,.0f}", (value, 1), (3, -3), xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points", va="top",
-        )  # fmt: skip
+            f"p{share} {value:,.3g}" if value < 1000 else f"p{share} {value:,.0f}",
+            (value, 1),
+            (3, -3),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            va="top",
+        )
     longest = 1e6 * replayed.seconds.max()
     axes.set_title(
         f"Forecasts by the microseconds that each took live; the last bar has all longer ones, "

@@ -83,9 +83,15 @@ def network(columns: int, outputs: int, dim: int, depth: int, heads: int, featur
 
     decays = tuple(1 - 2.0 ** -(2 + 4.5 * head / max(heads - 1, 1)) for head in range(heads))
     body = nn.Performer(
-        dim=dim, depth=depth, heads=heads, num_features=features, causal=True, decay=decays,
-        hidden=2 * dim, dropout=0.1,
-    )  # fmt: skip
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        num_features=features,
+        causal=True,
+        decay=decays,
+        hidden=2 * dim,
+        dropout=0.1,
+    )
     return nn.Chain((nn.Linear(columns, dim), body, nn.Linear(dim, outputs, std=0.0)))
 
 

@@ -115,11 +115,19 @@ class _Performer(BaseEstimator):
         weights, bias = start
         columns, outputs = X.shape[1], len(bias)
         body = nn.Performer(
-            dim=self.dim, depth=self.depth, heads=self.heads, num_features=self.num_features,
-            causal=True, dropout=self.dropout,
-        )  # fmt: skip
-        steps = (nn.Linear(self.channels, self.dim), nn.SinusoidalPositions(self.dim), body,
-                 nn.Linear(self.dim, outputs, std=0.0))  # fmt: skip
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            num_features=self.num_features,
+            causal=True,
+            dropout=self.dropout,
+        )
+        steps = (
+            nn.Linear(self.channels, self.dim),
+            nn.SinusoidalPositions(self.dim),
+            body,
+            nn.Linear(self.dim, outputs, std=0.0),
+        )
         self.model_ = nn.Sum((nn.Linear(columns, outputs), _Last(nn.Chain(steps), self.channels)))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         params = self.model_.init(np.random.default_rng(seed))
@@ -145,12 +153,19 @@ class _Performer(BaseEstimator):
             # The features are not redrawn: they need not be those of softmax attention.
             warnings.filterwarnings("ignore", ".*no longer approximate softmax", RuntimeWarning)
             history = nn.train(
-                self.model_, params, batches, steps=total,
-                rate=nn.cosine(self.rate, steps=total, warmup=max(total // 20, 1)), loss=loss,
-                optimizer=nn.AdamW(params, weight_decay=0.01), seed=seed,
-                validation_batches=[(rows[held], targets[held])], every=each,
-                patience=self.patience, progress=bool(self.verbose),
-            )  # fmt: skip
+                self.model_,
+                params,
+                batches,
+                steps=total,
+                rate=nn.cosine(self.rate, steps=total, warmup=max(total // 20, 1)),
+                loss=loss,
+                optimizer=nn.AdamW(params, weight_decay=0.01),
+                seed=seed,
+                validation_batches=[(rows[held], targets[held])],
+                every=each,
+                patience=self.patience,
+                progress=bool(self.verbose),
+            )
         losses = np.array_split(history.losses, range(each, len(history.losses), each))
         self.loss_curve_ = [float(part.mean()) for part in losses]
         self.validation_scores_ = [before, *(value for _, value in history.validation)]

@@ -193,9 +193,12 @@ def favor_attention(
     states = _blockwise(f"favor_attention-fold-{token}", fold, empty, tokens)
     before = _merged(f"favor_attention-merge-{token}", states, empty if call.causal else None)
     read = partial(
-        _read, dtype=call.result, grouped=call.grouped, precision=precision,
+        _read,
+        dtype=call.result,
+        grouped=call.grouped,
+        precision=precision,
         threads=call.num_threads,
-    )  # fmt: skip
+    )
     seen = tokens if call.causal else None
     return _blockwise(name, read, q, before, seen, chunks=chunks, dtype=call.result)
 

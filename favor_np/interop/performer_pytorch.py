@@ -38,23 +38,45 @@ KERNEL_EPS = 1e-3
 _REQUIRED = object()
 #: The arguments of both classes, and their defaults.
 _OPTIONS: dict[str, Any] = {
-    "dim": _REQUIRED, "depth": _REQUIRED, "heads": _REQUIRED, "local_attn_heads": 0,
-    "local_window_size": 256, "causal": False, "ff_mult": 4, "nb_features": None,
-    "feature_redraw_interval": 1000, "reversible": False, "ff_chunks": 1,
-    "generalized_attention": False, "kernel_fn": "ReLU", "use_scalenorm": False,
-    "use_rezero": False, "ff_glu": False, "ff_dropout": 0.0, "attn_dropout": 0.0,
-    "cross_attend": False, "no_projection": False, "auto_check_redraw": True,
+    "dim": _REQUIRED,
+    "depth": _REQUIRED,
+    "heads": _REQUIRED,
+    "local_attn_heads": 0,
+    "local_window_size": 256,
+    "causal": False,
+    "ff_mult": 4,
+    "nb_features": None,
+    "feature_redraw_interval": 1000,
+    "reversible": False,
+    "ff_chunks": 1,
+    "generalized_attention": False,
+    "kernel_fn": "ReLU",
+    "use_scalenorm": False,
+    "use_rezero": False,
+    "ff_glu": False,
+    "ff_dropout": 0.0,
+    "attn_dropout": 0.0,
+    "cross_attend": False,
+    "no_projection": False,
+    "auto_check_redraw": True,
     "shift_tokens": False,
-}  # fmt: skip
+}
 _CLASSES: dict[str, dict[str, Any]] = {
     "Performer": _OPTIONS | {"dim_head": _REQUIRED, "qkv_bias": True, "attn_out_bias": True},
     "PerformerLM": _OPTIONS
     | {
-        "num_tokens": _REQUIRED, "max_seq_len": _REQUIRED, "dim_head": 64, "qkv_bias": False,
-        "attn_out_bias": False, "emb_dropout": 0.0, "tie_embed": False,
-        "rotary_position_emb": True, "axial_position_emb": False, "axial_position_shape": None,
+        "num_tokens": _REQUIRED,
+        "max_seq_len": _REQUIRED,
+        "dim_head": 64,
+        "qkv_bias": False,
+        "attn_out_bias": False,
+        "emb_dropout": 0.0,
+        "tie_embed": False,
+        "rotary_position_emb": True,
+        "axial_position_emb": False,
+        "axial_position_shape": None,
     },
-}  # fmt: skip
+}
 #: Options that have no counterpart here, unless they have this value.
 _UNSUPPORTED = {"reversible": False, "cross_attend": False, "no_projection": False}
 

@@ -363,9 +363,16 @@ class FavorSelfAttention(Layer):
             shared = q.reshape(*k.shape[:-2], -1, q.shape[-1])  # the queries of each head of keys
             return np.asarray(memory.update(k, v).attend(shared)).reshape(q.shape)
         out, state["attention"] = favor_attention(
-            q, k, v, memory.feature_map, causal=True, enable_gqa=self._grouped, decay=self.decay,
-            state=memory, return_state=True,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            memory.feature_map,
+            causal=True,
+            enable_gqa=self._grouped,
+            decay=self.decay,
+            state=memory,
+            return_state=True,
+        )
         return out
 
     def _extend_exact(self, params: Params, state: dict[str, Any], q: Any, k: Any, v: Any) -> Array:

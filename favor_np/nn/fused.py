@@ -46,9 +46,15 @@ class Norm:
     """
 
     def __init__(
-        self, x: Array, weight: Array, bias: Array | None, eps: float, *, centred: bool,
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        eps: float,
+        *,
+        centred: bool,
         shifted: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         length, dim = x.shape[-2] if x.ndim > 1 else 1, x.shape[-1]
         turn = dim - dim // 2 if shifted else dim
         self._x, self._weight, self._biased = flat(x), weight, bias is not None
@@ -99,9 +105,14 @@ class Heads:
     """
 
     def __init__(
-        self, counts: tuple[int, int, int], dim: int, *, lengths: Array | None = None,
-        turns: tuple[Array, Array] | None = None, adjacent: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        counts: tuple[int, int, int],
+        dim: int,
+        *,
+        lengths: Array | None = None,
+        turns: tuple[Array, Array] | None = None,
+        adjacent: bool = True,
+    ) -> None:
         self._counts, self._dim = counts, dim
         self.lengths, self._turns, self._adjacent = lengths, turns, adjacent
 

@@ -100,8 +100,13 @@ class History:
             axes = figure.subplots()
             axes.plot(self.steps, self.losses, color=figures.BLUE, lw=0.8, label="training")
             if self.validation:
-                axes.plot(*zip(*self.validation, strict=True), "o-", color=figures.ORANGE, ms=3,
-                          label="validation")  # fmt: skip
+                axes.plot(
+                    *zip(*self.validation, strict=True),
+                    "o-",
+                    color=figures.ORANGE,
+                    ms=3,
+                    label="validation",
+                )
             axes.set(xlabel="step", ylabel="loss", title="Loss")
             axes.legend()
         return figure

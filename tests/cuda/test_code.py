@@ -75,8 +75,8 @@ def test_what_code_depends_on_is_in_its_header(changed, monkeypatch):
 
 def test_each_kernel_has_a_name_of_its_own():
     made = [
-        make_fold(kind, signs, lifted)
-        for lifted in (True, False)
+        make_fold(kind, signs, biased)
+        for biased in (True, False)
         for kind in range(3)
         for signs in (1, 2)
     ]

@@ -130,11 +130,11 @@ def test_long_rows_are_shortened_and_others_are_not(gpu):
     rows = rng.standard_normal((6, 20)).astype(np.float32)
     rows *= np.float32([1, 1e6, 1e30, 1, 1e-30, 1])[:, None]
     rows[3, 7] = np.inf
-    packed, heights = gpu.empty((6, 32), np.float32), gpu.empty(6, np.float32)
+    packed, log_norms = gpu.empty((6, 32), np.float32), gpu.empty(6, np.float32)
     none = gpu.to_device(np.zeros((0, 1), np.float32))
     table = gpu.to_device(np.int32([[0, 6, 0, 0]]))
     gpu.launch(
-        pack, (1,), (gpu.to_device(rows), limit, norm, none, none, table, packed, heights), 0
+        pack, (1,), (gpu.to_device(rows), limit, norm, none, none, table, packed, log_norms), 0
     )
     exact = rows.astype(float)
     for i in (1, 2):
@@ -143,9 +143,9 @@ def test_long_rows_are_shortened_and_others_are_not(gpu):
     assert packed[[0, 4, 5], :20].tobytes() == rows[[0, 4, 5]].tobytes()
     assert not packed[3].any()
     assert not packed[:, 20:].any()
-    assert np.isnan(heights[3])
+    assert np.isnan(log_norms[3])
     squares = 0.5 * (exact[[0, 1, 2, 4, 5]] ** 2).sum(1)
-    assert np.allclose(heights[[0, 1, 2, 4, 5]], squares, rtol=1e-5, atol=1e-30)
+    assert np.allclose(log_norms[[0, 1, 2, 4, 5]], squares, rtol=1e-5, atol=1e-30)
 
 
 def test_spans_and_stretches(gpu):

@@ -96,7 +96,7 @@ def test_other_architectures_compile(cc, kernels):
     A few words may spill here: the loops of products have none of them.
     """
     chosen = largest(kernels)
-    assert len(chosen) == 4  # lifted ones as well
+    assert len(chosen) == 4  # biased ones as well
     if cc == ARCHITECTURES[0]:
         chosen = chosen | {name: kernel for name, kernel in kernels.items() if "[" not in name}
     for name, kernel in chosen.items():

@@ -77,7 +77,7 @@ def test_a_barrier_less(module, start, text):
         forward()
 
 
-#: Guards of the tails: of rows, of columns, of heights, of what is written.
+#: Guards of the tails: of rows, of columns, of log-norms, of what is written.
 GUARDS = [
     ("tiles", "    if i < count:", "    if True:"),
     ("favor", "if p < count and inside:", "if inside:"),

@@ -189,7 +189,7 @@ def touch(what):
         return
     dtype, front = np.dtype(np.float32), what == "before a tile"
     with guarded_memory(front=front):
-        room = chunk_room(Sizes(dtype, 17, 32), frozenset(["spread"]))
+        room = chunk_room(Sizes(dtype, 17, 32), frozenset(["error_bars"]))
         (rooms,) = memory.workspace(dtype, room).make(2)
     for name, kind, start, shape in tiles_of(ChunkTiles, room.words, dtype):
         if name == "groups.num":

@@ -16,7 +16,7 @@ PREBUILD = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "prebuild.py
 #: What tests call in float32, without bfloat16.
 KERNELS = {
     "holds_large": [""],
-    "attend": ["", "relay"],
+    "attend": ["", "pipeline"],
     "attend_tokens": [""],
     "pull": [""],
     "attend_exact": [""],

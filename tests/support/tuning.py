@@ -23,7 +23,7 @@ HOME = {
     "WAVE": "favor_np.jobs",
     "aligned": "favor_np.cpu.memory",
     "amx_unavailable": "favor_np.cpu.layout",
-    "relay": "favor_np.cpu.schedule",
+    "pipeline": "favor_np.cpu.schedule",
 }
 
 

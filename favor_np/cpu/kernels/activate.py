@@ -49,10 +49,12 @@ def factor(par, y):
 
 
 @jit(fastmath=EXACT)
-def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, target, share, sums):
+def activate_keys(
+    par, sign, rows, raw, log_norm, bias_exponent, bias, b, c, slot, r0, target, share, sums
+):
     """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature.
 
-    Relative to c; each key is above its log2-features by an integer, its lift, and has its share in
+    Relative to c; each key is above its log2-features by an integer, its bias_exponent, and has its share in
     the sums, 1 as a rule.
     """
     lanes = VECTOR_BYTES // raw.itemsize
@@ -63,8 +65,8 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
         beta, total = load(bias, b, f), splat(raw, 0)
         if par.kind == POSITIVE:
             for i in range(rows):
-                y = fma(turn, load(raw, i, f), beta) - splat(raw, height[i])
-                n = nearest(y) + splat(c, lift[i]) - shift
+                y = fma(turn, load(raw, i, f), beta) - splat(raw, log_norm[i])
+                n = nearest(y) + splat(c, bias_exponent[i]) - shift
                 worst = maximum(worst, n)
                 value = exp2(y, n)
                 store(target, i, f, value)
@@ -72,8 +74,8 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
         else:
             for i in range(rows):
                 x = load(raw, i, f)
-                y = log_feature(par, x) - splat(raw, height[i])
-                n = nearest(y) + splat(c, lift[i]) - shift
+                y = log_feature(par, x) - splat(raw, log_norm[i])
+                n = nearest(y) + splat(c, bias_exponent[i]) - shift
                 worst = maximum(worst, n)
                 value = exp2(y, n) * factor(par, x)
                 store(target, i, f, value)
@@ -84,12 +86,27 @@ def activate_keys(par, sign, rows, raw, height, lift, bias, b, c, slot, r0, targ
 
 @jit(fastmath=EXACT)
 def raise_keys(
-    par, rows, count, keys, first, last, height, lift, bias, w, c, s, z, slot, excess, scale,
-):  # fmt: skip
+    par,
+    rows,
+    count,
+    keys,
+    first,
+    last,
+    log_norm,
+    bias_exponent,
+    bias,
+    w,
+    c,
+    s,
+    z,
+    slot,
+    excess,
+    scale,
+):
     """Raise c of some blocks to the largest log2-feature of the coming keys, rescaling the state.
 
     Returns how many keys come.  They stay together while they pass the state and the first key
-    among them by at most par.span: beyond it the rows before the tall key would lose theirs to
+    among them by at most par.max_rise: beyond it the rows before the tall key would lose theirs to
     underflow.  Which key is tall depends on the keys before it alone, so cutting there keeps
     causality exact.  The cut has to be that of all blocks: if these are only some, and there is
     one, nothing is raised.
@@ -107,16 +124,16 @@ def raise_keys(
                 r = (side * blocks + b) * width + f
                 beta = load(bias, w + b, f)
                 y = fma(turn, load(raw, 0, f), beta)
-                y = log_feature(par, y) - splat(z, height[0])
-                base = maximum(load(c, slot, r), nearest(y) + splat(c, lift[0]))
+                y = log_feature(par, y) - splat(z, log_norm[0])
+                base = maximum(load(c, slot, r), nearest(y) + splat(c, bias_exponent[0]))
                 for i in range(rows):
                     y = fma(turn, load(raw, i, f), beta)
-                    y = log_feature(par, y) - splat(z, height[i])
-                    more = nearest(y) + splat(c, lift[i]) - base
+                    y = log_feature(par, y) - splat(z, log_norm[i])
+                    more = nearest(y) + splat(c, bias_exponent[i]) - base
                     store(excess, i, 0, maximum(load(excess, i, 0), more))
     accepted = count
     for i in range(1, count):
-        if highest(load(excess, i, 0)) > par.span:
+        if highest(load(excess, i, 0)) > par.max_rise:
             accepted = i
             break
     if accepted < count and last - first < blocks:
@@ -132,8 +149,8 @@ def raise_keys(
                 top = old
                 for i in range(accepted):
                     y = fma(turn, load(raw, i, f), beta)
-                    y = log_feature(par, y) - splat(z, height[i])
-                    top = maximum(top, nearest(y) + splat(c, lift[i]))
+                    y = log_feature(par, y) - splat(z, log_norm[i])
+                    top = maximum(top, nearest(y) + splat(c, bias_exponent[i]))
                 raise_state(old, top, s, z, slot, keys.shape[0] * width, r, scale)
                 store(c, slot, r, top)
     return accepted
@@ -146,9 +163,21 @@ def activate_block(par, rows, keys, b, t, bias, w, c, slot):
     for side in range(par.signs - 1, -1, -1):
         r0 = (side * (keys.shape[0] // par.signs) + b) * width
         reach = activate_keys(
-            par, 1 - 2 * side, rows, keys[b * par.signs], t.height, t.lift, bias, w + b, c, slot, r0,
-            keys[b * par.signs + side], t.share, t.sums,
-        )  # fmt: skip
+            par,
+            1 - 2 * side,
+            rows,
+            keys[b * par.signs],
+            t.log_norm,
+            t.bias_exponent,
+            bias,
+            w + b,
+            c,
+            slot,
+            r0,
+            keys[b * par.signs + side],
+            t.share,
+            t.sums,
+        )
         over = max(over, reach)
     return over
 
@@ -201,7 +230,7 @@ def measure_queries(par, sign, cols, raw, features, c, slot, r0, top):
 
 
 @jit()
-def lift_queries(new, top, cols, rows, den, num, scores):
+def rescale_queries(new, top, cols, rows, den, num, scores):
     """Raise top to new where that is higher, rescaling what was summed under the old one."""
     for i in range(cols):
         if new[0, i] > top[0, i]:
@@ -260,7 +289,7 @@ def measure_pairs(par, sign, raw, cols, c, top):
 
 
 @jit()
-def lift_rows(new, top, rows):
+def rescale_rows(new, top, rows):
     """Rescale what was summed under top where new is higher."""
     for i in range(top.size):
         if new[i] > top[i]:
@@ -276,9 +305,9 @@ def strip_features(par, sign, raw, cols, c, z, first, top, higher, sums, num, sc
         measure_pairs(par, sign, raw, cols, c, top)
     if activate_pairs(par, sign, raw, cols, c, z, top, target, part) > RAISE_QUERIES:
         measure_pairs(par, sign, raw, cols, c, higher)
-        lift_rows(higher, top, sums)
-        lift_rows(higher, top, num)
-        lift_rows(higher, top, scores)
+        rescale_rows(higher, top, sums)
+        rescale_rows(higher, top, num)
+        rescale_rows(higher, top, scores)
         for i in range(top.size):
             top[i] = max(top[i], higher[i])
         activate_pairs(par, sign, raw, cols, c, z, top, target, part)

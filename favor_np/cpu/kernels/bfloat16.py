@@ -110,8 +110,9 @@ def _block(rows: int, cols: int, parts: int) -> Callable[..., Any]:
                 pointer = builder.bitcast(pointer, _BYTE.as_pointer())
                 _amx(builder, name, ir.Constant(_BYTE, tile), pointer, stride)
 
-            sums = [(y * cols + x, after(i0, y), after(j0, x))
-                    for y in range(rows) for x in range(cols)]  # fmt: skip
+            sums = [
+                (y * cols + x, after(i0, y), after(j0, x)) for y in range(rows) for x in range(cols)
+            ]
             with builder.if_else(accumulate) as (then, otherwise):
                 with then:
                     for tile, y, x in sums:
@@ -194,7 +195,9 @@ def _upper_bits(builder: Any, integer: Any, x: Any) -> Any:
 @intrinsic
 def rounded(typingctx, a):
     """Each lane rounded to bfloat16."""
-    operation = _bits(lambda builder, integer, x: _upper_bits(builder, integer, _nearest(builder, integer, x)))  # fmt: skip
+    operation = _bits(
+        lambda builder, integer, x: _upper_bits(builder, integer, _nearest(builder, integer, x))
+    )
     return a(a), operation
 
 
@@ -462,7 +465,7 @@ def turn_rows(rows, left, right):
 def round_rows(pairs, rows, count, squares):
     """Round packed rows as `pairs` will be, if there are any, and square them anew.
 
-    So the height of a key is that of the vector whose product with a query is estimated.
+    So the log-norm of a key is that of the vector whose product with a query is estimated.
     """
     if pairs is None:
         return

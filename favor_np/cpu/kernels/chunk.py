@@ -26,11 +26,17 @@ from favor_np.cpu.kernels.activate import (
     RAISE_QUERIES,
     activate_block,
     activate_queries,
-    lift_queries,
     measure_queries,
     raise_keys,
+    rescale_queries,
 )
 from favor_np.cpu.kernels.bfloat16 import pairs_along
+from favor_np.cpu.kernels.error_bars import (
+    count_shares,
+    join_groups,
+    keep_group,
+    rescale_squares,
+)
 from favor_np.cpu.kernels.floats import IEEE, float_mode, flush_beside, set_float_mode
 from favor_np.cpu.kernels.gemm import Prefetch, gemm, gemm_t, gemm_t_fetching, prefetch_rows
 from favor_np.cpu.kernels.jit import jit
@@ -55,22 +61,16 @@ from favor_np.cpu.kernels.simd import (
     load,
     store,
 )
-from favor_np.cpu.kernels.spread import (
-    count_shares,
-    join_groups,
-    keep_group,
-    lift_squares,
-)
 from favor_np.cpu.kernels.state import add_rows, add_sums, holds_nothing
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import READ, WHOLE
 from favor_np.cpu.tiles import CHUNK
 from favor_np.jobs import (
     BACKWARDS,
+    BIAS_ROW,
     BLOCK,
     K_ROW,
     KEYS,
-    LIFT_ROW,
     MASK_ROW,
     QUERIES,
     ROWS,
@@ -94,7 +94,7 @@ def fold_chunk(par, pairs, keys, values, count, s, z, slot, sums, add, next_rows
         r0 = t % par.signs * (features // par.signs) + t // par.signs * width
         more = spare if add else s[slot, r0 : r0 + width]
         fetched = fold_keys(pairs, keys[t], values, count, more, next_rows, fetched)
-        set_float_mode(IEEE)  # whatever the values are: a relay adds sums without them
+        set_float_mode(IEEE)  # whatever the values are: a pipeline adds sums without them
         if add:
             add_rows(s[slot], r0, features + r0, width, spare)
     if add:
@@ -106,8 +106,22 @@ def fold_chunk(par, pairs, keys, values, count, s, z, slot, sums, add, next_rows
 
 @jit()
 def read_chunk(
-    par, p, row, out_row, first_row, count, c, s, z, slot, keys, groups, clean, next_rows, t,
-):  # fmt: skip
+    par,
+    p,
+    row,
+    out_row,
+    first_row,
+    count,
+    c,
+    s,
+    z,
+    slot,
+    keys,
+    groups,
+    clean,
+    next_rows,
+    t,
+):
     """One chunk of outputs, from the state and, if par.causal, the chunk's own keys."""
     call, values, w, features_count = p.call, t.values, p.row[BLOCK], p.row[ROWS]
     lanes = VECTOR_BYTES // values.itemsize
@@ -132,8 +146,8 @@ def read_chunk(
             if over > RAISE_QUERIES:
                 measure_queries(par, sign, cols, t.raw, features, c, slot, r0, t.higher)
                 if groups is not None:
-                    lift_squares(t.higher, t.top, cols, groups.squares)
-                lift_queries(t.higher, t.top, cols, rows, t.den, t.num, t.scores)
+                    rescale_squares(t.higher, t.top, cols, groups.squares)
+                rescale_queries(t.higher, t.top, cols, rows, t.den, t.num, t.scores)
                 activate_queries(
                     par, sign, cols, t.raw, features, c, z, slot, r0, t.top, t.phi, t.part
                 )
@@ -143,9 +157,19 @@ def read_chunk(
             if not empty:
                 state = s[slot, r0 : r0 + width]
                 fetched = gemm_t_fetching(
-                    t.phi, state, t.num, 0, rows, 0, state.shape[1], 0, width, not first,
-                    next_rows, fetched,
-                )  # fmt: skip
+                    t.phi,
+                    state,
+                    t.num,
+                    0,
+                    rows,
+                    0,
+                    state.shape[1],
+                    0,
+                    width,
+                    not first,
+                    next_rows,
+                    fetched,
+                )
             elif first:
                 t.num[:] = 0
             if par.causal:
@@ -167,7 +191,7 @@ def read_chunk(
             keep_group(t, groups, b)
             first = True
     if groups is not None:
-        batch = p.row[V_ROW] // int(call.spread[3])  # values that share variances
+        batch = p.row[V_ROW] // int(call.error_bars[3])  # values that share variances
         join_groups(t, groups, count, call, out_row, batch)
         return
     if par.causal:
@@ -209,8 +233,23 @@ def rows_ahead(step, row, distance, count):
 
 @jit()
 def read(
-    pairs, par, p, g, start, first, count, c, s, z, slot, keys, clean, distance, next_count, t,
-):  # fmt: skip
+    pairs,
+    par,
+    p,
+    g,
+    start,
+    first,
+    count,
+    c,
+    s,
+    z,
+    slot,
+    keys,
+    clean,
+    distance,
+    next_count,
+    t,
+):
     """Whether `pairs` is None is known to the compiler; the first rows of a chunk may be left out.
 
     Meanwhile the next `next_count` queries, `distance` rows on, are prefetched, and the rows of
@@ -259,10 +298,10 @@ def own_values(scores, values, clean, count, num, spare):
 
 
 @jit()
-def keys_chunk(par, call, row, step, count, mask_row, lift_row, w, c, s, z, slot, keys, t):
+def keys_chunk(par, call, row, step, count, mask_row, bias_row, w, c, s, z, slot, keys, t):
     """Pack and map the keys from row on, keeping c above them; how many of them were taken."""
     mask, sums = call.mask, t.sums
-    pack_keys(par, call, row, step, count, mask_row, lift_row, w, t)
+    pack_keys(par, call, row, step, count, mask_row, bias_row, w, t)
     accepted = map_keys(
         par, count, call.k.shape[1], call.key, call.key_parts, call.bias, w, c, s, z, slot, keys, t
     )
@@ -275,8 +314,8 @@ def keys_chunk(par, call, row, step, count, mask_row, lift_row, w, c, s, z, slot
 
 @jit()
 def map_keys(par, count, d, weight, split_weight, bias, w, c, s, z, slot, keys, t):
-    """Features of packed keys of log-norm t.height, raised by t.lift; how many were taken."""
-    rows, blocks, height = -(-count // 8) * 8, keys.shape[0] // par.signs, t.height
+    """Features of packed keys of log-norm t.log_norm, raised by t.bias_exponent; how many were taken."""
+    rows, blocks, log_norm = -(-count // 8) * 8, keys.shape[0] // par.signs, t.log_norm
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try
     turn_keys(t.pairs, t.parts, t)
@@ -288,23 +327,62 @@ def map_keys(par, count, d, weight, split_weight, bias, w, c, s, z, slot, keys, 
                     t.pairs, t.parts, t, weight, split_weight, w + b, keys[b * par.signs], rows, d
                 )
             accepted = raise_keys(
-                par, rows, count, keys, 0, blocks, height, t.lift, bias, w, c, s, z, slot,
-                t.excess, t.scale,
-            )  # fmt: skip
+                par,
+                rows,
+                count,
+                keys,
+                0,
+                blocks,
+                log_norm,
+                t.bias_exponent,
+                bias,
+                w,
+                c,
+                s,
+                z,
+                slot,
+                t.excess,
+                t.scale,
+            )
             for i in range(accepted, rows):
-                height[i] = math.inf
+                log_norm[i] = math.inf
         over = 0
         for b in range(blocks):
             for again in range(1 if known else 2):
                 if not known:
                     project_keys(
-                        t.pairs, t.parts, t, weight, split_weight, w + b, keys[b * par.signs],
-                        rows, d,
-                    )  # fmt: skip
-                if again == 1 and raise_keys(
-                    par, rows, count, keys, b, b + 1, height, t.lift, bias, w, c, s, z, slot,
-                    t.excess, t.scale,
-                ) < count:  # fmt: skip
+                        t.pairs,
+                        t.parts,
+                        t,
+                        weight,
+                        split_weight,
+                        w + b,
+                        keys[b * par.signs],
+                        rows,
+                        d,
+                    )
+                if (
+                    again == 1
+                    and raise_keys(
+                        par,
+                        rows,
+                        count,
+                        keys,
+                        b,
+                        b + 1,
+                        log_norm,
+                        t.bias_exponent,
+                        bias,
+                        w,
+                        c,
+                        s,
+                        z,
+                        slot,
+                        t.excess,
+                        t.scale,
+                    )
+                    < count
+                ):
                     break
                 reach = activate_block(par, rows, keys, b, t, bias, w, c, slot)
                 if reach <= RAISE_KEYS:
@@ -332,19 +410,22 @@ def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
     call, row, step = p.call, p.row, step_of(p)
     k_row, v_row, w = row[K_ROW] + step * start, row[V_ROW] + step * start, row[BLOCK]
     mask_row = row[MASK_ROW] + step * start if row[MASK_ROW] >= 0 else -1
-    lift_row = row[LIFT_ROW] + step * start if row[LIFT_ROW] >= 0 else -1
+    bias_row = row[BIAS_ROW] + step * start if row[BIAS_ROW] >= 0 else -1
     reads = what == READ or (what == WHOLE and par.causal)
     next_count = min(CHUNK, row[KEYS] - start - distance)
     taken = count
     set_float_mode(IEEE)
     if what != READ:
         taken = keys_chunk(
-            par, call, k_row, step, count, mask_row, lift_row, w, c, s, z, slot, keys, t
+            par, call, k_row, step, count, mask_row, bias_row, w, c, s, z, slot, keys, t
         )
     next_rows = Prefetch(
-        call.k, rows_ahead(step, k_row, distance, next_count),
-        call.v, rows_ahead(step, v_row, distance, next_count), next_count,
-    )  # fmt: skip
+        call.k,
+        rows_ahead(step, k_row, distance, next_count),
+        call.v,
+        rows_ahead(step, v_row, distance, next_count),
+        next_count,
+    )
     if t.pairs is not None:  # nothing below fetches
         prefetch_rows(call.k, next_rows.a_row, next_count)
         prefetch_rows(call.v, next_rows.b_row, next_count)
@@ -356,14 +437,38 @@ def attend_chunk(par, p, what, start, count, distance, c, s, z, slot, keys, t):
         load_state(t.pairs, par, row[ROWS], c, s, z, slot, keys.shape[2])
         for g in range(p.q_rows.size):
             read(
-                t.pairs, par, p, g, start, first, taken, c, s, z, slot, keys, clean, distance, next_count,
+                t.pairs,
+                par,
+                p,
+                g,
+                start,
+                first,
+                taken,
+                c,
+                s,
+                z,
+                slot,
+                keys,
+                clean,
+                distance,
+                next_count,
                 t,
-            )  # fmt: skip
+            )
     # What nobody reads need not be folded: the end of a sequence without a state.
     unread = what == WHOLE and reads and row[SLOT] < 0 and start + taken == row[KEYS]
     if what != READ and not unread:
         fold_chunk(
-            par, t.pairs, keys, t.values, taken, s, z, slot, t.sums, what == WHOLE, next_rows,
+            par,
+            t.pairs,
+            keys,
+            t.values,
+            taken,
+            s,
+            z,
+            slot,
+            t.sums,
+            what == WHOLE,
+            next_rows,
             t.spare,
-        )  # fmt: skip
+        )
     return taken

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 
-from favor_np.cpu.kernels.activate import RAISE_QUERIES, lift_queries, strip_features
+from favor_np.cpu.kernels.activate import RAISE_QUERIES, rescale_queries, strip_features
 from favor_np.cpu.kernels.bfloat16 import (
     add_nonfinite,
     finite_pairs,
@@ -49,7 +49,7 @@ from favor_np.cpu.kernels.simd import (
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import TROUBLE, ExactParameters
 from favor_np.cpu.tiles import CHUNK, PARTS, STRIP
-from favor_np.jobs import K_ROW, KEYS, LIFT_ROW, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
+from favor_np.jobs import BIAS_ROW, K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
 #: Queries of a tile that an edge cuts, of which keys that none of them sees are left out: of weights,
 #: and of logits.
@@ -181,7 +181,7 @@ def pack_queries(par, q, row, count, t):
 
 
 @jit()
-def pack_keys(par, call, row, count, mask_row, lift_row, t):
+def pack_keys(par, call, row, count, mask_row, bias_row, t):
     """Pack a tile of keys; the longest squared norm, and how many keys are not finite."""
     rows, square, ones, c, bad = t.rows, t.key_square, t.ones, t.c, 0
     k, mask, exponents, shares = call.k, call.mask, call.exponents, call.shares
@@ -196,19 +196,19 @@ def pack_keys(par, call, row, count, mask_row, lift_row, t):
             seen, bad = False, bad + 1
         ones[0, j] = 1 if seen else 0
         c[0, j] = 0 if seen else par.hidden
-        if seen and lift_row >= 0:
-            ones[0, j], c[0, j] = shares[lift_row + j], exponents[lift_row + j]
+        if seen and bias_row >= 0:
+            ones[0, j], c[0, j] = shares[bias_row + j], exponents[bias_row + j]
     load_keys(t.pairs, t.parts, t)
     return longest_of(square[:count], par.limit), bad
 
 
 @jit()
-def weigh_values(call, lift_row, count, values):
+def weigh_values(call, bias_row, count, values):
     """Multiply packed values with the shares of their keys."""
     shares = call.shares
-    for j in range(count if lift_row >= 0 else 0):
+    for j in range(count if bias_row >= 0 else 0):
         for x in range(values.shape[1]):
-            values[j, x] *= shares[lift_row + j]
+            values[j, x] *= shares[bias_row + j]
 
 
 @jit()
@@ -280,7 +280,7 @@ def read_tile(par, g, count, d, new, first, last, clean, t):
         measure(par, cols, first, last, t, top)
     if weigh(cols, first, last, t, top) > RAISE_QUERIES:
         measure(par, cols, first, last, t, t.higher)
-        lift_queries(t.higher, top, cols, 0, den, num, t.raw)
+        rescale_queries(t.higher, top, cols, 0, den, num, t.raw)
         weigh(cols, first, last, t, top)
     for i in range(count):
         den[0, i] += t.part[0, i]
@@ -303,8 +303,22 @@ def read_pairs(pairs, par, g, count, new, first, last, clean, t):
             raw[r - i, : min(max(r + first, 0), seen)] = -math.inf
             raw[r - i, max(r + last, 0) : seen] = -math.inf
         sums, out = pairs.sums[rows], num[i : i + STRIP]
-        strip_features(par, 1, raw, seen, t.c, t.ones, new, top[i : i + STRIP], t.higher[0, :STRIP],
-                       sums, out, t.spare[:STRIP], pairs.phi, pairs.part)  # fmt: skip
+        strip_features(
+            par,
+            1,
+            raw,
+            seen,
+            t.c,
+            t.ones,
+            new,
+            top[i : i + STRIP],
+            t.higher[0, :STRIP],
+            sums,
+            out,
+            t.spare[:STRIP],
+            pairs.phi,
+            pairs.part,
+        )
         gemm_pairs(pairs.phi, pairs.values, out, STRIP, out.shape[1], seen // 2, True)
         if not clean:
             add_nonfinite(pairs.phi, i, out, first, last, raw, t.values)
@@ -335,14 +349,14 @@ def exact_block(par, call, job, t):
     False if a logit may be too large for this precision: the rows it belongs to are then wrong.
     """
     fits, k, v, mask = True, call.k, call.v, call.mask
-    k_row, v_row, mask_row, lift_row = job[K_ROW], job[V_ROW], job[MASK_ROW], job[LIFT_ROW]
+    k_row, v_row, mask_row, bias_row = job[K_ROW], job[V_ROW], job[MASK_ROW], job[BIAS_ROW]
     out_row, count, keys_count, offset = job[OUT_ROW], job[QUERIES], job[KEYS], job[START]
     tiles = -(-count // CHUNK)
     pack_queries(par, call.q, job[Q_ROW], count, t)
     for start in range(first_tile(par, offset), min(keys_count, offset + count + par.right), CHUNK):
         here = min(CHUNK, keys_count - start)
         m_row = mask_row + start if mask_row >= 0 else -1
-        l_row = lift_row + start if lift_row >= 0 else -1
+        l_row = bias_row + start if bias_row >= 0 else -1
         longest, bad = pack_keys(par, call, k_row + start, here, m_row, l_row, t)
         clean = pack_values(v, v_row + start, 1, here, t.values, mask, m_row)
         weigh_values(call, l_row, here, t.values)

@@ -18,11 +18,11 @@ from favor_np.cpu.kernels.simd import exp2, load, nearest, splat, store, view
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import CHUNK, KEY_TILES
 from favor_np.jobs import (
+    BIAS_ROW,
     DQ_ROW,
     GRAD_ROW,
     K_ROW,
     KEYS,
-    LIFT_ROW,
     MASK_ROW,
     NUMBER,
     QUERIES,
@@ -34,7 +34,7 @@ from favor_np.numerics import LN2
 
 
 @jit()
-def pack_key_block(par, call, k_row, v_row, count, mask_row, lift_row, t):
+def pack_key_block(par, call, k_row, v_row, count, mask_row, bias_row, t):
     """Pack a block of keys and values; its sums start at zero."""
     keys, c, dk, dv, share, dbias = t.k, t.c, t.dk, t.dv, t.share, t.dbias
     k, v, mask, exponents, shares = call.k, call.v, call.mask, call.exponents, call.shares
@@ -52,10 +52,10 @@ def pack_key_block(par, call, k_row, v_row, count, mask_row, lift_row, t):
         for j in range(CHUNK):
             alive = j < here and (m_row < 0 or mask[m_row + j])
             c[b, j] = 0 if alive else par.hidden
-        for j in range(here if lift_row >= 0 else 0):
-            share[b, j] = shares[lift_row + start + j]
+        for j in range(here if bias_row >= 0 else 0):
+            share[b, j] = shares[bias_row + start + j]
             if c[b, j] == 0:
-                c[b, j] = exponents[lift_row + start + j]
+                c[b, j] = exponents[bias_row + start + j]
             for x in range(k.shape[1]):  # what dq sums over; logits have the columns
                 keys[b, j, x] *= share[b, j]
         dk[b], dv[b], dbias[b] = 0, 0, 0
@@ -126,7 +126,7 @@ def multiply(a, b, c, rows, depth, step, edge, first, last):
 
 
 @jit()
-def differentiate_tile(call, row, count, keys, first, last, lifted, b, dq, t):
+def differentiate_tile(call, row, count, keys, first, last, biased, b, dq, t):
     """Add what the packed queries and key tile b give to dq, dk and dv."""
     q_rows, k_rows, edge = -(-count // 8) * 8, -(-keys // 8) * 8, first + count > 1 or last < CHUNK
     d_cols, dv_cols, d, dv = t.q.shape[1], t.g.shape[1], call.q.shape[1], call.v.shape[1]
@@ -147,37 +147,37 @@ def differentiate_tile(call, row, count, keys, first, last, lifted, b, dq, t):
         gemm_t(t.p, t.g, t.dv[b], 0, k_rows, 0, dv_cols, 0, count, True)
         gemm_t(t.ds, t.q, t.dk[b], 0, k_rows, 0, d_cols, 0, count, True)
         gemm(t.ds, t.k[b], dq, 0, q_rows, 0, d_cols, 0, keys, True)
-    if lifted:
+    if biased:
         add_bias(t.ds, count, t.sums, t.dbias, b)
 
 
 @jit()
-def write_key_block(call, mask_row, lifted, count, row, t):
+def write_key_block(call, mask_row, biased, count, row, t):
     """Write the rows of dk, dv and what is of the biases, zeros for masked keys."""
     mask, dk, dv, dk_tiles, dv_tiles = call.mask, call.dk, call.dv, t.dk, t.dv
     dbias = call.dbias
     for j in range(count):
         alive = mask_row < 0 or mask[mask_row + j]
         b, at = j // CHUNK, j % CHUNK
-        share = t.share[b, at] if lifted else dk.dtype.type(1)
+        share = t.share[b, at] if biased else dk.dtype.type(1)
         factor = dk.dtype.type(LN2) * share  # the packed q has the scale and log2(e)
         for x in range(dk.shape[1]):
             dk[row + j, x] = dk_tiles[b, at, x] * factor if alive else 0
         for x in range(dv.shape[1]):
             dv[row + j, x] = dv_tiles[b, at, x] * share if alive else 0
-        if lifted:
+        if biased:
             dbias[row + j] = t.dbias[b, at] * share if alive else 0
 
 
 @jit()
 def differentiate_keys(par, call, job, offset, t):
     """One block of keys, from offset on, over all queries that may see them."""
-    q, mask, lifted = call.q, call.mask, job[LIFT_ROW] >= 0
+    q, mask, biased = call.q, call.mask, job[BIAS_ROW] >= 0
     q_rows, g_rows, dq_rows = call.q_rows, call.out_rows, call.dq_rows
     owner, mask_row, queries = job[NUMBER], job[MASK_ROW], job[QUERIES]
     grad_row, count = job[GRAD_ROW] + offset, min(KEY_TILES * CHUNK, job[KEYS] - offset)
     m_row = mask_row + offset if mask_row >= 0 else -1
-    l_row = job[LIFT_ROW] + offset if lifted else -1
+    l_row = job[BIAS_ROW] + offset if biased else -1
     pack_key_block(par, call, job[K_ROW] + offset, job[V_ROW] + offset, count, m_row, l_row, t)
     begin = max(offset - par.right, 0) // CHUNK * CHUNK
     for h in range(q_rows.shape[1]):
@@ -193,8 +193,8 @@ def differentiate_keys(par, call, job, offset, t):
                 keys = min(CHUNK, count - b * CHUNK)
                 if here + last < 2 or first >= keys:
                     continue
-                differentiate_tile(call, row, here, keys, first, last, lifted, b, dq, t)
-    write_key_block(call, m_row, lifted, count, grad_row, t)
+                differentiate_tile(call, row, here, keys, first, last, biased, b, dq, t)
+    write_key_block(call, m_row, biased, count, grad_row, t)
 
 
 @jit()

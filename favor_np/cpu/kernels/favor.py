@@ -8,13 +8,13 @@ from favor_np.cpu.kernels.counters import claim, enter, leave, report
 from favor_np.cpu.kernels.floats import FLUSH, IEEE, ordinary_sums, set_float_mode
 from favor_np.cpu.kernels.jit import jit
 from favor_np.cpu.kernels.pack import count_large
+from favor_np.cpu.kernels.pipeline import attend_pipeline
 from favor_np.cpu.kernels.products import (
     load_state,
     load_tile_config,
     prepare_pairs,
     release_tiles,
 )
-from favor_np.cpu.kernels.relay import attend_relay
 from favor_np.cpu.kernels.state import begin, fold_tail
 from favor_np.cpu.kernels.step import step_token
 from favor_np.cpu.records import OVERFLOW, WHOLE, Parameters
@@ -26,8 +26,21 @@ from favor_np.jobs import KEYS, QUERIES, ROWS, SLOT, V_ROW
 def parameters(constants):
     """The parameters that an array of PARAMETERS holds."""
     p = constants[0]
-    return Parameters(p.kind, p.signs, p.filled, p.nothing, p.idle, p.span, p.key_norm,
-                      p.kernel_epsilon, p.limit, p.far, p.affine, p.factored, p.causal)  # fmt: skip
+    return Parameters(
+        p.kind,
+        p.signs,
+        p.filled,
+        p.nothing,
+        p.padding_exponent,
+        p.max_rise,
+        p.key_norm,
+        p.kernel_epsilon,
+        p.limit,
+        p.far,
+        p.affine,
+        p.factored,
+        p.causal,
+    )
 
 
 @jit()
@@ -44,17 +57,33 @@ def attend_one(par, p, c, s, z, slot, t):
         for g in range(p.q_rows.size):
             for start in range(0, queries_count, CHUNK):
                 count, next_count = min(CHUNK, queries_count - start), queries_count - start - CHUNK
-                read(t.pairs, par, p, g, start, 0, count, c, s, z, slot, t.keys, True, CHUNK,
-                     min(CHUNK, next_count), t)  # fmt: skip
+                read(
+                    t.pairs,
+                    par,
+                    p,
+                    g,
+                    start,
+                    0,
+                    count,
+                    c,
+                    s,
+                    z,
+                    slot,
+                    t.keys,
+                    True,
+                    CHUNK,
+                    min(CHUNK, next_count),
+                    t,
+                )
 
 
 @jit()
-def attend_job(par, p, relay, job, me, t):
-    """A job that has a problem of its own, or one of those that make up a relay."""
+def attend_job(par, p, pipeline, job, me, t):
+    """A job that has a problem of its own, or one of those that make up a pipeline."""
     call, row = p.call, p.row
     c, s, z = call.c, call.s, call.z
-    if relay is not None:
-        attend_relay(par, p, relay, call.features, job, c, s, z, t)
+    if pipeline is not None:
+        attend_pipeline(par, p, pipeline, call.features, job, c, s, z, t)
     else:
         slot = begin(par, row, me, c, s, z, call.key.shape[2])
         # Who only reads changes nothing: others may read, too.
@@ -64,16 +93,16 @@ def attend_job(par, p, relay, job, me, t):
 
 
 @jit()
-def number_of(relay, job):
+def number_of(pipeline, job):
     """The row of a job in the table."""
-    return job if relay is None else 0
+    return job if pipeline is None else 0
 
 
 @jit()
 def attend(call):
     """Take jobs of `records.Attend` until none is left; how many are finished by now.
 
-    Variants: with a relay, with standard errors, with products of pairs, or of parts.
+    Variants: with a pipeline, with standard errors, with products of pairs, or of parts.
     """
     me, mode = enter(call.control)
     par, t = parameters(call.constants), room_of(call, me)
@@ -83,10 +112,10 @@ def attend(call):
         job = claim(call.control)
         if job < 0:
             break
-        at = number_of(call.relay, job)
+        at = number_of(call.pipeline, job)
         p = Problem(call, call.jobs[at], call.q_rows[at], call.out_rows[at])
         load_tile_config(call.config)
-        attend_job(par, p, call.relay, job, me, t)
+        attend_job(par, p, call.pipeline, job, me, t)
         release_tiles(call.config)
         finished += 1
     return leave(call.control, finished, mode)

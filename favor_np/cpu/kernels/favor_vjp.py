@@ -7,7 +7,7 @@ With o_i = N_i / D_i and the cotangent g_i let y_i = (g_i, -g_i.o_i) / D_i and x
     dv_j      = R_j^T phi_k(j)                                 backwards where that is causal
 
 Both are one loop here: side A is folded with its vectors, side B reads with its own, and e = phi_B
-* (state . vectors of B) goes back through the projection.  The divisor 1 / D_i is the height of a
+* (state . vectors of B) goes back through the projection.  The divisor 1 / D_i is the log-norm of a
 query: so R has running maxima as S has, and nothing overflows whatever the norms are. Nothing is
 rebuilt by subtraction, and no feature is kept.
 """
@@ -26,7 +26,7 @@ from favor_np.cpu.kernels.gemm import gemm, gemm_t
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.pack import (
     across,
-    heights,
+    log_norms,
     pack,
     pack_keys,
     pack_queries,
@@ -53,11 +53,11 @@ from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.records import OVERFLOW
 from favor_np.cpu.tiles import CHUNK, PAD
 from favor_np.jobs import (
+    BIAS_ROW,
     BLOCK,
     GRAD_ROW,
     K_ROW,
     KEYS,
-    LIFT_ROW,
     MASK_ROW,
     NUMBER,
     OUT_ROW,
@@ -84,17 +84,28 @@ def map_keys_side(par, call, job, at, count, c, s, z, slot, t):
     """Keys from position at on as side A; how many were taken, and if all are finite."""
     mask, values, share, w = call.mask, t.values, t.share, job[BLOCK]
     m_row = job[MASK_ROW] + at if job[MASK_ROW] >= 0 else -1
-    lift_row = job[LIFT_ROW] + at if job[LIFT_ROW] >= 0 else -1
-    pack_keys(par, call, job[K_ROW] + at, 1, count, m_row, lift_row, w, t)
+    bias_row = job[BIAS_ROW] + at if job[BIAS_ROW] >= 0 else -1
+    pack_keys(par, call, job[K_ROW] + at, 1, count, m_row, bias_row, w, t)
     clean = pack_values(call.v, job[V_ROW] + at, 1, count, values, mask, m_row)
     for i in range(count):
         if t.square[i] == math.inf and (m_row < 0 or mask[m_row + i]):
             # With a feature of zero NaN reaches nobody who must not see it.
             values[i], share[i], clean = math.nan, math.nan, False
     taken = map_keys(
-        par, count, call.k.shape[1], call.key, call.key_parts, call.bias, w, c, s, z, slot, t.keys,
+        par,
+        count,
+        call.k.shape[1],
+        call.key,
+        call.key_parts,
+        call.bias,
+        w,
+        c,
+        s,
+        z,
+        slot,
+        t.keys,
         t,
-    )  # fmt: skip
+    )
     return taken, clean
 
 
@@ -103,18 +114,18 @@ def map_queries_side(par, call, job, at, step, count, c, s, z, slot, t):
     """Queries at positions at, at + step, ... as side A, with their cotangents over D."""
     q_row, out_row, width = job[Q_ROW] + at, job[OUT_ROW] + at, call.grad.shape[1]
     weights, tops, values = call.weights, call.tops, t.values
-    height, lift, share = t.height, t.lift, t.share
+    log_norm, bias_exponent, share = t.log_norm, t.bias_exponent, t.share
     pack_queries(par, call, q_row, step, 0, count, job[BLOCK], t)
     clean = pack_values(call.grad, out_row, step, count, values, call.mask, -1)
     for i in range(CHUNK):
-        height[i], lift[i], share[i] = math.inf, 0, 0
+        log_norm[i], bias_exponent[i], share[i] = math.inf, 0, 0
     for i in range(count):
         row = out_row + i * step
         weight_of = weights[row]
         if weight_of == 0:  # it sees no key
             values[i] = 0
         elif t.square[i] < math.inf and weight_of > 0:
-            height[i], lift[i] = 0, -tops[row]
+            log_norm[i], bias_exponent[i] = 0, -tops[row]
             inverse = 1 / weight_of
             share[i] = -dot(values, i, call.out, row, width) * inverse
             for y in range(width):
@@ -123,9 +134,20 @@ def map_queries_side(par, call, job, at, step, count, c, s, z, slot, t):
             values[i], share[i] = math.nan, math.nan
         clean = clean and math.isfinite(share[i])
     taken = map_keys(
-        par, count, call.q.shape[1], call.query, call.query_rows_parts, call.none, job[BLOCK], c,
-        s, z, slot, t.keys, t,
-    )  # fmt: skip
+        par,
+        count,
+        call.q.shape[1],
+        call.query,
+        call.query_rows_parts,
+        call.none,
+        job[BLOCK],
+        c,
+        s,
+        z,
+        slot,
+        t.keys,
+        t,
+    )
     return taken, clean
 
 
@@ -198,7 +220,7 @@ def pack_readers(par, call, job, of_keys, at, step, count, t):
     if of_keys:
         mask_row = job[MASK_ROW] + at if job[MASK_ROW] >= 0 else -1
         pack(call.k, job[K_ROW] + at, step, count, t.rows, par.limit, t.square)
-        heights(par, call, job[BLOCK], count, t)
+        log_norms(par, call, job[BLOCK], count, t)
         pack_values(call.v, job[V_ROW] + at, step, count, other, call.mask, mask_row)
         extra[:] = 1
     else:
@@ -217,7 +239,7 @@ def pack_readers(par, call, job, of_keys, at, step, count, t):
 
 @jit()
 def reader_scales(par, call, job, of_keys, at, step, count, t):
-    """``2**(top - height)`` of each row of side B, by which its results are multiplied."""
+    """``2**(top - log-norm)`` of each row of side B, by which its results are multiplied."""
     weights, tops, mask, factors = call.weights, call.tops, call.mask, t.factor
     factors[:] = 0
     for i in range(count):
@@ -225,7 +247,7 @@ def reader_scales(par, call, job, of_keys, at, step, count, t):
         if of_keys:
             position = at + i * step
             if job[MASK_ROW] < 0 or mask[job[MASK_ROW] + position]:
-                raised = call.lifts[job[LIFT_ROW] + position] if job[LIFT_ROW] >= 0 else 0.0
+                raised = call.log2_bias[job[BIAS_ROW] + position] if job[BIAS_ROW] >= 0 else 0.0
                 by = 2.0 ** (t.top[0, i] - (t.square[i] - raised))
         else:
             row = job[OUT_ROW] + at + i * step
@@ -307,7 +329,7 @@ def pull_chunk(par, call, job, of_keys, at, step, count, clean, c, s, z, slot, t
             for j in range(rows):
                 scores[j, : min(j, cols)] = 0
             own_values(scores, t.values, clean, count, t.num, t.spare)
-        if par.factored:  # the gradient of the heights
+        if par.factored:  # the gradient of the log-norms
             gemm(t.rows, call.hessian[w], t.stretched, 0, rows, 0, dcols, 0, d, False)
         spoiled = write_keys(par, call, job, at, step, count, w, t)
     else:

@@ -22,13 +22,21 @@ LOG2E = 1.4426950408889634
 LOG2E_SINGLE = 1.44269502162933349609375, 1.9259629911266175e-8
 #: erf as a quotient of polynomials in x**2, the highest power first, for |x| < 4; that of Eigen.
 ERF_ABOVE = (
-    -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
-    -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02,
-)  # fmt: skip
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
 ERF_BELOW = (
-    -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
     -1.42647390514189e-02,
-)  # fmt: skip
+)
 
 
 @intrinsic
@@ -50,8 +58,9 @@ def exp(typingctx, x):
     first, second = LOG2E_SINGLE if size == 4 else (LOG2E, 2.0355273740931033e-17)
 
     def codegen(context, builder, signature, args):
-        real, whole = (ir.FloatType(), ir.IntType(32)) if size == 4 else (
-            ir.DoubleType(), ir.IntType(64))  # fmt: skip
+        real, whole = (
+            (ir.FloatType(), ir.IntType(32)) if size == 4 else (ir.DoubleType(), ir.IntType(64))
+        )
         fused = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(real, [real] * 3), f"llvm.fmuladd.f{8 * size}"
         )

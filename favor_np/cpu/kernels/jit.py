@@ -49,11 +49,19 @@ class _Passes(PassManager):  # type: ignore[misc]  # Numba's classes have no typ
         super().__init__("kernels")
         state.type_annotation = None
         for each in (
-            untyped.TranslateByteCode, untyped.FixupArgs, untyped.IRProcessing,
-            untyped.DeadBranchPrune, untyped.GenericRewrites, untyped.ReconstructSSA,
-            untyped.DeadBranchPrune, typed.NopythonTypeInference, typed.PreLowerStripPhis,
-            typed.IRLegalization, typed.NativeLowering, typed.NoPythonBackend,
-        ):  # fmt: skip
+            untyped.TranslateByteCode,
+            untyped.FixupArgs,
+            untyped.IRProcessing,
+            untyped.DeadBranchPrune,
+            untyped.GenericRewrites,
+            untyped.ReconstructSSA,
+            untyped.DeadBranchPrune,
+            typed.NopythonTypeInference,
+            typed.PreLowerStripPhis,
+            typed.IRLegalization,
+            typed.NativeLowering,
+            typed.NoPythonBackend,
+        ):
             self.add_pass(each)
         self.finalize()
 
@@ -201,9 +209,16 @@ def compile_kernel(body: Any, kind: Any, symbol: str, way: str) -> bytes:
         library = _Kernel(codegen_for(way), symbol)
         library.symbol = symbol
         result = compiler.compile_extra(
-            target.typing_context, target.target_context, body.py_func, (kind,), types.int64,
-            _flags(), {}, library=library, pipeline_class=_Compiler,
-        )  # fmt: skip
+            target.typing_context,
+            target.target_context,
+            body.py_func,
+            (kind,),
+            types.int64,
+            _flags(),
+            {},
+            library=library,
+            pipeline_class=_Compiler,
+        )
         library.add_ir_module(_door(target.target_context, library, result.fndesc, symbol))
         library.finalize()
         return bytes(library.emit_native_object())

@@ -100,11 +100,11 @@ def back_row_of_vectors(call, job, i, turn, end, centred):
         weighted = g * load(weight, 0, j)
         along, total = fma(weighted, unit, along), total + weighted
     slope = splat(x, -sum_lanes(along) / x.dtype.type(dim))
-    lift = splat(x, -sum_lanes(total) / x.dtype.type(dim) if centred else x.dtype.type(0))
+    shift = splat(x, -sum_lanes(total) / x.dtype.type(dim) if centred else x.dtype.type(0))
     for j in range(0, dim, lanes):
-        g = lift
+        g = shift
         if j < end:
-            g = fma(load(grad, i if j < turn else i + 1, j), load(weight, 0, j), lift)
+            g = fma(load(grad, i if j < turn else i + 1, j), load(weight, 0, j), shift)
         store(dx, i, j, fma(slope, (load(x, i, j) - mean) * inverse, g) * inverse)
 
 

@@ -21,7 +21,7 @@ SINGLE, DOUBLE = 2.0**32, 2.0**256
 MOST_SINGLE, MOST_DOUBLE = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
 
 #: The rows of ``call.affine`` of a block of a calibrated map (par.affine): the centres of queries
-#: and of keys, what is linear in the height of a key and, if par.factored, the columns of its
+#: and of keys, what is linear in the log-norm of a key and, if par.factored, the columns of its
 #: quadratic part.
 QUERY_CENTER, KEY_CENTER, LINEAR, FACTOR = range(4)
 
@@ -95,31 +95,31 @@ def pack_queries(par, call, row, step, first, count, w, t):
 
 
 @jit()
-def pack_keys(par, call, row, step, count, mask_row, lift_row, w, t):
-    """Pack keys and set their heights and, the integers of their bias, their lifts.
+def pack_keys(par, call, row, step, count, mask_row, bias_row, w, t):
+    """Pack keys and set their log-norms and the integers of their biases.
 
     Masked keys, and those that are not finite, are infinitely high: they have no feature.
     """
-    mask, height, lift, share = call.mask, t.height, t.lift, t.share
+    mask, log_norm, bias_exponent, share = call.mask, t.log_norm, t.bias_exponent, t.share
     pack(call.k, row, step, count, t.rows, par.limit, t.square)
-    heights(par, call, w, count, t)
+    log_norms(par, call, w, count, t)
     for i in range(CHUNK):
-        height[i], lift[i], share[i] = math.inf, 0, 1
+        log_norm[i], bias_exponent[i], share[i] = math.inf, 0, 1
     for i in range(count):
         if t.square[i] < math.inf and (mask_row < 0 or mask[mask_row + i * step]):
-            raised = call.lifts[lift_row + i * step] if lift_row >= 0 else 0.0
-            height[i], lift[i] = lifted(t.square[i], raised)
+            raised = call.log2_bias[bias_row + i * step] if bias_row >= 0 else 0.0
+            log_norm[i], bias_exponent[i] = biased(t.square[i], raised)
 
 
 @jit(fastmath=EXACT)
-def lifted(height, bias):
-    """The height of a key less the fraction of its bias, and the integer of that."""
+def biased(log_norm, bias):
+    """The log-norm of a key less the fraction of its bias, and the integer of that."""
     whole = math.floor(bias)
-    return height - (bias - whole), whole
+    return log_norm - (bias - whole), whole
 
 
 @jit()
-def heights(par, call, w, count, t):
+def log_norms(par, call, w, count, t):
     """What is subtracted from all log2-features of each packed key, in place of its square.
 
     Infinite for a key that is not finite; the keys of a calibrated map are centred.
@@ -134,15 +134,15 @@ def heights(par, call, w, count, t):
         project_t(t.columns, affine[w, FACTOR:], t.stretched, rows, cols, d)
     for i in range(count):
         if t.square[i] < math.inf:
-            height = par.key_norm * t.square[i]
+            log_norm = par.key_norm * t.square[i]
             if par.factored:
-                height = 0.0
+                log_norm = 0.0
                 for x in range(t.stretched.shape[1]):
-                    height += float(t.stretched[i, x]) ** 2
+                    log_norm += float(t.stretched[i, x]) ** 2
             if par.affine:
                 for x in range(d):
-                    height -= float(affine[w, LINEAR, x]) * t.rows[i, x]
-            t.square[i] = max(min(height, par.far), -par.far)
+                    log_norm -= float(affine[w, LINEAR, x]) * t.rows[i, x]
+            t.square[i] = max(min(log_norm, par.far), -par.far)
 
 
 @jit()

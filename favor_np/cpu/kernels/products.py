@@ -177,9 +177,22 @@ def read_strip(pairs, par, i, query, b, new, t):
     for side in range(par.signs):
         tile, first = b * par.signs + side, new and side == 0
         at = tile * features
-        strip_features(par, 1 - 2 * side, raw, 2 * features, pairs.c[tile:], pairs.z[tile:], first,
-                       t.top[0, i : i + STRIP], t.higher[0, :STRIP], sums, num, scores, pairs.phi,
-                       pairs.part)  # fmt: skip
+        strip_features(
+            par,
+            1 - 2 * side,
+            raw,
+            2 * features,
+            pairs.c[tile:],
+            pairs.z[tile:],
+            first,
+            t.top[0, i : i + STRIP],
+            t.higher[0, :STRIP],
+            sums,
+            num,
+            scores,
+            pairs.phi,
+            pairs.part,
+        )
         gemm_pairs(pairs.phi, pairs.state[at:], num, STRIP, num.shape[1], features, not first)
         if par.causal:
             gemm_pairs(pairs.phi, pairs.keys[at:], scores, STRIP, seen_by(i), features, not first)

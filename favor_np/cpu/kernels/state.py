@@ -35,7 +35,7 @@ def begin(par, job, me, c, s, z, width):
     for b in range(tiles):
         real = min(par.filled, job[ROWS] - b % blocks * par.filled)
         for r in range(width):
-            c[me, b * width + r] = par.nothing if r < real else par.idle
+            c[me, b * width + r] = par.nothing if r < real else par.padding_exponent
     c[me, features] = 0
     s[me, : 2 * features] = 0
     z[me, : 2 * features] = 0

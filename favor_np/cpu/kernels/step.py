@@ -10,9 +10,9 @@ from favor_np.cpu.kernels.gemm import project_two
 from favor_np.cpu.kernels.jit import EXACT, jit
 from favor_np.cpu.kernels.pack import (
     QUERY_CENTER,
+    biased,
     center,
-    heights,
-    lifted,
+    log_norms,
     pack,
     pack_values,
     write_rows,
@@ -31,7 +31,7 @@ from favor_np.cpu.kernels.simd import (
 from favor_np.cpu.kernels.state import add_pair, begin, fold_tail, scale_row, tail
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import TAIL
-from favor_np.jobs import BLOCK, K_ROW, LIFT_ROW, MASK_ROW, ROWS, V_ROW
+from favor_np.jobs import BIAS_ROW, BLOCK, K_ROW, MASK_ROW, ROWS, V_ROW
 
 
 @jit(fastmath=EXACT)
@@ -54,13 +54,18 @@ def step_token(par, call, job, me, t):
     flush_beside(values[count : count + 1], 1, c, True)
     if par.affine:
         center(rows[1:2], 1, affine[w, QUERY_CENTER], square[1:2])
-    heights(par, call, w, 1, t)
-    raised = call.lifts[row[LIFT_ROW]] if row[LIFT_ROW] >= 0 else 0.0
-    height, whole, spoiled = math.inf, 0, 0.0
+    log_norms(par, call, w, 1, t)
+    raised = call.log2_bias[row[BIAS_ROW]] if row[BIAS_ROW] >= 0 else 0.0
+    log_norm, whole, spoiled = math.inf, 0, 0.0
     if row[MASK_ROW] < 0 or call.mask[row[MASK_ROW]]:
-        height, whole = lifted(min(square[0], par.far), raised)
+        log_norm, whole = biased(min(square[0], par.far), raised)
         spoiled = math.nan if square[0] == math.inf else 0.0
-    height, lift, spoiled, raised = splat(q, height), splat(c, whole), splat(q, spoiled), False
+    log_norm, bias_exponent, spoiled, raised = (
+        splat(q, log_norm),
+        splat(c, whole),
+        splat(q, spoiled),
+        False,
+    )
     for b in range(half // width):
         project_two(rows, key[w + b], raw, width, d)
         queries = raw
@@ -72,14 +77,14 @@ def step_token(par, call, job, me, t):
             for f in range(0, width, lanes):
                 r = side * half + b * width + f
                 x = load(raw, 0, f)
-                y = log_feature(par, fma(turn, x, load(beta, w + b, f))) - height
-                old = load(c, slot, r) - lift
+                y = log_feature(par, fma(turn, x, load(beta, w + b, f))) - log_norm
+                old = load(c, slot, r) - bias_exponent
                 top, by = old, splat(q, 1)
                 if highest(nearest(y) - old) > RAISE_KEYS:
                     top, raised = maximum(old, nearest(y)), True
                     by = exp2(splat(q, 0), old - top)
                 value = exp2(y, nearest(y) - top) * factor(par, x) + spoiled
-                store(c, slot, r, top + lift)
+                store(c, slot, r, top + bias_exponent)
                 store(z, slot, r, load(z, slot, r) * by)
                 store(z, slot, every + r, load(z, slot, every + r) * by)
                 add_pair(z, slot, r, slot, every + r, value)

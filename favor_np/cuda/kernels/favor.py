@@ -50,13 +50,13 @@ from favor_np.cuda.kernels.tiles import (
 from favor_np.numerics import POSITIVE
 
 #: log2-features of the keys of one chunk may pass its first key by this much.
-SPAN = numerics.SPAN[4]
+MAX_RISE = numerics.MAX_RISE[4]
 #: Columns of the table of folds and reads: rows of side b (queries, as a rule) and of side a, which
 #: is folded; a row of -1 steps goes backwards.
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
-#: And the first rows of lifts, of both sides.
-LIFT, Q_LIFT = range(11, 13)
-#: Fractions of a lift, which is an integer of 64 bits: the upper half is the lift's integer.
+#: And the first rows of log2_bias, of both sides.
+LOG2_BIAS, Q_LOG2_BIAS = range(11, 13)
+#: Fractions of a bias_exponent, which is an integer of 64 bits: the upper half is the bias_exponent's integer.
 FRACTION = 2.0**-32
 #: Columns of that of the scan.
 SCAN = ("slot", "first", "count", "fresh")
@@ -65,34 +65,34 @@ AHEAD = 8
 
 
 @device
-def height_of(height, row, mask, mask_row, p, count):
-    """The height of key p of a tile: MASKED if it takes no part, NaN if it is not finite."""
+def log_norm_of(log_norm, row, mask, mask_row, p, count):
+    """The log-norm of key p of a tile: MASKED if it takes no part, NaN if it is not finite."""
     if p >= count or (mask.size > 0 and mask[mask_row] == 0):
         return float32(MASKED)
-    return height[row]
+    return log_norm[row]
 
 
 @device
-def put_heights(height, row, mask, mask_row, step, count, high):
-    """The heights of a tile."""
+def put_log_norms(log_norm, row, mask, mask_row, step, count, high):
+    """The log-norms of a tile."""
     tid, _, _ = lane()
     if tid < TILE:
-        high[tid] = height_of(height, row + step * tid, mask, mask_row + step * tid, tid, count)
+        high[tid] = log_norm_of(log_norm, row + step * tid, mask, mask_row + step * tid, tid, count)
 
 
 @device
-def lift_heights(lifts, row, step, count, high, rise):
-    """Lower the heights of a tile by the fractions of its lifts, whose integers are the rise.
+def raise_log_norms(log2_bias, row, step, count, high, rise):
+    """Lower the log-norms of a tile by the fractions of its log2_bias, whose integers are the rise.
 
-    Each thread has set the height that it changes.
+    Each thread has set the log-norm that it changes.
     """
     tid, _, _ = lane()
     if tid < TILE:
         whole = int32(0)
         if tid < count and high[tid] < float32(MASKED):  # no NaN either
-            lift = lifts[row + step * tid]
-            whole = int32(lift >> 32)
-            high[tid] -= float32(uint32(lift & 0xFFFFFFFF)) * float32(FRACTION)
+            bias_exponent = log2_bias[row + step * tid]
+            whole = int32(bias_exponent >> 32)
+            high[tid] -= float32(uint32(bias_exponent & 0xFFFFFFFF)) * float32(FRACTION)
         rise[tid] = whole
 
 
@@ -137,8 +137,8 @@ def highest_of_rows(top, tops, base):
 
 
 @device
-def part_of_keys(lifted, y, rise, start, count, before, level, base, cut, tops):
-    """Where the keys from start on pass the first of them, and before, by more than SPAN.
+def part_of_keys(biased, y, rise, start, count, before, level, base, cut, tops):
+    """Where the keys from start on pass the first of them, and before, by more than MAX_RISE.
 
     Returns count if none does.  Raises level from before to the largest of these keys.  Rows before
     a tall key would lose theirs to underflow.  Which key is tall depends on those before it alone,
@@ -148,16 +148,16 @@ def part_of_keys(lifted, y, rise, start, count, before, level, base, cut, tops):
     for i in range(4):
         if ty + 16 * i == start:
             for j in range(4):
-                base[tx + 16 * j] = max(raised(lifted, y[i, j], rise, start), before[j])
+                base[tx + 16 * j] = max(raised(biased, y[i, j], rise, start), before[j])
     if tid == 0:
         cut[0] = count
     cuda.syncthreads()
     tall = int32(count)
     for j in range(4):
-        limit = base[tx + 16 * j] + SPAN
+        limit = base[tx + 16 * j] + MAX_RISE
         for i in range(4):
             p = ty + 16 * i
-            above = raised(lifted, y[i, j], rise, p) > limit
+            above = raised(biased, y[i, j], rise, p) > limit
             tall = min(tall, int32(p if (p > start) & above else count))
     if tall < count:
         cuda.atomic.min(cut, 0, tall)
@@ -167,19 +167,19 @@ def part_of_keys(lifted, y, rise, start, count, before, level, base, cut, tops):
         level[j] = int32(LOWEST)
         for i in range(4):
             if start <= ty + 16 * i < stop:
-                level[j] = max(level[j], raised(lifted, y[i, j], rise, ty + 16 * i))
+                level[j] = max(level[j], raised(biased, y[i, j], rise, ty + 16 * i))
     highest_of_rows(level, tops, before)
     return stop
 
 
-def make_fold(kind: int, signs: int, lifted: bool) -> Callable[..., Any]:
+def make_fold(kind: int, signs: int, biased: bool) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own.
 
-    Keys that are `lifted` weigh 2**lift times as much.
+    Keys that are `biased` weigh 2**bias_exponent times as much.
     """
     per_sign = 4 // signs
 
-    def fold(k, height, lifts, share, v, mask, weight, bias, epsilon, table, c, s, z):
+    def fold(k, log_norm, log2_bias, share, v, mask, weight, bias, epsilon, table, c, s, z):
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         plain = cuda.shared.array(PLAIN, float32, alignment=16)
         tops = cuda.shared.array(WARPS, int32)
@@ -206,16 +206,16 @@ def make_fold(kind: int, signs: int, lifted: bool) -> Callable[..., Any]:
         for start in range(0, job[COUNT], TILE):
             first, step = job[ROW] + job[STEP] * start, job[STEP]
             size = min(TILE, job[COUNT] - start)
-            put_heights(height, first, mask, job[MASK] + step * start, step, size, high)
-            if lifted:
-                lift_heights(lifts, job[LIFT] + step * start, step, size, high, rise)
+            put_log_norms(log_norm, first, mask, job[MASK] + step * start, step, size, high)
+            if biased:
+                raise_log_norms(log2_bias, job[LOG2_BIAS] + step * start, step, size, high, rise)
             project(kind, k, first, step, size, weight, bias, job[HEAD], part, high, plain, raw, y)
             for j in range(4):
                 level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
                 for i in range(4):
-                    new[j] = max(new[j], raised(lifted, y[i, j], rise, ty + 16 * i))
+                    new[j] = max(new[j], raised(biased, y[i, j], rise, ty + 16 * i))
             highest_of_rows(new, tops, level)
-            features(kind, lifted, epsilon, raw, y, new, rise)
+            features(kind, biased, epsilon, raw, y, new, rise)
             for j in range(4):
                 f, by = tx + 16 * j, power(level[j] - new[j])
                 folded[j] *= by
@@ -347,24 +347,24 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
 
 
 def make_read(
-    kind: int, signs: int, causal: bool, divide: bool, lifted: bool
+    kind: int, signs: int, causal: bool, divide: bool, biased: bool
 ) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
-    It divides by the denominator; or else, for the gradient of values, takes the heights of the
-    rows, and their lifts if they are `lifted`.
+    It divides by the denominator; or else, for the gradient of values, takes the log-norms of the
+    rows, and their log2_bias if they are `biased`.
     """
     per_sign = 4 // signs
-    moved = lifted and not divide
+    moved = biased and not divide
 
     def read(
         q,
-        q_height,
-        q_lifts,
+        q_log_norm,
+        q_log2_bias,
         q_mask,
         k,
-        height,
-        lifts,
+        log_norm,
+        log2_bias,
         v,
         mask,
         weight,
@@ -409,13 +409,13 @@ def make_read(
                 den[ty + 16 * i] = float32(0)
                 if not moved:
                     top[ty + 16 * i] = int32(-(2**30))
-        put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        put_log_norms(q_log_norm, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
         if moved:
-            lift_heights(q_lifts, job[Q_LIFT], job[STEP], job[COUNT], high_q, top)
+            raise_log_norms(q_log2_bias, job[Q_LOG2_BIAS], job[STEP], job[COUNT], high_q, top)
         if causal:
-            put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
-            if lifted:
-                lift_heights(lifts, job[LIFT], job[STEP], job[COUNT], high, rise)
+            put_log_norms(log_norm, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+            if biased:
+                raise_log_norms(log2_bias, job[LOG2_BIAS], job[STEP], job[COUNT], high, rise)
         cuda.syncthreads()
         part = int32(0)
         while part < slices:
@@ -442,9 +442,9 @@ def make_read(
                         y,
                     )
                     stop = part_of_keys(
-                        lifted, y, rise, start, job[COUNT], before, level, base, cut, tops
+                        biased, y, rise, start, job[COUNT], before, level, base, cut, tops
                     )
-                    features(kind, lifted, epsilon, raw, y, level, rise)
+                    features(kind, biased, epsilon, raw, y, level, rise)
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):

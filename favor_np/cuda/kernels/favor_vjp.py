@@ -1,7 +1,7 @@
 """Gradients: the same fold, read by the other side, as `favor_np.cpu.kernels.favor_vjp` explains.
 
-Here the heights of queries are the exponents of their denominators, and what these leave divides
-their vectors: so both sides have heights, and no row needs a maximum of its own.
+Here the log-norms of queries are the exponents of their denominators, and what these leave divides
+their vectors: so both sides have log-norms, and no row needs a maximum of its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from numba import cuda, float32, int32, int64, uint32
 from favor_np.cuda.kernels.favor import (
     COUNT,
     HEAD,
-    LIFT,
+    LOG2_BIAS,
     MASK,
     OUT_ROW,
-    Q_LIFT,
+    Q_LOG2_BIAS,
     Q_MASK,
     Q_ROW,
     Q_VECTOR,
@@ -25,9 +25,9 @@ from favor_np.cuda.kernels.favor import (
     SLOT,
     STEP,
     V_ROW,
-    lift_heights,
     part_of_keys,
-    put_heights,
+    put_log_norms,
+    raise_log_norms,
 )
 from favor_np.cuda.kernels.pack import total_of_warp
 from favor_np.cuda.kernels.storage import four, number, rounded
@@ -61,10 +61,10 @@ from favor_np.cuda.kernels.tiles import (
 from favor_np.numerics import POSITIVE, RELU
 
 
-def cotangents(grad, out, dens, tops, vectors, shares, heights, lifts):
+def cotangents(grad, out, dens, tops, vectors, shares, log_norms, log2_bias):
     """Divide the rows of grad by the denominators.
 
-    Sets their shares -grad . out / den, and their heights; or, if there are lifts, these.
+    Sets their shares -grad . out / den, and their log-norms; or, if there are log2_bias, these.
     """
     thread = cuda.threadIdx.x & 31
     row = cuda.blockIdx.x * 8 + ((cuda.threadIdx.x & 255) >> 5)
@@ -78,12 +78,12 @@ def cotangents(grad, out, dens, tops, vectors, shares, heights, lifts):
         total = total_of_warp(total)
         if thread == 0:
             shares[row] = total if den != float32(0) else float32(0)
-            height = float32(tops[row])
-            if lifts.size > 0:  # which may be larger than float32 holds exactly
-                lifts[row] = -int64(tops[row]) << 32
-                height = float32(0)
+            log_norm = float32(tops[row])
+            if log2_bias.size > 0:  # which may be larger than float32 holds exactly
+                log2_bias[row] = -int64(tops[row]) << 32
+                log_norm = float32(0)
             # A row that is not finite has a denominator that is not.
-            heights[row] = height + den * float32(0) if den != float32(0) else float32(MASKED)
+            log_norms[row] = log_norm + den * float32(0) if den != float32(0) else float32(MASKED)
 
 
 def gather(source, first, parts, target):
@@ -113,24 +113,24 @@ def slope(kind, x, y, n):
     return value if y == y else y
 
 
-def make_pull(kind: int, signs: int, causal: bool, lifted: bool) -> Callable[..., Any]:
+def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[..., Any]:
     """Return the kernel of the gradient of one side: q, whose vectors are g.
 
-    The other side is folded.  If they are `lifted`, there is a gradient of the lifts of q, too, by
+    The other side is folded.  If they are `biased`, there is a gradient of the log2_bias of q, too, by
     their natural logarithms; none is wanted where its array is of size 0.
     """
     rows_of_w, per_sign = TILE // signs, 4 // signs
 
     def pull(
         q,
-        q_height,
-        q_lifts,
+        q_log_norm,
+        q_log2_bias,
         g,
         q_share,
         q_mask,
         k,
-        height,
-        lifts,
+        log_norm,
+        log2_bias,
         v,
         share,
         mask,
@@ -146,7 +146,7 @@ def make_pull(kind: int, signs: int, causal: bool, lifted: bool) -> Callable[...
         key_norm,
         linear,
         out,
-        of_lifts,
+        of_log2_bias,
     ):
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         pairs = cuda.shared.array(PADDED, float32, alignment=16)
@@ -173,15 +173,15 @@ def make_pull(kind: int, signs: int, causal: bool, lifted: bool) -> Callable[...
         clear(num)
         if tid < TILE:
             total[tid] = float32(0)
-        put_heights(q_height, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
-        if lifted:
-            lift_heights(q_lifts, job[Q_LIFT], job[STEP], job[COUNT], high_q, rise_q)
+        put_log_norms(q_log_norm, job[Q_ROW], q_mask, job[Q_MASK], job[STEP], job[COUNT], high_q)
+        if biased:
+            raise_log_norms(q_log2_bias, job[Q_LOG2_BIAS], job[STEP], job[COUNT], high_q, rise_q)
         if tid < TILE:
             extra[tid] = share_of(q_share, job[Q_VECTOR] + job[STEP] * tid, tid < job[COUNT])
         if causal:
-            put_heights(height, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
-            if lifted:
-                lift_heights(lifts, job[LIFT], job[STEP], job[COUNT], high, rise)
+            put_log_norms(log_norm, job[ROW], mask, job[MASK], job[STEP], job[COUNT], high)
+            if biased:
+                raise_log_norms(log2_bias, job[LOG2_BIAS], job[STEP], job[COUNT], high, rise)
         cuda.syncthreads()
         if causal:
             product(
@@ -233,12 +233,12 @@ def make_pull(kind: int, signs: int, causal: bool, lifted: bool) -> Callable[...
                         y,
                     )
                     stop = part_of_keys(
-                        lifted, y, rise, start, job[COUNT], before, level, base, cut, tops
+                        biased, y, rise, start, job[COUNT], before, level, base, cut, tops
                     )
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):
-                            n = raised(lifted, y[i, j], rise, p) - level[j]
+                            n = raised(biased, y[i, j], rise, p) - level[j]
                             value = feature(kind, epsilon, signed(raw, i, j), y[i, j], n)
                             if p < start or p >= stop or value != value:
                                 value = float32(0)
@@ -284,14 +284,14 @@ def make_pull(kind: int, signs: int, causal: bool, lifted: bool) -> Callable[...
                     p, part_of_row = ty + 16 * i, float32(0)
                     cuda.syncwarp()  # rows in turn need fewer registers
                     for j in range(4):
-                        x, n = signed(raw, i, j), raised(lifted, y[i, j], rise_q, p) + level[j]
+                        x, n = signed(raw, i, j), raised(biased, y[i, j], rise_q, p) + level[j]
                         value = back[i, j]
                         back[i, j] = float32(0)
                         if not causal or p >= start:
                             back[i, j] = value * slope(kind, x, y[i, j], n)
-                            if lifted and kind != POSITIVE:
+                            if biased and kind != POSITIVE:
                                 part_of_row += value * feature(kind, epsilon, x, y[i, j], n)
-                        if not lifted or kind == POSITIVE:
+                        if not biased or kind == POSITIVE:
                             part_of_row += back[i, j]
                     for j in range(per_sign):
                         value = back[i, j]
@@ -327,9 +327,15 @@ def make_pull(kind: int, signs: int, causal: bool, lifted: bool) -> Callable[...
         for i in range(4):
             p = ty + 16 * i
             sums, own = total[p], high_q[p]
-            if lifted and of_lifts.size > 0 and tx == 0 and cuda.blockIdx.y == 0 and p < job[COUNT]:
+            if (
+                biased
+                and of_log2_bias.size > 0
+                and tx == 0
+                and cuda.blockIdx.y == 0
+                and p < job[COUNT]
+            ):
                 value = sums if own != float32(MASKED) else float32(0)
-                of_lifts[job[OUT_ROW] + job[STEP] * p] = value if own == own else own
+                of_log2_bias[job[OUT_ROW] + job[STEP] * p] = value if own == own else own
             for j in range(4):
                 x = cuda.blockIdx.y * TILE + 4 * tx + j
                 value = float32(0)

@@ -46,10 +46,10 @@ def highest_of_eight(x):
     return x
 
 
-def pack(source, limit, key_norm, center, linear, table, target, height):
-    """Copy rows to zero-padded ones, centred if the map is, and set the heights of keys.
+def pack(source, limit, key_norm, center, linear, table, target, log_norm):
+    """Copy rows to zero-padded ones, centred if the map is, and set the log-norms of keys.
 
-    A row longer than limit is shortened to it; one that is not finite becomes zeros, its height
+    A row longer than limit is shortened to it; one that is not finite becomes zeros, its log-norm
     NaN.
     """
     tid = cuda.threadIdx.x & 255
@@ -93,7 +93,7 @@ def pack(source, limit, key_norm, center, linear, table, target, height):
             target[to, x] = value
         total = max(min(total_of_eight(total), float32(FAR)), float32(-FAR))
         if thread == 0 and i < count:
-            height[to] = total + spoiled
+            log_norm[to] = total + spoiled
 
 
 def convert(source, target):
@@ -126,10 +126,10 @@ def scale(sums, by):
         sums[state, i] *= by[state]
 
 
-def change(rows, matrix, key_norm, table, target, height):
+def change(rows, matrix, key_norm, table, target, log_norm):
     """Multiply packed rows by the matrix of their head.
 
-    Adds their squares, times key_norm, to the heights.
+    Adds their squares, times key_norm, to the log-norms.
     """
     stage = cuda.shared.array(STAGED, float32, alignment=16)
     _, ty, tx = lane()
@@ -163,7 +163,7 @@ def change(rows, matrix, key_norm, table, target, height):
     for i in range(4):
         total = key_norm * total_across(square[i])
         if tx == 0 and ty + 16 * i < count:
-            total += height[row + ty + 16 * i]
+            total += log_norm[row + ty + 16 * i]
             if total == total:
                 total = max(min(total, float32(FAR)), float32(-FAR))
-            height[row + ty + 16 * i] = total
+            log_norm[row + ty + 16 * i] = total

@@ -32,7 +32,7 @@ from favor_np.cuda.kernels.tiles import (
 from favor_np.numerics import POSITIVE
 
 #: Columns of the table: where a token's arrays begin, its head, and its state.
-K_ROW, V_ROW, MASK_ROW, LIFT_ROW, HEAD, SLOT = range(6)
+K_ROW, V_ROW, MASK_ROW, BIAS_ROW, HEAD, SLOT = range(6)
 #: Features and columns of a row at most, as shared memory has room for.
 FEATURES, COLUMNS = 2048, 512
 
@@ -70,7 +70,7 @@ def highest_of_block(x, warps):
 
 @device
 def pack_row(source, line, limit, key_norm, center, linear, head, columns, row, warps):
-    """Copy a row to shared memory as `pack` does, and return its height."""
+    """Copy a row to shared memory as `pack` does, and return its log-norm."""
     tid = cuda.threadIdx.x & 255
     width = uint32(source.shape[1])
     square, gain, spoiled = float32(0), float32(1), float32(0)
@@ -131,7 +131,7 @@ def make_step(kind: int, signs: int) -> Callable[..., Any]:
         k,
         v,
         mask,
-        lifts,
+        log2_bias,
         weight,
         q_bias,
         bias,
@@ -164,7 +164,7 @@ def make_step(kind: int, signs: int) -> Callable[..., Any]:
         columns, features = uint32(weight.shape[1]), uint32(c.shape[1])
         lines = uint32(features // signs)
         first = uint32(head * lines)
-        height = pack_row(
+        log_norm = pack_row(
             k,
             uint32(table[job, K_ROW]),
             limit,
@@ -178,11 +178,11 @@ def make_step(kind: int, signs: int) -> Callable[..., Any]:
         )
         rise, seen = int32(0), True
         if mask.size > 0 and mask[table[job, MASK_ROW]] == 0:
-            height, seen = float32(MASKED), False
-        if lifts.size > 0 and height < float32(MASKED):
-            lift = lifts[table[job, LIFT_ROW]]
-            rise = int32(lift >> 32)
-            height -= float32(uint32(lift & 0xFFFFFFFF)) * float32(FRACTION)
+            log_norm, seen = float32(MASKED), False
+        if log2_bias.size > 0 and log_norm < float32(MASKED):
+            bias_exponent = log2_bias[table[job, BIAS_ROW]]
+            rise = int32(bias_exponent >> 32)
+            log_norm -= float32(uint32(bias_exponent & 0xFFFFFFFF)) * float32(FRACTION)
         cuda.syncthreads()
         for i in range(uint32(tid >> 3), lines, uint32(32)):
             raw = project_row(row, weight, uint32(first + i), columns)
@@ -190,7 +190,7 @@ def make_step(kind: int, signs: int) -> Callable[..., Any]:
                 sign = tid & 7
                 f = feature_of(i, sign, signs)
                 x = -raw if sign == 1 else raw
-                y = log_feature(kind, x) + bias[head, f] - height
+                y = log_feature(kind, x) + bias[head, f] - log_norm
                 n, before = exponent(y), c[slot, f]
                 n = int32(n + rise) if n > LOWEST else int32(LOWEST)
                 level = max(before, n)
@@ -207,7 +207,7 @@ def make_step(kind: int, signs: int) -> Callable[..., Any]:
             for f in range(part, features, uint32(4)):
                 s[slot, f, x] = s[slot, f, x] * keep[f] + phi[f] * value
         for member in range(q_rows.shape[1]):
-            height = pack_row(
+            log_norm = pack_row(
                 q,
                 uint32(q_rows[job, member]),
                 limit,
@@ -227,7 +227,7 @@ def make_step(kind: int, signs: int) -> Callable[..., Any]:
                     sign = tid & 7
                     f = feature_of(i, sign, signs)
                     x = -raw if sign == 1 else raw
-                    y = log_feature(kind, x) + q_bias[head, f] - height
+                    y = log_feature(kind, x) + q_bias[head, f] - log_norm
                     read[f] = y
                     if kind != POSITIVE:
                         gains[f] = factor(kind, epsilon, x)

@@ -29,7 +29,7 @@ STAGED, WARPS, ROWS = 2 * TILE * STAGE, 8 * TILE + 4, TILE + 4
 JOB = 16
 #: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
 EVEN = 8188
-#: Largest |log2-feature|; below -3 FAR there is none.  The height of a masked key; the exponent of
+#: Largest |log2-feature|; below -3 FAR there is none.  The log-norm of a masked key; the exponent of
 #: a feature which no key has reached; and that of a masked key, which leaves nothing beside it.
 FAR = numerics.FAR[4]
 MASKED, NOTHING = numerics.MASKED * FAR, numerics.NOTHING[4]
@@ -54,10 +54,10 @@ def exponent(y):
 
 
 @device
-def raised(lifted, y, rise, p):
-    """The exponent of a log2-feature y of row p; the rise of a lifted row is no part of its y."""
+def raised(biased, y, rise, p):
+    """The exponent of a log2-feature y of row p; the rise of a biased row is no part of its y."""
     n = exponent(y)
-    if lifted:
+    if biased:
         return int32(n + rise[p]) if n > LOWEST else int32(LOWEST)
     return n
 
@@ -107,7 +107,7 @@ def factor(kind, epsilon, y):
 
 @device
 def log_features(kind, raw, bias, head, column, high, y):
-    """y = the log2-features of a tile, less the heights of its rows, from the projections raw.
+    """y = the log2-features of a tile, less the log-norms of its rows, from the projections raw.
 
     Its columns begin at `column`; where raw has fewer, the others are the same with their sign
     turned.
@@ -135,7 +135,7 @@ def feature(kind, epsilon, x, y, n):
 
 
 @device
-def features(kind, lifted, epsilon, raw, y, level, rise):
+def features(kind, biased, epsilon, raw, y, level, rise):
     """y = the features with the log2 y and the rise of their rows, over 2**level of their columns.
 
     In two loops, which unroll.
@@ -143,7 +143,7 @@ def features(kind, lifted, epsilon, raw, y, level, rise):
     _, ty, _ = lane()
     for i in range(4):
         for j in range(4):
-            value = exp2(y[i, j], raised(lifted, y[i, j], rise, ty + 16 * i) - level[j])
+            value = exp2(y[i, j], raised(biased, y[i, j], rise, ty + 16 * i) - level[j])
             y[i, j] = value if y[i, j] == y[i, j] else y[i, j]
         cuda.syncwarp()
     if kind != POSITIVE:

@@ -45,7 +45,7 @@ def count_shares(par, count, first, keys, phi, z, slot, r0, g):
 
 
 @jit()
-def lift_squares(new, top, cols, squares):
+def rescale_squares(new, top, cols, squares):
     """Rescale what was summed under `top` where `new` is higher."""
     for i in range(cols):
         if new[0, i] > top[0, i]:
@@ -98,7 +98,7 @@ def compare_groups(t, g, i, call, row, batch):
     """The standard errors of one row: of each column its own and what all have in common."""
     rows, errors, sizes, variances = call.out, call.errors, call.sizes, call.variances
     groups, width = g.den.shape[0], rows.shape[1]
-    dof, prior_dof, t_factor = call.spread[0], call.spread[1], call.spread[2]
+    dof, prior_dof, t_factor = call.error_bars[0], call.error_bars[1], call.error_bars[2]
     den, inverse = t.den[0, i], t.den[0, i]
     sizes[row] = 0
     if den != 0:

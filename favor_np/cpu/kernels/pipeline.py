@@ -1,4 +1,4 @@
-"""A relay: one long causal problem for all threads of a call.
+"""A pipeline: one long causal problem for all threads of a call.
 
 The chunks are folded each into a state of its own, these are added up in order, and each chunk is
 read with the sum of those before it.  Turn by turn one group of chunks is folded, the states of the
@@ -43,9 +43,9 @@ CALM = 6
 
 
 @jit()
-def relay_job(relay, number):
+def pipeline_job(pipeline, number):
     """What a job does, the chunk where its group begins, and the turn that folds it."""
-    group = relay[GROUP]
+    group = pipeline[GROUP]
     turn, place = divmod(number, 2 * group + 1)
     if place < group:
         return FOLD, turn * group + place, turn
@@ -55,103 +55,107 @@ def relay_job(relay, number):
 
 
 @jit()
-def await_all(relay, what, turn):
+def await_all(pipeline, what, turn):
     """Wait until no job of that kind of a turn is left, yielding the processor."""
-    while fetch_add(relay, LEFT + 3 * (turn + RING) + what, 0) > 0:
-        call_function(relay[GIVE_WAY])
+    while fetch_add(pipeline, LEFT + 3 * (turn + RING) + what, 0) > 0:
+        call_function(pipeline[GIVE_WAY])
 
 
 @jit()
-def pass_on(relay, what, turn):
+def pass_on(pipeline, what, turn):
     """Count a job as done."""
-    fetch_add(relay, LEFT + 3 * (turn + RING) + what, -1)
+    fetch_add(pipeline, LEFT + 3 * (turn + RING) + what, -1)
 
 
 @jit()
-def note(relay, slot):
+def note(pipeline, slot):
     """Where the words of a state begin."""
-    return LEFT + 3 * (-(-relay[CHUNKS] // relay[GROUP]) + RING + slot)
+    return LEFT + 3 * (-(-pipeline[CHUNKS] // pipeline[GROUP]) + RING + slot)
 
 
 @jit()
-def slot_of(relay, chunk):
+def slot_of(pipeline, chunk):
     """Where the state of a chunk is; before the first one, that of the beginning."""
-    states = RING * relay[GROUP]
+    states = RING * pipeline[GROUP]
     return chunk % states if chunk >= 0 else states
 
 
 @jit()
-def await_turn(relay, what, chunk, turn):
+def await_turn(pipeline, what, chunk, turn):
     """Wait for what a job needs."""
     if what == FOLD:
-        await_all(relay, READ, turn - RING)
-        await_all(relay, SCAN, turn - 2)
+        await_all(pipeline, READ, turn - RING)
+        await_all(pipeline, SCAN, turn - 2)
         if turn < 2 and chunk > 0:
-            await_all(relay, FOLD, -1)
+            await_all(pipeline, FOLD, -1)
     elif what == SCAN:
-        await_all(relay, FOLD, turn)
-        await_all(relay, SCAN, turn - 1)
+        await_all(pipeline, FOLD, turn)
+        await_all(pipeline, SCAN, turn - 1)
     else:
-        await_all(relay, SCAN, turn)
+        await_all(pipeline, SCAN, turn)
 
 
 @jit()
-def basis_of(relay, what, chunk, turn):
+def basis_of(pipeline, what, chunk, turn):
     """The state whose c a chunk is to be folded with; -1 if the job is not to fold it."""
     if what == READ:
         return -1
-    own, before = note(relay, slot_of(relay, chunk)), chunk - 1
+    own, before = note(pipeline, slot_of(pipeline, chunk)), chunk - 1
     if what == FOLD:  # as a rule the first chunk finds c, and it stays there
-        before = 0 if turn < 2 and chunk > 0 else (turn - 1) * relay[GROUP] - 1
-    basis = slot_of(relay, before)
-    moved, fits = relay[note(relay, basis) + MOVED], relay[note(relay, basis) + FITS]
-    if what == SCAN and relay[own + BASE] == moved:
+        before = 0 if turn < 2 and chunk > 0 else (turn - 1) * pipeline[GROUP] - 1
+    basis = slot_of(pipeline, before)
+    moved, fits = pipeline[note(pipeline, basis) + MOVED], pipeline[note(pipeline, basis) + FITS]
+    if what == SCAN and pipeline[own + BASE] == moved:
         return -1
-    if what == FOLD and not (fits and (moved <= 0 or chunk - moved > CALM * relay[GROUP])):
-        relay[own + BASE] = chunk  # as of no other
+    if what == FOLD and not (fits and (moved <= 0 or chunk - moved > CALM * pipeline[GROUP])):
+        pipeline[own + BASE] = chunk  # as of no other
         return -1
     return basis
 
 
 @jit()
-def note_fold(relay, chunk, basis, fits, c):
+def note_fold(pipeline, chunk, basis, fits, c):
     """Keep what has to be known of a chunk that was folded."""
-    slot, moved, same = slot_of(relay, chunk), relay[note(relay, basis) + MOVED], True
+    slot, moved, same = slot_of(pipeline, chunk), pipeline[note(pipeline, basis) + MOVED], True
     for r in range(c.shape[1]):
         same = same and c[slot, r] == c[basis, r]
-    own = note(relay, slot)
-    relay[own + BASE], relay[own + FITS] = moved, fits
-    relay[own + MOVED] = moved if same and fits else chunk
+    own = note(pipeline, slot)
+    pipeline[own + BASE], pipeline[own + FITS] = moved, fits
+    pipeline[own + MOVED] = moved if same and fits else chunk
 
 
 @jit()
-def scan_state(relay, chunk, c, s, z, scale):
+def scan_state(pipeline, chunk, c, s, z, scale):
     """Add a chunk's state to the sum of those before it, and put that sum in its place."""
-    slot, before, total = slot_of(relay, chunk), slot_of(relay, chunk - 1), slot_of(relay, -1)
-    features, moved = c.shape[1] - PAD, relay[note(relay, slot) + MOVED] == chunk
+    slot, before, total = (
+        slot_of(pipeline, chunk),
+        slot_of(pipeline, chunk - 1),
+        slot_of(pipeline, -1),
+    )
+    features, moved = c.shape[1] - PAD, pipeline[note(pipeline, slot) + MOVED] == chunk
     for r in range(0, features if moved else 0, VECTOR_BYTES // z.itemsize):
         raise_state(load(c, before, r), load(c, slot, r), s, z, total, features, r, scale)
     add_state(c, s, z, slot, total)
 
 
 @jit()
-def attend_relay(par, p, relay, features, number, c, s, z, t):
+def attend_pipeline(par, p, pipeline, features, number, c, s, z, t):
     """One job.  Behind the states of chunks lies the sum of those added."""
-    what, chunk, turn = relay_job(relay, number)
-    if not 0 <= chunk < relay[CHUNKS]:
+    what, chunk, turn = pipeline_job(pipeline, number)
+    if not 0 <= chunk < pipeline[CHUNKS]:
         return
-    await_turn(relay, what, chunk, turn)
-    last, total, distance = chunk + 1, slot_of(relay, -1), relay[THREADS] * CHUNK
+    await_turn(pipeline, what, chunk, turn)
+    last, total, distance = chunk + 1, slot_of(pipeline, -1), pipeline[THREADS] * CHUNK
     if what == SCAN:
-        last = min(chunk + relay[GROUP], relay[CHUNKS])
+        last = min(chunk + pipeline[GROUP], pipeline[CHUNKS])
     for i in range(chunk, last):
-        slot, at, end = slot_of(relay, i), i * CHUNK, min(i * CHUNK + CHUNK, p.row[KEYS])
+        slot, at, end = slot_of(pipeline, i), i * CHUNK, min(i * CHUNK + CHUNK, p.row[KEYS])
         keys = features[slot]
-        own, basis = note(relay, slot), basis_of(relay, what, i, turn)
+        own, basis = note(pipeline, slot), basis_of(pipeline, what, i, turn)
         if basis >= 0:
             for r in range(c.shape[1]):
                 c[slot, r] = c[basis, r]
-        if basis >= 0 or (what == READ and relay[own + FITS]):
+        if basis >= 0 or (what == READ and pipeline[own + FITS]):
             taken = attend_chunk(
                 par,
                 p,
@@ -167,13 +171,13 @@ def attend_relay(par, p, relay, features, number, c, s, z, t):
                 t,
             )
             if what != READ:
-                note_fold(relay, i, basis, taken == end - at, c)
+                note_fold(pipeline, i, basis, taken == end - at, c)
         set_float_mode(IEEE)
-        if what == SCAN and relay[own + FITS]:
-            scan_state(relay, i, c, s, z, t.scale)
+        if what == SCAN and pipeline[own + FITS]:
+            scan_state(pipeline, i, c, s, z, t.scale)
         elif what == SCAN:  # a chunk in pieces, as one thread goes through it
             for r in range(c.shape[1]):
-                c[slot, r] = c[slot_of(relay, i - 1), r]
+                c[slot, r] = c[slot_of(pipeline, i - 1), r]
             copy_state(s, z, total, slot, c.shape[1] - PAD)
             split = False
             while at < end:
@@ -182,5 +186,5 @@ def attend_relay(par, p, relay, features, number, c, s, z, t):
                 at, split = at + taken, taken < count
             copy_state(s, z, slot, total, c.shape[1] - PAD)
     if what == FOLD and chunk == 0:
-        pass_on(relay, FOLD, -1)
-    pass_on(relay, what, turn)
+        pass_on(pipeline, FOLD, -1)
+    pass_on(pipeline, what, turn)

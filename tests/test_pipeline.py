@@ -24,16 +24,18 @@ LONG = tuning.MIN_SHARED_LENGTH
 
 
 @pytest.fixture(autouse=True)
-def relays():
-    """Share out whatever is longer than a chunk; the relays that are run."""
-    with tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=CHUNK + 1), recorded("relay") as run:
+def pipelines():
+    """Share out whatever is longer than a chunk; the pipelines that are run."""
+    with tuned(MIN_PARALLEL_WORK=0, MIN_SHARED_LENGTH=CHUNK + 1), recorded("pipeline") as run:
         yield run
 
 
-def notes(relay):
+def notes(pipeline):
     """Of each state that is left: the chunk at which c moved last, and whether its keys fit together."""
-    rows = relay.words[-3 * (relay.states + 1) : -3]  # the last three are those of the beginning
-    rows = rows.reshape(relay.states, 3)
+    rows = pipeline.words[
+        -3 * (pipeline.states + 1) : -3
+    ]  # the last three are those of the beginning
+    rows = rows.reshape(pipeline.states, 3)
     return rows[:, MOVED], rows[:, FITS].astype(bool)
 
 
@@ -80,45 +82,45 @@ def a_map(size):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("length", [66, 128, 129, 1000, 3001])
 @pytest.mark.parametrize("size", SIZES)
-def test_any_size(relays, size, length, dtype):
+def test_any_size(pipelines, size, length, dtype):
     dim, width, fm = a_map(size)
     same_bits(*inputs(length, dim, width, dtype=dtype), fm)
-    assert len(relays) == 6
+    assert len(pipelines) == 6
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("decay", [0.3, 0.9, 0.99, 0.9995])
-def test_decay_moves_c_ever_again(relays, decay, size):
+def test_decay_moves_c_ever_again(pipelines, decay, size):
     dim, width, fm = a_map(size)
     same_bits(*inputs(2500, dim, width), fm, decay=decay)
     if decay < 0.9:
-        moved, _ = notes(relays[0])
+        moved, _ = notes(pipelines[0])
         assert (moved > 0).all()
 
 
 @pytest.mark.parametrize("where", [3, 64, 70, 1500, 2499])
 @pytest.mark.parametrize("times", [0.1, 30, 1000])
-def test_keys_of_another_size(relays, where, times):
+def test_keys_of_another_size(pipelines, where, times):
     """c moves, and keys of a chunk may not fit together: then it is gone through in pieces."""
     q, k, v = inputs(2500, 16, 8)
     fm = feature_map("positive", 16, 64, antithetic=False, rng=0)
     k[:, :where] *= times  # the features of large keys are small
     same_bits(q, k, v, fm)
     if times > 1 and where == 2499:
-        _, fit = notes(relays[0])
-        assert not fit[relays[0].last]
+        _, fit = notes(pipelines[0])
+        assert not fit[pipelines[0].last]
     for step in range(40):
         k[:, where + step * 50 :] *= 0.8
     same_bits(q, k, v, fm)
 
 
-def test_every_chunk_has_keys_that_do_not_fit(relays):
+def test_every_chunk_has_keys_that_do_not_fit(pipelines):
     q, k, v = inputs(1500, 16, 8)
     k[:] = (
         2 * np.sqrt(3.0 * np.arange(1500, 0, -1))[:, None] * (k[:, :1] / np.linalg.norm(k[:, :1]))
     )
     same_bits(q, k, v, feature_map("positive", 16, 64, rng=0))
-    _, fit = notes(relays[0])
+    _, fit = notes(pipelines[0])
     assert not fit[: 1500 // CHUNK].any()
 
 
@@ -149,7 +151,7 @@ def test_what_is_not_finite_reaches_no_row_before_it(bad, where):
         assert not np.isfinite(out[:, where]).all()
 
 
-def test_on_from_a_state_and_into_it(relays):
+def test_on_from_a_state_and_into_it(pipelines):
     q, k, v = inputs(2000)
     fm = a_map("small")[2]
     state = favor_attention(q, 2 * k, v, fm, return_state=True)[1]
@@ -166,44 +168,44 @@ def test_on_from_a_state_and_into_it(relays):
     np.testing.assert_allclose(
         np.concatenate([first, rest[0]], axis=1), one[0], rtol=close, atol=close
     )
-    assert relays
+    assert pipelines
 
 
-def test_heads_that_share_keys_and_heads_that_are_left_over(relays):
+def test_heads_that_share_keys_and_heads_that_are_left_over(pipelines):
     fm = a_map("small")[2]
     q, k, v = inputs(1000, lead=(6,))
     same_bits(q, k[:1], v[:1], fm, enable_gqa=True, numbers=(2, 5))
-    assert len(relays) == 4
-    relays.clear()
+    assert len(pipelines) == 4
+    pipelines.clear()
     same_bits(q[:3], k[:3], v[:3], fm, numbers=(2,))  # two at once, and one by both
-    assert len(relays) == 2
-    relays.clear()
+    assert len(pipelines) == 2
+    pipelines.clear()
     same_bits(q[:4], k[:4], v[:4], fm, numbers=(5,))  # only one would be idle
-    assert not relays
+    assert not pipelines
     same_bits(q, k, v, fm, numbers=(5,), decay=np.linspace(0.9, 0.999, 6))
-    assert len(relays) == 2
+    assert len(pipelines) == 2
 
 
-def test_a_long_sequence_among_short_ones(relays):
+def test_a_long_sequence_among_short_ones(pipelines):
     fm = a_map("small")[2]
     q, k, v = inputs(2000)
     offsets = [0, 100, 1800, 1810, 2000]
     same_bits(q, k, v, fm, cu_seqlens=offsets, numbers=(2, 3))
-    assert len(relays) == 4
+    assert len(pipelines) == 4
     same_bits(q, k, v, fm, cu_seqlens=offsets, decay=0.95, numbers=(2,))
 
 
-def test_bfloat16_and_parts(relays):
+def test_bfloat16_and_parts(pipelines):
     q, k, v = inputs(1500, 64, 48)
     fm = feature_map("positive", 64, 256, rng=0)
     with tuned(USE_BFLOAT16=True):
         same_bits(q, k, v, fm, precision="bfloat16")
         v[:, 700, 3] = np.nan
         same_bits(q, k, v, fm, precision="bfloat16")
-    before = len(relays)
+    before = len(pipelines)
     with tuned(USE_BF16X3=True):
         same_bits(q, k, v, fm)
-    assert len(relays) == before + 6
+    assert len(pipelines) == before + 6
 
 
 def test_calibrated_maps():
@@ -213,7 +215,7 @@ def test_calibrated_maps():
         same_bits(q, k, v, feature_map("positive", 8, 64, rng=0).calibrate(q, k, method))
 
 
-def test_error_bars(relays):
+def test_error_bars(pipelines):
     q, k, v = inputs(1500, 8, 5)
     fm = feature_map("positive", 8, 64, rng=0)
     found = []
@@ -223,7 +225,7 @@ def test_error_bars(relays):
     for one in found[1:]:
         np.testing.assert_array_equal(one.output, found[0].output)
         np.testing.assert_array_equal(one.standard_error, found[0].standard_error)
-    assert len(relays) == 2
+    assert len(pipelines) == 2
 
 
 @settings(max_examples=40, deadline=None)
@@ -267,12 +269,12 @@ def test_short_heads_are_left_whole():
 )
 def test_memory_is_enough_and_no_more(features, width, threads):
     of = layout(feature_map("positive", 16, features), np.dtype(np.float32), width)
-    relay = schedule.relay(of, 10**6, threads)
+    pipeline = schedule.pipeline(of, 10**6, threads)
     own = 4 * of.features * (of.value_columns + CHUNK)
-    assert relay.states * own <= max(tuning.MAX_GROUP_BYTES, RING * own)
-    c, s, z, rooms, keys = of.stateful.make(threads, relay.states + 1)
+    assert pipeline.states * own <= max(tuning.MAX_GROUP_BYTES, RING * own)
+    c, s, z, rooms, keys = of.stateful.make(threads, pipeline.states + 1)
     assert len(rooms) == threads
-    assert {len(array) for array in (c, s, z, keys)} == {relay.states + 1}
+    assert {len(array) for array in (c, s, z, keys)} == {pipeline.states + 1}
     assert keys[0].size == of.features * CHUNK
 
 
@@ -298,7 +300,7 @@ for threads in (2, 3, 8, 2):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
-def test_forks_between_and_during_relays():
+def test_forks_between_and_during_pipelines():
     python(ONE_HEAD + """
 working = True
 
