@@ -21,7 +21,7 @@ Solution: TypeAlias = tuple[F64, F64]
 
 
 class Sample(NamedTuple):
-    """Some queries and keys (L, d) of a head, what is added to the logits of each key, and weights."""
+    """Some queries and keys (L, d) of a head, what is added to each key's logits, and weights."""
 
     x: F64
     y: F64
@@ -209,7 +209,7 @@ def radius(sample: Sample, rows: F64, antithetic: bool, change: F64, a: F64) -> 
 
 
 def minimum(objective: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a function with one minimum has it, to some 2% of the interval: golden sections."""
+    """Return where a function has its one minimum, to some 2% of the interval: golden sections."""
     golden = (math.sqrt(5) - 1) / 2
     left, right = high - golden * (high - low), low + golden * (high - low)
     at_left, at_right = objective(left), objective(right)

@@ -281,7 +281,7 @@ def call_shapes(
     causal: bool,
     grouped: bool,
 ) -> tuple[Shape, Shape]:
-    """Check the shapes of q, k, v, key_mask and key_bias; return those of a state and of the result.
+    """Check the shapes of q, k, v, key_mask and key_bias; return those of a state and the result.
 
     `wanted` are dimension and heads of a feature map, and the shape and length of values of a
     state.
@@ -334,7 +334,7 @@ def grouped_shape(q: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def by_groups(call: Call) -> Call:
-    """Return a grouped call as one whose heads have the queries of their groups one after another."""
+    """Return a grouped call as one whose heads have their groups' queries one after another."""
     *lead, heads, rows, width = call.out_shape
     shared = call.state_shape[-1]
     q = np.broadcast_to(call.q, (*lead, heads, *call.q.shape[-2:]))

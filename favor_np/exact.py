@@ -97,9 +97,9 @@ def exact_attention(
     ValueError
         If shapes do not fit, `causal` or `cu_seqlens` is set with L_q != L_k, `window` is no pair
         without `causal`, `decay` is not in (0, 1] or given without `causal`, `key_bias` holds NaN,
-        +inf or what is too large, `cu_seqlens` does not rise from 0 to L, `scale` is not finite and positive,
-        `precision` is "bfloat16" with float64 (integers included), or `check_finite` is set and an
-        array is not finite.
+        +inf or what is too large, `cu_seqlens` does not rise from 0 to L, `scale` is not finite and
+        positive, `precision` is "bfloat16" with float64 (integers included), or `check_finite` is
+        set and an array is not finite.
 
     See Also
     --------
@@ -223,9 +223,9 @@ def exact_attention_vjp(
     are until the last pullback.
 
     A masked key and a row with no key have zero gradient.  If `causal`, the gradients of k, v,
-    `key_bias` and `decay` at position t do not depend on `grad_out` before t, to the bit; NaN in row i of `grad_out` or q
-    spoils row i of the gradient of q and the keys that row i sees.  Where a logit passes 2**19 the
-    whole gradient is computed in float64.
+    `key_bias` and `decay` at position t do not depend on `grad_out` before t, to the bit; NaN in
+    row i of `grad_out` or q spoils row i of the gradient of q and the keys that row i sees.  Where
+    a logit passes 2**19 the whole gradient is computed in float64.
 
     Examples
     --------

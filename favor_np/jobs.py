@@ -19,10 +19,11 @@ from favor_np.tables import kept
 Array: TypeAlias = npt.NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 
-#: Attention: the first rows of keys, values, mask and log2_bias (-1: there is none), how many keys; the
-#: first block of the map's weights; the slot of the state (-1: there is none); how many queries; the
-#: rows of W.  A slot of BACKWARDS: there is none, rows are numbered downwards, the last so many
-#: queries read, and what they read is joined with the rows and denominators that are there.
+#: Attention: the first rows of keys, values, mask and log2_bias (-1: there is none), how many keys;
+#: the first block of the map's weights; the slot of the state (-1: there is none); how many
+#: queries; the rows of W.  A slot of BACKWARDS: there is none, rows are numbered downwards, the
+#: last so many queries read, and what they read is joined with the rows and denominators that are
+#: there.
 K_ROW, V_ROW, MASK_ROW, BIAS_ROW, KEYS, BLOCK, SLOT, QUERIES, ROWS = range(9)
 BACKWARDS = -2
 #: With a window so many positions are computed at a time, or one segment.

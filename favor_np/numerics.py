@@ -25,7 +25,8 @@ FAR = {4: 2.0**20, 8: 2.0**28}
 EXACT_FAR = {4: FAR[4], 8: 2.0**48}
 #: What is subtracted from the log2-feature of a key that takes no part, in multiples of FAR.
 MASKED = 8
-#: In exact attention, the exponent of a key that takes no part.  Biases stay between half of that and less its own size.
+#: In exact attention, the exponent of a key that takes no part.  Biases stay between half of that
+#: and less its own size.
 HIDDEN = {4: -(2**28), 8: -(2**50)}
 #: c of features that no key has reached, and of those that only pad and that no key may reach.
 #: Decay raises keys by up to ``validation.LONGEST_DECAY``.  A masked key has the log2-feature minus

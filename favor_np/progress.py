@@ -37,8 +37,8 @@ def reporting(progress: bool | Progress | None) -> AbstractContextManager[Report
     Returns
     -------
     context manager
-        It gives what to call as ``report(stage, done, total)``: see `Report`. A stage whose first call has
-        ``done = 0`` is one long call: its bar is shown at once.
+        It gives what to call as ``report(stage, done, total)``: see `Report`.  A stage whose first
+        call has ``done = 0`` is one long call: its bar is shown at once.
 
     Raises
     ------
@@ -49,7 +49,9 @@ def reporting(progress: bool | Progress | None) -> AbstractContextManager[Report
     """
     if callable(progress):
         told = progress
-        return nullcontext(lambda stage, done, total, note="": told(stage, done, total))  # noqa: ARG005
+        return nullcontext(
+            lambda stage, done, total, note="": told(stage, done, total)  # noqa: ARG005
+        )
     if progress is None:
         terminal = sys.stderr is not None and sys.stderr.isatty()
         shown = terminal and find_spec("tqdm") is not None

@@ -303,8 +303,8 @@ class AttentionState:
         key_bias : array_like of float, shape (..., L), optional
             As for `favor_attention`.
         decay : array_like of float, shape (..., L), optional
-            One factor per token, in (0, 1]: each multiplies the weights of all keys before it, those in
-            the state included.  For states without a `decay` of their own.
+            One factor per token, in (0, 1]: each multiplies the weights of all keys before it,
+            those in the state included.  For states without a `decay` of their own.
         cu_seqlens : array_like of int, shape (sequences + 1,), optional
             Where the rows of each packed sequence begin; for states with `sequences`.
         num_threads : int, optional

@@ -77,7 +77,7 @@ def write(
     extra: dict[str, Any] | None = None,
     window: dict[str, Array] | None = None,
 ) -> None:
-    """Write a state, and `extra` for whoever reads it (anything JSON can hold), whole or not at all.
+    """Write a state, and `extra` for its reader (anything JSON can hold), whole or not at all.
 
     If it is that of a `WindowState`'s segment, `window` has its tokens.
     """

@@ -102,8 +102,9 @@ def stream_attention(
         are searched for them before anything is computed).
     ValueError
         If `checkpoint` is damaged, or was not written by this call (one with the same shapes,
-        dtypes, map, `causal`, `precision` and `chunk_size`), or an array no longer holds the last chunk that was
-        done before; if `out` lies in a file that could not be opened again after a kill.
+        dtypes, map, `causal`, `precision` and `chunk_size`), or an array no longer holds the last
+        chunk that was done before; if `out` lies in a file that could not be opened again after a
+        kill.
     OSError
         If an array or the checkpoint cannot be read or written.
     ImportError
@@ -319,8 +320,9 @@ def _check_reopens(out: Any) -> None:
     """Refuse files that nobody could open after a kill, and what never gets to a file."""
     if _library(out) == "h5py" and out.file.id.get_create_plist().get_version()[0] >= 3:
         raise ValueError(
-            "with a checkpoint out must lie in a file that HDF5 opens after a kill: not in one that "
-            "was made with libver='latest' or 'v110', got such a file; 'v108' or 'earliest' will do"
+            "with a checkpoint out must lie in a file that HDF5 opens after a kill: not in one "
+            "that was made with libver='latest' or 'v110', got such a file; 'v108' or 'earliest' "
+            "will do"
         )
     if type(getattr(out, "store", None)).__name__ == "ZipStore":
         raise ValueError(

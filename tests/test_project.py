@@ -75,6 +75,16 @@ def test_modules_stay_readable(path):
     assert "fastmath=True" not in "\n".join(lines)
 
 
+def test_lines_stay_short_and_laid_out_by_the_formatter():
+    lines = [
+        (relative(path), number, line)
+        for path in MODULES
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    ]
+    assert [f"{name}:{number}" for name, number, line in lines if len(line) > 100] == []
+    assert sum("fmt: skip" in line for _, _, line in lines) <= 20
+
+
 #: Why functions that are neither public nor kernels take more than `MOST_PARAMETERS`.
 MOST_PARAMETERS = 7
 MANY_PARAMETERS = {

@@ -1,4 +1,4 @@
-"""``favor-np forecast --model performer``: what is trained, beside what any forecast has to beat."""
+"""``favor-np forecast --model performer``: what is trained beside what any forecast has to beat."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _words(past: _Past) -> str:
 
 
 def _hits(past: _Past) -> tuple[float, float]:
-    """Share of moves whose sign was predicted, and of those in the more frequent direction so far."""
+    """Share of moves whose sign was predicted, and of those in the usual direction so far."""
     ours = past.ours
     moved = ours.known & (ours.outcome != 0)
     sign = np.sign(ours.outcome[moved])

@@ -449,8 +449,8 @@ def _exact_section(result: Forecast, exact: ExactComparison, bars: ErrorBars) ->
     pays = f"{exact.pays_from:,} windows on, with the calibration"
     rows.append(
         ("faster", f"FAVOR+, {exact.speedup:.3g} times; it pays from {pays}" if exact.speedup >= 1
-                   else f"exact, {1 / exact.speedup:.3g} times: the series is short. FAVOR+ pays from "
-                        + pays)
+                   else f"exact, {1 / exact.speedup:.3g} times: the series is short. "
+                        f"FAVOR+ pays from {pays}")
     )  # fmt: skip
     share = 100 * exact.rmse / exact.spread if exact.spread > 0 else math.nan
     part = f" (first {exact.rows:,})" if exact.extrapolated else ""
@@ -480,8 +480,8 @@ def _held(found: dict[str, Any]) -> str:
     """Say what follows from the share of differences that the error bars hold."""
     if found["inside"] < HELD:
         return (
-            f"too small, it takes {found['needed']:.2g} for 95{GLUE}%. All forecasts share one draw of "
-            "the features; more --features would help"
+            f"too small, it takes {found['needed']:.2g} for 95{GLUE}%. All forecasts share one "
+            "draw of the features; more --features would help"
         )
     if found["warnings"]:
         return "they hold here, but with so small a sample size they often do not"
@@ -512,8 +512,10 @@ def _replay_section(result: Forecast, record: Evaluation, replayed: Replay) -> S
         same = f", {data['same_signals']:,} of {len(result):,} signals the same"
     latency = ", ".join(f"{name} {seconds(value)}" for name, value in data["seconds"].items())
     rows = [
-        ("agreement", f"with the forecasts above to {replayed.difference:.1g} of the largest{same}"),
-        ("memory", f"a state of {replayed.state_bytes / 2**10:,.0f}{GLUE}KiB, whatever came before"),
+        ("agreement", f"with the forecasts above to {replayed.difference:.1g} of the largest"
+                      + same),
+        ("memory", f"a state of {replayed.state_bytes / 2**10:,.0f}{GLUE}KiB, "
+                   "whatever came before"),
         ("latency", latency),
     ]  # fmt: skip
     if replayed.calibration_seconds:

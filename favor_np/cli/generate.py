@@ -10,8 +10,8 @@ from . import _options as options
 from ._options import integer, real
 
 DESCRIPTION = """\
-Continue a text, byte by byte, with a model that favor-np train has saved. Every byte costs the same,
-however long the text is.
+Continue a text, byte by byte, with a model that favor-np train has saved. Every byte costs the
+same, however long the text is.
 """
 
 

@@ -137,8 +137,8 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
     learned, held_out = data.split(_text(args.text))
     if len(learned) <= args.length or len(held_out) < 2:
         raise options.CommandError(
-            f"{args.text}: too short: {len(learned)} bytes to learn from, {len(held_out)} held out, "
-            "without paragraphs, or lines, that are repeated"
+            f"{args.text}: too short: {len(learned)} bytes to learn from, {len(held_out)} held "
+            "out, without paragraphs, or lines, that are repeated"
         )
     text = np.frombuffer(held_out, np.uint8)
     validation = data.in_order(text, args.length, args.batch)

@@ -78,7 +78,7 @@ def _from_file(path: str, length: int) -> Tokens:
             arrays = _arrays(file)
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001  # bytes can be wrong in more ways than can be listed
+        except Exception as error:  # noqa: BLE001  # bytes can be wrong in countless ways
             raise ValueError(f"{path}: not an .npz file of numbers: {error}") from None
     if not {"q", "k"} <= set(arrays) or len(arrays) == 3:
         raise ValueError(f"{path}: needs arrays q and k, and known_q and known_k or neither")
@@ -120,8 +120,8 @@ def _arrays(file: BinaryIO) -> dict[str, Array]:
         expanded = sum(entry.file_size for entry in needed.values())
         if expanded > min(MOST_BYTES, max(SOME_BYTES, RATIO * size)):
             raise ValueError(
-                f"its {size / 2**20:,.3g} MiB would expand to {expanded / 2**20:,.0f} MiB; save some "
-                f"thousand tokens of some heads (at most {MOST_BYTES / 2**20:,.0f} MiB)"
+                f"its {size / 2**20:,.3g} MiB would expand to {expanded / 2**20:,.0f} MiB; save "
+                f"some thousand tokens of some heads (at most {MOST_BYTES / 2**20:,.0f} MiB)"
             )
         return {name: _array(name, archive, entry) for name, entry in needed.items()}
 

@@ -70,7 +70,8 @@ def draw(result: Comparison) -> Figure:
     kind = "causal" if result.setting.causal else "bidirectional"
     figure.suptitle(
         f"Random features and exact softmax attention, {kind}; times of one head, "
-        f"d = {result.setting.dim}, float32, {_count(result.machine['threads'], 'thread')}, {result.machine['processor']}",
+        f"d = {result.setting.dim}, float32, {_count(result.machine['threads'], 'thread')}, "
+        f"{result.machine['processor']}",
         fontsize=10,
     )
     return figure
@@ -107,8 +108,9 @@ def _draw_errors(axes: Any, result: Comparison) -> None:
         )
     heads, length, dim = result.tokens
     axes.set(
-        title=f"Error against exact attention on held-out tokens: {Path(result.setting.data).name}, "
-        f"L = {length:,}, d = {dim}" + (f", {heads} heads" if heads > 1 else ""),
+        title="Error against exact attention on held-out tokens: "
+        f"{Path(result.setting.data).name}, L = {length:,}, d = {dim}"
+        + (f", {heads} heads" if heads > 1 else ""),
         xlabel=f"features m (bars: standard deviation over {result.seeds} draws)",
         ylabel="relative root-mean-square error",
     )
@@ -143,7 +145,7 @@ def _draw_memory(axes: Any, result: Comparison) -> None:
 
 
 def _path_weights(setting: Setting, m: int) -> tuple[Array, Array]:
-    """Weights along one smooth random path, exact and of the default map: (POSITIONS, POSITIONS) each.
+    """Weights along one smooth random path, exact and of the default map, (POSITIONS, POSITIONS).
 
     Queries and keys are the same path, of the setting's size; weights of independent ones look
     like noise.  Each weight is in units of the row's mean weight.

@@ -36,8 +36,8 @@ from favor_np.cpu.record import (
 NEXT, CAME, FINISHED, TROUBLE, OVERFLOW, COUNT = 0, 4, 8, 12, 14, 15
 CONTROL = 16
 
-#: What is done to a chunk by a job of a pipeline: its keys are folded, its queries read, or both; and
-#: the job that adds up the states of a group.
+#: What is done to a chunk by a job of a pipeline: its keys are folded, its queries read, or both;
+#: and the job that adds up the states of a group.
 FOLD, READ, WHOLE, SCAN = 0, 1, 2, 2
 #: How many groups of a pipeline have their states in memory: until they are read, and until nobody
 #: needs their c.
@@ -332,7 +332,7 @@ class NormalizeBack(NamedTuple):
 
 
 class Activate(NamedTuple):
-    """What `activate` takes; `constants` has the number of the function, and whether it is gated."""
+    """What `activate` takes; `constants` has the function's number, and whether it is gated."""
 
     x: Floats2
     y: Floats2
@@ -360,8 +360,8 @@ class Heads(NamedTuple):
     lengths
         Of q and k on the sphere of each of their heads, or none.
     cos, sin
-        What each number of a head, and its partner, are multiplied with at each position, (L, d), or
-        none.
+        What each number of a head, and its partner, are multiplied with at each position, (L, d),
+        or none.
     sums
         What a block adds to the gradient of the lengths; `merge_heads` only.
     constants

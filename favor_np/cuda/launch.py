@@ -24,7 +24,7 @@ from favor_np.features import FeatureMap
 Array: TypeAlias = npt.NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: A bias_exponent of 1.
+#: A bias exponent of 1, in fixed point.
 BIAS_UNIT = 2**32
 
 make_fold = functools.cache(kernels.make_fold)

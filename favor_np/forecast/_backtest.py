@@ -314,7 +314,8 @@ def _forecast(
     found: F64 = np.asarray(model.predict(rows[before : index[-1] + 1]), np.float64)
     if found.shape != (index[-1] + 1 - before,):
         raise ValueError(
-            f"predict must return a number a row, got {found.shape} for {index[-1] + 1 - before} rows"
+            f"predict must return a number a row, got {found.shape} for "
+            f"{index[-1] + 1 - before} rows"
         )
     return np.asarray(found[index - before])
 

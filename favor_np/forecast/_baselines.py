@@ -25,7 +25,10 @@ class Parameters:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002
         """Return the arguments of the constructor."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        return {
+            item.name: getattr(self, item.name)
+            for item in fields(self)  # type: ignore[arg-type]
+        }
 
     def set_params(self, **params: Any) -> Self:
         """Change arguments of the constructor."""

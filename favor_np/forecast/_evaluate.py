@@ -254,7 +254,7 @@ def _skill(ours: F64, theirs: F64) -> float:
 def _base_rate(
     result: Forecast, start: int, stop: int, moved: npt.NDArray[np.bool_]
 ) -> tuple[F64, F64]:
-    """Whether the more frequent direction so far, and ours, was right, at each outcome that moved."""
+    """Whether the usual direction so far, and ours, was right, at each outcome that moved."""
     known = result.windows.known  # row i: the newest outcome that forecast i may know
     usual = np.where(np.cumsum(np.sign(known)) >= 0, 1.0, -1.0)[start:stop]
     direction = np.sign(result.outcome[start:stop])

@@ -1,4 +1,4 @@
-"""What a forecaster looks at: averages of what a series has been, and what else is known of a row."""
+"""What a forecaster looks at: averages of the past of a series, and what else is known of a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A causal Performer that begins as a regression on moving averages, and learns what that misses."""
+"""A causal Performer that begins as a regression on moving averages and learns what it misses."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class PerformerForecaster(Parameters):
     returns (exponentially weighted with several decays, and of the last few returns, as in HAR), by
     means of returns over their volatility (falls make prices wilder than rises), and by whatever
     else is in X.  A Performer over the same columns adds to it: it begins with zero, learns by the
-    likelihood of returns, and is stopped by the last part of the rows, where what it has learned has
-    to be better than nothing by more than chance.  So it is never worse than its start by more than
-    that.
+    likelihood of returns, and is stopped by the last part of the rows, where what it has learned
+    has to be better than nothing by more than chance.  So it is never worse than its start by more
+    than that.
 
     Parameters
     ----------
@@ -202,9 +202,9 @@ class PerformerForecaster(Parameters):
         Parameters
         ----------
         X : array_like, shape (n, columns), optional
-            The rows; those before the first are not looked at, so it should have `context` rows more
-            than predictions are wanted.  Default: the last row that `fit` or `update` has seen,
-            with those before it.
+            The rows; those before the first are not looked at, so it should have `context` rows
+            more than predictions are wanted.  Default: the last row that `fit` or `update` has
+            seen, with those before it.
 
         Returns
         -------
@@ -238,8 +238,8 @@ class PerformerForecaster(Parameters):
     def predict_interval(self, X: npt.ArrayLike | None = None, *, coverage: float = 0.9) -> F64:
         """Predict an interval of the return that follows each row.
 
-        Its width is a multiple of the predicted standard deviation, which would have held this share
-        of the last thousand outcomes known.
+        Its width is a multiple of the predicted standard deviation, which would have held this
+        share of the last thousand outcomes known.
 
         Parameters
         ----------
@@ -421,7 +421,7 @@ class PerformerForecaster(Parameters):
         return rows
 
     def _outcome(self, rows: F64, y: npt.ArrayLike | None) -> F64:
-        """Return what followed each row as returns (n, horizons); only their size for volatility."""
+        """Return what followed each row: returns (n, horizons), for volatility their size alone."""
         if y is None:
             total = np.concatenate([[0.0], np.cumsum(rows[:, 0])])
             found = np.full((len(rows), len(self.horizons)), np.nan)

@@ -97,7 +97,8 @@ class Prices:
             vars(self).update(times=times)
             if times.shape != values.shape or not (np.diff(times) > np.timedelta64(0)).all():
                 raise PriceError(
-                    f"times must increase and be as many as prices, got {len(times)} for {len(values)}"
+                    "times must increase and be as many as prices, "
+                    f"got {len(times)} for {len(values)}"
                 )
 
     def __repr__(self) -> str:

@@ -48,7 +48,7 @@ class Targets:
         return self.horizons * (1 + self.means)
 
     def split(self, output: Any) -> tuple[Any, Any]:
-        """Return the means in standard deviations, 0 where there are none, and the log variances."""
+        """Return the means in standard deviations, 0 if there are none, and the log variances."""
         if not self.means:
             return 0.0, output
         return output[..., : self.horizons], output[..., self.horizons :]
@@ -110,7 +110,7 @@ class Learned:
 
 
 class Effort(NamedTuple):
-    """Passes at most, the highest rate of learning, and passes without improvement to stop after."""
+    """Passes at most, the highest learning rate, and passes without improvement to stop after."""
 
     epochs: int
     rate: float
@@ -129,7 +129,7 @@ def train(
     seed: int,
     report: Callable[[int, str], object],
 ) -> Learned:
-    """Learn what `start` leaves over, from rows up to ``split[0]``; stop by those from ``split[1]``.
+    """Learn what `start` leaves over from rows up to ``split[0]``; stop by those from ``split[1]``.
 
     What is learned counts if it is better there than nothing by more than chance.
 

@@ -68,7 +68,7 @@ def sharpe_ratio(returns: F64) -> tuple[float, float]:
 
 
 def mean_of_signals(signals: npt.NDArray[np.int8], horizon: int) -> F64:
-    """Position at each step: the mean of the last `horizon` signals, 0 for those before the first."""
+    """Position at each step: the mean of the last `horizon` signals, 0 for any before the first."""
     total = np.concatenate([[0], np.cumsum(signals, dtype=np.int64)])
     first = np.maximum(np.arange(len(signals)) + 1 - horizon, 0)
     return np.asarray((total[1:] - total[first]) / horizon)

@@ -19,9 +19,9 @@ class FavorHAR(Parameters):
     """HAR times what followed, over what HAR had said, in past times like the present one.
 
     Times are alike where the log mean squares of the last 1, 5, 22 and 100 returns are: the
-    correction is the mean of all past ratios, weighted by attention over these four numbers.  If HAR
-    is right everywhere, the ratios are noise around 1, and little is changed.  Nothing is trained
-    but the regression: to fit is to fold the past into a state.
+    correction is the mean of all past ratios, weighted by attention over these four numbers.  If
+    HAR is right everywhere, the ratios are noise around 1, and little is changed.  Nothing is
+    trained but the regression: to fit is to fold the past into a state.
 
     Parameters
     ----------

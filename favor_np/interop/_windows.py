@@ -189,8 +189,8 @@ class PerformerRegressor(RegressorMixin, _Performer):
     """Regression on windows by a small Performer, which begins as a linear regression.
 
     Each row of X is a sequence of steps, the last one the newest, and rows are independent.  The
-    Performer is added to a ridge regression, begins with zero, and is stopped by the last part of the
-    rows; if it is no better there, the regression is what remains.
+    Performer is added to a ridge regression, begins with zero, and is stopped by the last part of
+    the rows; if it is no better there, the regression is what remains.
 
     Parameters
     ----------

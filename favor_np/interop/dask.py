@@ -122,11 +122,11 @@ def favor_attention(
 
     Notes
     -----
-    Errors are raised when the graph is made, but for numbers that are no bias or factor.  Arrays of h5py and zarr keep the chunks
-    that they are stored in, those of xarray the ones that dask has given them; NumPy arrays become
-    one chunk. What is not chunked alike is rechunked, which moves data: d and dv to one chunk,
-    leading axes as the result, `v`, `key_mask` and what else is of keys as `k` along the sequence, and if `causal` all
-    three as `q`.
+    Errors are raised when the graph is made, but for numbers that are no bias or factor.  Arrays of
+    h5py and zarr keep the chunks that they are stored in, those of xarray the ones that dask has
+    given them; NumPy arrays become one chunk.  What is not chunked alike is rechunked, which moves
+    data: d and dv to one chunk, leading axes as the result, `v`, `key_mask` and what else is of
+    keys as `k` along the sequence, and if `causal` all three as `q`.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """Estimators for scikit-learn that are one attention state: fitted by folding, read by attending.
 
-Softmax attention is Nadaraya-Watson regression: the prediction at x is the mean of all known y, with
-weights that fall with the distance.  What FAVOR+ needs of the data for it is a state of fixed size,
-which can be continued (`partial_fit`) and added to another (`merge`): fits in parts, or in
+Softmax attention is Nadaraya-Watson regression: the prediction at x is the mean of all known y,
+with weights that fall with the distance.  What FAVOR+ needs of the data for it is a state of fixed
+size, which can be continued (`partial_fit`) and added to another (`merge`): fits in parts, or in
 parallel, are those of all rows at once.
 
 Rows are put on a sphere first, with a constant as one more coordinate: their softmax weights then
@@ -418,8 +418,8 @@ class FavorClassifier(ClassifierMixin, _Attention):
 class FavorFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Positive random features of the softmax kernel, or of the Gaussian one: see `RBFSampler`.
 
-    The product of two rows estimates ``exp(scale x.x')``, or ``exp(-scale |x - x'|² / 2)``.  They are never
-    negative, and where the kernel is small they are as well, which cosines are not.
+    The product of two rows estimates ``exp(scale x.x')``, or ``exp(-scale |x - x'|² / 2)``.  They
+    are never negative, and where the kernel is small they are as well, which cosines are not.
 
     Parameters
     ----------

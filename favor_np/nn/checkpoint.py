@@ -198,7 +198,10 @@ def _metadata(data: bytes) -> dict[str, Any]:
 def _described(value: Any) -> Any:
     """Return a layer, or a field of one, as JSON has it."""
     if isinstance(value, Layer):
-        fields = {f.name: _described(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+        fields = {
+            f.name: _described(getattr(value, f.name))
+            for f in dataclasses.fields(value)  # type: ignore[arg-type]
+        }
         return {"class": type(value).__name__} | fields
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()

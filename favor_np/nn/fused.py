@@ -82,7 +82,7 @@ def _function(name: str, x: Array) -> tuple[Array, int]:
 
 
 def activate(name: str, x: Array) -> Array:
-    """Return the function of every number; of half the columns, times the others, if it is gated."""
+    """Return the function of every number; if gated, of half the columns, times the others."""
     constants, width = _function(name, x)
     y = empty((*x.shape[:-1], width), x.dtype)
     _run("activate", (flat(x), flat(y)), (constants,), _blocks(len(flat(x))))

@@ -158,7 +158,7 @@ def within(name: str) -> Iterator[None]:
 def part(
     layer: Layer, name: str, params: Params, x: Any, key: Key | None = None, **options: Any
 ) -> tuple[Array, Pullback]:
-    """Compute the part of a layer that has this name in its parameters, its key and its gradients."""
+    """Compute the part of a layer that has this name in its parameters, key and gradients."""
     mine = None if key is None else fold(key, name)
     with within(name):
         y, pull = layer.vjp(params.get(name, {}), x, key=mine, **options)

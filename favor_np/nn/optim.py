@@ -18,7 +18,7 @@ BLOCK = 1 << 14
 
 
 def matches(name: str, words: Iterable[str]) -> bool:
-    """Whether one of the words is a part of a dotted name: "attention.projection", or "blocks.0"."""
+    """Whether one of the words is part of a dotted name: "attention.projection", or "blocks.0"."""
     return any(f".{word}." in f".{name}." for word in words)
 
 
@@ -110,7 +110,7 @@ class AdamW:
         self._keep_memory()
 
     def _pack_again(self) -> None:
-        """Make parameters and gradients views of the vectors again, if somebody put others there."""
+        """Make parameters and gradients views of the vectors again, if others were put there."""
         for tree, vector in (("params", "vector"), ("grads", "gradient")):
             of, whole = getattr(self, tree), getattr(self, vector)
             if all(array.base is whole for _, array in leaves(of)):

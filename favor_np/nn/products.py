@@ -63,7 +63,7 @@ def share(do: Callable[[int], object], count: int) -> None:
 
 def _blocks(count: int, work: int, do: Callable[[slice], object]) -> None:
     """Do so many rows, or columns, of a product of so many multiply-adds, in blocks."""
-    # An even number of blocks, so that two threads have as much to do; small ones cost a tenth more.
+    # An even number of blocks, so that two threads share evenly; small ones cost a tenth more.
     blocks = 2 * -(-count // BLOCK) if work >= LEAST else 1
     size = -(-count // blocks)
     with one_thread():

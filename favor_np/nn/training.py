@@ -30,7 +30,7 @@ Batches: TypeAlias = Callable[[int], tuple[Any, Any]]
 Loss: TypeAlias = Callable[[Any, Any], tuple[float, Array]]
 
 #: The effective sample size of a head's median row, as a share of the features, below which it no
-#: longer approximates softmax attention.  It is 0.4 where |q|**2 = |k|**2 = 1, 0.16 at 2, 0.07 at 4.
+#: longer approximates softmax attention.  It is 0.4 at |q|**2 = |k|**2 = 1, 0.16 at 2, 0.07 at 4.
 GOOD = 0.1
 
 

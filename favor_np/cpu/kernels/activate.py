@@ -54,8 +54,8 @@ def activate_keys(
 ):
     """Projections raw (C, F) to key features (C, F) and their sums; the largest log2-feature.
 
-    Relative to c; each key is above its log2-features by an integer, its bias_exponent, and has its share in
-    the sums, 1 as a rule.
+    Relative to c; the log2-features of each key are raised by an integer, its bias exponent, and it
+    has its share in the sums, 1 as a rule.
     """
     lanes = VECTOR_BYTES // raw.itemsize
     worst = splat(c, 0)

@@ -26,8 +26,8 @@ from numba.np.numpy_support import from_dtype
 from favor_np.cpu import record
 
 _I64 = ir.IntType(64)
-#: Where a NumPy array has its data, its number of axes (32 bits) and their lengths, behind what every
-#: Python object has.
+#: Where a NumPy array has its data, its number of axes (32 bits) and their lengths, behind what
+#: every Python object has.
 _DATA, _NDIM, _SHAPE = 0, 8, 16
 
 

@@ -314,7 +314,7 @@ def keys_chunk(par, call, row, step, count, mask_row, bias_row, w, c, s, z, slot
 
 @jit()
 def map_keys(par, count, d, weight, split_weight, bias, w, c, s, z, slot, keys, t):
-    """Features of packed keys of log-norm t.log_norm, raised by t.bias_exponent; how many were taken."""
+    """Map packed keys of log-norm t.log_norm, raised by t.bias_exponent; how many were taken."""
     rows, blocks, log_norm = -(-count // 8) * 8, keys.shape[0] // par.signs, t.log_norm
     accepted = count
     fresh = c[slot, 0] < par.nothing // 2  # nothing folded yet: there is no maximum to try

@@ -4,12 +4,13 @@ With one feature a key (phi_q[j] = exp2(q . k_j), S = V, z = 1) the read of ``fa
 attention with a running maximum.  Blocks of queries pass over the keys tile by tile; nothing of
 size L x L exists.
 
-Query i sees the keys from i - left to i + right; causal attention has right = 0.  Tiles of keys that
-no query of a tile sees are not even read.  In the others row i sees the keys first + i <= j < last
-+ i: only where that cuts into a tile, logits become minus infinity one by one.
+Query i sees the keys from i - left to i + right; causal attention has right = 0.  Tiles of keys
+that no query of a tile sees are not even read.  In the others row i sees the keys
+first + i <= j < last + i: only where that cuts into a tile, logits become minus infinity one by
+one.
 
-By bias and decay the weight of a key is multiplied with share * 2**c: the integer goes where those of
-logits are, and the share, from 1/2 to 1, multiplies the value and counts in the denominator.
+By bias and decay the weight of a key is multiplied with share * 2**c: the integer goes where those
+of logits are, and the share, from 1/2 to 1, multiplies the value and counts in the denominator.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from favor_np.cpu.records import TROUBLE, ExactParameters
 from favor_np.cpu.tiles import CHUNK, PARTS, STRIP
 from favor_np.jobs import BIAS_ROW, K_ROW, KEYS, MASK_ROW, OUT_ROW, Q_ROW, QUERIES, START, V_ROW
 
-#: Queries of a tile that an edge cuts, of which keys that none of them sees are left out: of weights,
-#: and of logits.
+#: Queries of a tile that an edge cuts, of which keys that none of them sees are left out: of
+#: weights, and of logits.
 BLOCK = max(VECTOR_BYTES // 4, 8)
 WIDE = 2 * BLOCK
 
@@ -254,7 +255,7 @@ def weigh(cols, first, last, t, top):
 
 @jit()
 def seen_values(phi, values, clean, first, last, count, num, spare):
-    """``num[i] += sum_j phi[j, i] values[j]`` over the keys that row i sees; phi is 0 for others."""
+    """``num[i] += sum_j phi[j, i] values[j]`` over the keys that row i sees: phi of others is 0."""
     for i in range(0, count, 8):
         begin, end = max(i + first, 0), min(i + 7 + last, CHUNK)
         if begin < end and clean:

@@ -1,4 +1,4 @@
-"""Functions of one number, for loops that LLVM turns into vectors: exp, and those of feed-forward layers.
+"""Functions of one number, for loops that LLVM vectorises: exp, and those of feed-forward layers.
 
 Each function of a layer returns its value and its slope.  Of float32 all is arithmetic; of float64
 erf is the C library's.

@@ -1,4 +1,4 @@
-"""Rows of a layer of attention, cut into heads: put on spheres, rotated by their position, and back.
+"""Rows of a layer of attention, cut into heads: put on spheres, rotated by position, and back.
 
 Rows (batch * L, all heads * d) become heads (batch * heads * L, d) of queries, keys and values.  A
 job is a block of rows.
@@ -103,7 +103,7 @@ def split_head(call, i, start, to, at, t, scale, whole):
 
 @jit()
 def split_side(call, i, first, heads, to, turned):
-    """The heads of one row that are queries, keys or values, the first of them in column `first`."""
+    """The heads of one row that are queries, keys or values, from column `first`."""
     rows, lengths = call.rows, call.lengths
     dim, length = to.shape[1], call.constants[0]
     batch, t = divmod(i, length)

@@ -80,7 +80,7 @@ class _Compiler(Compiler):  # type: ignore[misc]  # Numba's classes have no type
 
 
 class _Library(AOTCodeLibrary):  # type: ignore[misc]  # Numba's classes have no types
-    """Code that is optimised once before it is linked, function by function, and once as a whole."""
+    """Code that is optimised once before linking, function by function, and once as a whole."""
 
     def _optimize_functions(self, module: Any) -> None:
         module.data_layout = self._codegen._data_layout
@@ -170,7 +170,7 @@ class _Kernel(_Library):
 
 @contextlib.contextmanager
 def _no_collector() -> Iterator[None]:
-    """Let Python's garbage collector rest: what a compiler makes is mostly kept, or freed at once."""
+    """Let the garbage collector rest: what a compiler makes is mostly kept, or freed at once."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -3,7 +3,7 @@
 With F features, padding included, and X columns of values:
 
     c (F + PAD)             exponents; c[F] counts the tokens in the tail
-    S (2 F + TAIL, X)       sums over features, what rounding has taken from them, values of the tail
+    S (2 F + TAIL, X)       sums over features, what rounding took from them, values of the tail
     z (2 F + TAIL F)        the same; features of the tail (TAIL, F)
 
 A sum in float32 that grows by one token, or one chunk, at a time loses up to half a unit in its

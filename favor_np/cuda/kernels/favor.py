@@ -56,7 +56,7 @@ MAX_RISE = numerics.MAX_RISE[4]
 Q_ROW, STEP, COUNT, Q_MASK, OUT_ROW, ROW, V_ROW, MASK, HEAD, SLOT, Q_VECTOR = range(11)
 #: And the first rows of log2_bias, of both sides.
 LOG2_BIAS, Q_LOG2_BIAS = range(11, 13)
-#: Fractions of a bias_exponent, which is an integer of 64 bits: the upper half is the bias_exponent's integer.
+#: The unit of bias exponents: they are in fixed point, with an integer part of 32 bits of 64.
 FRACTION = 2.0**-32
 #: Columns of that of the scan.
 SCAN = ("slot", "first", "count", "fresh")

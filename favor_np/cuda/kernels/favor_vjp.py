@@ -116,8 +116,8 @@ def slope(kind, x, y, n):
 def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[..., Any]:
     """Return the kernel of the gradient of one side: q, whose vectors are g.
 
-    The other side is folded.  If they are `biased`, there is a gradient of the log2_bias of q, too, by
-    their natural logarithms; none is wanted where its array is of size 0.
+    The other side is folded.  If they are `biased`, there is a gradient of the log2_bias of q, too,
+    by their natural logarithms; none is wanted where its array is of size 0.
     """
     rows_of_w, per_sign = TILE // signs, 4 // signs
 

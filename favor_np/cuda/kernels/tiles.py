@@ -29,8 +29,8 @@ STAGED, WARPS, ROWS = 2 * TILE * STAGE, 8 * TILE + 4, TILE + 4
 JOB = 16
 #: Masks an index that is a multiple of four, and so proves to the compiler that it is one.
 EVEN = 8188
-#: Largest |log2-feature|; below -3 FAR there is none.  The log-norm of a masked key; the exponent of
-#: a feature which no key has reached; and that of a masked key, which leaves nothing beside it.
+#: Largest |log2-feature|; below -3 FAR there is none.  The log-norm of a masked key; the exponent
+#: of a feature which no key has reached; and that of a masked key, which leaves nothing beside it.
 FAR = numerics.FAR[4]
 MASKED, NOTHING = numerics.MASKED * FAR, numerics.NOTHING[4]
 LOWEST = NOTHING - 1024

@@ -36,8 +36,8 @@ def stamp_readings(texts: Sequence[str], name: str) -> dict[str, Reading] | None
     if 2 * sum(_NUMBER.fullmatch(cell) is not None for cell in some) <= len(some):
         if 2 * sum(_CUT.fullmatch(cell) is not None for cell in some) > len(some):
             raise PriceError(
-                f"column {quote(name)} holds {quote(some[0])}: a spreadsheet has cut the last digits "
-                "off these times"
+                f"column {quote(name)} holds {quote(some[0])}: a spreadsheet has cut the last "
+                "digits off these times"
             )
         return None
     found = re.findall(rf"^{_NUMBER.pattern}$|^.*$", "\n".join(texts), re.MULTILINE)

@@ -155,7 +155,8 @@ def tabulate(
         if narrow:
             raise PriceError(
                 f"the rows have {width} cells (line {lines[first]}), the header in line "
-                f"{lines[narrow[-1]]} names {len(above[narrow[-1]])}: which is which cannot be known"
+                f"{lines[narrow[-1]]} names {len(above[narrow[-1]])}: "
+                "which is which cannot be known"
             )
     rows, lines = cells[first:], lines[first:]
     if not rows:

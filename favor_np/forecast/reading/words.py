@@ -40,10 +40,10 @@ ADJUSTED = _words("""
 # Prices, but not the one at the end of a bar: taken only where there is no other.
 OTHER_PRICE = _words("""
     open opening high low bid ask mid mean median average avg weighted typical vwap wap wma sma ema
-    erster start startkurs eröffn eröffnung eröffnungs eroeffnung eroeffnungs hoch höchst tief tiefst
-    geld brief mittelkurs durchschnitt hoog laag öppning högst lägst högsta lägsta åpning åbning høj
-    lav høyeste laveste ouv ouverture haut bas moyen moyenne apertura máximo mínimo medio media
-    promedio ponderado massimo minimo abertura máxima mínima deschidere maxim minim otwarcie
+    erster start startkurs eröffn eröffnung eröffnungs eroeffnung eroeffnungs hoch höchst tief
+    tiefst geld brief mittelkurs durchschnitt hoog laag öppning högst lägst högsta lägsta åpning
+    åbning høj lav høyeste laveste ouv ouverture haut bas moyen moyenne apertura máximo mínimo medio
+    media promedio ponderado massimo minimo abertura máxima mínima deschidere maxim minim otwarcie
     najwyższy najniższy otevření otvírání nyitó avaus ylin alin max min açılış yüksek düşük
     откр макс мин 开盘 最高 最低 始値 高値 安値 시가 고가 저가
 """)
@@ -52,19 +52,20 @@ NOT_PRICE = _words("""
     turnover umsatz umsätze omzet omsättning obrót objem obrat forgalom vaihto 成交额 amount amt betrag
     qty quantity size count stück stücke stuecke trades transactions interest oi openint cap
     change changes chg changed percent pct perc return returns ret yield rendite rendement diff
-    difference differenz variation variazione variación variação var veränderung verschil zmiana změna
-    fark изм 涨跌幅 대비 prev previous prior yesterday vortag dividend dividends div split splits
+    difference differenz variation variazione variación variação var veränderung verschil zmiana
+    změna fark изм 涨跌幅 대비 prev previous prior yesterday vortag dividend dividends div split splits
     spread ratio factor coefficient volatility sigma trend signal flag flags status
     id no nr num number row rank weight shares lots orders load demand supply generation production
     growth gain loss pnl profit drawdown beta correlation score probability
     date time datetime timestamp datum zeit uhrzeit fecha hora heure tarih
 """)
 DATE = _words("""
-    date datetime timestamp time times day days week month months quarter year years period epoch unix
-    ts observation snapped hour hours hr
-    datum tag tage woche monat jahr zeit zeitpunkt zeitraum uhrzeit periode stunde dag maand jaar tijd
-    tijdstip tid tidpunkt dato månad år fecha hora día mes año periodo data giorno mese anno ora jour
-    mois année heure ano czas dzień miesiąc rok okres idopont nap pvm päivä aika tarih gün ay saat
+    date datetime timestamp time times day days week month months quarter year years period epoch
+    unix ts observation snapped hour hours hr
+    datum tag tage woche monat jahr zeit zeitpunkt zeitraum uhrzeit periode stunde dag maand jaar
+    tijd tijdstip tid tidpunkt dato månad år fecha hora día mes año periodo data giorno mese anno
+    ora jour mois année heure ano czas dzień miesiąc rok okres idopont nap pvm päivä aika tarih gün
+    ay saat
     дата время день месяц год 日期 时间 日付 日時 날짜 일자
 """)
 CLOCK = _words("""
@@ -79,7 +80,8 @@ DAY = _words("day tag dag jour día dia giorno dzień день")
 SYMBOL = _words("""
     symbol symbols ticker tickers instrument instruments asset coin pair isin wkn cusip sedol ric
     security securities secid stock commodity contract series name country region location area
-    zone hub node maturity expiry expiration tenor strike kürzel kuerzel wertpapier titre titolo símbolo acción activo walor
+    zone hub node maturity expiry expiration tenor strike kürzel kuerzel wertpapier titre titolo
+    símbolo acción activo walor
 """)
 _OTHERS = _words("market trade exchange index rate spot")  # of compounds such as "marketcap"
 _KNOWN = CLOSE | PRICE | ADJUSTED | OTHER_PRICE | NOT_PRICE | DATE | CLOCK | SYMBOL | _OTHERS

@@ -76,8 +76,8 @@ def export_attention(
     opset : int, default 17
         Version of the standard operators, from 14 to 27.  Larger ones need newer runtimes.
     dtype : {float16, float32, float64}, optional
-        Of queries, keys, values and the result; default that of the projection.  float16 is computed
-        in float32, "gated" is not for float64.
+        Of queries, keys, values and the result; default that of the projection.  float16 is
+        computed in float32, "gated" is not for float64.
 
     Returns
     -------
@@ -89,8 +89,8 @@ def export_attention(
         - ``key_mask`` (batch, positions) of bool, if asked for;
         - ``key_bias`` (batch, positions, kv_heads), if asked for; -inf masks a key;
         - ``decay`` (batch, positions, kv_heads), if it is an input;
-        - ``past_state`` (batch, kv_heads, M, dv + 1) and ``past_max`` (batch, kv_heads, M), of float32,
-          or float64 like the rest; before the first key zeros and -1e30;
+        - ``past_state`` (batch, kv_heads, M, dv + 1) and ``past_max`` (batch, kv_heads, M), of
+          float32, or float64 like the rest; before the first key zeros and -1e30;
         - ``past_length`` (batch) of int64 with a decay: how many tokens are in the state; or
           ``past_decay`` (batch, kv_heads) of float64 if it is an input, 0 before the first key.
 
@@ -113,11 +113,10 @@ def export_attention(
 
     Notes
     -----
-    No finite queries and keys give NaN.  Rows whose log-features pass 2**20 are cut to what does not,
-    number by number, biases beyond 2**22 to that, values beyond 2**100, and factors a token below
-    1e-30.  Unlike favor_np, a model does not keep what
-    rounding takes from its sums: in float32 that is felt after some ten thousand calls that go on
-    from each other.
+    No finite queries and keys give NaN.  Rows whose log-features pass 2**20 are cut to what does
+    not, number by number, biases beyond 2**22 to that, values beyond 2**100, and factors a token
+    below 1e-30.  Unlike favor_np, a model does not keep what rounding takes from its sums:
+    in float32 that is felt after some ten thousand calls that go on from each other.
 
     Examples
     --------

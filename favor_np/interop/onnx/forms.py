@@ -140,7 +140,7 @@ def log_features(a: Attention, g: Graph, y: str) -> str:
 
 
 def query_logs(a: Attention, g: Graph, q: str) -> str:
-    """Return the log-features (..., n, M) of queries, without what all of a row's have in common."""
+    """Return the log-features (..., n, M) of queries, less what all of a row's have in common."""
     q = within_reach(a, g, q, a.feature_map.query_center)
     return log_features(a, g, g.MatMul(q, g.weight(a.query_weight)))
 
@@ -312,7 +312,7 @@ def clock(g: Graph, rates: Array, length: str, count: str) -> tuple[str, str, st
 
 
 def token_clock(g: Graph, decay: str, before: str) -> tuple[tuple[str, str, str], str]:
-    """Return the same for a factor a token, (batch, positions, kv_heads); and what comes `before` next.
+    """Return the same for a factor a token, (batch, positions, kv_heads), and the next `before`.
 
     That is a fraction of float64, (batch, kv_heads).
     """

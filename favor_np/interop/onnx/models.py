@@ -89,11 +89,12 @@ def export_model(
     Notes
     -----
     Dropout is left out.  Layers with exact attention keep all keys and values, as ``past_keys_0``
-    and ``past_values_0`` (batch, kv_heads, past_positions, d) for layer 0, and with `key_mask` there
-    is a ``past_mask`` (batch, past_positions).  Heads within a window keep ``past_near_keys_0``,
-    ``past_near_values_0`` and ``past_near_mask_0`` of window - 1 positions.  ``past_state_0`` and ``past_max_0`` are those of
-    `export_attention`, ``past_row_0`` is what `favor_np.nn.ShiftTokens` shifts to the next row, and
-    ``past_length`` (batch) how many tokens there were.
+    and ``past_values_0`` (batch, kv_heads, past_positions, d) for layer 0, and with `key_mask`
+    there is a ``past_mask`` (batch, past_positions).  Heads within a window keep
+    ``past_near_keys_0``, ``past_near_values_0`` and ``past_near_mask_0`` of window - 1 positions.
+    ``past_state_0`` and ``past_max_0`` are those of `export_attention`, ``past_row_0`` is what
+    `favor_np.nn.ShiftTokens` shifts to the next row, and ``past_length`` (batch) how many tokens
+    there were.
 
     Tokens are not checked: runtimes differ in what they do with those that there are not.  GELU in
     float64 is refused, as onnxruntime has no error function for it.
@@ -252,7 +253,7 @@ class Writer:
         return name
 
     def past(self, name: str, *shape: str | int, fill: float = 0.0, kind: int | None = None) -> str:
-        """Return what is known of the rows before, (batch, ...): an input, or if none, as it begins."""
+        """Return what is known of rows before, (batch, ...): an input, or if none, as it begins."""
         if self.goes_on:
             self.ends[0].append(end(f"past_{name}", kind or self.g.type, "batch", *shape))
             return f"past_{name}"
@@ -330,7 +331,7 @@ class Writer:
         return self._turns[key]
 
 
-# --- layers ------------------------------------------------------------------------------------------
+# --- layers ------------------------------------------------------------------------------------
 
 
 def in_order(w: Writer, layer: Layer, params: Params, x: Rows) -> Rows:
@@ -519,7 +520,7 @@ def shift_tokens(w: Writer, layer: nn.ShiftTokens, _: Params, x: Rows) -> Rows:
     return Rows(g.Concat(*parts, axis=2), x.width)
 
 
-# --- attention ---------------------------------------------------------------------------------------
+# --- attention ---------------------------------------------------------------------------------
 
 
 def attention(w: Writer, layer: nn.FavorSelfAttention, params: Params, x: Rows) -> Rows:
