@@ -95,8 +95,9 @@ def favor_attention_vjp(
     q, k, v, feature_map, causal, key_mask, key_bias, cu_seqlens, enable_gqa, decay, window, state, \
 return_state, precision, num_threads, check_finite, device
         As for `favor_attention`.  With ``precision="bfloat16"`` the pullback computes in float32;
-        with `check_finite` it refuses a `grad_out` that is not finite. On a CUDA device there is no state, and no gradient of the projection; gradients of bias and
-        decay are NumPy arrays there.
+        with `check_finite` it refuses a `grad_out` that is not finite.  On a CUDA device there is
+        no state, and no gradient of the projection; gradients of bias and decay are NumPy arrays
+        there.
 
     Returns
     -------
