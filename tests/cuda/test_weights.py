@@ -127,6 +127,10 @@ def test_bfloat16_and_what_is_not_finite(gpu):
         q, k, v, fm, causal=True, precision="bfloat16", check_finite=True, device="cuda"
     )
     assert np.array_equal(found, plain)
+    out, pullback = favor_attention_vjp(q, k, v, fm, causal=True, check_finite=True, device="cuda")
+    out[0, 3, 1] = np.nan
+    with pytest.raises(ValueError, match=r"^grad_out must be finite"):
+        pullback(out)
     k[1, 5, 2] = np.inf
     with pytest.raises(ValueError, match=r"^k must be finite"):
         favor_attention(q, k, v, fm, check_finite=True, device="cuda")
