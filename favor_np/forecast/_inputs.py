@@ -16,6 +16,8 @@ from ._windows import F64
 FLOOR = 0.01  # a smaller square, of the mean square, counts as that: a tenth of the usual return
 RANGES = (0.0, 0.8, 0.94, 0.99)  # decays of what is averaged of ranges within steps
 SCALE_DECAY = 0.97  # of the volatility that returns are divided by
+#: How often a column has to have changed to tell anything: an hour, or a weekday, seen twenty times.
+CHANGES = 40
 WIDEST = 4.0  # a return of more standard deviations counts as that
 
 
@@ -168,7 +170,9 @@ class Memory:
         self.floor_ = FLOOR * mean
         made = self._columns(rows)
         self.centre_, spread = made.mean(0), made.std(0)
-        self.spread_ = np.where(spread > 1e-9 * (1 + abs(self.centre_)), spread, np.inf)
+        tells = spread > 1e-9 * (1 + abs(self.centre_))
+        tells[self.own :] &= np.count_nonzero(np.diff(rows[:, 1:], axis=0), axis=0) >= CHANGES
+        self.spread_ = np.where(tells, spread, np.inf)
         return self
 
     def columns(self, rows: F64) -> F64:

@@ -78,6 +78,15 @@ def test_columns_are_their_definition():
     assert not found[:, 5].any()  # what never varies tells nothing
 
 
+@pytest.mark.parametrize(("days", "counts"), [(15, False), (25, True)])
+def test_an_hour_counts_once_it_was_seen_on_twenty_days(days, counts):
+    rng = np.random.default_rng(0)
+    hour = (np.arange(24 * days) % 24 == 5).astype(float)
+    rows = np.stack([rng.standard_normal(24 * days), hour], axis=1)
+    found = Memory((0.5,), (), ()).fit(rows).columns(rows)[:, 1]
+    assert bool(found.any()) == counts
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_the_start_has_the_largest_penalised_likelihood(tail):
     rng = np.random.default_rng(1)
