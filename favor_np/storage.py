@@ -304,7 +304,7 @@ def _array(
         raise ValueError(f"{name} must have dtype {' or '.join(dtypes)}, got {dtype.str}")
     if found != (found if shape is None else shape):
         raise ValueError(f"{name} must have shape {shape}, got {found}")
-    rest = stream.getbuffer()[stream.tell() :]
+    rest = memoryview(stream.getvalue())[stream.tell() :]  # no copy: the stream has them from bytes
     if len(rest) != math.prod(found) * dtype.itemsize:
         raise ValueError(f"{name} must have the bytes of shape {found}, got {len(rest)}")
     return np.frombuffer(rest, dtype).reshape(found).astype(dtype.newbyteorder("="), copy=False)

@@ -77,7 +77,7 @@ def test_the_page_is_made_of_what_is_recorded(tmp_path):
         f"| two threads over one, {threads} | 1.82 × |",
         "| … CPU time over wall time | 1.96 |",
         "| error bars and output over output alone | 1.50 × |",
-        "| time a token, L = 1k to 1M, greatest over least | 1.10 |",
+        "| time per token, L = 1k to 1M, greatest over least | 1.10 |",
     ):
         assert row in page, row
 

