@@ -31,7 +31,7 @@ Array: TypeAlias = npt.NDArray[Any]
 FORMAT = "favor_np.AttentionState"
 #: The same of the segment of a `WindowState`, and these entries beside.
 WINDOW_FORMAT = "favor_np.WindowState"
-WINDOW = ("window_k", "window_v", "window_mask", "window_lifts", "window_faded")
+WINDOW = ("window_k", "window_v", "window_mask", "window_log2_bias", "window_faded")
 #: Raised when an older reader could no longer understand what is written: 2 has calibrated maps, 3
 #: what states hold beside (c, S, z), 4 how far factors of a token each have made keys fade.
 VERSION = 4
@@ -207,7 +207,7 @@ def _parse(file: zipfile.ZipFile, kind: str) -> tuple[Parts, dict[str, Any], dic
     calibrated = [name for name in Calibration._fields if f"{name}.npy" in names]
     exact = REST if version >= 3 else ()
     faded = FADE if any(f"{name}.npy" in names for name in FADE) else ()
-    tokens = WINDOW[: 5 if "window_lifts.npy" in names else 3] if kind == WINDOW_FORMAT else ()
+    tokens = WINDOW[: 5 if "window_log2_bias.npy" in names else 3] if kind == WINDOW_FORMAT else ()
     known = sorted(f"{name}.npy" for name in (*ENTRIES, *exact, *faded, *calibrated, *tokens))
     if names != known:
         raise ValueError(f"it must have the entries {known}, got {names}")
@@ -262,13 +262,13 @@ def _parse(file: zipfile.ZipFile, kind: str) -> tuple[Parts, dict[str, Any], dic
         of_numbers = {"window_k": (*rows, fm.dim), "window_v": (*rows, value_dim)}
         kinds = {
             "window_mask": ("|b1", rows),
-            "window_lifts": ("<f8", rows),
+            "window_log2_bias": ("<f8", rows),
             "window_faded": ("<f8", batch),
         }
         kinds |= {name: (f"<f{size}", shape) for name, shape in of_numbers.items()}
         window = {n: _array(file, n, kinds[n][0], shape=kinds[n][1]) for n in tokens}
         if any(not np.isfinite(window[n]).all() for n in tokens[3:]):
-            raise ValueError("window_lifts and window_faded must be finite")
+            raise ValueError("window_log2_bias and window_faded must be finite")
     return Parts(fm, value_dim, batch, dtype.str, *parts), extra, window
 
 
@@ -307,7 +307,8 @@ def _array(
         raise ValueError(f"{name} must have dtype {' or '.join(dtypes)}, got {dtype.str}")
     if found != (found if shape is None else shape):
         raise ValueError(f"{name} must have shape {shape}, got {found}")
-    rest = memoryview(stream.getvalue())[stream.tell() :]  # no copy: the stream has them from bytes
-    if len(rest) != math.prod(found) * dtype.itemsize:
-        raise ValueError(f"{name} must have the bytes of shape {found}, got {len(rest)}")
-    return np.frombuffer(rest, dtype).reshape(found).astype(dtype.newbyteorder("="), copy=False)
+    start, size = stream.tell(), stream.getbuffer().nbytes
+    if size - start != math.prod(found) * dtype.itemsize:
+        raise ValueError(f"{name} must have the bytes of shape {found}, got {size - start}")
+    numbers = np.frombuffer(stream.getbuffer(), dtype, offset=start)  # which can be written to
+    return numbers.reshape(found).astype(dtype.newbyteorder("="), copy=False)
