@@ -16,7 +16,7 @@ from ._windows import F64
 FLOOR = 0.01  # a smaller square, of the mean square, counts as that: a tenth of the usual return
 RANGES = (0.0, 0.8, 0.94, 0.99)  # decays of what is averaged of ranges within steps
 SCALE_DECAY = 0.97  # of the volatility that returns are divided by
-#: How often a column has to have changed to tell anything: an hour, or a weekday, seen twenty times.
+#: Changes that a column needs to tell anything: an hour, or a weekday, was seen twenty times then.
 CHANGES = 40
 WIDEST = 4.0  # a return of more standard deviations counts as that
 
