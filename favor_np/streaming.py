@@ -274,7 +274,7 @@ def _outline(name: str, array: Any) -> Any:
         dtype = np.asarray(_rows(name, array, slice(0, 1))).dtype.newbyteorder("=")
     if dtype.kind in "biu" and name != "key_mask":
         dtype = np.dtype(np.float64)  # what it is converted to, chunk by chunk
-    return np.broadcast_to(np.zeros((), dtype), shape)
+    return validation.outline(shape, dtype)
 
 
 def _form(name: str, array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

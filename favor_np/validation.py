@@ -6,6 +6,7 @@ what was got, and is raised before anything is compiled.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -468,6 +469,12 @@ def decay_span(total: float, keys: int) -> None:
             f"decay must be larger for {keys} positions in one call, got one of 2**-{total:.3g} in "
             "all: take fewer at a time, each call going on from the state before"
         )
+
+
+@functools.lru_cache(maxsize=256)
+def outline(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Array:
+    """Return ones of this shape and dtype that take no memory: checked in place of an array."""
+    return np.broadcast_to(np.ones((), dtype), shape)
 
 
 def broadcast(**shapes: tuple[int, ...]) -> tuple[int, ...]:

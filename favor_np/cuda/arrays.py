@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,13 +175,7 @@ def stand_in(array: Any) -> Any:
     if isinstance(array, np.ndarray) or not device.on_device(array):
         return array
     dtype = HELD["float32"] if array.dtype in HELD.values() else array.dtype
-    return _zeros(tuple(array.shape), dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Zeros in the room of one, to read only."""
-    return np.broadcast_to(np.zeros((), dtype), shape)
+    return validation.outline(tuple(array.shape), dtype)
 
 
 def _shown(name: str, array: Any) -> Any:

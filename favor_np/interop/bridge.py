@@ -18,13 +18,9 @@ from favor_np import FeatureMap, favor_attention_vjp, gradients
 from favor_np.attention import check
 from favor_np.call import Call, Forward
 from favor_np.features import checked
+from favor_np.validation import outline
 
 Array: TypeAlias = npt.NDArray[Any]
-
-
-def stand_in(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
-    """Return an array of this shape and dtype that takes no memory, to be checked in its place."""
-    return np.broadcast_to(np.ones((), dtype), shape)
 
 
 class Attend:
@@ -44,8 +40,8 @@ class Attend:
 
     def has_gates(self, decay: Any, *arrays: Any) -> bool:
         """Whether a decay has a factor for each token of these arrays q, k, v."""
-        q, k, v = (stand_in(np.shape(x)) for x in arrays)
-        call = check(q, k, v, self.feature_map, **self.options, decay=stand_in(np.shape(decay)))
+        q, k, v = (outline(np.shape(x)) for x in arrays)
+        call = check(q, k, v, self.feature_map, **self.options, decay=outline(np.shape(decay)))
         return call.gates is not None
 
     def forward(self, **arrays: Any) -> tuple[Array, ...]:

@@ -146,9 +146,9 @@ def favor_attention(
     q, k, v = _wrap("q", q), _wrap("k", k), _wrap("v", v)
     mask = None if key_mask is None else _wrap("key_mask", key_mask)
     call = processor().check(
-        _stand_in(q),
-        _stand_in(k),
-        _stand_in(v),
+        _outline(q),
+        _outline(k),
+        _outline(v),
         feature_map,
         causal=causal,
         enable_gqa=enable_gqa,
@@ -432,10 +432,9 @@ def _wrap(name: str, value: Any) -> da.Array:
     return value
 
 
-def _stand_in(x: da.Array) -> Array:
-    """Return an array of x's shape and dtype that takes no memory, to be checked in x's place."""
+def _outline(x: da.Array) -> Array:
     dtype = np.dtype(np.float64) if x.dtype.kind in "biu" else x.dtype  # as favor_attention
-    return np.broadcast_to(np.zeros((), dtype), x.shape)
+    return validation.outline(x.shape, dtype)
 
 
 def _check_bias(bias: da.Array, keys: int) -> None:

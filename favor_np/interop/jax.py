@@ -18,7 +18,7 @@ except ImportError:
         "favor_np.interop.jax needs JAX: pip install 'favor_np[jax]'", name="jax"
     ) from None
 
-from favor_np import FeatureMap
+from favor_np import FeatureMap, validation
 from favor_np.attention import check
 from favor_np.call import Call
 from favor_np.interop import bridge
@@ -114,16 +114,16 @@ def favor_attention(
         arrays["key_bias"] = _real(key_bias)
     if key_mask is not None:
         constants["key_mask"] = jnp.asarray(key_mask)
-        options["key_mask"] = _stand_in(constants["key_mask"])
+        options["key_mask"] = _outline(constants["key_mask"])
     if cu_seqlens is not None:
         constants["cu_seqlens"] = jnp.asarray(cu_seqlens)
         if not isinstance(cu_seqlens, jax.core.Tracer):
             options["cu_seqlens"] = cu_seqlens
     if projection is not None:
         arrays["projection"] = _real(projection)
-        outline = _stand_in(arrays["projection"])
-        feature_map = dataclasses.replace(feature_map, projection=outline)
-    outlines: dict[str, Any] = {n: _stand_in(x) for n, x in arrays.items() if n != "projection"}
+        projection = _outline(arrays["projection"])
+        feature_map = dataclasses.replace(feature_map, projection=projection)
+    outlines: dict[str, Any] = {n: _outline(x) for n, x in arrays.items() if n != "projection"}
     checked = check(**outlines, feature_map=feature_map, **options)
     return _run(attend, checked, arrays, constants)
 
@@ -199,5 +199,5 @@ def _lift(x: Any, axes: int) -> Any:
     return x.reshape(*[1] * (axes - x.ndim), *x.shape)
 
 
-def _stand_in(x: Any) -> bridge.Array:
-    return bridge.stand_in(x.shape, x.dtype)
+def _outline(x: Any) -> bridge.Array:
+    return validation.outline(x.shape, x.dtype)
