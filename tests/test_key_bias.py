@@ -210,6 +210,21 @@ def test_steps_of_packed_sequences():
         np.testing.assert_allclose(found[:, i], expected, atol=1e-13)
 
 
+def test_as_many_tokens_as_sequences_need_not_be_one_each():
+    fm, (q, k, v, _, gates) = fm_of(), inputs(length=10)
+    packed = AttentionState.zeros(fm, DIM, sequences=2, dtype=np.float64)
+    apart = [AttentionState.zeros(fm, DIM, dtype=np.float64) for _ in range(2)]
+    for start, middle, stop in ((0, 3, 8), (8, 8, 10)):  # at last none, and two
+        rows = slice(start, stop)
+        bounds = np.array([start, middle, stop]) - start
+        packed.update(k[rows], v[rows], cu_seqlens=bounds, decay=gates[rows])
+        for state, part in zip(apart, (slice(start, middle), slice(middle, stop)), strict=True):
+            state.update(k[part], v[part], decay=gates[part])
+    found = packed.attend(q[:4], cu_seqlens=[0, 2, 4])
+    np.testing.assert_allclose(found[:2], apart[0].attend(q[:2]), atol=1e-13)
+    np.testing.assert_allclose(found[2:], apart[1].attend(q[2:4]), atol=1e-13)
+
+
 def test_files_copies_and_merges(tmp_path):
     fm, (q, k, v, bias, gates) = fm_of(), inputs(2)
     first, second = (
