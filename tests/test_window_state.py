@@ -165,3 +165,24 @@ def test_a_window_over_all_is_that_of_attention():
     expected = favor_attention(q, k, v, FM, causal=True)
     found = state.step(q[:, 49], k[:, 49], v[:, 49])
     np.testing.assert_allclose(found, expected[:, 49], atol=1e-12)
+
+
+def held(state):
+    """Bytes of all states and tokens that a WindowState holds, each once."""
+    states = {id(s): s for s in (state._own, *state._wholes, *state._parts[1])}
+    arrays = (a for s in states.values() for a in s)
+    return sum(a.nbytes for a in (state._k, state._v, state._mask, *arrays))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 8, 64, 80])
+def test_the_memory_of_a_window_state_is_what_it_says(window):
+    q, k, v = random_inputs(300, lead=(2,), dtype=np.float32)
+    state, sizes = WindowState(FM, 5, window, 2, dtype=np.float32), []
+    for t in range(300):
+        state.step(q[:, t], k[:, t], v[:, t])
+        sizes.append(held(state))
+    tokens = sum(a.nbytes for a in (state._k, state._v, state._mask))
+    one = sum(a.nbytes for a in state._own)
+    assert tokens == 2 * window * (4 * (6 + 5) + 1)
+    assert max(sizes) <= tokens + (2 + 2 * window**0.5) * one
+    assert max(sizes[200:]) <= max(sizes[:200])

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from support.forecasting import run, unexpected
 
 from favor_np.cli import main
 from favor_np.forecast import read_prices
@@ -28,19 +29,6 @@ def series(tmp_path):
         return str(path)
 
     return make
-
-
-def run(capsys, *argv):
-    status = main(["forecast", *argv])
-    captured = capsys.readouterr()
-    assert unexpected(captured.err) == []
-    assert status == 0
-    return captured.out
-
-
-def unexpected(err):
-    """What is written to standard error, but for what a cold cache makes the program say."""
-    return [x for x in err.splitlines() if not x.startswith("favor-np: compiling the kernels")]
 
 
 def test_default_run_prints_what_was_promised(capsys):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from support.forecasting import run
 
 from favor_np.cli import main
 from favor_np.forecast import PerformerForecaster, inputs, read_prices
@@ -27,15 +28,6 @@ def series(tmp_path):
         return str(path)
 
     return make
-
-
-def run(capsys, *argv):
-    status = main(["forecast", *argv])
-    captured = capsys.readouterr()
-    lines = [x for x in captured.err.splitlines() if "compiling the kernels" not in x]
-    assert lines == []
-    assert status == 0
-    return captured.out
 
 
 @pytest.mark.parametrize("target", ["volatility", "return"])
