@@ -94,7 +94,7 @@ class AdamW:
         self.grads = zeros_like(params)
         self.gradient = pack(self.grads)
         self.m, self.v, self.count = np.zeros_like(self.vector), np.zeros_like(self.vector), 0
-        self._outline = _outline(params)
+        self._forms = _forms(params)
         #: A row for each piece: where it begins, where it ends, and whether it decays.
         self._pieces = np.array(list(self._cut()), np.int64).reshape(-1, 3)
         self._keep_memory()
@@ -115,11 +115,11 @@ class AdamW:
             of, whole = getattr(self, tree), getattr(self, vector)
             if all(array.base is whole for _, array in leaves(of)):
                 continue
-            found = _outline(of)
-            for name, what in self._outline.items():
+            found = _forms(of)
+            for name, what in self._forms.items():
                 if found.get(name) != what:
                     raise ValueError(f"{tree}: {name} must be {what}, got {found.get(name)}")
-            if more := found.keys() - self._outline.keys():
+            if more := found.keys() - self._forms.keys():
                 raise ValueError(f"{tree} must not have more arrays than before, got {min(more)}")
             setattr(self, vector, pack(of))
 
@@ -207,7 +207,7 @@ class AdamW:
         )
 
 
-def _outline(tree: Params) -> dict[str, str]:
+def _forms(tree: Params) -> dict[str, str]:
     """Return the shapes and dtypes of the arrays of a tree, in words."""
     return {name: f"{array.shape} of {array.dtype}" for name, array in leaves(tree)}
 
