@@ -43,11 +43,12 @@ def generate(
     for start in range(0, batch.shape[1], PIECE):
         logits = model.extend(params, state, batch[:, start : start + PIECE])
     found = np.empty((len(batch), length), np.min_scalar_type(model.vocab - 1))
+    step = model.prepare(params)
     for i in range(length):
         chance = generator((seed, i)).random(len(batch))
         found[:, i] = choose(logits[:, -1], temperature, top_k, chance)
         if i + 1 < length:
-            logits = model.extend(params, state, found[:, i, None])
+            logits = step(state, found[:, i, None])
     return found.reshape(*tokens.shape[:-1], length)
 
 

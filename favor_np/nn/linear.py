@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from favor_np import validation
-from favor_np.nn.layer import Key, Layer, Pullback, generator, leaf, normal, rows
-from favor_np.nn.products import add_product, add_sum, multiply, multiply_back
+from favor_np.nn.layer import Key, Layer, Pullback, Step, generator, leaf, normal, rows
+from favor_np.nn.products import add_product, add_sum, multiply, multiply_back, multiply_few
 from favor_np.nn.tree import Array, Params
 
 
@@ -66,6 +66,16 @@ class Linear(Layer):
 
         return y, pullback
 
+    def prepare(self, params: Params) -> Step:
+        weight = leaf(params, "weight", (self.outputs, self.inputs))
+        bias = leaf(params, "bias", (self.outputs,)) if self.bias else None
+
+        def step(_: dict[str, Any], x: Array) -> Array:
+            y = multiply_few(x, weight)
+            return y if bias is None else y + bias
+
+        return step
+
 
 def tokens_of(name: str, value: Any, count: int) -> Array:
     """Return integers from 0 to count - 1."""
@@ -120,6 +130,10 @@ class Embedding(Layer):
             grads["weight"][found] += np.add.reduceat(grad[order], first, axis=0)
 
         return weight[tokens], pullback
+
+    def prepare(self, params: Params) -> Step:
+        weight = leaf(params, "weight", (self.count, self.dim))
+        return lambda _, x: weight[tokens_of("tokens", x, self.count)]
 
 
 @dataclass(frozen=True)

@@ -228,9 +228,8 @@ class ShiftTokens(Layer):
     def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
         if not self.causal:
             raise ValueError("causal must be True to go on from earlier rows, got False")
+        ((columns, _),) = self._shifts(x.shape[-1])
         y = self._shifted(x, 1)
-        if "last" in state:
-            for columns, _ in self._shifts(x.shape[-1]):
-                y[..., 0, columns] = state["last"][..., columns]
-        state["last"] = x[..., -1, :].copy()
+        y[..., 0, columns] = state.get("last", 0)
+        state["last"] = x[..., -1, columns].copy()
         return y
