@@ -34,6 +34,12 @@ def generate(
     if tokens.ndim not in (1, 2):
         raise ValueError(f"prompt must have shape (L,) or (batch, L), got {tokens.shape}")
     length = validation.integer("length", length, minimum=0)
+    most = model.length - tokens.shape[-1] + 1  # the last token is not read
+    if model.positions == "learned" and length > most:
+        raise ValueError(
+            f"length must be at most {most} after {tokens.shape[-1]} tokens: the model has learned "
+            f"{model.length} positions, got {length}"
+        )
     seed = validation.integer("seed", seed, minimum=0)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")

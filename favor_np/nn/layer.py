@@ -196,8 +196,11 @@ def part(
     mine = None if key is None else fold(key, name)
     with within(name):
         y, pull = layer.vjp(params.get(name, {}), x, key=mine, **options)
+    shape = y.shape
 
     def pullback(grad: Array, grads: Params) -> Any:
+        if np.shape(grad) != shape:
+            raise ValueError(f"{name}.grad_y must have shape {shape}, got {np.shape(grad)}")
         return pull(grad, grads.get(name, {}))
 
     return y, pullback
@@ -241,6 +244,14 @@ def rows(name: str, value: Any, dim: int, dtype: Any) -> Array:
     array = validation.tensor(name, value, 1)
     if array.shape[-1] != dim:
         raise ValueError(f"{name} must have shape (..., {dim}), got {array.shape}")
+    return validation.contiguous(array, np.dtype(dtype))
+
+
+def cotangent(grad: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return the gradient of an output of this shape in C order, in the dtype of the parameters."""
+    array = validation.tensor("grad_y", grad, 0)
+    if array.shape != shape:
+        raise ValueError(f"grad_y must have shape {shape}, got {array.shape}")
     return validation.contiguous(array, np.dtype(dtype))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from favor_np import validation
-from favor_np.nn.layer import Key, Layer, Pullback, Step, generator, leaf, normal, rows
+from favor_np.nn.layer import Key, Layer, Pullback, Step, cotangent, generator, leaf, normal, rows
 from favor_np.nn.products import add_product, add_sum, multiply, multiply_back, multiply_few
 from favor_np.nn.tree import Array, Params
 
@@ -56,9 +56,10 @@ class Linear(Layer):
         y = multiply(x, weight)
         if self.bias:
             y += leaf(params, "bias", (self.outputs,))
+        shape = y.shape
 
         def pullback(grad: Array, grads: Params) -> Array:
-            grad = rows("grad_y", grad, self.outputs, weight.dtype)
+            grad = cotangent(grad, shape, weight.dtype)
             add_product(grads["weight"], grad, x)
             if self.bias:
                 add_sum(grads["bias"], grad)
@@ -124,7 +125,8 @@ class Embedding(Layer):
         tokens = tokens_of("tokens", x, self.count)
 
         def pullback(grad: Array, grads: Params) -> None:
-            grad, flat = grad.reshape(-1, self.dim), tokens.ravel()
+            grad = cotangent(grad, (*tokens.shape, self.dim), weight.dtype).reshape(-1, self.dim)
+            flat = tokens.ravel()
             order = np.argsort(flat, kind="stable")
             found, first = np.unique(flat[order], return_index=True)
             grads["weight"][found] += np.add.reduceat(grad[order], first, axis=0)

@@ -20,11 +20,11 @@ from favor_np.nn.layer import (
     Layer,
     Pullback,
     Step,
+    cotangent,
     extend_part,
     leaf,
     part,
     prepare_parts,
-    rows,
 )
 from favor_np.nn.linear import Dropout, Embedding, Linear
 from favor_np.nn.memory import empty_like
@@ -106,6 +106,7 @@ class Residual(Layer):
         def pullback(grad: Array, grads: Params) -> Array:
             back = grad
             if gate is not None:
+                grad = cotangent(grad, branch.shape, branch.dtype)
                 grads["gate"] += np.vdot(grad, branch)
                 back = grad * gate
             for pull in reversed(pulls):
@@ -408,7 +409,7 @@ final_norm, gate, dropout, qkv_bias, bias
         table, hidden = params["embedding"]["weight"], x
 
         def tied_pullback(grad: Array, grads: Params) -> None:
-            grad = rows("grad_y", grad, self.vocab, table.dtype)
+            grad = cotangent(grad, (*hidden.shape[:-1], self.vocab), table.dtype)
             add_product(grads["embedding"]["weight"], grad, hidden)
             pullback(multiply_back(grad, table), grads)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from favor_np import validation
-from favor_np.nn.layer import Key, Layer, Pullback, leaf, normal, rows
+from favor_np.nn.layer import Key, Layer, Pullback, cotangent, leaf, normal, rows
 from favor_np.nn.tree import Array, Params
 
 
@@ -137,6 +137,7 @@ class LearnedPositions(Layer):
         x = rows("x", x, self.dim, table.dtype)
 
         def pullback(grad: Array, grads: Params) -> Array:
+            grad = cotangent(grad, x.shape, x.dtype)
             grads["weight"][: len(table)] += grad.reshape(-1, *table.shape).sum(0)
             return grad
 

@@ -158,6 +158,14 @@ def test_bad_arguments(arguments, message):
         model.generate(params, prompt, length, **options)
 
 
+def test_no_token_is_generated_where_positions_end():
+    """As many as fit; the last one is not read, so it needs no position."""
+    model, params = made(MODELS["learned"] | {"length": 12})
+    assert model.generate(params, TOKENS[:, :10], 3).shape == (3, 3)
+    with pytest.raises(ValueError, match=r"length must be at most 3 after 10 tokens.*got 4"):
+        model.generate(params, TOKENS[:, :10], 4)
+
+
 def test_a_model_that_looks_ahead_cannot_generate():
     model, params = made({"causal": False})
     with pytest.raises(ValueError, match="causal must be True to go on"):
