@@ -158,7 +158,8 @@ def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] | None = Non
     """Return the kernel of this name: one object, however it is asked for."""
     if variant is None:
         return kernel(name, dtype, frozenset())
-    return _kernels.setdefault((name, dtype, variant), Kernel(name, dtype, variant))
+    key = name, dtype, variant
+    return _kernels.get(key) or _kernels.setdefault(key, Kernel(*key))
 
 
 def every_kernel() -> Iterator[Kernel]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from favor_np import validation
-from favor_np.nn.layer import Key, Layer, Pullback, leaf, normal, rows
+from favor_np.nn.layer import Key, Layer, Pullback, cotangent, leaf, normal, rows
 from favor_np.nn.tree import Array, Params
 
 
@@ -137,6 +137,7 @@ class LearnedPositions(Layer):
         x = rows("x", x, self.dim, table.dtype)
 
         def pullback(grad: Array, grads: Params) -> Array:
+            grad = cotangent(grad, x.shape, x.dtype)
             grads["weight"][: len(table)] += grad.reshape(-1, *table.shape).sum(0)
             return grad
 
@@ -228,9 +229,8 @@ class ShiftTokens(Layer):
     def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
         if not self.causal:
             raise ValueError("causal must be True to go on from earlier rows, got False")
+        ((columns, _),) = self._shifts(x.shape[-1])
         y = self._shifted(x, 1)
-        if "last" in state:
-            for columns, _ in self._shifts(x.shape[-1]):
-                y[..., 0, columns] = state["last"][..., columns]
-        state["last"] = x[..., -1, :].copy()
+        y[..., 0, columns] = state.get("last", 0)
+        state["last"] = x[..., -1, columns].copy()
         return y

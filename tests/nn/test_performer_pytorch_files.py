@@ -67,7 +67,7 @@ def test_without_constants_it_is_a_plain_model(path, tmp_path):
 def test_checkpoint_of_an_original_model(tmp_path):
     model, params = load(TIED, "original")
     nn.save(tmp_path / "model", model, params)
-    with pytest.raises(ValueError, match="its model is a OriginalPerformerLM"):
+    with pytest.raises(ValueError, match=r"its model is a .*\.OriginalPerformerLM"):
         nn.load(tmp_path / "model")
     checkpoint = nn.load(tmp_path / "model", model)
     for (_, one), (_, two) in zip(nn.leaves(params), nn.leaves(checkpoint.params), strict=True):
