@@ -97,6 +97,8 @@ def states_of(form: StateForm, parts: StateParts) -> tuple[Array, ...]:
     """Return states from their parts."""
     layout, width = layout_of(form), form.value_dim
     c, s, z = arrays = empty(layout, len(parts.c))
+    if form.feature_map.kind != "positive":  # padding is lowered with the other features
+        c[:, : layout.features] = parts.c.max(1, keepdims=True)
     real, low = layout.real, layout.features + layout.real
     c[:, real], s[:, real, :width], z[:, real] = parts.c, parts.s, parts.z
     if parts.tail is not None:
