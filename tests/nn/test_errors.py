@@ -72,7 +72,7 @@ def test_rows():
     ):
         model.vjp(tree, np.ones((0, 8)))
     _, pullback = model.vjp(tree, np.ones((5, 8)))
-    with pytest.raises(ValueError, match=r"grad_y must have shape \(\.\.\., 8\), got \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"grad_y must have shape \(5, 8\), got \(5, 7\)"):
         pullback(np.ones((5, 7)), nn.zeros_like(tree))
 
 
