@@ -272,7 +272,7 @@ def properties(session: nox.Session) -> None:
 def mutation(session: nox.Session) -> None:
     """Plant small faults in a copy of the package, and count those that the tests find."""
     install(session, "test")
-    session.install("cosmic-ray>=8.4")
+    session.install("cosmic-ray>=8.7")
     session.run("python", "tools/mutation.py", *(session.posargs or ["--sample", "30"]))
 
 
