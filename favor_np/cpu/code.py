@@ -48,6 +48,7 @@ KERNELS: dict[str, tuple[str, Any, Any, list[str], list[str]]] = {
     "pull": ("favor_vjp", records.Pull, tiles.GradientTiles, [""], ["parts"]),
     "attend_exact": ("exact", records.Exact, tiles.ExactTiles, [""], ["pairs", "parts"]),
     "differentiate_exact": ("exact_vjp", records.ExactPull, tiles.ExactGradientTiles, [""], []),
+    "merge": ("state", records.Merge, None, [""], []),
     "holds_large": ("pack", records.Numbers, None, [""], []),
     "normalize": ("layers", records.Normalize, None, [""], []),
     "normalize_back": ("layers", records.NormalizeBack, None, [""], []),

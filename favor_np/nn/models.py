@@ -284,7 +284,7 @@ local_heads, window
     def _block(self, letter: str) -> Block:
         own = {
             field.name: getattr(self, field.name)
-            for field in dataclasses.fields(FavorSelfAttention)
+            for field in dataclasses.fields(self.attention)
             if hasattr(self, field.name)
         }
         std = None if self.gate else 0.0  # blocks begin as the identity

@@ -170,6 +170,10 @@ class SinusoidalPositions(Layer):
 
     dim: int
 
+    def __post_init__(self) -> None:
+        if self.dim % 2:
+            raise ValueError(f"dim must be even, got {self.dim}")
+
     def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
         return self.extend(params, {}, x), lambda grad, _: grad
 
