@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -209,6 +209,14 @@ def _causal(layer: Layer) -> bool:
     return all(map(_causal, layer.parts.values()))
 
 
+def _innermost(layer: Layer) -> Iterator[Layer]:
+    """Go through the layers that have no parts, in their order."""
+    if not layer.parts:
+        yield layer
+    for each in layer.parts.values():
+        yield from _innermost(each)
+
+
 class Rows(NamedTuple):
     """The name of rows (batch, positions, width)."""
 
@@ -229,9 +237,8 @@ class Writer:
 
     def input(self, model: Layer) -> Rows:
         """Declare what goes in."""
-        first = model
-        while first.parts:
-            first = next(iter(first.parts.values()))
+        same = nn.Dropout, nn.ShiftTokens  # what goes out is as wide as what goes in
+        first = next((x for x in _innermost(model) if not isinstance(x, same)), model)
         if isinstance(first, nn.Embedding):
             rows, kind = Rows("tokens", 0), TYPES["int64"]
         else:
@@ -506,6 +513,8 @@ def shift_tokens(w: Writer, layer: nn.ShiftTokens, _: Params, x: Rows) -> Rows:
     """Write rows some columns of which come from others."""
     g = w.g
     share = x.width // (2 if layer.causal else 3)
+    if not share:  # there is nothing that moves
+        return x
     sizes = [share, share] if layer.causal else [share, share, share]
     sizes += [x.width - sum(sizes)] if sum(sizes) < x.width else []
     parts = g.several("Split", [x.name, sizes], len(sizes), axis=2)
@@ -516,7 +525,7 @@ def shift_tokens(w: Writer, layer: nn.ShiftTokens, _: Params, x: Rows) -> Rows:
     parts[at] = g.Slice(rows, [0], [-1], [1])
     w.present(name, g.Slice(rows, [-1], [2**62], [1]), 1, share)
     if not layer.causal:
-        parts[0] = g.Pad(g.Slice(parts[0], [1], [2**62], [1]), [0] * 4 + [1, 0], 0.0)
+        parts[0] = g.Slice(g.Pad(parts[0], [0] * 4 + [1, 0], 0.0), [1], [2**62], [1])
     return Rows(g.Concat(*parts, axis=2), x.width)
 
 
