@@ -127,6 +127,18 @@ def export_model(
     >>> token, state = run(logits[:, -1:].argmax(-1), state)  # the next one
     >>> token.shape
     (1, 1, 256)
+
+    The last row of a forecaster's output is the forecast of what is to come:
+
+    >>> from favor_np.forecast import PerformerForecaster, inputs, read_prices
+    >>> rows = inputs(read_prices())
+    >>> forecaster = PerformerForecaster(epochs=0).fit(rows)
+    >>> exported = export_model(forecaster)
+    >>> session = onnxruntime.InferenceSession(exported.SerializeToString())
+    >>> last = rows[-2500:].astype(np.float32)[None]
+    >>> variance, volatility, interval = session.run(None, {"x": last})
+    >>> bool(abs(variance[0, -1] / forecaster.predict()[-1] - 1) < 3e-6)
+    True
     """
     masked = validation.flag("key_mask", key_mask)
     if masked and not isinstance(model, nn.Performer):
