@@ -59,7 +59,7 @@ def onnx(session: nox.Session) -> None:
     session.run("pytest", "tests/interop/test_onnx_runtimes.py", env=environ)
     for version, tests in OLD_ONNXRUNTIMES.items():
         session.install(f"onnxruntime=={version}")
-        files = "tests/interop/test_onnx.py", "tests/interop/test_onnx_models.py"
+        files = (f"tests/interop/test_onnx{of}.py" for of in ("", "_models", "_forecasters"))
         session.run("pytest", *files, "-k", tests, env=environ)
 
 
