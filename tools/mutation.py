@@ -31,8 +31,8 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome
 GROUPS = {
     "calls and states": {
         "guard": "sharing",
-        "validation attention": "conventions attention behaviour",
-        "call": "attention vjp",
+        "validation attention": "conventions state attention behaviour bfloat16",
+        "call": "attention weights diagnostics vjp",
         "decay": "decay_span attention key_bias",
         "state": "state key_bias sharing",
         "storage": "storage",
@@ -40,9 +40,9 @@ GROUPS = {
     "engine": {
         "cpu/launch cpu/states cpu/engine cpu/layout jobs numerics cpu/scaling": "attention state "
         "overflow exact key_bias vjp",
-        "cpu/record cpu/records cpu/memory": "record workspaces attention",
+        "cpu/record cpu/records cpu/memory": "workspaces kept record attention",
         "cpu/tiles cpu/schedule cpu/threads": "workspaces attention pipeline threads",
-        "store cpu/code cpu/shipped": "store code shipped",
+        "store cpu/code": "store code",
     },
     "kernels": {
         "cpu/kernels/state cpu/kernels/step": "state window_state",
@@ -53,17 +53,18 @@ GROUPS = {
         "cpu/kernels/pipeline": "pipeline",
     },
     "gradients": {
-        "gradients cpu/kernels/favor_vjp": "vjp",
+        "gradients variance": "vjp variance",
+        "cpu/kernels/favor_vjp": "vjp",
         "exact cpu/kernels/exact_vjp": "exact_vjp exact_options",
         "nn/linear nn/norms nn/losses nn/position nn/products nn/feedforward nn/attention nn/layer "
-        "nn/fused": "nn/gradients nn/fused nn/errors",
+        "nn/fused": "nn/gradients nn/errors nn/fused nn/generation",
     },
     "forecasts": {
         "forecast/_backtest forecast/_baselines forecast/_scores forecast/_intervals "
         "forecast/_volatility": "forecast/intervals forecast/backtest",
         "forecast/_evaluate forecast/_windows forecast/_inputs forecast/_simulate "
         "forecast/_forecast forecast/_next forecast/_start forecast/_compare "
-        "forecast/_error_bars": "forecast/forecast forecast/uncertainty forecast/backtest",
+        "forecast/_error_bars": "forecast/uncertainty forecast/forecast forecast/backtest",
         "forecast/_prices forecast/_calendar": "forecast/prices forecast/calendar",
         "forecast/_live forecast/_trading": "forecast/trading forecast/live",
         "forecast/_performer forecast/_residual": "forecast/performer",
@@ -109,6 +110,8 @@ def idle(path):
                 places.append(node)
             case ast.AnnAssign() | ast.arg():
                 places.append(node.annotation)
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                places.append(node)
             case ast.Call(func=ast.Attribute(value=ast.Name(id="warnings"))):
                 places.append(node)
         places += getattr(node, "decorator_list", [])

@@ -130,6 +130,22 @@ def test_models_with_a_mask(model):
     np.testing.assert_allclose(one, two, rtol=1e-12)
 
 
+DEFAULTS = {
+    "linear": (nn.Linear(4, 3), {"weight": (3, 4), "bias": (3,)}),
+    "feed-forward": (
+        nn.FeedForward(2),
+        {"up.weight": (8, 2), "up.bias": (8,), "down.weight": (2, 8), "down.bias": (2,)},
+    ),
+    "layer norm": (nn.LayerNorm(2), {"weight": (2,), "bias": (2,)}),
+}
+
+
+@pytest.mark.parametrize(("layer", "expected"), DEFAULTS.values(), ids=DEFAULTS)
+def test_parameters_without_options(layer, expected):
+    params = layer.init(np.random.default_rng(0))
+    assert {name: array.shape for name, array in nn.leaves(params)} == expected
+
+
 def test_a_learned_projection():
     layer = nn.FavorSelfAttention(8, 2, 12, learn_projection=True)
     check(layer, ROWS, fixed=())
