@@ -59,7 +59,7 @@ def onnx(session: nox.Session) -> None:
     session.run("pytest", "tests/interop/test_onnx_runtimes.py", env=environ)
     for version, tests in OLD_ONNXRUNTIMES.items():
         session.install(f"onnxruntime=={version}")
-        files = "tests/interop/test_onnx.py", "tests/interop/test_onnx_models.py"
+        files = (f"tests/interop/test_onnx{of}.py" for of in ("", "_models", "_forecasters"))
         session.run("pytest", *files, "-k", tests, env=environ)
 
 
@@ -247,9 +247,11 @@ ON_OLDEST = [
 
 @nox.session(default=False)
 def soak(session: nox.Session) -> None:
-    """Make a hundred thousand calls: memory stays flat."""
-    session.install("-e", ".")
-    session.run("python", "tools/soak.py", *session.posargs)
+    """Make 100,000 calls, and 1,000 in each of 16 threads; serve for a minute from forked workers."""
+    session.install("-e", ".", "gunicorn>=23")
+    session.run("python", "tools/soak.py")
+    session.run("python", "tools/soak.py", "--calls=16000", "--threads=16")
+    session.run("python", "tools/prefork.py")
 
 
 @nox.session(default=False)

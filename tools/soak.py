@@ -1,18 +1,20 @@
 """A hundred thousand calls of every kind: memory has to stay flat, and results the same.
 
 python tools/soak.py --calls 100000
+python tools/soak.py --calls 16000 --threads 16
 """
 
 import argparse
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 import favor_np
 
-GROWTH = 4e6  # bytes, between the first tenth of the calls and the last
+GROWTH = 4e6  # bytes, between the second tenth of the calls and the last
 
 
 def resident():
@@ -49,22 +51,27 @@ def calls():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=100_000)
-    count = parser.parse_args().calls
-    kinds = list(calls())
-    first = [call() for call in kinds]
-    start, sizes = time.perf_counter(), []
-    for number in range(count):
-        at = number % len(kinds)
-        if not (kinds[at]() == first[at]).all():
-            raise SystemExit(f"call {number:,} has another result than the first of its kind")
-        if number % max(1, count // 100) == 0:
-            sizes.append(resident())
+    parser.add_argument("--threads", type=int, default=1, help="how many share the calls")
+    args = parser.parse_args()
+    count, kinds = args.calls // args.threads, list(calls())
+    first, sizes = [call() for call in kinds], []
+
+    def share(thread):
+        for number in range(count):
+            at = (number + thread) % len(kinds)
+            if not (kinds[at]() == first[at]).all():
+                raise SystemExit(f"call {number:,} has another result than the first of its kind")
+            if thread == 0 and number % max(1, count // 100) == 0:
+                sizes.append(resident())
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(args.threads) as pool:
+        list(pool.map(share, range(args.threads)))  # raises what a thread has raised
+    seconds = time.perf_counter() - start
     tenth = max(1, len(sizes) // 10)
-    growth = max(sizes[-tenth:]) - max(sizes[:tenth])
-    print(
-        f"{count:,} calls in {time.perf_counter() - start:.0f} s, memory {sizes[-1] / 1e6:.0f} MB"
-    )
-    print(f"the last tenth has {growth / 1e6:+.2f} MB beside the first")
+    growth = max(sizes[-tenth:]) - max(sizes[tenth : 2 * tenth])
+    print(f"{args.calls:,} calls in {seconds:.0f} s, memory {sizes[-1] / 1e6:.0f} MB")
+    print(f"the last tenth has {growth / 1e6:+.2f} MB beside the second")
     if growth > GROWTH:
         raise SystemExit("memory grows")
 

@@ -363,16 +363,26 @@ def _floats(name: str, value: Any) -> Array:
 
 def _read(path: Any) -> dict[str, Array]:
     try:
-        import safetensors.numpy
+        import safetensors
     except ImportError:
         raise ImportError(
             "files of weights need safetensors: pip install 'favor_np[nn]'", name="safetensors"
         ) from None
     data = storage.path_of("weights", path).read_bytes()
     try:
-        return dict(safetensors.numpy.load(data))
+        tensors = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        return {name: _array(**tensor) for name, tensor in tensors}
     except Exception as error:  # bytes can be wrong in more ways than can be listed
         raise ValueError(f"{os.fspath(path)} cannot be read as safetensors: {error}") from error
+
+
+def _array(dtype: str, shape: list[int], data: bytes) -> Array:
+    """Return a tensor of a file; bfloat16, which NumPy has not, as float32."""
+    if dtype == "BF16":
+        bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(shape)
+    kind = "?" if dtype == "BOOL" else f"<{dtype[0].lower()}{int(dtype[1:]) // 8}"
+    return np.frombuffer(data, kind).reshape(shape)
 
 
 @lru_cache(maxsize=16)

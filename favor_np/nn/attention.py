@@ -88,8 +88,8 @@ class FavorSelfAttention(Layer):
     rotary : {"adjacent", "halves"}, optional
         Rotate queries and keys by their position: see `Rotary`.
     decay : float or tuple of float, optional
-        What the weight of a key is multiplied with at every later row, one for all heads or one
-        for each of `kv_heads`; heads within a window have none.
+        What the weight of a key is multiplied with at every later row, one for all heads of keys
+        or one for each that is not local; those within a window have none.
     exact : bool, default False
         Exact attention; the projection, if there is one, is not used.
     bias : bool, default False
@@ -152,8 +152,6 @@ class FavorSelfAttention(Layer):
             raise ValueError(f"qk must be 'sphere' or None, got {self.qk!r}")
         if self._antithetic and self.num_features % 2:
             raise ValueError(f"num_features must be even if antithetic, got {self.num_features}")
-        if self.decay is not None and not self.causal:
-            raise ValueError("decay needs causal=True")
         group = self.heads // self._kv_heads
         local = validation.integer("local_heads", self.local_heads, minimum=0)
         if local >= self.heads or local % group:
@@ -161,6 +159,13 @@ class FavorSelfAttention(Layer):
                 f"local_heads must be less than heads ({self.heads}) and a multiple of {group}, "
                 f"got {local}"
             )
+        if self.decay is not None:
+            shape, far = validation.decay_of(self.decay, causal=self.causal).shape, self._kv_far
+            if shape not in ((), (1,), (far,)):
+                raise ValueError(
+                    "decay must be one number, or one for each head of keys that is not local "
+                    f"({far}), got shape {shape}"
+                )
 
     @property
     def _kv_heads(self) -> int:

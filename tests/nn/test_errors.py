@@ -88,6 +88,12 @@ OPTIONS = {
     "last norm": (lambda: nn.Performer(dim=8, depth=1, heads=2, final_norm="x"), "final_norm must be"),
     "features": (lambda: nn.FavorSelfAttention(8, 2, 7), "num_features must be even"),
     "decay": (lambda: nn.FavorSelfAttention(8, 2, causal=False, decay=0.9), "decay needs causal"),
+    "decay above 1": (lambda: nn.FavorSelfAttention(8, 2, decay=(0.9, 3.0)), "and at most 1"),
+    "decays": (lambda: nn.Performer(dim=8, depth=1, heads=2, causal=True, decay=(0.9,) * 3), r"\(2\)"),
+    "decays of near heads": (
+        lambda: nn.FavorSelfAttention(16, 4, local_heads=2, decay=(0.9,) * 4),
+        r"for each head of keys that is not local \(2\), got shape \(4,\)",
+    ),
     "qk": (lambda: nn.FavorSelfAttention(8, 2, qk="rms"), "qk must be 'sphere' or None"),
     "dropout": (lambda: nn.Dropout(1.0), "rate must be at least 0 and less than 1, got 1.0"),
     "rotary": (lambda: nn.Rotary(5), "dim must be even, got 5"),

@@ -52,6 +52,23 @@ def test_generation_is_the_most_likely_continuation(path, eps):
         np.testing.assert_array_equal(text[:, end], expected)
 
 
+def test_files_of_bfloat16_are_read(tmp_path):
+    weights, config = parts(TIED)
+    path, header, data = tmp_path / "half.safetensors", {}, b""
+    for name, array in weights.items():
+        high = (array.astype(np.float32).view(np.uint32) >> 16).astype("<u2")
+        at = [len(data), len(data) + high.nbytes]
+        header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": at}
+        data += high.tobytes()
+        weights[name] = (high.astype(np.uint32) << 16).view(np.float32)
+    start = json.dumps(header).encode()
+    path.write_bytes(len(start).to_bytes(8, "little") + start + data)
+    _, found = performer_pytorch.load(path, config)
+    _, expected = performer_pytorch.load(weights, config)
+    for (name, a), (_, b) in zip(nn.leaves(found), nn.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b, name)
+
+
 @each_file
 def test_without_constants_it_is_a_plain_model(path, tmp_path):
     model, params = load(path, 0)
