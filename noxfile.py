@@ -269,6 +269,14 @@ def properties(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Plant small faults in a copy of the package, and count those that the tests find."""
+    install(session, "test")
+    session.install("cosmic-ray>=8.4")
+    session.run("python", "tools/mutation.py", *(session.posargs or ["--sample", "30"]))
+
+
+@nox.session(default=False)
 def coverage(session: nox.Session) -> None:
     """Say which lines of the package no test runs; those of kernels count as they are compiled."""
     install(session, "test")

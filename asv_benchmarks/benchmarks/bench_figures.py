@@ -58,6 +58,34 @@ class Rate:
     track_over_gemm.unit = "times GEMM's"
 
 
+class Work:
+    """Processor time of a call over that of a matrix product: what to compare two commits by.
+
+    On as many threads as the environment says.  Taken in turns, the two are slowed down alike by other
+    programs, so that this ratio hardly moves on a busy machine.
+    """
+
+    params = (["causal", "full", "gradient", "exact"],)
+    param_names = ("what",)
+
+    def setup(self, what):
+        arrays, causal = inputs(2048 if what == "exact" else 4096), what != "full"
+        fm = feature_map(antithetic=False)
+
+        def gradient():
+            return favor_np.favor_attention_vjp(*arrays, fm, causal=True)[1](arrays[2])
+
+        self.call = {
+            "exact": lambda: favor_np.exact_attention(*arrays, causal=True),
+            "gradient": gradient,
+        }.get(what, lambda: favor_np.favor_attention(*arrays, fm, causal=causal))
+
+    def track_over_gemm(self, what):
+        return ratio(*interleave(self.call, gemm()).T)
+
+    track_over_gemm.unit = "times"
+
+
 class Gemm:
     """NumPy's matrix product 1024 x 1024 x 1024, one thread: the limit on this machine."""
 

@@ -72,7 +72,7 @@ def test_rows():
     ):
         model.vjp(tree, np.ones((0, 8)))
     _, pullback = model.vjp(tree, np.ones((5, 8)))
-    with pytest.raises(ValueError, match=r"grad_y must have shape \(\.\.\., 8\), got \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"grad_y must have shape \(5, 8\), got \(5, 7\)"):
         pullback(np.ones((5, 7)), nn.zeros_like(tree))
 
 
@@ -116,6 +116,7 @@ LOGITS = np.zeros((2, 3))
 LOSSES = {
     "range": (lambda: nn.cross_entropy(LOGITS, [0, 3]), "targets must be from 0 to 2, got 3"),
     "shape": (lambda: nn.cross_entropy(LOGITS, [0]), r"targets must have shape \(2,\), got \(1,\)"),
+    "one logit": (lambda: nn.cross_entropy(0.5, 0), "logits must have at least 1 axes"),
     "floats": (lambda: nn.cross_entropy(LOGITS, [0.0, 1.0]), "targets must hold integers"),
     "all ignored": (lambda: nn.cross_entropy(LOGITS, [1, 1], ignore=1), "at least one that counts"),
     "none": (lambda: nn.cross_entropy(np.zeros((0, 3)), np.zeros(0, int)), "at least one"),

@@ -1,5 +1,7 @@
 """Every layer and model: its gradients are those of finite differences, in every parameter."""
 
+import re
+
 import numpy as np
 import pytest
 from support.gradients import check, double
@@ -183,3 +185,18 @@ def test_losses(loss, shape, targets, options):
         step[at] = 1e-6
         ends = [loss(output + sign * step, targets, **options)[0] for sign in (1, -1)]
         assert grad[at] == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name, (layer, _) in LAYERS.items() if layer.init(RNG)])
+def test_a_gradient_has_the_shape_of_the_output(name):
+    """One that would be broadcast, or has as many numbers, is refused before anything is added."""
+    layer, x = LAYERS[name]
+    for each in (layer, nn.Chain((layer,))):
+        params = each.init(np.random.default_rng(0))
+        y, pullback = each.vjp(params, x)
+        grads = nn.zeros_like(params)
+        for shape in (y.shape[1:], (1, *y.shape), (1, *y.shape[1:]), (y[..., 0].size, y.shape[-1])):
+            message = f"grad_y must have shape {y.shape}, got {shape}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                pullback(np.ones(shape, y.dtype), grads)
+        assert not any(array.any() for _, array in nn.leaves(grads))
