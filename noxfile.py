@@ -59,7 +59,7 @@ def onnx(session: nox.Session) -> None:
     session.run("pytest", "tests/interop/test_onnx_runtimes.py", env=environ)
     for version, tests in OLD_ONNXRUNTIMES.items():
         session.install(f"onnxruntime=={version}")
-        files = "tests/interop/test_onnx.py", "tests/interop/test_onnx_models.py"
+        files = (f"tests/interop/test_onnx{of}.py" for of in ("", "_models", "_forecasters"))
         session.run("pytest", *files, "-k", tests, env=environ)
 
 
@@ -268,6 +268,14 @@ def properties(session: nox.Session) -> None:
     end = time.monotonic() + 60 * float(session.posargs[0] if session.posargs else 120)
     while time.monotonic() < end:
         session.run("pytest", "-m", "hypothesis", "--hypothesis-profile=random", "tests")
+
+
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Plant small faults in a copy of the package, and count those that the tests find."""
+    install(session, "test")
+    session.install("cosmic-ray>=8.4")
+    session.run("python", "tools/mutation.py", *(session.posargs or ["--sample", "30"]))
 
 
 @nox.session(default=False)

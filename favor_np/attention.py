@@ -277,7 +277,7 @@ def _checked_state(state: object, feature_map: FeatureMap, engine: Engine) -> At
 def state_after(call: Call, before: AttentionState | None) -> AttentionState:
     """Return the state that the keys are folded into: a copy of the one before, or an empty one."""
     if before is not None:
-        after = before.copy()
+        after = before._guard.read(before._copy, call.engine)
         return after if call.keys else after._without_tail()
     sequences = None if call.offsets is None else len(call.offsets) - 1
     form = StateForm(call.map, call.compute, call.v.shape[-1])

@@ -156,11 +156,10 @@ class Engine(Protocol):
 
 
 def refuse(engine: Engine, **options: object) -> None:
-    """Refuse options that the engine does not have: "state in a gradient" is one."""
+    """Refuse options that the engine does not have."""
     for name in engine.refused.intersection(options):
         if options[name] not in (None, False):
-            option, _, where = name.partition(" ")
-            raise ValueError(f"{option} cannot be used {where} {engine.home}".replace("  ", " "))
+            raise ValueError(f"{name} cannot be used {engine.home}")
 
 
 @functools.cache

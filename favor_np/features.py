@@ -131,6 +131,7 @@ class FeatureMap:
         if antithetic and kind != "positive":
             raise ValueError(f"antithetic=True needs kind='positive', got kind={kind!r}")
         values: dict[str, Any] = {
+            "kind": kind,
             "projection": projection,
             "scale": scale,
             "antithetic": antithetic,

@@ -13,7 +13,6 @@ from favor_np import decay as decays
 from favor_np import numerics, validation
 from favor_np.attention import attend, check, state_after, windowed
 from favor_np.call import Call, Cotangents, Forward, StateParts, sum_to
-from favor_np.engine import refuse
 from favor_np.features import FeatureMap
 from favor_np.state import AttentionState
 
@@ -95,9 +94,8 @@ def favor_attention_vjp(
     q, k, v, feature_map, causal, key_mask, key_bias, cu_seqlens, enable_gqa, decay, window, \
 state, return_state, precision, num_threads, check_finite, device
         As for `favor_attention`.  With ``precision="bfloat16"`` the pullback computes in float32;
-        with `check_finite` it refuses a `grad_out` that is not finite.  On a CUDA device there is
-        no state, and no gradient of the projection; gradients of bias and decay are NumPy arrays
-        there.
+        with `check_finite` it refuses a `grad_out` that is not finite.  On a CUDA device gradients
+        of bias, decay, state and projection are NumPy arrays, too.
 
     Returns
     -------
@@ -151,7 +149,6 @@ state, return_state, precision, num_threads, check_finite, device
         device=device,
     )
     engine = call.engine
-    refuse(engine, **{"state in a gradient": state, "return_state in a gradient": return_state})
     after = state_after(call, state) if return_state else None
     forward = attend_forward(call, state, after)
     result = forward.out
@@ -192,7 +189,8 @@ def pullback_of(
         if grad_state is not None:
             if after is None:
                 raise ValueError("grad_state needs return_state=True")
-            final = _final_state(state, after, grad_state)
+            grad_state = _checked_cotangents(after, grad_state)
+            final = _final_state(call, state, after, grad_state)
         if windowed(call):
             from favor_np import window
 
@@ -210,7 +208,7 @@ def pullback_of(
             found: Array = total.astype(call.compute, copy=False)
             return found
 
-        first = None if state is None else _state_gradient(state, found.state)
+        first = None if state is None else _state_gradient(call, state, found.state)
         weights = _weights_gradient(call, found.key_bias, (state, after), grad_state)
         return Gradients(found, weights, first, projection)
 
@@ -262,10 +260,8 @@ def _projection(feature_map: FeatureMap, weight: Array, bias: Array, owners: Arr
     return total
 
 
-def _final_state(
-    before: AttentionState | None, after: AttentionState, grad_state: Any
-) -> tuple[Any, ...]:
-    """Return the cotangent of the last state as the kernels fold it: relative to 2**-c."""
+def _checked_cotangents(after: AttentionState, grad_state: Any) -> StateGradient:
+    """Return the cotangents of the last state, in main memory."""
     lead = (*after._slots, after.feature_map.num_features)
     shapes = {"S": (*lead, after.value_dim), "z": lead}
     try:
@@ -275,9 +271,17 @@ def _final_state(
             f"grad_state must be a pair of arrays, got {validation.got(grad_state)}"
         ) from None
     for name, shape in shapes.items():
-        given[name] = validation.tensor(f"grad_state.{name}", given[name], 1)
+        array = after._engine.to_host(given[name])
+        given[name] = validation.tensor(f"grad_state.{name}", array, 1)
         if given[name].shape != shape:
             raise ValueError(f"grad_state.{name} must have shape {shape}, got {given[name].shape}")
+    return StateGradient(**given)
+
+
+def _final_state(
+    call: Call, before: AttentionState | None, after: AttentionState, given: StateGradient
+) -> tuple[Any, ...]:
+    """Return the cotangent of the last state as the kernels fold it: relative to 2**-c."""
     rows = len(after._arrays[0]), after.feature_map.num_features
     c, weight = after.c.reshape(rows), np.ones(rows)
     seen, exponents = _folded(c), -c
@@ -290,16 +294,16 @@ def _final_state(
     weight[~seen] = 0
     parts = StateParts(
         np.where(seen, exponents, _nothing(c)),
-        given["S"].reshape(*rows, after.value_dim) * weight[..., None],
-        given["z"].reshape(rows) * weight,
+        given.S.reshape(*rows, after.value_dim) * weight[..., None],
+        given.z.reshape(rows) * weight,
     )
-    states: tuple[Any, ...] = after._engine.states_of(after._form, parts)
+    states: tuple[Any, ...] = call.engine.states_of(after._form, parts)
     return states
 
 
-def _state_gradient(state: AttentionState, found: Any) -> StateGradient:
+def _state_gradient(call: Call, state: AttentionState, found: Any) -> StateGradient:
     """Return the cotangent of the first state's S and z from the fold that went back to it."""
-    c, s, z = state._engine.state_sums(state._form, found)
+    c, s, z = call.engine.state_sums(state._form, found)
     before = state.c.reshape(c.shape)
     seen = _folded(before) & _folded(c)
     weight = np.ldexp(np.where(seen, 1.0, 0.0), np.where(seen, c + before, 0))

@@ -500,6 +500,8 @@ class AttentionState:
         keys, engine = call.keys, call.engine
         result, target = engine.outputs(call)
         arrays = self._arrays
+        if keys:
+            self._engine = engine  # what follows is work for the same stream
         if not keys and engine.has_tails(arrays):
             # A token came since `_run` looked: what only reads changes nothing.
             arrays = self._copy()._without_tail()._arrays
@@ -517,10 +519,12 @@ class AttentionState:
         return engine.finish(call, result, target)
 
     def _advance_copy(self, call: Call) -> Any:
-        after = self._copy()
+        after = self._copy(call.engine)
         out = after._advance(call)
         # One step, so that no interrupt comes between the two.
-        vars(self).update(_arrays=after._arrays, _tokens=after._tokens, _fade=after._fade)
+        vars(self).update(
+            _engine=after._engine, _arrays=after._arrays, _tokens=after._tokens, _fade=after._fade
+        )
         return out
 
     def _count(self, call: Call) -> None:
@@ -573,7 +577,7 @@ class AttentionState:
             raise ValueError(f"other must have decay {self.decay}, got {other.decay}")
         if self._engine.home != other._engine.home:
             raise TypeError("other must lie where the state does: in main memory, or on the device")
-        self._guard.change(self._merge, other.copy())
+        self._guard.change(self._merge, other._guard.read(other._copy, self._engine))
         return self
 
     def _without_tail(self) -> AttentionState:
@@ -600,10 +604,12 @@ class AttentionState:
         """Return an independent copy: to continue one prefix in two ways."""
         return self._guard.read(self._copy)
 
-    def _copy(self) -> AttentionState:
+    def _copy(self, engine: Engine | None = None) -> AttentionState:
+        """Copy, by the engine of the call that goes on with it: on a device, on its stream."""
         new = AttentionState.__new__(AttentionState)
         vars(new).update(vars(self))
-        new._arrays = self._engine.copy_states(self._arrays)
+        new._engine = engine or self._engine
+        new._arrays = new._engine.copy_states(self._arrays)
         new._guard = Guard("AttentionState")
         return new
 

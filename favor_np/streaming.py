@@ -138,6 +138,7 @@ def stream_attention(
     """
     checked(feature_map, ATTENTION_KINDS)
     size = validation.integer("chunk_size", chunk_size)
+    q, k, v, key_mask, key_bias, decay = map(_sliceable, (q, k, v, key_mask, key_bias, decay))
     of_keys = {"key_mask": key_mask, "key_bias": key_bias}
     call = processor().check(
         _outline("q", q),
@@ -150,7 +151,9 @@ def stream_attention(
         **{n: None if x is None else _outline(n, x) for n, x in of_keys.items()},
     )
     call.bfloat16 = validation.is_bfloat16(precision, call.compute)
-    shape = getattr(decay, "shape", None) or np.shape(decay)
+    if decay is not None and not hasattr(decay, "shape"):
+        decay = validation.array_of("decay", decay)
+    shape = () if decay is None else tuple(decay.shape)
     if decay is not None and len(shape) == len(call.state_shape) + 1:
         if not call.causal:
             raise ValueError("decay needs causal=True")
@@ -275,6 +278,11 @@ def _outline(name: str, array: Any) -> Any:
     if dtype.kind in "biu" and name != "key_mask":
         dtype = np.dtype(np.float64)  # what it is converted to, chunk by chunk
     return validation.outline(shape, dtype)
+
+
+def _sliceable(array: Any) -> Any:
+    """Return what is sliced as an array is: pandas takes slices for labels."""
+    return np.asarray(array) if hasattr(array, "iloc") else array
 
 
 def _form(name: str, array: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

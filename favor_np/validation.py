@@ -70,9 +70,9 @@ def flag(name: str, value: object) -> bool:
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
-    """Return `value` if it is one of the strings `options`."""
+    """Return the one of the strings `options` that `value` is: a plain str, not `numpy.str_`."""
     if isinstance(value, str) and value in options:
-        return value
+        return options[options.index(value)]
     listed = ", ".join(map(repr, options))
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {listed}, got {got(value)}")

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import numpy as np
@@ -260,12 +261,20 @@ class WindowState:
     def _empty(self) -> Any:
         return processor().new_states(self._form, math.prod(self.batch_shape))
 
+    #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window; and
+    #: of the last ``n * r`` and 1, 2, ... more.  They are made, and filled, when they are needed.
+    _wholes: Any = None
+    _parts: Any = None
+
     def _forget(self) -> None:
-        #: States of the last 0, r, 2 r, ... keys of the segment before, r the root of the window,
-        #: and, beside their number n, of the last ``n * r`` and 0, 1, 2, ... more; made when they
-        #: are needed.
-        self._wholes: list[Any] = []
-        self._parts: tuple[int, list[Any]] = (-1, [])
+        #: That n; -1 while none is filled.
+        self._latest = -1
+
+    def _stack(self, count: int) -> list[tuple[Array, ...]]:
+        """Return so many states of no keys."""
+        each = math.prod(self.batch_shape)
+        arrays = processor().new_states(self._form, count * each)
+        return [tuple(a[i * each : (i + 1) * each] for a in arrays) for i in range(count)]
 
     @property
     def _begin(self) -> int:
@@ -345,23 +354,25 @@ class WindowState:
     def _before(self, call: Call) -> Any:
         """Return the state of the keys before the latest segment that its position sees."""
 
-        def backwards(state: Any, stop: int, step: int, count: int) -> list[Any]:
-            states = [state]
-            for end in range(stop, stop - step * count, -step):
-                state = call.engine.copy_states(state)
-                self._fold(call, state, end - step, end)
-                states.append(state)
-            return states
+        def fill(states: list[Any], stop: int, step: int) -> None:
+            for before, state in pairwise(states):
+                for array, source in zip(state, before, strict=True):
+                    array[...] = source
+                self._fold(call, state, stop - step, stop)
+                stop -= step
 
         begin, root = self._begin, math.isqrt(self.window)
         seen = min(begin, begin + self.window - self.length)
         whole, rest = divmod(seen, root)
-        if not self._wholes:
-            self._wholes = backwards(self._empty(), begin, root, whole)
-        if self._parts[0] != whole:
-            start = begin - whole * root
-            self._parts = whole, backwards(self._wholes[whole], start, 1, rest)
-        return self._parts[1][rest]
+        if self._wholes is None:
+            self._wholes, self._parts = self._stack(root + 2), self._stack(root - 1)
+        if self._latest < 0:
+            fill(self._wholes[: whole + 1], begin, root)
+        parts = [self._wholes[whole], *self._parts[:rest]]
+        if self._latest != whole:
+            fill(parts, begin - whole * root, 1)
+            self._latest = whole
+        return parts[rest]
 
     def _run(
         self, q: Any, k: Any, v: Any, decay: object = None, **options: Unpack[Options]
@@ -697,7 +708,8 @@ class WindowState:
 
     def _kept(self) -> dict[str, Any]:
         c, s, z, *rest = processor().state_parts(self._form, self._own)
-        kept = {n: a for n, a in vars(self).items() if n not in ("_wholes", "_parts", "_guard")}
+        made = ("_wholes", "_parts", "_latest", "_guard")
+        kept = {name: array for name, array in vars(self).items() if name not in made}
         names = ("_k", "_v", "_mask", "_log2_bias", "_faded")
         rows = {name: kept[name].copy() for name in names if kept[name] is not None}
         return kept | rows | {"_own": ((c, s, z), tuple(rest))}

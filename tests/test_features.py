@@ -147,6 +147,13 @@ def test_equality_is_by_content():
     assert fm != "fm"
 
 
+def test_kind_is_a_plain_string():
+    """So that states are named alike, whatever kind of string it was given as."""
+    one, two = (feature_map(kind, 4, 8, rng=0) for kind in ("relu", np.str_("relu")))
+    assert one == two
+    assert type(two.kind) is str
+
+
 def test_fingerprint_is_pinned():
     """States on disk name the map they belong to: the fingerprint is a file format."""
     fm = feature_map("positive", dim=4, num_features=8)

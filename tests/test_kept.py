@@ -108,16 +108,17 @@ def test_memory_does_not_grow_with_every_new_shape(call):
     assert int(grown) < 3 * tables.KEPT
 
 
-def spare(sizes, threads=1):
+def spare(sizes, threads=1, pipeline=0):
     """Give back workspaces of so many bytes a thread; which of them are kept then, by number."""
     kept = []
 
     def work():
-        rooms = [record.Room(np.zeros(1, np.int64), size) for size in sizes]
+        # What a pipeline has is more than its rooms: they do not tell its size.
+        rooms = [record.Room(np.zeros(1, np.int64), 1 if pipeline else size) for size in sizes]
         spaces = [memory.Workspace(np.dtype(np.float32), room) for room in rooms]
         for space, size in zip(spaces, sizes, strict=True):
-            memory.give_back(space, threads, (np.empty((threads, size), np.uint8),))
-        kept.extend(i for i, space in enumerate(spaces) if is_kept(space, threads))
+            memory.give_back(space, threads, (np.empty((threads, size), np.uint8),), pipeline)
+        kept.extend(i for i, space in enumerate(spaces) if is_kept(space, threads, pipeline))
 
     thread = threading.Thread(target=work)  # each has its own
     thread.start()
@@ -137,6 +138,8 @@ def test_spare_workspaces_are_few_and_small():
     assert spare([quarter, 4 * quarter + 4]) == []
     assert spare([quarter // 2] * 4, threads=2) == [0, 1, 2, 3]
     assert spare([quarter, quarter, quarter], threads=2) == [1, 2]
+    assert spare([quarter, 4 * quarter], pipeline=3) == [1]
+    assert spare([quarter, 4 * quarter + 4], pipeline=3) == []
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

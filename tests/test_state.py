@@ -69,6 +69,15 @@ def test_steps_are_causal_attention(options, dtype):
     assert state_error(state, last) < limit
 
 
+def test_steps_take_lists():
+    fm = FeatureMap.from_projection(draw(17, 6))
+    q, k, v = random_inputs(3)
+    steps, lists = folded(fm, k[:0], v[:0]), folded(fm, k[:0], v[:0])
+    for token in zip(q, k, v, strict=True):
+        expected = steps.step(*token)
+        np.testing.assert_array_equal(lists.step(*(row.tolist() for row in token)), expected)
+
+
 def assert_holds(state, index, k, v):
     """What the state holds there is what these tokens are folded to."""
     alone = folded(state.feature_map, k, v)

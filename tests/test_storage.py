@@ -119,6 +119,20 @@ def test_padding_moves_no_exponents(tmp_path):
     assert_equal(twin, state)
 
 
+@each_map
+@each_dtype
+@pytest.mark.parametrize("again", [again_from_file, again_from_pickle])
+def test_masked_tokens_fade_it(tmp_path, options, dtype, again):
+    """Only masked keys after it was loaded: they count as time, whatever the padding holds."""
+    fm = FeatureMap.from_projection(draw(17, 6, dtype=dtype), **options)
+    _, k, v = random_inputs(9, lead=(2,), dtype=dtype)
+    state = AttentionState(fm, 5, 2, decay=[0.3, 0.9], dtype=dtype).update(k, v)
+    twin = again(state, tmp_path)
+    for s in (state, twin):
+        s.update(k, v, np.zeros(9, bool))
+    assert_equal(twin, state)
+
+
 def test_numbers_that_are_not_finite_are_kept(tmp_path):
     state = folded(FeatureMap.from_projection(draw(17, 6)))
     state.update(np.full((1, 6), np.nan), np.ones((1, 5)))

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pandas as pd
 import pytest
 from support.child import HANG, environment, python
 from support.inputs import draw, random_inputs
@@ -105,6 +106,26 @@ def test_masks_biases_groups_and_decay(causal, decay, tmp_path):
     stream_attention(q, k, v, FM, out, chunk_size=37, checkpoint=resume, **more | on_disk)
     assert relative_error(out, expected) < 1e-13
     assert all(array.longest == 37 for array in on_disk.values())
+
+
+@pytest.mark.parametrize("decay", [[0.5, 0.9], np.linspace(0.2, 0.9, 60)], ids=["heads", "tokens"])
+def test_lists_and_series_are_what_their_arrays_are(decay):
+    shape = (2, 60, 6) if len(decay) == 2 else (60, 6)
+    q, k, v = draw(*shape), draw(*shape, seed=1), draw(*shape, seed=2)
+    expected = favor_attention(q, k, v, FM, causal=True, decay=decay)
+    for given in (list(decay), pd.Series(decay)):
+        out = np.empty_like(expected)
+        stream_attention(q, k, v, FM, out, causal=True, chunk_size=17, decay=given)
+        assert relative_error(out, expected) < 1e-13
+
+
+def test_frames_are_what_their_arrays_are():
+    q, k, v, bias = draw(60, 6), draw(60, 6, seed=1), draw(60, 6, seed=2), draw(60)
+    expected = favor_attention(q, k, v, FM, key_bias=bias)
+    out = np.empty_like(expected)
+    frames = map(pd.DataFrame, (q, k, v))
+    stream_attention(*frames, FM, out, chunk_size=17, key_bias=pd.Series(bias))
+    assert relative_error(out, expected) < 1e-13
 
 
 @each_causal

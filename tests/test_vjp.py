@@ -9,23 +9,18 @@ from hypothesis import strategies as st
 from support import child, oracle
 from support.inputs import MAPS, draw, random_inputs
 from support.parameters import each_causal
+from support.pieces import NAMES, STATES, gradients, in_pieces
 from support.tolerance import relative_error
 
 from favor_np import AttentionState, FeatureMap, favor_attention, favor_attention_vjp
 
 MAPS = MAPS | {"relu": {"kind": "relu", "kernel_epsilon": 0.05}}  # d log phi / dy <= 1 / epsilon
-NAMES = "q", "k", "v", "projection"
 each_map = pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
 
 
 def inputs(L=70, d=6, dv=5, lead=(), **options):
     """q, k, v and a cotangent."""
     return random_inputs(L, d, dv, lead, cotangent=True, **options)
-
-
-def gradients(q, k, v, fm, grad, **options):
-    grads = favor_attention_vjp(q, k, v, fm, **options)[1](grad)
-    return tuple(getattr(grads, name) for name in NAMES)
 
 
 def errors(found, expected):
@@ -286,16 +281,6 @@ def assert_slope(loss, gradient, *points, step=1e-6):
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(expected, rel=1e-6)
 
 
-STATES = {
-    "plain": {},
-    "decay": {"decay": np.array([0.9, 0.7, 1.0])},
-    "grouped": {"enable_gqa": True},
-    "grouped, decay": {"enable_gqa": True, "decay": 0.95},
-    "packed": {"cu_seqlens": [0, 10, 10, 40, 70]},
-    "packed, decay": {"cu_seqlens": [0, 10, 10, 40, 70], "decay": 0.97},
-}
-
-
 @each_map
 @pytest.mark.parametrize("more", STATES.values(), ids=STATES)
 @each_causal
@@ -328,30 +313,8 @@ def test_states(options, more, causal):
 @pytest.mark.parametrize("more", [STATES[n] for n in list(STATES)[:4]], ids=list(STATES)[:4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_gradient_flows_through_states(cuts, more, dtype):
-    """Pullbacks of pieces, chained from the last to the first, are that of the whole."""
-    q, _, _, g = inputs(lead=(6 if "enable_gqa" in more else 3,), dtype=dtype)
-    _, k, v, _ = inputs(lead=(3,), seed=1, dtype=dtype)
-    k *= np.linspace(0.5, 2.5, 70, dtype=dtype)[:, None]
-    fm = FeatureMap.from_projection(draw(7, 6, dtype=dtype), antithetic=True)
-    mask = np.random.default_rng(0).random((3, 70)) < 0.8
-    whole = gradients(q, k, v, fm, g, causal=True, key_mask=mask, **more)
-    state, pieces = None, []
-    for start, stop in zip([0, *cuts], [*cuts, 70], strict=True):
-        rows = slice(start, stop)
-        (_, state), pullback = favor_attention_vjp(
-            q[:, rows], k[:, rows], v[:, rows], fm, causal=True, key_mask=mask[:, rows],
-            state=state, return_state=True, **more,
-        )  # fmt: skip
-        pieces.append((pullback, g[:, rows]))
-    found, grad_state = [], None
-    for pullback, grad in pieces[::-1]:
-        grads = pullback(grad, grad_state)
-        grad_state = grads.state
-        found.insert(0, tuple(getattr(grads, name) for name in NAMES))
-    assert grad_state is None  # of the first piece, which began with nothing
-    *rows, projections = zip(*found, strict=True)
-    joined = (*(np.concatenate(x, axis=-2) for x in rows), sum(projections))
-    assert_close(joined, whole, {np.float64: 1e-12, np.float32: 5e-5}[dtype])
+    found, whole = in_pieces(cuts, more, dtype)
+    assert_close(found, whole, {np.float64: 1e-12, np.float32: 5e-5}[dtype])
 
 
 def test_a_state_before_keys_that_are_read_by_all():

@@ -168,9 +168,8 @@ def test_a_window_over_all_is_that_of_attention():
 
 
 def held(state):
-    """Bytes of all states and tokens that a WindowState holds, each once."""
-    states = {id(s): s for s in (state._own, *state._wholes, *state._parts[1])}
-    arrays = (a for s in states.values() for a in s)
+    """Bytes of all states and tokens that a WindowState holds."""
+    arrays = (a for s in (state._own, *(state._wholes or ()), *(state._parts or ())) for a in s)
     return sum(a.nbytes for a in (state._k, state._v, state._mask, *arrays))
 
 

@@ -31,8 +31,8 @@ def own():
     for name, array in nn.leaves(params):
         if not name.endswith("projection"):
             array += 0.05 * rng.standard_normal(array.shape, np.float32)
-    state = {}
-    return model, params, lambda byte: model.extend(params, state, np.array([[byte]]))[0, 0]
+    step, state = model.prepare(params), {}
+    return model, params, lambda byte: step(state, np.array([[byte]]))[0, 0]
 
 
 def recurrent(params):

@@ -6,7 +6,8 @@
 The model is the same everywhere: bytes, RMSNorm, shifted tokens, rotated queries and keys on
 spheres, GELU, tied embedding; forward, backward, clipping and AdamW. In PyTorch attention is
 chunked by hand, or exact (SDPA). `--performer-pytorch` adds that package's PerformerLM of the same
-sizes, whose step takes many seconds. The calls are interleaved in rounds, and the medians of processor
+sizes, whose step takes many seconds. `--memory` prints instead by how much two steps of either raise the
+memory of a process of their own. The calls are interleaved in rounds, and the medians of processor
 time printed: what else the machine does shows least in them.
 """
 
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 PINS = ["FAVOR_NP_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"]
 CHUNK = 128
@@ -217,6 +219,33 @@ def measure(calls, rounds):
     }
 
 
+def peak(make, own):
+    """Return how many MB more this process has at the peak of two steps than before them (Linux)."""
+    step = make(*own)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins with what is there now
+
+    def most():
+        return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+    before = most()
+    step(), step()
+    return most() - before
+
+
+def report_memory(size):
+    """Print the memory of a step of favor_np and of performer-pytorch, each in a new process."""
+    import multiprocessing
+
+    dim, depth, heads, length, batch, *features = size
+    own = (dim, depth, heads, length, batch, *(features or [128]))
+    found = []
+    for make in (Step, package_step):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(peak, (make, own)))
+        name = "favor_np" if make is Step else "performer-pytorch"
+        print(f"{name:28} {found[-1]:8.0f} MB, {found[-1] / found[0]:6.2f} of favor_np", flush=True)
+
+
 def report(size, options, torch):
     """Measure one size, and print a line for each call."""
     dim, depth, heads, length, batch, *features = size
@@ -255,6 +284,7 @@ def main():
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile, too")
     parser.add_argument("--performer-pytorch", action="store_true", help="the package, too")
+    parser.add_argument("--memory", action="store_true", help="memory beside performer-pytorch's")
     options = parser.parse_args()
     if os.environ.get(PINS[0]) != str(options.threads):  # read before NumPy loads
         pins = dict.fromkeys(PINS, str(options.threads))
@@ -269,7 +299,10 @@ def main():
         else:
             library.set_num_threads(options.threads)
     for size in options.sizes:
-        report(size, options, torch)
+        if options.memory:
+            report_memory(size)
+        else:
+            report(size, options, torch)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import numpy as np
 
 import favor_np
 from favor_np import nn
+from favor_np.forecast import PerformerForecaster
 
 from .common import TIMER, favor, feature_map, full_only, inputs, interleave, ratio
 
@@ -49,7 +50,8 @@ class Session:
     def __call__(self, **arrays):
         """Run, and go on from here the next time."""
         outputs = self._run(None, arrays | self.state)
-        self.state = dict(zip(self._names[1:], outputs[1:], strict=True))
+        after = zip(self._names, outputs, strict=True)
+        self.state = {name: array for name, array in after if name in self.state}
 
 
 def flat(x):
@@ -137,3 +139,27 @@ class LanguageModel:
 
     def track_token_over_favor_np(self, form):
         return self.over_favor_np(np.zeros((1, 1), np.int64))
+
+
+class Forecaster:
+    """Time to write a forecaster, and that of a forecast over favor_np's."""
+
+    timer = TIMER
+
+    def setup(self):
+        exported("chunk")  # or there is no onnxruntime
+        self.rows = np.random.default_rng(0).standard_normal((2500, 1))
+        self.forecaster = PerformerForecaster(epochs=1).fit(self.rows)
+        self.session = Session(export_model(self.forecaster))
+
+    def time_export(self):
+        export_model(self.forecaster)
+
+    def track_over_favor_np(self):
+        x = self.rows[None].astype(np.float32)
+
+        def ours():
+            with favor_np.thread_limit(1):
+                self.forecaster.predict(self.rows)
+
+        return ratio(*interleave(lambda: self.session(x=x), ours).T)

@@ -34,6 +34,9 @@ def run(argv: Sequence[str] | None) -> int:
             with contextlib.suppress(ValueError):  # only the main thread may
                 signal.signal(signal.SIGINT, _stop)
         argv = sys.argv[1:]
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by >&-: no other file may take its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × or ² still gets its text
@@ -92,5 +95,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _complain(message: str) -> int:
-    print(f"favor-np: error: {' '.join(message.split())}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    print(f"favor-np: error: {line}", file=sys.stderr)
     return 2

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from favor_np import nn
 
 DESCRIPTION = """\
-Write a model that favor-np train has saved, or attention with a random feature map, as an ONNX
-model, for runtimes that know nothing of favor_np, and tell by how much onnxruntime's result differs
-from favor_np's on random input. Needs onnx and onnxruntime.
+Write what favor-np train, or favor-np forecast --model performer --save, has saved, or attention
+with a random feature map, as an ONNX model, for runtimes that know nothing of favor_np, and tell by
+how much onnxruntime's result differs from favor_np's on random input. Needs onnx and onnxruntime.
 """
 
 #: The input of the comparison: batch and positions, and how many of those come one at a time.
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       favor-np export --attention OUT.onnx [options]"
     )
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="what favor-np train has saved; the model")
+    add("files", nargs="+", metavar="FILE", help="what was saved; the model")
     add("--key-mask", action="store_true", help="with an input that says which keys take part")
     add("--form", default="auto", choices=("auto", "chunk", "gated", "whole"), help="(auto)")
     add("--opset", type=integer(), default=17, metavar="N", help="version of operators (17)")
@@ -192,9 +192,12 @@ def _model(args: argparse.Namespace, checkpoint: str) -> Exported:
     import numpy as np
 
     from favor_np import nn
+    from favor_np.forecast._performer import KIND
     from favor_np.interop.onnx import empty_state, export_model
 
     found = nn.load(checkpoint)
+    if found.info.get("kind") == KIND:
+        return _forecaster(args, checkpoint)
     exported = export_model(
         found.model, found.params, key_mask=args.key_mask, form=args.form, opset=args.opset
     )
@@ -238,6 +241,36 @@ def _vocabulary(layer: Any) -> int:
     while layer.parts:
         layer = next(iter(layer.parts.values()))
     return int(layer.count)
+
+
+# --- a trained forecaster ------------------------------------------------------------------------
+
+
+def _forecaster(args: argparse.Namespace, checkpoint: str) -> Exported:
+    """Export a forecaster."""
+    import numpy as np
+
+    from favor_np import nn
+    from favor_np.forecast import PerformerForecaster
+    from favor_np.interop.onnx import export_model
+
+    forecaster = PerformerForecaster.load(checkpoint)
+    exported = export_model(
+        forecaster,
+        key_mask=args.key_mask,
+        form=args.form,
+        opset=args.opset,
+    )
+
+    def compared(run: Run, rng: np.random.Generator) -> tuple[Any, Any]:
+        x = rng.choice(forecaster.recent_, (BATCH, POSITIONS)).astype(np.float32)
+        columns = np.stack([forecaster.memory_.columns(rows.astype(np.float64)) for rows in x])
+        output = forecaster.model_.apply(nn.astype(forecaster.params_, np.float64), columns)
+        variance = np.exp(output[..., -len(forecaster.horizons) :])
+        return run({"x": x})["variance"], variance
+
+    facts = {"model": repr(forecaster), "positions": POSITIONS}
+    return Exported(exported, compared, facts)
 
 
 # --- attention alone -----------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
     settings = {name: getattr(args, name) for name in DECISIVE}
     settings |= {"text": hashlib.sha256(learned).hexdigest(), "steps": args.steps}
     try:
-        model, params, optimizer, start = _begin(args, settings)
+        model, params, optimizer, start, best = _begin(args, settings)
     except ValueError as error:
         raise options.CommandError(str(error)) from None
     if start >= args.steps:
@@ -163,6 +163,7 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
             rate=rate,
             optimizer=optimizer,
             start=start,
+            best=best,
             seed=args.seed,
             redraw=None if args.exact else 1000,
             validation_batches=validation,
@@ -190,8 +191,10 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], nn.History]:
     return facts, history
 
 
-def _begin(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any, nn.AdamW, int]:
-    """Return model, parameters, optimiser and first step: new, or those of the checkpoint."""
+def _begin(
+    args: argparse.Namespace, settings: dict[str, Any]
+) -> tuple[Any, Any, nn.AdamW, int, Any]:
+    """Return model, parameters, optimiser, first step and best look: new, or the checkpoint's."""
     import numpy as np
 
     from favor_np import nn
@@ -201,7 +204,7 @@ def _begin(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any
         if not isinstance(found.model, nn.PerformerLM) or found.optimizer is None:
             raise ValueError(f"{args.out} is no checkpoint of favor-np train")
         _compare(args.out, settings, found.info)
-        return found.model, found.params, found.optimizer, found.step
+        return found.model, found.params, found.optimizer, found.step, found.info.get("best")
     model = nn.PerformerLM(
         vocab=256,
         dim=args.dim,
@@ -216,7 +219,7 @@ def _begin(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any
         decay=None if args.decay is None else tuple(args.decay),
     )
     params = model.init(np.random.default_rng(args.seed))
-    return model, params, nn.AdamW(params), 0
+    return model, params, nn.AdamW(params), 0, None
 
 
 def _compare(out: str, settings: dict[str, Any], before: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ KERNELS: dict[str, tuple[str, Any, Any, list[str], list[str]]] = {
     "pull": ("favor_vjp", records.Pull, tiles.GradientTiles, [""], ["parts"]),
     "attend_exact": ("exact", records.Exact, tiles.ExactTiles, [""], ["pairs", "parts"]),
     "differentiate_exact": ("exact_vjp", records.ExactPull, tiles.ExactGradientTiles, [""], []),
+    "merge": ("state", records.Merge, None, [""], []),
     "holds_large": ("pack", records.Numbers, None, [""], []),
     "normalize": ("layers", records.Normalize, None, [""], []),
     "normalize_back": ("layers", records.NormalizeBack, None, [""], []),
@@ -157,7 +158,8 @@ def kernel(name: str, dtype: np.dtype[Any], variant: frozenset[str] | None = Non
     """Return the kernel of this name: one object, however it is asked for."""
     if variant is None:
         return kernel(name, dtype, frozenset())
-    return _kernels.setdefault((name, dtype, variant), Kernel(name, dtype, variant))
+    key = name, dtype, variant
+    return _kernels.get(key) or _kernels.setdefault(key, Kernel(*key))
 
 
 def every_kernel() -> Iterator[Kernel]:

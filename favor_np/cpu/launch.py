@@ -210,7 +210,7 @@ def attend_vjp(call: Call, forward: Forward, grad: Array, final_state: Any = Non
         for array, theirs in zip(first, final_state, strict=True):
             array[idle] = theirs[idle]
     for i in range(count):
-        merge_states([a[slots[i]] for a in first], [a[i] for a in parts])
+        merge_states([a[slots[i], None] for a in first], [a[i, None] for a in parts])
     return Cotangents(q, k, v, bias, first)
 
 
@@ -459,7 +459,7 @@ class _Launch:
             parts = empty(self.layout, len(owners))
             self.run(constants, batch, parts)
             for i, owner in enumerate(owners):
-                merge_states([a[owner] for a in totals], [a[i] for a in parts])
+                merge_states([a[owner, None] for a in totals], [a[i, None] for a in parts])
 
 
 def normalizers(out: Array) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -24,18 +25,18 @@ def integer_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.int32 if dtype.itemsize == 4 else np.int64)
 
 
-def aligned(shape: Shape, dtype: npt.DTypeLike) -> Array:
+def aligned(shape: Shape, dtype: npt.DTypeLike, make: Callable[..., Array] = np.zeros) -> Array:
     """Return zeros that begin on a cache line: a vector that crosses two is loaded twice."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + 64, np.uint8)
+    raw = make(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def aligned_copy(array: Array) -> Array:
     """Return a copy in C order that begins on a cache line."""
-    new = aligned(array.shape, array.dtype)
+    new = aligned(array.shape, array.dtype, np.empty)
     new[...] = array
     return new
 

@@ -286,6 +286,18 @@ class ExactPull(NamedTuple):
     dq_rows: Ints2
 
 
+class Merge(NamedTuple):
+    """What `merge` takes: states, and others that are added to them slot by slot."""
+
+    c: Whole2
+    s: Floats3
+    z: Floats2
+    other_c: Whole2
+    other_s: Floats3
+    other_z: Floats2
+    control: Ints1
+
+
 class Numbers(NamedTuple):
     """What `holds_large` takes."""
 

@@ -10,7 +10,10 @@ import numpy.typing as npt
 from favor_np import validation
 from favor_np.call import StateForm, StateParts
 from favor_np.cpu import memory, scaling
+from favor_np.cpu.code import kernel
 from favor_np.cpu.layout import Layout, layout
+from favor_np.cpu.record import fixed
+from favor_np.cpu.threads import POOL
 from favor_np.cpu.tiles import PAD, TAIL
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -94,6 +97,8 @@ def states_of(form: StateForm, parts: StateParts) -> tuple[Array, ...]:
     """Return states from their parts."""
     layout, width = layout_of(form), form.value_dim
     c, s, z = arrays = empty(layout, len(parts.c))
+    if form.feature_map.kind != "positive":  # padding is lowered with the other features
+        c[:, : layout.features] = parts.c.max(1, keepdims=True)
     real, low = layout.real, layout.features + layout.real
     c[:, real], s[:, real, :width], z[:, real] = parts.c, parts.s, parts.z
     if parts.tail is not None:
@@ -109,26 +114,6 @@ def states_of(form: StateForm, parts: StateParts) -> tuple[Array, ...]:
 
 def merge_states(into: Any, other: Any) -> None:
     """Add the states `other` to the states `into`, of equal shapes and without tails."""
-    (c, s, z), (other_c, other_s, other_z) = into, other
-    features = c.shape[-1] - PAD
-    mine, theirs = c[..., :features], other_c[..., :features]
-    top = np.maximum(mine, theirs)
-    with np.errstate(all="ignore"):  # what is much smaller vanishes; values may be infinite
-        keep, add = (np.ldexp(1.0, x - top).astype(z.dtype) for x in (mine, theirs))
-        _add_pairs(z[..., None], other_z[..., None], keep[..., None], add[..., None])
-        _add_pairs(s, other_s, keep[..., None], add[..., None])
-    mine[...] = top
+    c, s, z = into
+    POOL.call(kernel("merge", z.dtype), (c, s, z, *other), fixed(()), len(c), 1)
     scaling.keep_in_range(into)
-
-
-def _add_pairs(sums: Array, other: Array, keep: Array, add: Array) -> None:
-    """Scale sums and add others, each with what rounding has taken from it, as the kernels do."""
-    features = keep.shape[-2]
-    high, low = sums[..., :features, :], sums[..., features : 2 * features, :]
-    more, rest = other[..., :features, :], other[..., features : 2 * features, :]
-    high *= keep
-    value = add * more + (add * rest + keep * low)
-    total = high + value
-    moved = total - high
-    low[...] = (high - (total - moved)) + (value - moved)
-    high[...] = total

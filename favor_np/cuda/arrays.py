@@ -73,7 +73,9 @@ class Place(NamedTuple):
         if device.on_device(array):
             if _library(array) == "torch":
                 array = array.detach().contiguous()
-            array = runtime.to_host(_shown("cu_seqlens, key_bias or decay", array), self.stream)
+            array = runtime.to_host(
+                _shown("cu_seqlens, key_bias, decay or grad_state", array), self.stream
+            )
         return array
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> Any:

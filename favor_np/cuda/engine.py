@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn, TypeAlias, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ class CUDA:
 
     home = "on a CUDA device"
     dtype: np.dtype[Any] | None = np.dtype(np.float32)
-    refused = frozenset(("window", "state in a gradient", "return_state in a gradient"))
+    refused = frozenset(("window",))
 
     def __init__(self, where: Place) -> None:
         self.place = where
@@ -43,6 +43,7 @@ class CUDA:
         self.lower_states = self._launch.lower_states
         self.scale_states = self._launch.scale_states
         self.merge_states = self._launch.merge_states
+        self.states_of = self._launch.states_of
         self.state_sums = self._launch.state_sums
         self.normalizers = self._launch.normalizers
         self.to_host = where.host
@@ -154,9 +155,6 @@ class CUDA:
     def state_parts(self, form: StateForm, arrays: States) -> StateParts:
         return StateParts(*self.state_sums(form, arrays))
 
-    def states_of(self, _form: StateForm, _parts: StateParts, /) -> NoReturn:
-        raise ValueError("a state cannot be restored on a CUDA device: load it in main memory")
-
     # Attention
 
     def attend(
@@ -167,18 +165,18 @@ class CUDA:
     def attend_vjp(
         self, call: Call, forward: Forward, grad: Any, final_state: Any = None
     ) -> Cotangents:
-        assert forward.state is None
-        assert final_state is None
-        *found, of_log2_bias = self._launch.attend_vjp(call, forward, grad)
+        *found, of_log2_bias, of_state = self._launch.attend_vjp(call, forward, grad, final_state)
         like = (call.q.dtype, call.k.dtype, call.v.dtype)
         q, k, v = (self.place.give(x, dtype) for x, dtype in zip(found, like, strict=True))
         if call.log2_bias is None:
-            return Cotangents(q, k, v)
+            return Cotangents(q, k, v, state=of_state)
         rows = of_log2_bias.astype(np.float64).reshape(*call.out_shape[:-2], call.keys, 1)
         heads = call.state_shape if call.grouped else None
-        return Cotangents(q, k, v, sum_heads(rows, call.log2_bias[..., None], heads)[..., 0])
+        bias = sum_heads(rows, call.log2_bias[..., None], heads)[..., 0]
+        return Cotangents(q, k, v, bias, of_state)
 
     def projection_vjp(
-        self, _call: Call, _forward: Forward, _grad: Any, _final_state: Any = None, /
-    ) -> NoReturn:
-        raise ValueError("the gradient of the projection is not computed on a CUDA device")
+        self, call: Call, forward: Forward, grad: Any, final_state: Any = None
+    ) -> tuple[Array, Array, Array]:
+        weights, biases = self._launch.projection_vjp(call, forward, grad, final_state)
+        return weights, biases, np.tile(np.arange(len(biases) // 2), 2)

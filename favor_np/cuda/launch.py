@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from favor_np.call import Call, Forward, StateForm
+from favor_np.call import Call, Forward, StateForm, StateParts
 from favor_np.cuda import plan, runtime
 from favor_np.cuda.arrays import Place
 from favor_np.cuda.device import Device
@@ -64,10 +64,12 @@ class States(NamedTuple):
 class Side(NamedTuple):
     """Rows, log-norms, vectors, shares (of size 0 if all are 1) and mask, on the device.
 
-    And log2_bias, the log2 of what weights are multiplied with, as integers of `BIAS_UNIT`.
+    The rows as well as they were before the map's matrix, and log2_bias, the log2 of what weights
+    are multiplied with, as integers of `BIAS_UNIT`.
     """
 
     rows: Any
+    centred: Any
     log_norms: Any
     log2_bias: Any
     vectors: Any
@@ -202,13 +204,20 @@ class Launch:
 
     def new_states(self, form: StateForm, count: int) -> States:
         """Return `count` states of no keys."""
-        features = plan.layout(form.feature_map).features
-        shape, columns = (count, features), -(-form.value_dim // TILE) * TILE
-        return States(
-            self._put(np.full(shape, NOTHING, np.int32)),
-            self._put(np.zeros((count, features, columns), np.float32)),
-            self._put(np.zeros((count, features), np.float32)),
-        )
+        return self._put_states(form, count, None)
+
+    def states_of(self, form: StateForm, parts: StateParts) -> States:
+        """Return states on the device from what the CPU has of them."""
+        return self._put_states(form, len(parts.c), parts)
+
+    def _put_states(self, form: StateForm, count: int, parts: StateParts | None) -> States:
+        layout, dim = plan.layout(form.feature_map), form.value_dim
+        shape, real = (count, layout.features), layout.real
+        c, z = np.full(shape, NOTHING, np.int32), np.zeros(shape, np.float32)
+        s = np.zeros((*shape, -(-dim // TILE) * TILE), np.float32)
+        if parts is not None:
+            c[:, real], s[:, real, :dim], z[:, real] = parts.c, parts.s, parts.z
+        return States(*map(self._put, (c, s, z)))
 
     def copy_states(self, arrays: States) -> States:
         """Return a copy of states."""
@@ -238,23 +247,22 @@ class Launch:
                 if runtime.to_host(found, self.place.stream)[0]:
                     raise ValueError(f"{name} must be finite, got NaN or infinity")
 
+    @_a_call
     def merge_states(self, into: States, other: States) -> None:
         """Add the states `other` to the states `into`."""
         own = self.copy_states(other)  # for the scan writes to what it adds
-        count, features = own.c.shape
-        numbers = np.arange(count)
+        numbers = np.arange(own.c.shape[0])
         table = self._put(
             np.stack([numbers, numbers, 0 * numbers + 1, 0 * numbers], 1, dtype=np.int32)
         )
-        sums = self.empty(own.c.shape, np.int32)
-        self._scan((count, features // 4), table, own, sums, into)
+        self._scan(table, own, into)
 
-    def _scan(
-        self, grid: tuple[int, ...], table: Any, own: States, sums: Any, into: States
-    ) -> None:
-        """Add states `own` to those in `into`; `own` and `sums` get what was there."""
-        flat = map(runtime.flat, (own.c, sums, own.s, own.z))
-        self._launch(kernels.scan, grid, table, *flat, *into)
+    def _scan(self, table: Any, own: States, into: States) -> States:
+        """Add states `own` to those in `into`, and return in place of each what was there."""
+        before = States(self._taken(own.c.shape, np.int32), own.s, own.z)
+        flat = map(runtime.flat, (own.c, *before))
+        self._launch(kernels.scan, (table.shape[0], into.c.shape[1] // 4), table, *flat, *into)
+        return before
 
     def state_sums(self, form: StateForm, arrays: States) -> tuple[Array, Array, Array]:
         """Return copies of (c, S, z) in main memory, as the CPU has them."""
@@ -291,13 +299,12 @@ class Launch:
             fresh=state is None,
             causal=call.causal,
         )
-        rows, log_norms = self._pack(of, call.q, 0, how.queries)
+        rows, centred, log_norms = self._pack(of, call.q, 0, how.queries)
+        nothing = of.no_log2_bias, of.nothing, of.nothing, of.unmasked
         problem = Problem(
             map=of,
             a=self._keys(of, call, how.keys),
-            b=Side(
-                rows, log_norms, of.no_log2_bias, of.nothing, of.nothing, of.unmasked, of.query_bias
-            ),
+            b=Side(rows, centred, log_norms, *nothing, of.query_bias),
             causal=call.causal,
             biased=call.log2_bias is not None,
             states=state or self._room(of, how.jobs, call.v.shape[-1]),
@@ -335,17 +342,99 @@ class Launch:
         )
 
     @_a_call
-    def attend_vjp(self, call: Call, forward: Forward, grad: Any) -> tuple[Any, ...]:
+    def attend_vjp(
+        self, call: Call, forward: Forward, grad: Any, final_state: States | None
+    ) -> tuple[Any, ...]:
         """Pull `grad` back through `attend`: gradients of q, k and v.
 
-        And of log2_bias, for every head of the result, in main memory; or None.
+        And of log2_bias, for every head of the result, in main memory, or None; and the cotangent
+        of the first state, or None.
         """
-        q, k, v, causal = call.q, call.k, call.v, call.causal
-        of, dim = self._map(call), v.shape[-1]
-        how = _gradient(
-            self.place.device, self.handle, call.map, call.shapes(), _offsets(call), causal=causal
+        q, k, v = call.q, call.k, call.v
+        of, biased = self._map(call), call.log2_bias is not None
+        how = self._gradient(call, forward, final_state)
+        by_queries, by_keys = self._problems(how, call, forward, grad, final_state)
+        found = [
+            self.empty(
+                (how.results * x.shape[-2], x.shape[-1]),
+                np.float32 if added else self.place.held(x.dtype),
+            )
+            for x, added in zip((q, k, v), how.sums, strict=True)
+        ]
+        of_log2_bias = of.nothing
+        if biased:
+            of_log2_bias = self.empty((math.prod(call.out_shape[:-2]), k.shape[-2]))
+        pull = functools.partial(self._pull, side=0, out=found[0], of_log2_bias=of.nothing)
+        self._run(by_queries, pull)
+        none = of.nothing, of.no_tops
+
+        def read_and_pull(*args: Any) -> None:
+            self._read(*args, out=found[2], weights=none, divide=False)
+            self._pull(*args, side=1, out=found[1], of_log2_bias=runtime.flat(of_log2_bias))
+
+        self._run(by_keys, read_and_pull)
+        summed = (
+            self._summed(x, like, added)
+            for x, like, added in zip(found, (q, k, v), how.sums, strict=True)
         )
-        rows, _ = self._pack(of, q, 0, how.queries)
+        of_state = None
+        if forward.state is not None:
+            if final_state is not None:  # whose states for which there is no key stay as they are
+                of_state = self.copy_states(final_state)
+            else:
+                form = StateForm(call.map, call.compute, v.shape[-1])
+                of_state = self.new_states(form, forward.state.c.shape[0])
+            self._scan(how.first, by_keys.states, of_state)
+        return (
+            *summed,
+            runtime.to_host(of_log2_bias, self.place.stream) if biased else None,
+            of_state,
+        )
+
+    @_a_call
+    def projection_vjp(
+        self, call: Call, forward: Forward, grad: Any, final_state: States | None
+    ) -> tuple[Array, Array]:
+        """Return the cotangents of weights and biases for each head of the map.
+
+        First those by keys, then those by queries.
+        """
+        of = self._map(call)
+        how = self._gradient(call, forward, final_state, of_map=True)
+        by_queries, by_keys = self._problems(how, call, forward, grad, final_state)
+        shape = 2, of.bias.shape[0], of.layout.lines
+        weights, biases = np.zeros((*shape, of.layout.columns)), np.zeros(shape)
+        for problem, *sums in zip((by_keys, by_queries), weights, biases, strict=True):
+            self._run(problem, functools.partial(self._pull_map, sums=sums))
+        return weights.reshape(-1, *weights.shape[2:]), biases.reshape(-1, shape[2])
+
+    def _gradient(
+        self, call: Call, forward: Forward, final_state: States | None, *, of_map: bool = False
+    ) -> plan.Gradient:
+        """Return how the gradients of a call are found, or that of its map."""
+        fresh = forward.state is None, final_state is None
+        return _gradient(
+            self.place.device,
+            self.handle,
+            call.map,
+            call.shapes(stateful=not all(fresh)),
+            _offsets(call),
+            causal=call.causal,
+            fresh=fresh,
+            of_map=of_map,
+        )
+
+    def _problems(
+        self,
+        how: plan.Gradient,
+        call: Call,
+        forward: Forward,
+        grad: Any,
+        final_state: States | None,
+    ) -> tuple[Problem, Problem]:
+        """Return what finds gradients: queries that read keys, and keys that read queries."""
+        of, dim, causal = self._map(call), call.v.shape[-1], call.causal
+        rows, centred, _ = self._pack(of, call.q, 0, how.queries)
         count = rows.shape[0]
         vectors, shares, log_norms = (
             self._taken((count, dim)),
@@ -366,39 +455,24 @@ class Launch:
             log2_bias,
         )
         keys = self._keys(of, call, how.keys)
-        queries = Side(rows, log_norms, log2_bias, vectors, shares, of.unmasked, of.query_bias)
-        of_queries, of_keys = (self._room(of, jobs, dim) for jobs in how.jobs)
-        found = [
-            self.empty(
-                (how.results * x.shape[-2], x.shape[-1]),
-                np.float32 if added else self.place.held(x.dtype),
-            )
-            for x, added in zip((q, k, v), how.sums, strict=True)
-        ]
-        of_log2_bias = of.nothing
-        if biased:
-            of_log2_bias = self.empty((math.prod(call.out_shape[:-2]), k.shape[-2]))
-        problem = Problem(of, keys, queries, causal, biased, of_queries, how.of_queries)
-        pull = functools.partial(self._pull, side=0, out=found[0], of_log2_bias=of.nothing)
-        self._run(problem, pull)
-        none = of.nothing, of.no_tops
-
-        def read_and_pull(*args: Any) -> None:
-            self._read(*args, out=found[2], weights=none, divide=False)
-            self._pull(*args, side=1, out=found[1], of_log2_bias=runtime.flat(of_log2_bias))
-
-        self._run(Problem(of, queries, keys, causal, biased, of_keys, how.of_keys), read_and_pull)
-        summed = (
-            self._summed(x, like, added)
-            for x, like, added in zip(found, (q, k, v), how.sums, strict=True)
+        queries = Side(
+            rows, centred, log_norms, log2_bias, vectors, shares, of.unmasked, of.query_bias
         )
-        return *summed, runtime.to_host(of_log2_bias, self.place.stream) if biased else None
+        of_queries, of_keys = (self._room(of, count, dim) for count in how.states)
+        if forward.state is not None:
+            of_queries = self.copy_states(forward.state)
+        if final_state is not None:
+            self._scan(how.last, self.copy_states(final_state), of_keys)
+        return (
+            Problem(of, keys, queries, causal, biased, of_queries, how.of_queries),
+            Problem(of, queries, keys, causal, biased, of_keys, how.of_keys),
+        )
 
     def _summed(self, found: Any, like: Any, sums: tuple[Any, Any] | None) -> Any:
         """Add the gradients of all results to those of the heads that they belong to."""
         if sums is not None:
             count, width = math.prod(like.shape[:-2]), math.prod(like.shape[-2:])
-            source = found.reshape(-1, width)
+            source = runtime.plain(found, (found.size // max(width, 1), width))
             found = self.empty((count, width), self.place.held(like.dtype))
             self._launch(vjp.gather, (count, -(-width // 256)), source, *sums, found)
         return found.reshape(like.shape)
@@ -414,18 +488,21 @@ class Launch:
         return _map(call.map, self.place.device)
 
     def _keys(self, of: Map, call: Call, packs: tuple[Any, int]) -> Side:
-        rows, log_norms = self._pack(of, call.k, 1, packs)
+        rows, centred, log_norms = self._pack(of, call.k, 1, packs)
         seen = of.unmasked if call.mask is None else runtime.flat(self.place.put(call.mask))
         v = runtime.rows(self.place.put(call.v))
-        return Side(rows, log_norms, self._log2_bias(of, call), v, of.nothing, seen, of.bias)
+        log2_bias = self._log2_bias(of, call)
+        return Side(rows, centred, log_norms, log2_bias, v, of.nothing, seen, of.bias)
 
     def _log2_bias(self, of: Map, call: Call) -> Any:
         if call.log2_bias is None:
             return of.no_log2_bias
         return runtime.flat(self._put(np.rint(call.log2_bias * BIAS_UNIT).astype(np.int64)))
 
-    def _pack(self, of: Map, source: Any, side: int, packs: tuple[Any, int]) -> tuple[Any, Any]:
-        """Pack queries (side 0) or keys (side 1): rows, and their log-norms."""
+    def _pack(
+        self, of: Map, source: Any, side: int, packs: tuple[Any, int]
+    ) -> tuple[Any, Any, Any]:
+        """Pack queries (side 0) or keys (side 1): rows, also as they are centred, and log-norms."""
         layout = of.layout
         table, count = packs
         grid = (table.shape[0],)
@@ -445,10 +522,10 @@ class Launch:
             log_norms,
         )
         if not factored:
-            return rows, log_norms
+            return rows, rows, log_norms
         new = self._taken((count, layout.columns))
         self._launch(change, grid, rows, of.factors[side], norm, table, new, log_norms)
-        return new, log_norms
+        return new, rows, log_norms
 
     def _run(self, p: Problem, read: Any) -> None:
         """Fold one side span by span; `read` by the other side, from the states that it needs."""
@@ -476,9 +553,7 @@ class Launch:
             span.fold,
             *own,
         )
-        before = States(self._taken(own.c.shape, np.int32), own.s, own.z)
-        self._scan((span.scan.shape[0], layout.features // 4), span.scan, own, before.c, p.states)
-        return before
+        return self._scan(span.scan, own, p.states)
 
     def _read(
         self,
@@ -518,13 +593,63 @@ class Launch:
         self, p: Problem, span: plan.Span, states: States, *, side: int, out: Any, of_log2_bias: Any
     ) -> None:
         """Write the gradients of a span of side b, queries (side 0) or keys (side 1)."""
-        layout, a, b = p.map.layout, p.a, p.b
-        target = out
+        layout, target = p.map.layout, out
         if span.change is not None:
             target = self._taken((out.shape[0], layout.columns))
+        self._launch_pull(
+            p,
+            states,
+            span.read,
+            out.shape[1],
+            np.float32(1 / layout.unit),
+            np.float32(2 * layout.key_norm / layout.unit if side else 0),
+            p.map.slope if side else p.map.no_linear,
+            p.map.no_linear,
+            target,
+            of_log2_bias,
+        )
+        if span.change is not None:
+            self._launch(
+                change,
+                (span.change.shape[0],),
+                target,
+                p.map.turned[side],
+                np.float32(0),
+                span.change,
+                out,
+                self._taken(out.shape[0]),
+            )
+
+    def _pull_map(self, p: Problem, span: plan.Span, states: States, *, sums: list[Array]) -> None:
+        """Add the gradients of weights and biases of each head, by a span of side b, to sums."""
+        layout, none = p.map.layout, np.float32(0)
+        lines, columns, heads = layout.lines, layout.columns, p.map.bias.shape[0]
+        for piece in span.pieces:
+            with self.scratch.part():
+                count = piece.read.shape[0]
+                found = self._taken((count * lines, columns)), self._taken(count * lines)
+                more = none, none, p.map.no_linear, p.b.centred
+                self._launch_pull(p, states, piece.read, columns, *more, *found, of_map=True)
+                for part, total in zip(found, sums, strict=True):
+                    width = total[0].size
+                    added = self.empty((heads, width))
+                    self._launch(
+                        vjp.gather,
+                        (heads, -(-width // 256)),
+                        runtime.plain(part, (count, width)),
+                        piece.first,
+                        piece.parts,
+                        added,
+                    )
+                    total += runtime.to_host(added, self.place.stream).reshape(total.shape)
+
+    def _launch_pull(
+        self, p: Problem, states: States, read: Any, width: int, *more: Any, of_map: bool = False
+    ) -> None:
+        layout, a, b = p.map.layout, p.a, p.b
         self._launch(
-            make_pull(layout.kind, layout.signs, p.causal, p.biased),
-            (span.read.shape[0], -(-out.shape[1] // TILE)),
+            make_pull(layout.kind, layout.signs, p.causal, p.biased, of_map),
+            (read.shape[0], -(-width // TILE)),
             b.rows,
             b.log_norms,
             b.log2_bias,
@@ -541,25 +666,10 @@ class Launch:
             b.bias,
             a.bias,
             p.epsilon,
-            span.read,
+            read,
             *states,
-            np.float32(1 / layout.unit),
-            np.float32(2 * layout.key_norm / layout.unit if side else 0),
-            p.map.slope if side else p.map.no_linear,
-            target,
-            of_log2_bias,
+            *more,
         )
-        if span.change is not None:
-            self._launch(
-                change,
-                (span.change.shape[0],),
-                target,
-                p.map.turned[side],
-                np.float32(0),
-                span.change,
-                out,
-                self._taken(out.shape[0]),
-            )
 
 
 def _is_step(call: Call, layout: plan.Layout) -> bool:

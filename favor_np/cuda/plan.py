@@ -99,6 +99,11 @@ class Layout:
     key_norm: float
     epsilon: float
 
+    @property
+    def lines(self) -> int:
+        """Rows of the weights of a head."""
+        return self.features // self.signs
+
 
 @functools.lru_cache(maxsize=64)
 def layout(feature_map: FeatureMap) -> Layout:
@@ -266,12 +271,19 @@ def with_rows_of_result(jobs: Jobs, q_length: int) -> tuple[Jobs, Owners]:
 
 def sums_over_heads(of: Array, results: Array, count: int) -> tuple[Array, Array] | None:
     """Return which results belong to each of `count` heads; None if each has its own."""
-    order = np.lexsort((results, of))
-    first = np.searchsorted(of[order], np.arange(count + 1))
-    parts = results[order]
+    order = np.argsort(results)
+    first, parts = by_owner(of[order], count)
+    parts = results[order][parts].astype(np.int32)
     if len(parts) == count and (parts == np.arange(count)).all():
         return None
-    return first.astype(np.int32), parts.astype(np.int32)
+    return first, parts
+
+
+def by_owner(of: Array, count: int) -> tuple[Array, Array]:
+    """Return what belongs to each of `count` owners: numbers, and where those of each begin."""
+    order = np.argsort(of, kind="stable")
+    first = np.searchsorted(of[order], np.arange(count + 1))
+    return first.astype(np.int32), order.astype(np.int32)
 
 
 def _ways(sides: Sides, parts: Stretches, backwards: bool) -> tuple[Array, int]:
@@ -332,10 +344,26 @@ def change_table(table: Array) -> Array:
     return _table(first, count, first, head)
 
 
+class Piece(NamedTuple):
+    """Reads whose sums for the gradient of a map are kept at a time, and which head has which."""
+
+    read: Array
+    first: Array
+    parts: Array
+
+
+def pieces(of: Layout, read: Array) -> tuple[Piece, ...]:
+    """Cut the table of reads where their sums would take more than ROOM."""
+    most = max(ROOM // (4 * of.lines * (of.columns + 1)), 1)
+    tables = (read[start : start + most] for start in range(0, len(read), most))
+    return tuple(Piece(table, *by_owner(table[:, HEAD], len(of.bias))) for table in tables)
+
+
 class Span(NamedTuple):
     """What is under way at a time: so many stretches, and the tables of the kernels that take them.
 
     `change` goes over the rows that are read, for maps that multiply these; None for others.
+    `pieces` are what is read for the gradient of the map itself.
     """
 
     parts: int
@@ -343,6 +371,7 @@ class Span(NamedTuple):
     scan: Array
     read: Array
     change: Array | None
+    pieces: tuple[Piece, ...] = ()
 
 
 def spans(
@@ -433,22 +462,37 @@ class Gradient(NamedTuple):
     """How gradients are computed: of queries, then of keys and values; and which results are added.
 
     Every head of the result, `results` of them, has gradients for itself; where heads share an
-    array, `sums` has for it what `sums_over_heads` says.
+    array, `sums` has for it what `sums_over_heads` says.  Of queries there are `states[0]` states,
+    of keys `states[1]`.  Scans by `last` and `first` go between the cotangents of the caller's
+    states and those of keys: each is that of the last state of one of the heads that share it, and
+    adds up to the cotangent of the first.
     """
 
     queries: tuple[Array, int]
     keys: tuple[Array, int]
-    jobs: tuple[int, int]
+    states: tuple[int, int]
     of_queries: tuple[Span, ...]
     of_keys: tuple[Span, ...]
     results: int
     sums: tuple[tuple[Array, Array] | None, ...]
+    last: Array
+    first: Array
 
 
 def gradient(
-    device: Device, feature_map: FeatureMap, shapes: Shapes, offsets: bytes | None, *, causal: bool
+    device: Device,
+    feature_map: FeatureMap,
+    shapes: Shapes,
+    offsets: bytes | None,
+    *,
+    causal: bool,
+    fresh: tuple[bool, bool],
+    of_map: bool,
 ) -> Gradient:
-    """Return how gradients for arrays of these shapes are found."""
+    """Return how gradients for arrays of these shapes are found, or that `of_map`.
+
+    `fresh`: whether there is no first state, and no cotangent of the last one.
+    """
     q, k, v = shapes.q, shapes.k, shapes.v
     of = layout(feature_map)
     whole = broadcast_jobs(shapes, feature_map.num_heads, 1)
@@ -467,18 +511,27 @@ def gradient(
     numbers = whole.out_rows.ravel() // max(q[-2], 1)
     sides = queries_and_keys(jobs, q[-2], k[-2])
     queries = pack_table(_count(q), q_owners)
-    cut = functools.partial(spans, device, of, value_dim=v[-1], causal=causal, fresh=True)
+
+    def cut(sides: Sides, **options: bool) -> tuple[Span, ...]:
+        found = spans(device, of, sides, v[-1], causal=causal, **options)
+        if of_map:
+            found = tuple(span._replace(pieces=pieces(of, span.read)) for span in found)
+        return found
+
+    slot, number = jobs.table[:, SLOT], np.arange(len(sides.jobs.table))
     return Gradient(
         queries,
         pack_table(_count(k), k_owners),
-        (len(jobs.table), len(sides.jobs.table)),
-        cut(sides=keys_and_queries(jobs)),
-        cut(sides=sides, backwards=causal),
+        (max(len(slot), slot.max(initial=-1) + 1), len(number)),
+        cut(keys_and_queries(jobs), fresh=fresh[0]),
+        cut(sides, fresh=fresh[1], backwards=causal),
         queries[1] // max(q[-2], 1),
         tuple(
             sums_over_heads(of_head, numbers, math.prod(x[:-2]))
             for of_head, x in zip(heads, (q, k, v), strict=True)
         ),
+        _table(number, np.repeat(slot, group), number % max(group, 1) == 0, 1),
+        _table(slot, group * np.arange(len(slot)), group, 1)[: len(number)],
     )
 
 

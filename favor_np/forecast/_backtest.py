@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -132,7 +133,7 @@ class Backtest:
     @property
     def score(self) -> float:
         """Mean loss: lower is better."""
-        return float(self.losses.mean())
+        return float(self.losses.mean()) if len(self.losses) else math.nan
 
     @property
     def r2(self) -> float:
@@ -144,7 +145,8 @@ class Backtest:
         if self.loss == "qlike":
             size, forecast = np.sqrt(size), np.sqrt(forecast) * self.ratio
         ours = np.sum((size - forecast)[known] ** 2)
-        return float(1 - ours / np.sum((size - self.mean)[known] ** 2))
+        of_mean = np.sum((size - self.mean)[known] ** 2)
+        return float(1 - ours / of_mean) if of_mean > 0 else math.nan
 
     def against(self, rival: Backtest) -> DieboldMariano:
         """Test whether these forecasts are better than others of the same outcomes.

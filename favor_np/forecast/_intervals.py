@@ -65,14 +65,14 @@ class Intervals:
     @property
     def coverage(self) -> float:
         """Share of outcomes that are covered."""
-        return float(self.covered[self.judged].mean())
+        return _mean(self.covered[self.judged])
 
     @property
     def by_scale(self) -> tuple[float, float, float]:
         """The same by terciles of the predicted scale: calm, usual and wild times."""
         covered, scale = self.covered[self.judged], self.scale[self.judged]
         thirds = np.array_split(covered[np.argsort(scale, kind="stable")], 3)
-        calm, usual, wild = (float(np.mean(third)) for third in thirds)
+        calm, usual, wild = map(_mean, thirds)
         return calm, usual, wild
 
     @property
@@ -84,14 +84,19 @@ class Intervals:
         for shock in np.argsort(size)[-count:]:
             after[shock + 1 : shock + 1 + AFTER] = True
         after &= self.judged
-        return float(self.covered[after].mean()) if after.any() else math.nan
+        return _mean(self.covered[after])
 
     @property
     def score(self) -> float:
         """Mean interval score of Winkler: width, and 2 / (1 - target) times what is missed."""
         lower, upper, outcome = (x[self.judged] for x in (self.lower, self.upper, self.outcome))
         missed = np.maximum(lower - outcome, 0) + np.maximum(outcome - upper, 0)
-        return float(np.mean(upper - lower + 2 / (1 - self.target) * missed))
+        return _mean(upper - lower + 2 / (1 - self.target) * missed)
+
+
+def _mean(numbers: npt.NDArray[np.bool_] | F64) -> float:
+    """Return their mean: NaN if there are none."""
+    return float(numbers.mean()) if numbers.size else math.nan
 
 
 def conformal_intervals(

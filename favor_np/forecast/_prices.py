@@ -41,6 +41,7 @@ Dropped = dict[str, tuple[int, int]]
 BUNDLED = package_files("favor_np.forecast") / "data" / "wti-daily.csv"  # in a zip file, too
 BUNDLED_NAME = "WTI crude oil, USD a barrel (bundled, US EIA)"
 ALLOW_MISSING = 0.05
+LARGEST_STEP = 100  # decimal digits; the square of a larger return is no float64
 NO_TIME = "time missing or not written as the others"
 
 
@@ -91,6 +92,13 @@ class Prices:
         if values.ndim != 1 or not (np.isfinite(values) & (values > 0)).all():
             raise PriceError(
                 "prices must be one-dimensional, finite and above 0; Prices.from_array drops others"
+            )
+        jumps = np.flatnonzero(abs(np.diff(np.log10(values))) > LARGEST_STEP)
+        if len(jumps):
+            before, after = values[jumps[0] : jumps[0] + 2].tolist()
+            raise PriceError(
+                f"prices must not change by more than 1e{LARGEST_STEP} times in a step, "
+                f"got {before:g} before {after:g}"
             )
         if times is not None:
             times = np.asarray(times, dtype=None if hasattr(times, "dtype") else "M8[us]")

@@ -84,7 +84,7 @@ def favor_attention(
         num_threads=num_threads,
     )
     arrays = {"q": q, "k": k, "v": v, "projection": projection, "key_bias": key_bias}
-    if decay is not None and attend.has_gates(decay, q, k, v):
+    if decay is not None and attend.has_gates(q, k, v, decay=decay, key_bias=key_bias):
         arrays["decay"] = decay
     elif decay is not None:
         attend.options["decay"] = decay

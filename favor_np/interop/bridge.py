@@ -38,11 +38,13 @@ class Attend:
         """Return the result and the pullback."""
         return favor_attention_vjp(q, k, v, self._map(projection), **self.options, **more)
 
-    def has_gates(self, decay: Any, *arrays: Any) -> bool:
-        """Whether a decay has a factor for each token of these arrays q, k, v."""
-        q, k, v = (outline(np.shape(x)) for x in arrays)
-        call = check(q, k, v, self.feature_map, **self.options, decay=outline(np.shape(decay)))
-        return call.gates is not None
+    def has_gates(self, q: Any, k: Any, v: Any, **of_keys: Any) -> bool:
+        """Whether the decay, one of `of_keys`, has a factor for each token of these arrays."""
+        given = {n: outline(np.shape(x)) for n, x in of_keys.items() if x is not None}
+        if "key_mask" in given:
+            given["key_mask"] = given["key_mask"].astype(np.bool_)
+        q, k, v = (outline(np.shape(x)) for x in (q, k, v))
+        return check(q, k, v, self.feature_map, **(self.options | given)).gates is not None
 
     def forward(self, **arrays: Any) -> tuple[Array, ...]:
         """Return the result in 32 or 64 bits, and what else `backward` needs."""

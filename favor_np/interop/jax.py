@@ -106,7 +106,9 @@ def favor_attention(
     attend = bridge.Attend(feature_map, **options)
     arrays = {"q": _real(q), "k": _real(k), "v": _real(v)}
     constants: dict[str, Any] = {}
-    if decay is not None and attend.has_gates(decay, *arrays.values()):
+    if decay is not None and attend.has_gates(
+        *arrays.values(), decay=decay, key_bias=key_bias, key_mask=key_mask
+    ):
         arrays["decay"] = _real(decay)
     elif decay is not None:
         options["decay"] = attend.options["decay"] = np.asarray(decay)

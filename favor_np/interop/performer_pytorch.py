@@ -21,7 +21,8 @@ import numpy as np
 from favor_np import storage, validation
 from favor_np.features import FeatureMap
 from favor_np.gradients import favor_attention_vjp
-from favor_np.nn import FavorSelfAttention, Performer, PerformerLM, astype, leaves
+from favor_np.nn import FavorSelfAttention, Performer, PerformerLM, ShiftTokens, astype, leaves
+from favor_np.nn.layer import Key, Pullback
 from favor_np.nn.tree import Array, Params
 
 __all__ = ["load"]
@@ -77,6 +78,10 @@ _CLASSES: dict[str, dict[str, Any]] = {
         "axial_position_shape": None,
     },
 }
+#: Options that are counts; those whose default is a bool are flags.
+_COUNTS = (
+    "dim", "depth", "heads", "dim_head", "ff_mult", "nb_features", "num_tokens", "max_seq_len",
+)  # fmt: skip
 #: Options that have no counterpart here, unless they have this value.
 _UNSUPPORTED = {"reversible": False, "cross_attend": False, "no_projection": False}
 
@@ -147,7 +152,8 @@ def load(
     ``model.replace(dropout=...)``. Biases that the original has not are zeros.
 
     ``return_encodings`` has no counterpart, and `mask` leaves keys out, where the original only
-    sets their values to zero; with ``eps="original"`` it does that, too.
+    sets their values to zero, and with `shift_tokens` what attention sees of them in other rows;
+    with ``eps="original"`` it does that, too.
 
     In performer-pytorch, the largest feature of all keys is the unit of what is added to features:
     earlier rows depend on later ones, even in causal models. So with ``eps="original"`` every token
@@ -178,16 +184,18 @@ def load(
 def _checked(config: Any) -> tuple[str, dict[str, Any]]:
     """Return the name of the class, and all its arguments."""
     if not isinstance(config, Mapping):
-        config = json.loads(storage.path_of("config", config).read_text(encoding="utf-8"))
-    if not {"class_name", "kwargs"} <= set(config):
+        config = _read_config(config)
+    if not isinstance(config, Mapping) or not {"class_name", "kwargs"} <= set(config):
         raise ValueError("config must have class_name and kwargs")
-    name, given = config["class_name"], dict(config["kwargs"])
-    if name not in _CLASSES:
+    name, given = config["class_name"], config["kwargs"]
+    if name not in list(_CLASSES):
         raise ValueError(f"class_name must be one of {', '.join(_CLASSES)}, got {name!r}")
-    unknown = sorted(given.keys() - _CLASSES[name].keys())
+    if not isinstance(given, Mapping):
+        raise TypeError(f"kwargs must be a mapping, got {validation.got(given)}")
+    unknown = sorted(map(str, given.keys() - _CLASSES[name].keys()))
     if unknown:
         raise ValueError(f"config must give arguments of {name}, got {', '.join(unknown)}")
-    options = _CLASSES[name] | given
+    options = _CLASSES[name] | dict(given)
     for option, value in options.items():
         if value is _REQUIRED:
             raise ValueError(f"config must give the argument {option} of {name}")
@@ -197,19 +205,34 @@ def _checked(config: Any) -> tuple[str, dict[str, Any]]:
     if np.any(options["local_attn_heads"]):
         raise ValueError(f"local_attn_heads={options['local_attn_heads']!r} is not supported")
     kernel = options["kernel_fn"]
-    if options["generalized_attention"] and _name(kernel) != "ReLU":
+    if options["generalized_attention"] and _name(kernel) not in ("ReLU", "relu"):
         raise ValueError(f"kernel_fn={_name(kernel)} is not supported, only ReLU is")
+    for option, default in _CLASSES[name].items():
+        if isinstance(default, bool):
+            options[option] = validation.flag(option, options[option])
+    for option in filter(options.__contains__, _COUNTS):
+        if options[option] is not None or option not in ("dim_head", "nb_features"):
+            options[option] = validation.integer(option, options[option])
     if options["dim_head"] is None:
-        options["dim_head"] = options["dim"] // options["heads"]
+        each = options["dim"] // options["heads"]
+        options["dim_head"] = validation.integer("dim_head", each)
     if options["nb_features"] is None:
         options["nb_features"] = int(options["dim_head"] * math.log(options["dim_head"]))
     return name, options
 
 
+def _read_config(path: Any) -> Any:
+    path = storage.path_of("config", path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+
+
 def _name(kernel: Any) -> str:
-    """Return the name of a kernel: a module of PyTorch, its class, or "ReLU"."""
+    """Return the name of a kernel: a module of PyTorch, its class, a function, or text of them."""
     if isinstance(kernel, str):
-        return kernel.removeprefix("nn.").removesuffix("()")
+        return kernel.partition("(")[0].rpartition(".")[2]
     return str(getattr(kernel, "__name__", type(kernel).__name__))
 
 
@@ -243,7 +266,7 @@ def _model(name: str, options: dict[str, Any], *, original: bool) -> Performer:
         "vocab": options["num_tokens"],
         "rotary": "adjacent" if rotary else None,
         "positions": "sinusoidal" if rotary else "learned",
-        "length": math.prod(_axes(options)),
+        "length": min(options["max_seq_len"], math.prod(_axes(options))),
         "final_norm": "layer",
         "tied": bool(options["tie_embed"]),
         "embedding_dropout": options["emb_dropout"],
@@ -256,7 +279,11 @@ def _axes(options: dict[str, Any]) -> tuple[int, ...]:
     length, shape = options["max_seq_len"], options["axial_position_shape"]
     if options["rotary_position_emb"] or not options["axial_position_emb"]:
         return (length,)
-    return (-(-length // 64), 64) if shape is None else tuple(shape)
+    if shape is None:
+        return (-(-length // 64), 64)
+    if isinstance(shape, str) or not np.iterable(shape):
+        raise TypeError(f"axial_position_shape must be integers, got {validation.got(shape)}")
+    return tuple(validation.integer("axial_position_shape", count) for count in shape)
 
 
 class _Arrays:
@@ -269,9 +296,9 @@ class _Arrays:
         wrapped = name == "PerformerLM" and "net.token_emb.weight" in weights
         before = "net." if wrapped else ""
         self._left = {
-            key.removeprefix(before): validation.array_of(key, weights[key])
+            str(key).removeprefix(before): _floats(str(key), weights[key])
             for key in weights
-            if not _NO_WEIGHT.fullmatch(key.removeprefix(before))
+            if not _NO_WEIGHT.fullmatch(str(key).removeprefix(before))
         }
         double = any(array.dtype == np.float64 for array in self._left.values())
         self.dtype = np.dtype(np.float64 if double else np.float32)
@@ -308,7 +335,7 @@ class _Arrays:
             old = f"pos_emb.weights_{axis}"  # in old versions of axial-positional-embedding
             new = f"pos_emb.weights.{axis}"
             table += self._get(old if old in self._left else new, tuple(shape))[0]
-        return table.reshape(like.shape)
+        return table.reshape(-1, dim)[: len(like)]
 
     def _get(self, name: str, shape: tuple[int, ...]) -> Array:
         array = self._left.pop(name, None)
@@ -325,6 +352,13 @@ class _Arrays:
         if self._left:
             some = ", ".join(sorted(self._left)[:5])
             raise ValueError(f"weights have arrays that a model of this config has not: {some}")
+
+
+def _floats(name: str, value: Any) -> Array:
+    array = validation.array_of(name, value)
+    if array.dtype.kind in "biu":
+        raise TypeError(f"{name} must hold floats, got dtype {array.dtype}")
+    return validation.tensor(name, array, 0)
 
 
 def _read(path: Any) -> dict[str, Array]:
@@ -353,6 +387,11 @@ def _sums(count: int, dtype: np.dtype[Any]) -> FeatureMap:
 class OriginalAttention(FavorSelfAttention):
     """`favor_np.nn.FavorSelfAttention` with the constants that performer-pytorch adds.
 
+    Parameters
+    ----------
+    shift : bool, default False
+        Whether `favor_np.nn.ShiftTokens` comes before it: what comes from a masked row is zero.
+
     Notes
     -----
     Softmax features are ``exp(w x - |x|**2 / 2 - c) + 1e-4``, where c is the largest ``w x`` of a
@@ -362,6 +401,8 @@ class OriginalAttention(FavorSelfAttention):
     value is zero.
     """
 
+    shift: bool = False
+
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
@@ -370,6 +411,19 @@ class OriginalAttention(FavorSelfAttention):
                 raise ValueError(f"{name} must be None, got {getattr(self, name)!r}")
         if self._antithetic or self.learn_projection or self.kind == "elu":
             raise ValueError("antithetic, learn_projection and kind='elu' are not supported")
+
+    def vjp(
+        self, params: Params, x: Any, *, key: Key | None = None, mask: Any = None
+    ) -> tuple[Array, Pullback]:
+        """Attend, given rows some of whose columns come from other rows."""
+        if mask is None or not self.shift:
+            return super().vjp(params, x, key=key, mask=mask)
+        shift = ShiftTokens(self.causal)
+        moved = shift.apply({}, np.ones((1, self.dim))) == 0  # the columns: there is no other row
+        hidden = np.broadcast_to(~np.asarray(mask)[..., None] & moved, np.shape(x))
+        kept = ~shift.apply({}, hidden)
+        y, pull = super().vjp(params, np.where(kept, x, 0), key=key, mask=mask)
+        return y, lambda grad, grads: np.where(kept, pull(grad, grads), 0)
 
     def attend_vjp(
         self, params: Params, q: Any, k: Any, v: Any, *, key_mask: Any = None, **options: Any

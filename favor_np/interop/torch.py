@@ -106,7 +106,7 @@ def favor_attention(
         feature_map, causal=causal, enable_gqa=enable_gqa, num_threads=num_threads, **constants
     )
     learned = isinstance(decay, torch.Tensor) and decay.requires_grad
-    if learned and not attend.has_gates(decay, q, k, v):
+    if learned and not attend.has_gates(q, k, v, decay=decay, key_bias=key_bias, key_mask=key_mask):
         raise ValueError("a constant decay has no gradient: pass decay.detach()")
     run = _run
     if torch.compiler.is_dynamo_compiling():  # a break in the graph: NumPy's world is not traced

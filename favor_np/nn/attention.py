@@ -17,7 +17,7 @@ from favor_np.exact import exact_attention, exact_attention_vjp
 from favor_np.features import ATTENTION_KINDS, FeatureMap
 from favor_np.gradients import favor_attention_vjp
 from favor_np.nn.fused import Heads
-from favor_np.nn.layer import Key, Layer, Pullback, generator, leaf, part, within
+from favor_np.nn.layer import Key, Layer, Pullback, Step, generator, leaf, part, within
 from favor_np.nn.linear import Linear
 from favor_np.nn.norms import UnitScale
 from favor_np.nn.position import Rotary
@@ -88,8 +88,8 @@ class FavorSelfAttention(Layer):
     rotary : {"adjacent", "halves"}, optional
         Rotate queries and keys by their position: see `Rotary`.
     decay : float or tuple of float, optional
-        What the weight of a key is multiplied with at every later row, one for all heads or one
-        for each of `kv_heads`; heads within a window have none.
+        What the weight of a key is multiplied with at every later row, one for all heads of keys
+        or one for each that is not local; those within a window have none.
     exact : bool, default False
         Exact attention; the projection, if there is one, is not used.
     bias : bool, default False
@@ -152,8 +152,6 @@ class FavorSelfAttention(Layer):
             raise ValueError(f"qk must be 'sphere' or None, got {self.qk!r}")
         if self._antithetic and self.num_features % 2:
             raise ValueError(f"num_features must be even if antithetic, got {self.num_features}")
-        if self.decay is not None and not self.causal:
-            raise ValueError("decay needs causal=True")
         group = self.heads // self._kv_heads
         local = validation.integer("local_heads", self.local_heads, minimum=0)
         if local >= self.heads or local % group:
@@ -161,6 +159,13 @@ class FavorSelfAttention(Layer):
                 f"local_heads must be less than heads ({self.heads}) and a multiple of {group}, "
                 f"got {local}"
             )
+        if self.decay is not None:
+            shape, far = validation.decay_of(self.decay, causal=self.causal).shape, self._kv_far
+            if shape not in ((), (1,), (far,)):
+                raise ValueError(
+                    "decay must be one number, or one for each head of keys that is not local "
+                    f"({far}), got shape {shape}"
+                )
 
     @property
     def _kv_heads(self) -> int:
@@ -190,6 +195,10 @@ class FavorSelfAttention(Layer):
         far = self._kv_far
         bounds = (BOUND,) * far + (LOCAL_BOUND,) * (self._kv_heads - far)
         return UnitScale(self._kv_heads, bounds)
+
+    @cached_property
+    def _rotary(self) -> Rotary | None:
+        return None if self.rotary is None else Rotary(self._dim_head, self.rotary)
 
     @property
     def _scale(self) -> float:
@@ -228,18 +237,23 @@ class FavorSelfAttention(Layer):
         more = self._antithetic, self.kernel_epsilon
         return _map_of(w.tobytes(), w.shape, w.dtype.str, self.kind, self._scale, more)
 
-    def _heads(self, params: Params, start: int, count: int, dtype: Any) -> Heads:
+    def _lengths(self, params: Params) -> Array | None:
+        """Return how long queries and keys of each head are, if they are on spheres."""
+        if self._sphere is None:
+            return None
+        with within("sphere"):
+            radii = self._sphere.lengths(params.get("sphere", {}))
+        return np.concatenate([np.repeat(radii, self.heads // self._kv_heads), radii])
+
+    def _heads(self, lengths: Array | None, start: int, count: int, dtype: Any) -> Heads:
         """Return how rows from the position `start` on are cut into heads."""
-        counts = self.heads, self._kv_heads, self._kv_heads
-        lengths = turns = None
-        if self._sphere is not None:
-            with within("sphere"):
-                radii = self._sphere.lengths(params.get("sphere", {}))
-            lengths = np.concatenate([np.repeat(radii, self.heads // self._kv_heads), radii])
-        if self.rotary is not None:
-            turns = Rotary(self._dim_head, self.rotary).turns(start, count, dtype)
+        turns = None if self._rotary is None else self._rotary.turns(start, count, dtype)
         return Heads(
-            counts, self._dim_head, lengths=lengths, turns=turns, adjacent=self.rotary != "halves"
+            (self.heads, self._kv_heads, self._kv_heads),
+            self._dim_head,
+            lengths=lengths,
+            turns=turns,
+            adjacent=self.rotary != "halves",
         )
 
     def _add_to_sphere(self, lengths: Array, of_lengths: Array, grads: Params) -> None:
@@ -257,6 +271,8 @@ class FavorSelfAttention(Layer):
 
     def _joined(self, out: Array) -> Array:
         """Return rows (..., L, heads * d) of heads (..., heads, L, d)."""
+        if out.shape[-2] == 1:
+            return out.reshape(*out.shape[:-3], 1, -1)
         none = np.empty((*out.shape[:-3], 0, *out.shape[-2:]), out.dtype)
         return self._plain.merge((out, none, none))[0]
 
@@ -314,7 +330,7 @@ class FavorSelfAttention(Layer):
         if np.ndim(x) < 2 or not np.size(x):
             raise ValueError(f"x must have shape (..., L, {self.dim}), L > 0, got {np.shape(x)}")
         qkv, pull_qkv = part(self.parts["qkv"], "qkv", params, x, key)
-        heads = self._heads(params, 0, qkv.shape[-2], qkv.dtype)
+        heads = self._heads(self._lengths(params), 0, qkv.shape[-2], qkv.dtype)
         q, k, v = heads.split(qkv)
         options: dict[str, Any] = {"causal": self.causal, "enable_gqa": self._grouped}
         if mask is not None:
@@ -337,9 +353,30 @@ class FavorSelfAttention(Layer):
         if not self.causal:
             raise ValueError("causal must be True to go on from earlier rows, got False")
         qkv, _ = part(self.parts["qkv"], "qkv", params, x)
+        read = self._extend_rows(params, state, qkv, self._lengths(params))
+        return part(self.parts["output"], "output", params, read)[0]
+
+    def prepare(self, params: Params) -> Step:
+        if not self.causal:
+            return super().prepare(params)
+        steps = {}
+        for name in ("qkv", "output"):
+            with within(name):
+                steps[name] = self.parts[name].prepare(params.get(name, {}))
+        qkv, output, lengths = steps["qkv"], steps["output"], self._lengths(params)
+
+        def step(state: dict[str, Any], x: Array) -> Array:
+            return output({}, self._extend_rows(params, state, qkv({}, x), lengths))
+
+        return step
+
+    def _extend_rows(
+        self, params: Params, state: dict[str, Any], qkv: Array, lengths: Array | None
+    ) -> Array:
+        """Return what heads read for the next rows."""
         start, count = state.get("length", 0), qkv.shape[-2]
         state["length"] = start + count
-        q, k, v = self._heads(params, start, count, qkv.dtype).split(qkv)
+        q, k, v = self._heads(lengths, start, count, qkv.dtype).split(qkv)
         extend_far = self._extend_exact if self.exact else self._extend_favor
         if self.local_heads:
             far, near = self._cut(q, k, v)
@@ -348,7 +385,7 @@ class FavorSelfAttention(Layer):
             )
         else:
             out = extend_far(params, state, q, k, v)
-        return part(self.parts["output"], "output", params, self._joined(out))[0]
+        return self._joined(out)
 
     def _extend_favor(self, params: Params, state: dict[str, Any], q: Any, k: Any, v: Any) -> Array:
         if "attention" not in state:

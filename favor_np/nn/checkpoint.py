@@ -202,10 +202,18 @@ def _described(value: Any) -> Any:
             f.name: _described(getattr(value, f.name))
             for f in dataclasses.fields(value)  # type: ignore[arg-type]
         }
-        return {"class": type(value).__name__} | fields
+        return {"class": _name(type(value))} | fields
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     return list(map(_described, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _name(cls: type[Layer]) -> str:
+    """Return the name of a class of favor_np.nn, or module and name of any other."""
+    from favor_np import nn
+
+    name = cls.__name__
+    return name if getattr(nn, name, None) is cls else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _model(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,13 @@ LEAST = 1 << 16
 FUNCTIONS = ("gelu", "gelu_tanh", "relu", "relu2", "silu")
 #: Functions of half the columns, that multiply the other half.
 GATED = {"geglu": "gelu", "swiglu": "silu"}
-_NONE = {np.dtype(kind): np.empty((0, 0), kind) for kind in (np.float32, np.float64)}
+_NONE = {np.dtype(kind): np.empty((1, 0), kind) for kind in (np.float32, np.float64)}
+
+
+@lru_cache(maxsize=256)
+def _numbers(dtype: Any, *numbers: float) -> Array:
+    """Return constants of kernels, which only read them."""
+    return np.array(numbers, dtype)
 
 
 def _run(name: str, arrays: tuple[Array, ...], rest: tuple[Array, ...], count: int) -> None:
@@ -59,9 +66,9 @@ class Norm:
         turn = dim - dim // 2 if shifted else dim
         self._x, self._weight, self._biased = flat(x), weight, bias is not None
         self._stats = np.empty((len(self._x), 2), x.dtype)
-        self._constants = np.array([eps, centred, max(length, 1), turn], np.float64)
+        self._constants = _numbers(np.float64, eps, centred, max(length, 1), turn)
         self.y = empty_like(x)
-        bias = np.empty(0, x.dtype) if bias is None else bias
+        bias = _NONE[x.dtype][0] if bias is None else bias
         rest = (weight, bias, self._constants)
         _run("normalize", (self._x, flat(self.y), self._stats), rest, _blocks(len(self._x)))
 
@@ -78,22 +85,22 @@ def _function(name: str, x: Array) -> tuple[Array, int]:
     """Return how kernels know a function, and how many columns it makes of those of x."""
     gated = name in GATED
     number = FUNCTIONS.index(GATED.get(name, name))
-    return np.array([number, gated], np.int64), x.shape[-1] // 2 if gated else x.shape[-1]
+    return _numbers(np.int64, number, gated), x.shape[-1] // 2 if gated else x.shape[-1]
 
 
 def activate(name: str, x: Array) -> Array:
     """Return the function of every number; if gated, of half the columns, times the others."""
     constants, width = _function(name, x)
-    y = empty((*x.shape[:-1], width), x.dtype)
-    _run("activate", (flat(x), flat(y)), (constants,), _blocks(len(flat(x))))
+    y, x = empty((*x.shape[:-1], width), x.dtype), flat(x)
+    _run("activate", (x, flat(y)), (constants,), _blocks(len(x)))
     return y
 
 
 def activate_back(name: str, x: Array, grad: Array) -> Array:
     """Return the gradient of x."""
     constants, _ = _function(name, x)
-    dx = empty_like(x)
-    _run("activate_back", (flat(x), flat(grad), flat(dx)), (constants,), _blocks(len(flat(x))))
+    dx, x = empty_like(x), flat(x)
+    _run("activate_back", (x, flat(grad), flat(dx)), (constants,), _blocks(len(x)))
     return dx
 
 
@@ -117,18 +124,18 @@ class Heads:
         self.lengths, self._turns, self._adjacent = lengths, turns, adjacent
 
     def _rest(self, dtype: Any, length: int) -> tuple[Array, ...]:
-        lengths = np.empty(0, dtype) if self.lengths is None else self.lengths
+        lengths = _NONE[dtype][0] if self.lengths is None else self.lengths
         cos, sin = (_NONE[dtype],) * 2 if self._turns is None else self._turns
         apart = 1 if self._adjacent else self._dim // 2
-        return lengths, cos, sin, np.array([length, *self._counts, apart], np.int64)
+        return lengths, cos, sin, _numbers(np.int64, length, *self._counts, apart)
 
     def split(self, rows: Array) -> list[Array]:
         """Return the heads of queries, keys and values."""
         *lead, length, _ = rows.shape
         heads = [empty((*lead, n, length, self._dim), rows.dtype) for n in self._counts]
-        none = _NONE[rows.dtype]
-        arrays = (flat(rows), none, *(x.reshape(-1, self._dim) for x in heads), np.empty((0, 0)))
-        _run("split_heads", arrays, self._rest(rows.dtype, length), _blocks(len(flat(rows))))
+        rows, none = flat(rows), _NONE[rows.dtype]
+        arrays = (rows, none, *(x.reshape(-1, self._dim) for x in heads), np.empty((0, 0)))
+        _run("split_heads", arrays, self._rest(rows.dtype, length), _blocks(len(rows)))
         return heads
 
     def merge(self, heads: Iterable[Array], rows: Array | None = None) -> tuple[Array, Array]:

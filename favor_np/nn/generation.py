@@ -34,6 +34,12 @@ def generate(
     if tokens.ndim not in (1, 2):
         raise ValueError(f"prompt must have shape (L,) or (batch, L), got {tokens.shape}")
     length = validation.integer("length", length, minimum=0)
+    most = model.length - tokens.shape[-1] + 1  # the last token is not read
+    if model.positions == "learned" and length > most:
+        raise ValueError(
+            f"length must be at most {most} after {tokens.shape[-1]} tokens: the model has learned "
+            f"{model.length} positions, got {length}"
+        )
     seed = validation.integer("seed", seed, minimum=0)
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
@@ -43,11 +49,12 @@ def generate(
     for start in range(0, batch.shape[1], PIECE):
         logits = model.extend(params, state, batch[:, start : start + PIECE])
     found = np.empty((len(batch), length), np.min_scalar_type(model.vocab - 1))
+    step = model.prepare(params)
     for i in range(length):
         chance = generator((seed, i)).random(len(batch))
         found[:, i] = choose(logits[:, -1], temperature, top_k, chance)
         if i + 1 < length:
-            logits = model.extend(params, state, found[:, i, None])
+            logits = step(state, found[:, i, None])
     return found.reshape(*tokens.shape[:-1], length)
 
 

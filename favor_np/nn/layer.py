@@ -17,6 +17,8 @@ from favor_np.nn.tree import Array, Params
 #: Integers (seed, step, ...): what is random in training is a function of them and of names.
 Key: TypeAlias = tuple[int, ...]
 Pullback: TypeAlias = Callable[[Array, Params], Any]
+#: What `Layer.prepare` returns: `extend` of certain parameters.
+Step: TypeAlias = Callable[[dict[str, Any], Array], Array]
 
 
 class Layer:
@@ -24,6 +26,12 @@ class Layer:
 
     A layer of one's own defines `init` and `vjp`, or `parts` and `vjp`; the rest follows.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Let a class that computes something else not prepare what its parent computes."""
+        own = vars(cls)
+        if "prepare" not in own and {"vjp", "apply", "extend"} & own.keys():
+            cls.prepare = Layer.prepare  # type: ignore[method-assign]
 
     @cached_property
     def parts(self) -> dict[str, Layer]:
@@ -102,6 +110,32 @@ class Layer:
         """
         return self.apply(params, x)
 
+    def prepare(self, params: Params) -> Step:
+        """Return `extend` for many short calls: parameters are looked up and checked once, here.
+
+        Parameters
+        ----------
+        params : dict
+            Parameters, which must not change from here on.
+
+        Returns
+        -------
+        callable
+            ``y = step(state, x)`` is ``extend(params, state, x)``, and takes turns with it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from favor_np import nn
+        >>> model = nn.PerformerLM(vocab=256, dim=16, depth=1, heads=2, num_features=16)
+        >>> step, state = model.prepare(model.init(np.random.default_rng(0))), {}
+        >>> for token in b"to be":
+        ...     logits = step(state, np.array([token]))
+        >>> logits.shape
+        (1, 256)
+        """
+        return lambda state, x: self.extend(params, state, x)
+
     def redraw(self, params: Params, key: Key) -> None:
         """Draw the projections of random features anew, in place.
 
@@ -162,8 +196,11 @@ def part(
     mine = None if key is None else fold(key, name)
     with within(name):
         y, pull = layer.vjp(params.get(name, {}), x, key=mine, **options)
+    shape = y.shape
 
     def pullback(grad: Array, grads: Params) -> Any:
+        if np.shape(grad) != shape:
+            raise ValueError(f"{name}.grad_y must have shape {shape}, got {np.shape(grad)}")
         return pull(grad, grads.get(name, {}))
 
     return y, pullback
@@ -173,6 +210,21 @@ def extend_part(layer: Layer, name: str, params: Params, state: dict[str, Any], 
     """Extend a part by the next rows."""
     with within(name):
         return layer.extend(params.get(name, {}), state.setdefault(name, {}), x)
+
+
+def prepare_parts(parts: dict[str, Layer], params: Params) -> Step:
+    """Prepare parts that are applied one after the other."""
+    steps = []
+    for name, layer in parts.items():
+        with within(name):
+            steps.append((name, layer.prepare(params.get(name, {}))))
+
+    def step(state: dict[str, Any], x: Array) -> Array:
+        for name, do in steps:
+            x = do(state.setdefault(name, {}), x)
+        return x
+
+    return step
 
 
 def leaf(params: Params, name: str, shape: tuple[int, ...]) -> Array:
@@ -192,6 +244,14 @@ def rows(name: str, value: Any, dim: int, dtype: Any) -> Array:
     array = validation.tensor(name, value, 1)
     if array.shape[-1] != dim:
         raise ValueError(f"{name} must have shape (..., {dim}), got {array.shape}")
+    return validation.contiguous(array, np.dtype(dtype))
+
+
+def cotangent(grad: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return the gradient of an output of this shape in C order, in the dtype of the parameters."""
+    array = validation.tensor("grad_y", grad, 0)
+    if array.shape != shape:
+        raise ValueError(f"grad_y must have shape {shape}, got {array.shape}")
     return validation.contiguous(array, np.dtype(dtype))
 
 
@@ -224,6 +284,9 @@ class InOrder(Layer):
         for name, layer in self.parts.items():
             x = extend_part(layer, name, params, state, x)
         return x
+
+    def prepare(self, params: Params) -> Step:
+        return prepare_parts(self.parts, params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from favor_np import validation
-from favor_np.nn.layer import Key, Layer, Pullback, generator, leaf, normal, rows
-from favor_np.nn.products import add_product, add_sum, multiply, multiply_back
+from favor_np.nn.layer import Key, Layer, Pullback, Step, cotangent, generator, leaf, normal, rows
+from favor_np.nn.products import add_product, add_sum, multiply, multiply_back, multiply_few
 from favor_np.nn.tree import Array, Params
 
 
@@ -56,15 +56,26 @@ class Linear(Layer):
         y = multiply(x, weight)
         if self.bias:
             y += leaf(params, "bias", (self.outputs,))
+        shape = y.shape
 
         def pullback(grad: Array, grads: Params) -> Array:
-            grad = rows("grad_y", grad, self.outputs, weight.dtype)
+            grad = cotangent(grad, shape, weight.dtype)
             add_product(grads["weight"], grad, x)
             if self.bias:
                 add_sum(grads["bias"], grad)
             return multiply_back(grad, weight)
 
         return y, pullback
+
+    def prepare(self, params: Params) -> Step:
+        weight = leaf(params, "weight", (self.outputs, self.inputs))
+        bias = leaf(params, "bias", (self.outputs,)) if self.bias else None
+
+        def step(_: dict[str, Any], x: Array) -> Array:
+            y = multiply_few(x, weight)
+            return y if bias is None else y + bias
+
+        return step
 
 
 def tokens_of(name: str, value: Any, count: int) -> Array:
@@ -114,12 +125,17 @@ class Embedding(Layer):
         tokens = tokens_of("tokens", x, self.count)
 
         def pullback(grad: Array, grads: Params) -> None:
-            grad, flat = grad.reshape(-1, self.dim), tokens.ravel()
+            grad = cotangent(grad, (*tokens.shape, self.dim), weight.dtype).reshape(-1, self.dim)
+            flat = tokens.ravel()
             order = np.argsort(flat, kind="stable")
             found, first = np.unique(flat[order], return_index=True)
             grads["weight"][found] += np.add.reduceat(grad[order], first, axis=0)
 
         return weight[tokens], pullback
+
+    def prepare(self, params: Params) -> Step:
+        weight = leaf(params, "weight", (self.count, self.dim))
+        return lambda _, x: weight[tokens_of("tokens", x, self.count)]
 
 
 @dataclass(frozen=True)

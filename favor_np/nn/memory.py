@@ -49,9 +49,11 @@ class _Memory:
 
 def empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Return an array whose numbers are anything."""
+    if not _users:
+        return np.empty(shape, dtype)
     kind = np.dtype(dtype)
     size = math.prod(shape) * kind.itemsize
-    if size < LEAST or not _users:
+    if size < LEAST:
         return np.empty(shape, kind)
     whole = -(-size // PAGE) * PAGE
     raw = _taken(whole)

@@ -11,6 +11,7 @@ import numpy as np
 
 from favor_np import validation
 from favor_np.nn.attention import FavorSelfAttention
+from favor_np.nn.blas import one_thread
 from favor_np.nn.feedforward import FeedForward
 from favor_np.nn.layer import (
     Chain,
@@ -18,16 +19,18 @@ from favor_np.nn.layer import (
     Key,
     Layer,
     Pullback,
+    Step,
+    cotangent,
     extend_part,
     leaf,
     part,
-    rows,
+    prepare_parts,
 )
 from favor_np.nn.linear import Dropout, Embedding, Linear
 from favor_np.nn.memory import empty_like
 from favor_np.nn.norms import LayerNorm, RMSNorm, ScaleNorm
 from favor_np.nn.position import LearnedPositions, ShiftTokens, SinusoidalPositions
-from favor_np.nn.products import add_product, multiply, multiply_back
+from favor_np.nn.products import add_product, multiply, multiply_back, multiply_few
 from favor_np.nn.tree import Array, Params
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm, "scale": ScaleNorm}
@@ -103,6 +106,7 @@ class Residual(Layer):
         def pullback(grad: Array, grads: Params) -> Array:
             back = grad
             if gate is not None:
+                grad = cotangent(grad, branch.shape, branch.dtype)
                 grads["gate"] += np.vdot(grad, branch)
                 back = grad * gate
             for pull in reversed(pulls):
@@ -120,6 +124,13 @@ class Residual(Layer):
             out = out * leaf(params, "gate", (1,))
         y: Array = x + out
         return y
+
+    def prepare(self, params: Params) -> Step:
+        branch = prepare_parts(self.parts, params)
+        if not self.gate:
+            return lambda state, x: x + branch(state, x)
+        gate = leaf(params, "gate", (1,))
+        return lambda state, x: x + branch(state, x) * gate
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,8 @@ class Block(InOrder):
         x, pull_one = part(one, "attention", params, x, key, **options)
         x, pull_two = part(two, "feedforward", params, x, key)
         return x, lambda grad, grads: pull_one(pull_two(grad, grads), grads)
+
+    prepare = InOrder.prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +284,7 @@ local_heads, window
     def _block(self, letter: str) -> Block:
         own = {
             field.name: getattr(self, field.name)
-            for field in dataclasses.fields(FavorSelfAttention)
+            for field in dataclasses.fields(self.attention)
             if hasattr(self, field.name)
         }
         std = None if self.gate else 0.0  # blocks begin as the identity
@@ -307,6 +320,8 @@ local_heads, window
             return x, pull_blocks
         x, pull_norm = part(self.parts["norm"], "norm", params, x, key)
         return x, lambda grad, grads: pull_blocks(pull_norm(grad, grads), grads)
+
+    prepare = InOrder.prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,7 +409,7 @@ final_norm, gate, dropout, qkv_bias, bias
         table, hidden = params["embedding"]["weight"], x
 
         def tied_pullback(grad: Array, grads: Params) -> None:
-            grad = rows("grad_y", grad, self.vocab, table.dtype)
+            grad = cotangent(grad, (*hidden.shape[:-1], self.vocab), table.dtype)
             add_product(grads["embedding"]["weight"], grad, hidden)
             pullback(multiply_back(grad, table), grads)
 
@@ -403,6 +418,17 @@ final_norm, gate, dropout, qkv_bias, bias
     def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
         x = super().extend(params, state, x)
         return multiply(x, params["embedding"]["weight"]) if self.tied else x
+
+    def prepare(self, params: Params) -> Step:
+        body = super().prepare(params)
+        table = params["embedding"]["weight"] if self.tied else None
+
+        def step(state: dict[str, Any], x: Array) -> Array:
+            with one_thread():
+                y = body(state, x)
+                return y if table is None else multiply_few(y, table)
+
+        return step
 
     def generate(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from favor_np.nn.fused import Norm
-from favor_np.nn.layer import Key, Layer, Pullback, leaf, rows
+from favor_np.nn.layer import Key, Layer, Pullback, cotangent, leaf, rows
 from favor_np.nn.tree import Array, Params
 
 
@@ -64,9 +64,7 @@ class LayerNorm(Layer):
         bias = leaf(params, "bias", (self.dim,)) if self.bias else None
         x = rows("x", x, self.dim, weight.dtype)
         norm = Norm(x, weight, bias, self.eps, centred=True, shifted=shifted)
-        return norm.y, lambda grad, grads: _back(
-            norm, rows("grad_y", grad, self.dim, x.dtype), grads
-        )
+        return norm.y, lambda grad, grads: _back(norm, cotangent(grad, x.shape, x.dtype), grads)
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,7 @@ class RMSNorm(Layer):
         weight = leaf(params, "weight", (self.dim,))
         x = rows("x", x, self.dim, weight.dtype)
         norm = Norm(x, weight, None, self.eps, centred=False, shifted=shifted)
-        return norm.y, lambda grad, grads: _back(
-            norm, rows("grad_y", grad, self.dim, x.dtype), grads
-        )
+        return norm.y, lambda grad, grads: _back(norm, cotangent(grad, x.shape, x.dtype), grads)
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ class ScaleNorm(Layer):
         unit = x * inverse
 
         def pullback(grad: Array, grads: Params) -> Array:
-            grad = rows("grad_y", grad, self.dim, weight.dtype)
+            grad = cotangent(grad, x.shape, x.dtype)
             along = _dot(grad, unit)
             grads["weight"] += along.sum()
             along[size < self.eps] = 0  # there x is divided by a constant
@@ -211,6 +207,7 @@ class UnitScale(Layer):
         unit = x * inverse
 
         def pullback(grad: Array, grads: Params) -> Array:
+            grad = cotangent(grad, x.shape, x.dtype)
             along = _dot(grad, unit)
             per_head = along.reshape(-1, self.heads, group * x.shape[-2]).sum((0, 2))
             self.add_gradient(lengths, per_head, grads)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from favor_np import validation
-from favor_np.nn.layer import Key, Layer, Pullback, leaf, normal, rows
+from favor_np.nn.layer import Key, Layer, Pullback, cotangent, leaf, normal, rows
 from favor_np.nn.tree import Array, Params
 
 
@@ -137,6 +137,7 @@ class LearnedPositions(Layer):
         x = rows("x", x, self.dim, table.dtype)
 
         def pullback(grad: Array, grads: Params) -> Array:
+            grad = cotangent(grad, x.shape, x.dtype)
             grads["weight"][: len(table)] += grad.reshape(-1, *table.shape).sum(0)
             return grad
 
@@ -168,6 +169,10 @@ class SinusoidalPositions(Layer):
     """
 
     dim: int
+
+    def __post_init__(self) -> None:
+        if self.dim % 2:
+            raise ValueError(f"dim must be even, got {self.dim}")
 
     def vjp(self, params: Params, x: Any, *, key: Key | None = None) -> tuple[Array, Pullback]:
         return self.extend(params, {}, x), lambda grad, _: grad
@@ -228,9 +233,8 @@ class ShiftTokens(Layer):
     def extend(self, params: Params, state: dict[str, Any], x: Any) -> Array:
         if not self.causal:
             raise ValueError("causal must be True to go on from earlier rows, got False")
+        ((columns, _),) = self._shifts(x.shape[-1])
         y = self._shifted(x, 1)
-        if "last" in state:
-            for columns, _ in self._shifts(x.shape[-1]):
-                y[..., 0, columns] = state["last"][..., columns]
-        state["last"] = x[..., -1, :].copy()
+        y[..., 0, columns] = state.get("last", 0)
+        state["last"] = x[..., -1, columns].copy()
         return y

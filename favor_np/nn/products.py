@@ -63,10 +63,13 @@ def share(do: Callable[[int], object], count: int) -> None:
 
 def _blocks(count: int, work: int, do: Callable[[slice], object]) -> None:
     """Do so many rows, or columns, of a product of so many multiply-adds, in blocks."""
-    # An even number of blocks, so that two threads share evenly; small ones cost a tenth more.
-    blocks = 2 * -(-count // BLOCK) if work >= LEAST else 1
-    size = -(-count // blocks)
     with one_thread():
+        if work < LEAST:
+            do(slice(count))
+            return
+        # An even number of blocks, so that two threads share evenly; small ones cost a tenth more.
+        blocks = 2 * -(-count // BLOCK)
+        size = -(-count // blocks)
         share(lambda job: do(slice(job * size, (job + 1) * size)), blocks)
 
 
@@ -82,6 +85,12 @@ def _multiply(a: Array, b: Array, shape: tuple[int, ...]) -> Array:
 def multiply(x: Array, weight: Array) -> Array:
     """Return x @ weight.T for rows x (..., inputs) and a weight (outputs, inputs)."""
     return _multiply(x, weight.T, (*x.shape[:-1], len(weight)))
+
+
+def multiply_few(x: Array, weight: Array) -> Array:
+    """Return the same for a few rows, by one call of NumPy."""
+    y: Array = x.reshape(-1, x.shape[-1]) @ weight.T
+    return y.reshape(*x.shape[:-1], len(weight))
 
 
 def multiply_back(grad: Array, weight: Array) -> Array:

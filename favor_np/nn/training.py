@@ -52,7 +52,7 @@ class History:
     best : tuple of int and float, or None
         The step after which the validation loss was least, and this loss.
     best_params : dict or None
-        The parameters then.
+        The parameters then; None if that was before a resume.
     stopped : str
         Why training ended: "finished", "interrupted", or "no improvement".
     seconds : float
@@ -221,6 +221,7 @@ def train(
     loss: Loss = cross_entropy,
     optimizer: AdamW | None = None,
     start: int = 0,
+    best: tuple[int, float] | None = None,
     seed: int = 0,
     clip: float | None = 1.0,
     accumulate: int = 1,
@@ -252,6 +253,8 @@ def train(
         Default: a new one of these parameters.
     start : int, default 0
         The first step: that of a checkpoint.
+    best : tuple of int and float, optional
+        `History.best` so far: a checkpoint's ``info["best"]``.
     seed : int, default 0
         Of dropout, and of projections that are drawn anew.
     clip : float, optional
@@ -265,11 +268,12 @@ def train(
     every : int, default 100
         Steps between looks: at validation, at attention, and for checkpoints.
     patience : int, optional
-        Stop after so many looks without a smaller validation loss, counted from `start` on.
+        Stop after so many looks without a smaller validation loss.
     path : str or os.PathLike, optional
         A checkpoint, written at every look and at the end.
     info : dict, optional
         What else the checkpoint shall hold, such as the seed and the rate: anything that JSON can.
+        "best" is added: the best of the looks that a run without an end here would have had.
     progress : bool or callable, optional
         As in `favor_np.forecast.evaluate`: None shows a bar in a terminal, True anywhere.
 
@@ -321,23 +325,26 @@ def train(
         raise ValueError("optimizer must be that of params, got one of other parameters")
     if path is not None:
         ready(path, model)
-    history = History(step=start)
+    if best is not None:
+        best = validation.integer("best", best[0], minimum=0), float(best[1])
+    history = History(step=start, best=best)
     run = _Run(model, params, optimizer, loss, validation.integer("seed", seed, minimum=0), history)
-    began, looked, waited = time.perf_counter(), start, 0
+    began, looked = time.perf_counter(), start
 
     def look() -> None:
         """Take stock after some steps: validation, checkpoint, attention."""
-        nonlocal looked, waited
+        nonlocal best, looked
         looked = history.step
         if validation_batches:
             value = run.evaluate(validation_batches)
             history.validation.append((history.step, value))
-            waited += 1
             if value < (history.best[1] if history.best else math.inf):
-                history.best, waited = (history.step, value), 0
-                history.best_params = _copy(params)
+                history.best, history.best_params = (history.step, value), _copy(params)
+                if looked % every == 0:
+                    best = history.best
         if path is not None:
-            save(path, model, params, optimizer, step=history.step, **(info or {}))
+            known = (info or {}) | {"best": best}
+            save(path, model, params, optimizer, step=looked, **known)
         run.look(history.step)
 
     with reporting(progress) as report, _interrupts() as interrupted, one_thread():
@@ -359,7 +366,10 @@ def train(
                 break
             if history.step % every == 0:
                 look()
-                if patience is not None and waited >= patience:
+                if (
+                    patience is not None
+                    and looked - (best[0] if best else start) >= patience * every
+                ):
                     history.stopped = "no improvement"
                     break
     if looked < history.step:

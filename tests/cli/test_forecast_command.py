@@ -292,6 +292,7 @@ BAD = {
     "two numbers": b"a,b\n1,2\n2,1\n",
     "no number": b"a,b\nx,y\nz,w\n",
     "dates of a kind unknown": b"Date,Price\n01/13/2024,1\n01/14/2024,2\n",
+    "jump": b"Date,Price\n2023-12-31,1e150\n" + GOOD.encode(),
     "too short": b"Date,Price\n" + GOOD.encode(),
 }
 

@@ -254,6 +254,26 @@ def test_a_closed_pipe_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+@pytest.mark.parametrize(
+    ("line", "status", "err"),
+    [
+        ("info >&-", 0, ""),
+        ("info <&- >&- 2>&-", 0, ""),
+        ("forecast - <&-", 2, "favor-np: error: standard input: the file is empty\n"),
+        ("forecast none >&- 2>&-", 2, ""),
+        ("forecast '\x1b[31mred'", 2, "favor-np: error: ?[31mred: No such file or directory\n"),
+    ],
+    ids=["stdout", "all", "stdin", "an error", "an escape"],
+)
+def test_closed_streams_and_names_that_are_no_text(line, status, err, tmp_path):
+    shell = ["sh", "-c", f'exec "$0" -m favor_np.cli {line}', sys.executable]
+    done = subprocess.run(
+        shell, cwd=tmp_path, capture_output=True, text=True, timeout=HANG, check=False
+    )
+    assert (done.returncode, done.stderr) == (status, err)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:

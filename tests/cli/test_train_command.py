@@ -197,6 +197,7 @@ def test_bad_input(text, tmp_path, capsys):
     assert "nothing.txt" in failed(["train", str(tmp_path / "nothing.txt"), *out], capsys)
     assert "is a directory" in failed(["train", text, "--out", str(tmp_path)], capsys)
     assert "multiple of heads" in failed(["train", text, *out, "--heads", "3"], capsys)
+    assert "at most 1, got (3.0,)" in failed(["train", text, *out, "--decay", "3"], capsys)
     odd = ["--dim", "20", "--heads", "4"]
     assert "even length, got 5" in failed(["train", text, *out, *odd], capsys)
     assert "cannot be read as a checkpoint" in failed(

@@ -14,7 +14,13 @@ from support import oracle
 from support.inputs import MAPS, random_inputs
 from support.tolerance import relative_error, tolerance
 
-from favor_np import AttentionState, FeatureMap, feature_map
+from favor_np import (
+    AttentionState,
+    FeatureMap,
+    favor_attention,
+    favor_attention_vjp,
+    feature_map,
+)
 from favor_np.cuda.plan import TILE
 
 LENGTHS = (1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE + 3)
@@ -87,6 +93,36 @@ def step_errors(cuda: Any) -> Iterator[tuple[str, float, float]]:
             found = there.step(*map(cuda.to_device, token)).copy_to_host()
             wanted = here.step(*token)
         yield f"steps, decay {decay}", relative_error(found, wanted), 1e-5
+
+
+def check_states(options: dict[str, Any]) -> None:
+    """Gradients through a state on a device, and the state's own, against those of the CPU."""
+    case = Case(70, dim=6, value_dim=5, rows=20, lead=(3,), seed=5)
+    fm, (_, k, v) = case.feature_map(), case.arrays()
+    q, *_ = random_inputs(70, 6, 5, (6,) if "enable_gqa" in options else (3,), dtype=np.float32)
+    first = random_inputs(70, 6, 5, (3,), seed=1, dtype=np.float32)
+    found, of_last = [], None
+    for device, dtype in (("cuda", np.float32), (None, np.float64)):
+        before = {name: x for name, x in options.items() if name != "enable_gqa"}
+        _, state = favor_attention(
+            *(x.astype(dtype) for x in first), fm, return_state=True, device=device, **before
+        )
+        (out, after), pullback = favor_attention_vjp(
+            *(x.astype(dtype) for x in (q, k, v)), fm, state=state, return_state=True,
+            device=device, **options,
+        )  # fmt: skip
+        if of_last is None:
+            rng = np.random.default_rng(9)
+            of_last = [rng.standard_normal(x.shape) for x in (after.S, after.z)]
+        # both by the numbers that S and z stand for: the exponents c of the two may differ
+        by, own = (np.ldexp(1.0, np.clip(x, -500, 500)) for x in (after.c, -state.c))
+        S, z = of_last
+        grads = pullback(out, (S * by[..., None], z * by))
+        found.append({name: getattr(grads, name) for name in (*"qkv", "projection", "decay")})
+        found[-1] |= {"S": grads.state.S * own[..., None], "z": grads.state.z * own}
+    for name, wanted in found[1].items():
+        if wanted is not None:
+            assert relative_error(found[0][name], wanted) < 1e-5, name
 
 
 def in_16_bits(case: Case, dtype: Any) -> tuple[list[Any], list[Any]]:

@@ -83,7 +83,7 @@ def largest(kernels):
         for name, kernel in kernels.items()
         if name.startswith(("read[", "pull["))
         and all(part in name for part in ("causal=1", "kind=0", "per_sign=2"))
-        and "divide=0" not in name
+        and not any(part in name for part in ("divide=0", "of_map=1"))
         and "(" not in name
     }
 

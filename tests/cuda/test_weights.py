@@ -5,11 +5,12 @@ import numpy as np
 import ptxrun
 import pytest
 from support import oracle
+from support.pieces import STATES
 from support.tolerance import relative_error
 
 ptxrun.require()
 
-from cases import Case
+from cases import Case, check_states
 
 from favor_np import AttentionState, favor_attention, favor_attention_vjp
 
@@ -103,6 +104,12 @@ def test_states(decay, gpu):
     assert state.lengths.tolist() == other.lengths.tolist()
     z, expected = (np.ldexp(x.z.astype(float), x.c - other.c) for x in (state, other))
     assert relative_error(z, expected) < 10 * CASE.tolerance()
+
+
+@pytest.mark.parametrize("more", ["decay", "packed, decay", "tokens"])
+def test_gradients_through_states(more, gpu):
+    gates = {"decay": np.random.default_rng(0).uniform(0.3, 1, (3, 70))}
+    check_states({"causal": True, **STATES.get(more, gates)})
 
 
 def test_exponents_of_states_stay_near_zero(gpu):

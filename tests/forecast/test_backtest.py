@@ -312,6 +312,15 @@ def test_bad_input_is_named(change, error, message):
         backtest(**arguments | change)
 
 
+def test_a_backtest_without_outcomes_has_no_score(minutes):
+    X, y, *_ = minutes
+    y = np.where(np.arange(500) < 499, y[:500], np.nan)
+    made = backtest(EWMA(), X[:500], y, start=499)
+    assert np.isnan(made.score)
+    assert np.isnan(made.r2)
+    assert "nan" in repr(made)
+
+
 def test_only_the_same_outcomes_are_compared(minutes):
     made = backtest(Constant(), *minutes, refit=None)
     for options in ({"stride": 2}, {"start": 999}):

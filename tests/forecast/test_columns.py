@@ -1,5 +1,7 @@
 """Which column is the price, and whose prices they are."""
 
+import datetime as dt
+
 import pytest
 from support.price_files import DAYS, HOURS, PRICES, check, comma, table
 
@@ -149,6 +151,16 @@ def test_texts_that_tell_no_series_apart(read):
         HOURS,
     )
     check(read(table("Date,Weekday,Close", "{t:%Y-%m-%d},{t:%a},{p}")))
+
+
+@pytest.mark.parametrize("head", ["Date,WTI,Date,Brent", "Date,WTI,Date.1,Brent"])
+def test_series_side_by_side_have_their_own_times(read, head):
+    later = [t + dt.timedelta(days=300) for t in DAYS]
+    text = table(
+        head, lambda t, p: f"{t - dt.timedelta(days=300):%Y-%m-%d},{2 * p},{t:%Y-%m-%d},{p}", later
+    )
+    check(read(text, column="Brent"), later)
+    check(read(text, column="WTI"), DAYS, [2 * p for p in PRICES])
 
 
 def test_two_prices_for_one_time(read):

@@ -103,6 +103,13 @@ def test_the_future_moves_no_past_interval():
     assert not np.array_equal(ours.upper[601:], theirs.upper[601:])
 
 
+def test_intervals_of_too_few_outcomes_have_no_coverage():
+    found = conformal_intervals(np.ones(50), np.ones(50), np.ones(50))
+    assert not found.judged.any()
+    assert "nan% covered" in repr(found)
+    assert np.isnan([found.score, found.after_shocks, *found.by_scale]).all()
+
+
 def test_repr_tells_the_coverages():
     outcome = np.random.default_rng(0).standard_normal(2000)
     found = conformal_intervals(outcome, np.zeros(2000), np.ones(2000), coverage=0.75)

@@ -99,6 +99,11 @@ def test_a_step_beyond_all_others_is_said(read):
 def test_prices_in_several_currencies_are_refused(read):
     with pytest.raises(PriceError, match=r"several currencies: \$, €"):
         read(table("Date,Close", lambda t, p: f"{t:%Y-%m-%d},{'$€'[t.day % 2]}{p}"))
+    pence = table(
+        "Date,Close", lambda t, p: f"{t:%Y-%m-%d},{f'{100 * p:.0f}p' if t.day % 2 else f'£{p}'}"
+    )
+    with pytest.raises(PriceError, match="several currencies: p, £"):
+        read(pence)
 
 
 # ----------------------------------------------------------------------------------------

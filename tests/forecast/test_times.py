@@ -329,6 +329,26 @@ def test_days_and_minutes_since_something_are_not_guessed(read):
             read(table("Date,Close", row))
 
 
+@pytest.mark.parametrize("first", ["%d/%m/%Y", "%m/%d/%Y"])
+@pytest.mark.parametrize("turn", [str, reverse])
+def test_days_and_months_that_were_exchanged(read, first, turn):
+    """A program that expected the other order: all rows are dates, and some of them wrong."""
+    other = {"%d/%m/%Y": "%m/%d/%Y", "%m/%d/%Y": "%d/%m/%Y"}[first]
+    text = turn(
+        table("Date,Close", lambda t, p: f"{t.strftime(first if t.day > 12 else other)},{p}")
+    )
+    with pytest.raises(PriceError, match=r'column "Date" has days and months in both orders: "'):
+        read(text)
+    assert len(read(text, date_format=first, allow_missing=0.9)) > 0  # as the user says
+
+
+def test_seasons_are_no_months(read):
+    text = table("Year,Close", lambda t, p: f"{t.year}/{(t.year + 1) % 100:02},{p}",
+                 [t.replace(year=t.year + 21) for t in YEARS[:11]], PRICES[:11])  # fmt: skip
+    with pytest.raises(PriceError, match='"2001/02", a month or two years'):
+        read(text)
+
+
 def test_an_option_that_does_not_fit_is_an_error(read):
     text = table("Date,Close", "{t:%Y-%m-%d},{p}")
     with pytest.raises(PriceError, match=r'no time in column "Date" is written as "%d\.%m\.%Y"'):

@@ -202,6 +202,29 @@ def test_gradients(causal, cuda):
         assert error < 10 * case.tolerance() * max(np.abs(wanted).max(), 1)
 
 
+def test_gradients_through_states(cuda):
+    """Of two pieces on the device, and of the projection, against those of the whole."""
+    case = cases.Case(70, value_dim=5, rows=20, causal=True)
+    fm, arrays = case.feature_map(), case.arrays()
+    grad = np.random.default_rng(9).standard_normal(arrays[2].shape).astype(np.float32)
+    state, pieces = None, []
+    for part in (slice(0, 66), slice(66, 70)):
+        *there, g = (cuda.to_device(np.ascontiguousarray(x[:, part])) for x in (*arrays, grad))
+        (_, state), pullback = favor_np.favor_attention_vjp(
+            *there, fm, causal=True, state=state, return_state=True
+        )
+        pieces.append((pullback, g))
+    (first, g), (second, h) = pieces
+    late = second(h)
+    early = first(g, [cuda.to_device(x) for x in late.state])
+    *expected, projection = oracle.favor_attention_vjp(*arrays, fm, grad, causal=True)
+    for name, wanted in zip("qkv", expected, strict=True):
+        found = np.concatenate([getattr(x, name).copy_to_host() for x in (early, late)], axis=1)
+        error = np.abs(found - wanted).max()
+        assert error < 10 * case.tolerance() * max(np.abs(wanted).max(), 1), name
+    assert relative_error(early.projection + late.projection, projection) < 10 * case.tolerance()
+
+
 def test_a_state(cuda):
     case = cases.Case(70, value_dim=5, rows=20, causal=True)
     fm, expected = case.feature_map(), case.expected()

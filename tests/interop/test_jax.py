@@ -235,8 +235,9 @@ def test_without_jax_the_error_names_the_extra():
     bridges.assert_error_names_the_extra("jax", "JAX")
 
 
-def test_gradients_of_bias_and_factors():
-    (*arrays, g), expected = bridges.weights_of_keys()
+@pytest.mark.parametrize("alone", [False, True])
+def test_gradients_of_bias_and_factors(alone):
+    (*arrays, g), expected = bridges.weights_of_keys(alone)
 
     def loss(q, k, v, bias, gates):
         out = favor_attention(q, k, v, FM, causal=True, key_bias=bias, decay=gates)

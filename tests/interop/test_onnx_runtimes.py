@@ -16,6 +16,7 @@ onnx = bridges.require("onnx")
 
 import favor_np
 from favor_np import nn
+from favor_np.forecast import PerformerForecaster
 from favor_np.interop.onnx import empty_state, export_attention, export_model, to_onnx_state
 
 HEADS, DIM, FEATURES = 2, 16, 64
@@ -92,6 +93,28 @@ def test_openvino_runs_language_models(options):
     assert relative_rms(np.concatenate(outs, 1), want) <= 3e-6
 
 
+def forecaster():
+    """A forecaster whose Performers say something, and rows to forecast from."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((600, 2)) * np.exp(np.sin(np.arange(600) / 60))[:, None]
+    made = PerformerForecaster(epochs=1, members=1).fit(rows)
+    for name, array in nn.leaves(made.params_):
+        if not name.endswith("projection"):
+            array += 0.1 * rng.standard_normal(array.shape).astype(np.float32)
+    return made, rows
+
+
+def test_openvino_runs_forecasters():
+    """In float32, whatever the graph says."""
+    openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
+    made, rows = forecaster()
+    core = openvino.Core()
+    read = core.read_model(export_model(made).SerializeToString(), b"")
+    run = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = run({"x": rows[None].astype(np.float32)})[run.output("variance")][0, :, 0]
+    assert relative_rms(found, made.predict(rows)) <= 3e-6
+
+
 def node(example, folder, *arguments):
     """What an example prints, in a folder that has its files."""
     (folder / "node_modules").symlink_to(Path(NODE, "node_modules").absolute())
@@ -118,6 +141,17 @@ def test_attention_in_javascript(form, tmp_path):
     (tmp_path / "tokens.json").write_text(json.dumps(facts | arrays))
     said = node("attention.mjs", tmp_path)
     assert float(re.search(r"favor_np (\S+)", said).group(1)) < 1e-5
+
+
+@needs_node
+@pytest.mark.parametrize("form", ["chunk", "gated"])
+def test_a_forecaster_in_javascript(form, tmp_path):
+    made, rows = forecaster()
+    onnx.save(export_model(made, form=form), tmp_path / "forecaster.onnx")
+    (tmp_path / "rows.json").write_text(json.dumps(rows.tolist()))
+    said = re.findall(r"-?\d+\.\d+", node("forecast.mjs", tmp_path))
+    wanted = [np.sqrt(made.predict(rows)[-1]), *made.predict_interval(rows)[-1]]
+    assert np.allclose(np.array(said, float), wanted, rtol=1e-5)
 
 
 @needs_node

@@ -204,25 +204,43 @@ def test_wrapper():
     np.testing.assert_array_equal(found, expected.numpy())
 
 
-def test_mask():
-    """It sets values to zero, as in the package."""
-    theirs, model, params = language_model(causal=False)
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_mask(causal, shift):
+    """It sets values to zero, and what comes from masked rows, as in the package."""
+    theirs, model, params = language_model(causal=causal, shift_tokens=shift)
     tokens, mask = (
         np.random.default_rng(4).integers(0, 17, (2, 20)),
         np.arange(40).reshape(2, 20) % 3 > 0,
     )
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens), mask=torch.tensor(mask)).numpy()
-    np.testing.assert_allclose(model.apply(params, tokens, mask=mask), expected, atol=1e-10)
+    expected = theirs(torch.tensor(tokens), mask=torch.tensor(mask))
+    found, pullback = model.vjp(params, tokens, mask=mask, key=(0, 0))
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-10)
+    weight = np.random.default_rng(5).standard_normal(found.shape)
+    (expected * torch.tensor(weight)).sum().backward()
+    grads = nn.zeros_like(params)
+    pullback(weight, grads)
+    expected = theirs.token_emb.weight.grad.numpy()
+    np.testing.assert_allclose(grads["embedding"]["weight"], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_grid_of_positions_is_cut_to_the_length_of_the_model():
+    kwargs = {"causal": True, "axial_position_emb": True, "axial_position_shape": (7, 6)}
+    _, model, params = language_model(**kwargs)
+    assert model.length == LM["max_seq_len"] == len(params["positions"]["weight"])
+    with pytest.raises(ValueError, match="at most 40 positions, got 41"):
+        model.apply(params, np.zeros((1, 41), int))
 
 
 def test_kernel_functions():
     kwargs = LM | {"generalized_attention": True}
     state = original("PerformerLM", kwargs).state_dict()
-    for relu in (torch.nn.ReLU(), torch.nn.ReLU, "ReLU", "nn.ReLU()"):
+    functions = torch.relu, torch.nn.functional.relu
+    texts = "ReLU", "nn.ReLU()", "torch.nn.ReLU(inplace=True)"
+    for relu in (torch.nn.ReLU(), torch.nn.ReLU, *functions, *texts):
         load(state, kwargs | {"kernel_fn": relu})
-    for other in (torch.nn.ELU(), torch.nn.GELU, "ELU"):
-        with pytest.raises(ValueError, match=r"kernel_fn=.*ELU is not supported"):
+    for other in (torch.nn.ELU(), torch.nn.GELU, "ELU", "nn.LeakyReLU(0.1)"):
+        with pytest.raises(ValueError, match=r"kernel_fn=.*E?LU is not supported"):
             load(state, kwargs | {"kernel_fn": other})
 
 

@@ -486,8 +486,9 @@ def test_without_torch_the_error_names_the_extra():
     bridges.assert_error_names_the_extra("torch", "PyTorch")
 
 
-def test_gradients_of_bias_and_factors():
-    (*arrays, g), expected = bridges.weights_of_keys()
+@pytest.mark.parametrize("alone", [False, True])
+def test_gradients_of_bias_and_factors(alone):
+    (*arrays, g), expected = bridges.weights_of_keys(alone)
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
     q, k, v, bias, gates = tensors
     out = favor_attention(q, k, v, FM, causal=True, key_bias=bias, decay=gates)

@@ -63,9 +63,24 @@ class Own(nn.Linear):
 def test_a_model_of_ones_own_has_to_be_given(tmp_path):
     model = Own(2, 3)
     nn.save(tmp_path / "a", model, model.init(np.random.default_rng(0)))
-    with pytest.raises(ValueError, match=r"its model is a Own, which favor_np\.nn has not: pass"):
+    with pytest.raises(ValueError, match=r"its model is a .*Own, which favor_np\.nn has not: pass"):
         nn.load(tmp_path / "a")
     assert nn.load(tmp_path / "a", model).model is model
+
+
+def test_a_class_is_not_taken_for_another_of_its_name(tmp_path):
+    """Neither the model nor what it is made of."""
+
+    class Linear(nn.Linear):
+        pass
+
+    for model in (Linear(2, 3), nn.Chain((nn.Linear(2, 2), Linear(2, 3)))):
+        nn.save(tmp_path / "a", model, model.init(np.random.default_rng(0)))
+        with pytest.raises(
+            ValueError, match=r"its model is a .*\.Linear, which favor_np\.nn has not"
+        ):
+            nn.load(tmp_path / "a")
+        assert nn.load(tmp_path / "a", model).model is model
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

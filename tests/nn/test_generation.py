@@ -45,6 +45,52 @@ def test_piece_by_piece(options, pieces):
     np.testing.assert_allclose(np.concatenate(found, 1), model.apply(params, TOKENS), atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+def test_prepared_it_is_the_same(options, dtype):
+    """Token by token and several at a time, from and to a state that `extend` has changed."""
+    model, params = made(options, dtype)
+    step, whole = model.prepare(params), model.apply(params, TOKENS)
+    atol = 1e-11 if dtype == np.float64 else 1e-4
+    state = {}
+    model.extend(params, state, TOKENS[:, :7])
+    for i in range(7, 40):
+        y = step(state, TOKENS[:, i, None])
+        assert (y.shape, y.dtype) == ((3, 1, 19), dtype)
+        np.testing.assert_allclose(y[:, 0], whole[:, i], atol=atol)
+    np.testing.assert_allclose(step(state, TOKENS[:, 40:45]), whole[:, 40:45], atol=atol)
+    last = model.extend(params, state, TOKENS[:, 45:])
+    np.testing.assert_allclose(last, whole[:, 45:], atol=atol)
+
+
+def test_layers_of_ones_own_are_prepared_as_they_extend():
+    """Also where they inherit from layers that prepare something else."""
+
+    class Twice(nn.Linear):
+        def vjp(self, params, x, *, key=None):
+            y, pullback = super().vjp(params, x, key=key)
+            return 2 * y, lambda grad, grads: pullback(2 * grad, grads)
+
+    class Backwards(nn.Chain):
+        def extend(self, params, state, x):
+            for name, layer in reversed(self.parts.items()):
+                x = layer.extend(params[name], state.setdefault(name, {}), x)
+            return x
+
+    for layer in (Twice(4, 4), Backwards((nn.Linear(4, 4), nn.RMSNorm(4)))):
+        chain = nn.Chain((layer, nn.Linear(4, 2)))
+        params, x = chain.init(np.random.default_rng(0)), np.ones((3, 1, 4), np.float32)
+        found = chain.prepare(params)({}, x)
+        np.testing.assert_allclose(found, chain.extend(params, {}, x), rtol=1e-6)
+
+
+def test_what_is_prepared_is_checked_first():
+    model, params = made({})
+    params["blocks"]["1"]["attention"]["branch"]["qkv"]["weight"] = np.ones((3, 3))
+    with pytest.raises(ValueError, match=r"^blocks\.1\.attention\.branch\.qkv\.weight must have"):
+        model.prepare(params)
+
+
 def test_the_most_likely_tokens_are_those_of_the_whole_text():
     model, params = made({})
     new = model.generate(params, TOKENS[:, :10], 20, temperature=0)
@@ -110,6 +156,14 @@ def test_bad_arguments(arguments, message):
     options = dict(zip(("temperature", "top_k"), more, strict=False))
     with pytest.raises((TypeError, ValueError), match=message):
         model.generate(params, prompt, length, **options)
+
+
+def test_no_token_is_generated_where_positions_end():
+    """As many as fit; the last one is not read, so it needs no position."""
+    model, params = made(MODELS["learned"] | {"length": 12})
+    assert model.generate(params, TOKENS[:, :10], 3).shape == (3, 3)
+    with pytest.raises(ValueError, match=r"length must be at most 3 after 10 tokens.*got 4"):
+        model.generate(params, TOKENS[:, :10], 4)
 
 
 def test_a_model_that_looks_ahead_cannot_generate():

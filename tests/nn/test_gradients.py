@@ -1,5 +1,7 @@
 """Every layer and model: its gradients are those of finite differences, in every parameter."""
 
+import re
+
 import numpy as np
 import pytest
 from support.gradients import check, double
@@ -128,6 +130,22 @@ def test_models_with_a_mask(model):
     np.testing.assert_allclose(one, two, rtol=1e-12)
 
 
+DEFAULTS = {
+    "linear": (nn.Linear(4, 3), {"weight": (3, 4), "bias": (3,)}),
+    "feed-forward": (
+        nn.FeedForward(2),
+        {"up.weight": (8, 2), "up.bias": (8,), "down.weight": (2, 8), "down.bias": (2,)},
+    ),
+    "layer norm": (nn.LayerNorm(2), {"weight": (2,), "bias": (2,)}),
+}
+
+
+@pytest.mark.parametrize(("layer", "expected"), DEFAULTS.values(), ids=DEFAULTS)
+def test_parameters_without_options(layer, expected):
+    params = layer.init(np.random.default_rng(0))
+    assert {name: array.shape for name, array in nn.leaves(params)} == expected
+
+
 def test_a_learned_projection():
     layer = nn.FavorSelfAttention(8, 2, 12, learn_projection=True)
     check(layer, ROWS, fixed=())
@@ -183,3 +201,18 @@ def test_losses(loss, shape, targets, options):
         step[at] = 1e-6
         ends = [loss(output + sign * step, targets, **options)[0] for sign in (1, -1)]
         assert grad[at] == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name, (layer, _) in LAYERS.items() if layer.init(RNG)])
+def test_a_gradient_has_the_shape_of_the_output(name):
+    """One that would be broadcast, or has as many numbers, is refused before anything is added."""
+    layer, x = LAYERS[name]
+    for each in (layer, nn.Chain((layer,))):
+        params = each.init(np.random.default_rng(0))
+        y, pullback = each.vjp(params, x)
+        grads = nn.zeros_like(params)
+        for shape in (y.shape[1:], (1, *y.shape), (1, *y.shape[1:]), (y[..., 0].size, y.shape[-1])):
+            message = f"grad_y must have shape {y.shape}, got {shape}"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                pullback(np.ones(shape, y.dtype), grads)
+        assert not any(array.any() for _, array in nn.leaves(grads))

@@ -67,7 +67,7 @@ def test_without_constants_it_is_a_plain_model(path, tmp_path):
 def test_checkpoint_of_an_original_model(tmp_path):
     model, params = load(TIED, "original")
     nn.save(tmp_path / "model", model, params)
-    with pytest.raises(ValueError, match="its model is a OriginalPerformerLM"):
+    with pytest.raises(ValueError, match=r"its model is a .*\.OriginalPerformerLM"):
         nn.load(tmp_path / "model")
     checkpoint = nn.load(tmp_path / "model", model)
     for (_, one), (_, two) in zip(nn.leaves(params), nn.leaves(checkpoint.params), strict=True):
@@ -127,6 +127,9 @@ def test_half_precision_is_computed_in_float32():
         ({"axial_position_emb": True}, "must have pos_emb.weights.0"),
         ({"rotary_position_emb": True}, "has not: pos_emb.emb.weight"),
         ({"heads": 0}, "heads must be at least 1"),
+        ({"ff_mult": 0}, "ff_mult must be at least 1, got 0"),
+        ({"dim_head": None, "heads": 49}, "dim_head must be at least 1, got 0"),
+        ({"rotary_position_emb": True, "dim": 47}, "dim must be even, got 47"),
     ],
     ids=str,
 )
@@ -138,20 +141,56 @@ def test_wrong_options(options, message):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": None}, "dim must be an integer, got None"),
+        ({"ff_mult": 2.5}, "ff_mult must be an integer, got 2.5"),
+        ({"max_seq_len": "32"}, "max_seq_len must be an integer, got '32'"),
+        ({"causal": "false"}, "causal must be True or False, got 'false'"),
+        ({"axial_position_emb": True, "axial_position_shape": 4}, "axial_position_shape must be"),
+        ({"axial_position_emb": True, "axial_position_shape": [4, None]}, "axial_position_shape"),
+    ],
+    ids=str,
+)
+def test_options_of_other_types(options, message):
+    weights, config = parts(TIED)
+    config["kwargs"] |= options
+    with pytest.raises(TypeError, match=message):
+        performer_pytorch.load(weights, config)
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({}, "config must have class_name and kwargs"),
         ([], "config must have class_name and kwargs"),
         ({"class_name": "PerformerEncDec", "kwargs": {}}, "class_name must be one of Performer, "),
         ({"class_name": "Performer", "kwargs": {"dim": 8}}, "must give the argument depth of"),
+        (["class_name", "kwargs"], "config must have class_name and kwargs"),
+        (None, "config must have class_name and kwargs"),
+        ({"class_name": ["Performer"], "kwargs": {}}, "class_name must be one of Performer, "),
+        ({"class_name": "Performer", "kwargs": {"3": 8}}, "config must give arguments of .* got 3"),
     ],
     ids=str,
 )
 def test_wrong_configs(config, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for each in (config, tmp_path / "config.json") if config != [] else (tmp_path / "config.json",):
+    for each in [tmp_path / "config.json", *([config] if isinstance(config, dict) else [])]:
         with pytest.raises(ValueError, match=message):
             performer_pytorch.load({}, each)
+
+
+def test_configs_that_cannot_be_read(tmp_path):
+    for data in (b"", b"{", b"\xff\xfe", b"[" * 100_000):
+        (tmp_path / "config.json").write_bytes(data)
+        with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON"):
+            performer_pytorch.load({}, tmp_path / "config.json")
+    for kwargs in (None, [1], "ab"):
+        with pytest.raises(TypeError, match="kwargs must be a mapping"):
+            performer_pytorch.load({}, {"class_name": "Performer", "kwargs": kwargs})
+    weights, config = parts(TIED)
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8-sig")
+    performer_pytorch.load(weights, tmp_path / "config.json")
 
 
 def test_wrong_weights(tmp_path):
@@ -159,6 +198,11 @@ def test_wrong_weights(tmp_path):
     name = "performer.net.layers.1.1.fn.fn.w2.weight"
     with pytest.raises(ValueError, match=f"{name} must be finite"):
         performer_pytorch.load(weights | {name: weights[name] * np.nan}, config)
+    for array in (weights[name] * 1j, weights[name].astype(int), weights[name] > 0, None):
+        with pytest.raises(TypeError, match=f"{name} must hold "):
+            performer_pytorch.load(weights | {name: array}, config)
+    with pytest.raises(ValueError, match="arrays that a model of this config has not: 3"):
+        performer_pytorch.load(weights | {3: weights[name]}, config)
     with pytest.raises(FileNotFoundError):
         performer_pytorch.load(tmp_path / "none.safetensors", config)
     with pytest.raises(FileNotFoundError):

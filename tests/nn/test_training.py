@@ -184,6 +184,28 @@ def test_validation_keeps_the_best_and_stops():
     assert np.mean(best) == history.best[1]
 
 
+@pytest.mark.filterwarnings("ignore:step .* these heads:RuntimeWarning")
+@pytest.mark.parametrize("ends", [[30], [25, 37]], ids=str)
+def test_patience_and_the_best_loss_outlive_a_resume(tmp_path, ends):
+    """Also where a run ended between two looks, and was looked at one time more."""
+    path, options = tmp_path / "run.safetensors", {
+        "rate": lambda step: 0.01 if step < 20 else 1.0, "patience": 3, "every": 10,
+        "validation_batches": [batches(1000)],
+    }  # fmt: skip
+    whole = nn.train(MODEL, fresh()[0], batches, steps=500, **options)
+    params, optimizer = fresh()
+    nn.train(MODEL, params, batches, steps=ends[0], optimizer=optimizer, path=path, **options)
+    for end in (*ends[1:], 500):
+        found = nn.load(path)
+        again = nn.train(
+            MODEL, found.params, batches, steps=end, optimizer=found.optimizer, path=path,
+            start=found.step, best=found.info["best"], **options,
+        )  # fmt: skip
+    assert (again.best, again.step, again.stopped) == (whole.best, whole.step, "no improvement")
+    assert nn.load(path).info["best"] == list(whole.best)
+    assert whole.best[0] < ends[-1]
+
+
 def test_batches_may_end_with_the_last_step(tmp_path):
     params, _ = fresh()
     few = [batches(step) for step in range(3)]

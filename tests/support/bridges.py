@@ -50,11 +50,16 @@ def expected(q, k, v, projection, g, **options):
     return out, (grads.q, grads.k, grads.v, grads.projection)
 
 
-def weights_of_keys():
-    """A bias and a factor for each token, and their gradients with those of q, k and v."""
+def weights_of_keys(alone):
+    """A bias and a factor for each token, and their gradients with those of q, k and v.
+
+    If they are `alone`, they have a leading axis that k and v have not.
+    """
     q, k, v, _, g = inputs()
+    if alone:
+        k, v = k[0], v[0]
     rng = np.random.default_rng(4)
-    bias, gates = rng.normal(size=(1, 20)), rng.uniform(0.2, 1, (2, 20))
+    bias, gates = rng.normal(size=(1 + alone, 20)), rng.uniform(0.2, 1, (2, 20))
     _, pullback = favor_np.favor_attention_vjp(q, k, v, FM, causal=True, key_bias=bias, decay=gates)
     grads = pullback(g)
     return (q, k, v, bias, gates, g), (grads.q, grads.k, grads.v, grads.key_bias, grads.decay)

@@ -5,7 +5,6 @@ Run as a program (python -m support.guard), it makes every kind of call on such 
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import mmap
 import sys
@@ -88,7 +87,7 @@ def guarded_memory(*, front=False):
         mock.patch.object(record, "_lines", pages),
         mock.patch.object(record, "room", apart),
         mock.patch.object(memory.Workspace, "make", make_guarded),
-        tuned(aligned=functools.partial(guarded, front=front)),
+        tuned(aligned=lambda shape, dtype, *_: guarded(shape, dtype, front)),
     ):
         yield
 
@@ -133,6 +132,7 @@ def attend_and_differentiate(q, k, v, mask, out, W, kind, antithetic, front):
     state.update(k, v, mask)
     state.attend(q)
     state.step(q[:, 0], k[:, 0], v[:, 0])
+    state.merge(AttentionState.zeros(fm, v.shape[-1], (2,), dtype=dtype).update(2 * k, v))
     gradients = favor_attention_vjp(q, k, v, fm, key_mask=mask)[1](out)
     gradients.projection  # noqa: B018 (it is computed when it is asked for)
     for by in (1, 30):

@@ -24,9 +24,9 @@ def kept_workspaces():
     return [array for arrays in memory._spare.kept.values() for array in arrays]
 
 
-def is_kept(workspace, threads):
+def is_kept(workspace, threads, pipeline=0):
     """Whether this thread keeps the arrays of that plan of a workspace."""
-    return (workspace, threads, 0) in memory._spare.kept
+    return (workspace, threads, pipeline) in memory._spare.kept
 
 
 def poison_workspaces():

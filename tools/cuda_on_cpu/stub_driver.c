@@ -26,6 +26,7 @@ static uint64_t MEMORY = 1ull << 32, USED;
 static launcher LAUNCH;
 static allocation ALLOCATIONS[1 << 16];
 static pthread_mutex_t LOCK = PTHREAD_MUTEX_INITIALIZER; /* of the allocations: any thread may call */
+static struct { int allocations, copies, waits; } CALLS;
 static char CONTEXTS[16];
 static __thread void *STACK[64];
 static __thread int DEPTH;
@@ -39,6 +40,12 @@ int stub_allocations(allocation *to) {
   memcpy(to, ALLOCATIONS, sizeof(allocation) * n);
   pthread_mutex_unlock(&LOCK);
   return n;
+}
+
+/* How often memory was allocated, copied or set, and waited for, since it was asked last. */
+void stub_calls(void *to) {
+  memcpy(to, &CALLS, sizeof CALLS);
+  memset(&CALLS, 0, sizeof CALLS);
 }
 
 static void *current(void) { return DEPTH ? STACK[DEPTH - 1] : 0; }
@@ -89,14 +96,15 @@ result cuCtxPopCurrent_v2(void **context) { *context = DEPTH ? STACK[--DEPTH] : 
 result cuCtxGetDevice(int *device) { *device = device_of(current()); return SUCCESS; }
 result cuCtxGetDevice_v2(int *device, void *context) { return cuCtxGetDevice(device); } /* called with one argument too */
 result cuCtxGetApiVersion(void *context, unsigned *v) { *v = 13000; return SUCCESS; }
-result cuCtxSynchronize(void) { return SUCCESS; }
-result cuCtxSynchronize_v2(void *context) { return SUCCESS; }
+result cuCtxSynchronize(void) { CALLS.waits++; return SUCCESS; }
+result cuCtxSynchronize_v2(void *context) { return cuCtxSynchronize(); }
 
 /* ---- memory */
 result cuMemGetInfo_v2(size_t *left, size_t *total) { *left = MEMORY - USED, *total = MEMORY; return SUCCESS; }
 result cuMemAlloc_v2(uint64_t *pointer, size_t n) {
   pthread_mutex_lock(&LOCK);
   int fits = USED + n <= MEMORY && N_ALLOCATIONS < MOST;
+  CALLS.allocations++;
   if (fits) {
     void *p = aligned_alloc(256, (n + 255) & ~255ull);
     memset(p, 0xff, n); /* NaN: what nobody wrote */
@@ -128,13 +136,13 @@ static int fits(uint64_t pointer, size_t n) {
   allocation a;
   return find(pointer, &a, 0) && pointer + n <= a.base + a.size;
 }
-result cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t n) { if (!fits(to, n)) return INVALID_VALUE; memcpy((void *)to, from, n); return SUCCESS; }
-result cuMemcpyDtoH_v2(void *to, uint64_t from, size_t n) { if (!fits(from, n)) return INVALID_VALUE; memcpy(to, (void *)from, n); return SUCCESS; }
-result cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t n) { if (!fits(to, n) || !fits(from, n)) return INVALID_VALUE; memmove((void *)to, (void *)from, n); return SUCCESS; }
+result cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t n) { CALLS.copies++; if (!fits(to, n)) return INVALID_VALUE; memcpy((void *)to, from, n); return SUCCESS; }
+result cuMemcpyDtoH_v2(void *to, uint64_t from, size_t n) { CALLS.copies++; if (!fits(from, n)) return INVALID_VALUE; memcpy(to, (void *)from, n); return SUCCESS; }
+result cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t n) { CALLS.copies++; if (!fits(to, n) || !fits(from, n)) return INVALID_VALUE; memmove((void *)to, (void *)from, n); return SUCCESS; }
 result cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *stream) { return cuMemcpyHtoD_v2(to, from, n); }
 result cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *stream) { return cuMemcpyDtoH_v2(to, from, n); }
 result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void *stream) { return cuMemcpyDtoD_v2(to, from, n); }
-result cuMemsetD8_v2(uint64_t to, unsigned char x, size_t n) { if (!fits(to, n)) return INVALID_VALUE; memset((void *)to, x, n); return SUCCESS; }
+result cuMemsetD8_v2(uint64_t to, unsigned char x, size_t n) { CALLS.copies++; if (!fits(to, n)) return INVALID_VALUE; memset((void *)to, x, n); return SUCCESS; }
 result cuMemsetD8Async(uint64_t to, unsigned char x, size_t n, void *stream) { return cuMemsetD8_v2(to, x, n); }
 result cuMemHostAlloc(void **pointer, size_t n, unsigned flags) { *pointer = malloc(n); return SUCCESS; }
 result cuMemFreeHost(void *pointer) { free(pointer); return SUCCESS; }
@@ -167,7 +175,7 @@ static int N_STREAMS;
 result cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)(uint64_t)(1000 + ++N_STREAMS); return SUCCESS; }
 result cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) { return cuStreamCreate(stream, flags); }
 result cuStreamDestroy_v2(void *stream) { return SUCCESS; }
-result cuStreamSynchronize(void *stream) { return SUCCESS; }
+result cuStreamSynchronize(void *stream) { return cuCtxSynchronize(); }
 result cuStreamQuery(void *stream) { return SUCCESS; }
 result cuStreamWaitEvent(void *stream, void *event, unsigned flags) { return SUCCESS; }
 result cuStreamGetCtx(void *stream, void **context) { *context = current(); return SUCCESS; }
@@ -175,7 +183,7 @@ result cuStreamAddCallback(void *stream, void (*call)(void *, int, void *), void
 result cuEventCreate(void **event, unsigned flags) { *event = (void *)1; return SUCCESS; }
 result cuEventDestroy_v2(void *event) { return SUCCESS; }
 result cuEventRecord(void *event, void *stream) { return SUCCESS; }
-result cuEventSynchronize(void *event) { return SUCCESS; }
+result cuEventSynchronize(void *event) { return cuCtxSynchronize(); }
 result cuEventQuery(void *event) { return SUCCESS; }
 result cuEventElapsedTime(float *ms, void *first, void *last) { *ms = 1; return SUCCESS; }
 result cuEventElapsedTime_v2(float *ms, void *first, void *last) { *ms = 1; return SUCCESS; }

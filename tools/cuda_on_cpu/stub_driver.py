@@ -25,6 +25,12 @@ class _Allocation(ctypes.Structure):
     _fields_ = (("base", ctypes.c_uint64), ("size", ctypes.c_uint64), ("device", ctypes.c_int))
 
 
+class Calls(ctypes.Structure):
+    """How often memory was allocated, copied or set, and waited for."""
+
+    _fields_ = tuple((name, ctypes.c_int) for name in ("allocations", "copies", "waits"))
+
+
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint),
     ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
@@ -61,6 +67,12 @@ class Driver:
 
     library: ctypes.CDLL
     launches: list[Launch] = field(default_factory=list)
+
+    def calls(self) -> Calls:
+        """Those since this was asked last."""
+        calls = Calls()
+        self.library.stub_calls(ctypes.byref(calls))
+        return calls
 
     def launch(self, ptx: bytes, name: bytes, dims: Any, stream: int | None, values: Any) -> int:
         """Execute a kernel; 0, or 1 if something was found, which the driver calls a failure."""

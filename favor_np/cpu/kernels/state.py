@@ -17,8 +17,9 @@ folded when it is full: in between a step only reads S.  z holds the tokens of t
 
 from __future__ import annotations
 
+from favor_np.cpu.kernels.counters import each_job
 from favor_np.cpu.kernels.jit import EXACT, jit
-from favor_np.cpu.kernels.simd import exp2, fma, load, splat, store, view
+from favor_np.cpu.kernels.simd import exp2, fma, load, maximum, splat, store, view
 from favor_np.cpu.processor import VECTOR_BYTES
 from favor_np.cpu.tiles import PAD, TAIL
 from favor_np.jobs import ROWS, SLOT
@@ -155,3 +156,34 @@ def add_state(c, s, z, slot, total):
             more, before = load(own, r, x), load(sums, r, x)
             add_pair(sums, r, x, features + r, x, more)
             store(own, r, x, before)
+
+
+@jit(fastmath=EXACT)
+def merge_pairs(sums, others, i, x, rest, y, keep, add):
+    """``sums[i, x:] = keep * sums[i, x:] + add * others[i, x:]``, with what was rounded off."""
+    store(sums, i, x, keep * load(sums, i, x))
+    store(sums, rest, y, add * load(others, rest, y) + keep * load(sums, rest, y))
+    add_pair(sums, i, x, rest, y, add * load(others, i, x))
+
+
+@each_job
+def merge(call, slot):
+    """Add a slot of other states, without a tail, to that of states: a job of `records.Merge`."""
+    c, z, other_c, other_z = call.c, call.z, call.other_c, call.other_z
+    sums, others = call.s[slot], call.other_s[slot]
+    features, lanes = c.shape[1] - PAD, VECTOR_BYTES // z.itemsize
+    for r in range(0, features, lanes):
+        mine, theirs = load(c, slot, r), load(other_c, slot, r)
+        top = maximum(mine, theirs)
+        keep, add = exp2(splat(z, 0), mine - top), exp2(splat(z, 0), theirs - top)
+        merge_pairs(z, other_z, slot, r, slot, features + r, keep, add)
+    one = z.dtype.type(1)
+    for r in range(features):
+        by, keep, add = other_c[slot, r] - c[slot, r], one, one
+        if by > 0:
+            c[slot, r] = other_c[slot, r]
+            keep = z.dtype.type(2.0 ** -float(by))
+        elif by < 0:
+            add = z.dtype.type(2.0 ** float(by))
+        for x in range(0, sums.shape[1], lanes):
+            merge_pairs(sums, others, r, x, features + r, x, splat(z, keep), splat(z, add))

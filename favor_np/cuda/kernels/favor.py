@@ -239,7 +239,7 @@ def make_fold(kind: int, signs: int, biased: bool) -> Callable[..., Any]:
             for i in range(4):
                 for j in range(4):
                     total[i, j] *= scale[4 * ty + i]
-            multiply_turned(keys, plain, TILE, total)
+            multiply_turned(keys, 0, plain, TILE, total)
             cuda.syncthreads()
         for j in range(4):
             value = folded[j] + cuda.shfl_xor_sync(0xFFFFFFFF, folded[j], 16)

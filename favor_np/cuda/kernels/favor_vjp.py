@@ -30,7 +30,7 @@ from favor_np.cuda.kernels.favor import (
     raise_log_norms,
 )
 from favor_np.cuda.kernels.pack import total_of_warp
-from favor_np.cuda.kernels.storage import four, number, rounded
+from favor_np.cuda.kernels.storage import four, number, put_four, rounded
 from favor_np.cuda.kernels.tiles import (
     EVEN,
     JOB,
@@ -49,6 +49,7 @@ from favor_np.cuda.kernels.tiles import (
     lane,
     multiply,
     multiply_rows,
+    multiply_turned,
     power,
     product,
     product_padded,
@@ -113,11 +114,49 @@ def slope(kind, x, y, n):
     return value if y == y else y
 
 
-def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[..., Any]:
+@device
+def put_rows(rows, row, step, count, column, plain):
+    """Up to 32 padded rows to half a plain tile, zeros where there are none."""
+    _, ty, tx = lane()
+    x = uint32(column + 4 * tx)
+    for n in range(2):
+        r = ty + 16 * n
+        to = uint32((r * TILE + 4 * tx) & EVEN)
+        if r < count and x < rows.shape[1]:
+            numbers = four(rows, row + step * r, x)
+            for u in range(4):
+                plain[to + u] = numbers[u]
+        else:
+            for u in range(4):
+                plain[to + u] = float32(0)
+
+
+@device
+def put_sums(sums, warps, out, first, count):
+    """Write the sums of columns of a tile, of which each thread has a part, to numbers of out."""
+    tid, ty, tx = lane()
+    for j in range(sums.shape[0]):
+        value = sums[j] + cuda.shfl_xor_sync(0xFFFFFFFF, sums[j], 16)
+        if ty & 1 == 0:
+            warps[(tid >> 5) * TILE + tx + 16 * j] = value
+    cuda.syncthreads()
+    if tid < count:
+        total = float32(0)
+        for w in range(8):
+            total += warps[w * TILE + tid]
+        out[uint32(first + tid)] = total
+
+
+def make_pull(
+    kind: int, signs: int, causal: bool, biased: bool, of_map: bool
+) -> Callable[..., Any]:
     """Return the kernel of the gradient of one side: q, whose vectors are g.
 
     The other side is folded.  If they are `biased`, there is a gradient of the log2_bias of q, too,
     by their natural logarithms; none is wanted where its array is of size 0.
+
+    Or the gradient `of_map`: what each block adds to that of the weights, which are multiplied by
+    `rows`, the packed rows of the side, and to that of their biases.
     """
     rows_of_w, per_sign = TILE // signs, 4 // signs
 
@@ -145,8 +184,9 @@ def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[...
         unit,
         key_norm,
         linear,
+        rows,
         out,
-        of_log2_bias,
+        of_bias,
     ):
         keys = cuda.shared.array(PADDED, float32, alignment=16)
         pairs = cuda.shared.array(PADDED, float32, alignment=16)
@@ -170,6 +210,7 @@ def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[...
         y = cuda.local.array((4, 4), float32)
         level = cuda.local.array(4, int32)
         before = cuda.local.array(4, int32)
+        sums = cuda.local.array(per_sign, float32)
         clear(num)
         if tid < TILE:
             total[tid] = float32(0)
@@ -213,6 +254,10 @@ def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[...
             for j in range(4):
                 before[j] = c[uint32(job[SLOT]), uint32(part * TILE + tx + 16 * j)]
             start, stop = int32(0), job[COUNT]
+            if of_map:
+                clear(num)
+                for j in range(per_sign):
+                    sums[j] = float32(0)
             while start < job[COUNT]:
                 for j in range(4):
                     level[j] = before[j]
@@ -289,61 +334,80 @@ def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[...
                         back[i, j] = float32(0)
                         if not causal or p >= start:
                             back[i, j] = value * slope(kind, x, y[i, j], n)
+                            if of_map and high_q[p] == float32(MASKED):
+                                back[i, j] = float32(0)
                             if biased and kind != POSITIVE:
                                 part_of_row += value * feature(kind, epsilon, x, y[i, j], n)
                         if not biased or kind == POSITIVE:
                             part_of_row += back[i, j]
                     for j in range(per_sign):
                         value = back[i, j]
+                        if of_map:
+                            sums[j] += value
                         if signs == 2:
                             value -= back[i, j + per_sign]
+                            if of_map:
+                                sums[j] += back[i, j + per_sign]
                         keys[p * STRIDE + tx + 16 * j] = value
-                    part_of_row = total_across(part_of_row)
-                    if tx == 0:
-                        total[p] += part_of_row
-                half = uint32(0)
-                while half < rows_of_w:
+                    if not of_map:
+                        part_of_row = total_across(part_of_row)
+                        if tx == 0:
+                            total[p] += part_of_row
+                column = int32(cuda.blockIdx.y * TILE)
+                if of_map:
+                    for half in range(int32(0), int32(TILE), int32(32)):
+                        row = job[Q_ROW] + job[STEP] * half
+                        put_rows(rows, row, job[STEP], job[COUNT] - half, column, plain)
+                        cuda.syncthreads()
+                        if 4 * ty < rows_of_w:
+                            multiply_turned(keys, half, plain, 32, num)
+                        cuda.syncthreads()
+                else:
+                    half = uint32(0)
+                    while half < rows_of_w:
+                        cuda.syncthreads()
+                        row = (job[HEAD] * slices + part) * rows_of_w + half
+                        put_rows(weight, row, 1, 32, column, plain)
+                        cuda.syncthreads()
+                        multiply(keys, half, plain, 32, num)
+                        half = uint32(half + 32)
                     cuda.syncthreads()
-                    x = uint32(cuda.blockIdx.y * TILE + 4 * tx)
-                    for n in range(2):
-                        r = ty + 16 * n
-                        to = uint32((r * TILE + 4 * tx) & EVEN)
-                        if x < weight.shape[1]:  # else what is multiplied is not written
-                            line = (job[HEAD] * slices + part) * rows_of_w + half + r
-                            numbers = four(weight, line, x)
-                            for u in range(4):
-                                plain[to + u] = numbers[u]
-                        else:
-                            for u in range(4):
-                                plain[to + u] = float32(0)
-                    cuda.syncthreads()
-                    multiply(keys, half, plain, 32, num)
-                    half = uint32(half + 32)
-                cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
                 start = stop
+            if of_map:
+                line = uint32((cuda.blockIdx.x * slices + part) * rows_of_w)
+                put_sums(sums, plain, of_bias, line, rows_of_w if cuda.blockIdx.y == 0 else 0)
+                x = uint32(cuda.blockIdx.y * TILE + 4 * tx)
+                if 4 * ty < rows_of_w and x < out.shape[1]:
+                    for i in range(4):
+                        put_four(
+                            out,
+                            line + 4 * ty + i,
+                            x,
+                            num[i, 0],
+                            num[i, 1],
+                            num[i, 2],
+                            num[i, 3],
+                        )
+                cuda.syncthreads()
             part = int32(part + 1)
+        if of_map:
+            return
         for i in range(4):
             p = ty + 16 * i
-            sums, own = total[p], high_q[p]
-            if (
-                biased
-                and of_log2_bias.size > 0
-                and tx == 0
-                and cuda.blockIdx.y == 0
-                and p < job[COUNT]
-            ):
-                value = sums if own != float32(MASKED) else float32(0)
-                of_log2_bias[job[OUT_ROW] + job[STEP] * p] = value if own == own else own
+            row_sum, own = total[p], high_q[p]
+            if biased and of_bias.size > 0 and tx == 0 and cuda.blockIdx.y == 0 and p < job[COUNT]:
+                value = row_sum if own != float32(MASKED) else float32(0)
+                of_bias[job[OUT_ROW] + job[STEP] * p] = value if own == own else own
             for j in range(4):
                 x = cuda.blockIdx.y * TILE + 4 * tx + j
                 value = float32(0)
                 if p < job[COUNT] and x < out.shape[1] and own != float32(MASKED):
                     row = uint32(job[Q_ROW] + job[STEP] * p)
-                    value = num[i, j] * unit - sums * key_norm * q[row, uint32(x)]
+                    value = num[i, j] * unit - row_sum * key_norm * q[row, uint32(x)]
                     if linear.size > 0:
-                        value += sums * linear[uint32(job[HEAD]), uint32(x)]
+                        value += row_sum * linear[uint32(job[HEAD]), uint32(x)]
                     if own != own:
                         value = own
                 keys[p * STRIDE + 4 * tx + j] = value
@@ -354,6 +418,6 @@ def make_pull(kind: int, signs: int, causal: bool, biased: bool) -> Callable[...
             out[row, x] = rounded(keys[uint32(i * STRIDE + (tid & 63))], out)
             i = uint32(i + 4)
 
-    if causal and kind != POSITIVE:
+    if of_map or (causal and kind != POSITIVE):
         pull.resident = 1  # type: ignore[attr-defined]  # for code.bounds
     return pull

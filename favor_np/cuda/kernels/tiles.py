@@ -329,15 +329,15 @@ def multiply(a, a_column, b, depth, total):
 
 
 @device
-def multiply_turned(a, b, depth, total):
-    """``total[i, j] += sum_p a[p, 4 ty + i] b[p, 4 tx + j]``.
+def multiply_turned(a, a_row, b, depth, total):
+    """``total[i, j] += sum_p a[a_row + p, 4 ty + i] b[p, 4 tx + j]``.
 
     A padded tile, turned, times one of values.
     """
     _, ty, tx = lane()
     left = cuda.local.array(4, float32)
     right = cuda.local.array(4, float32)
-    p, at, to = uint32(0), uint32(4 * ty), uint32(4 * tx)
+    p, at, to = uint32(0), uint32((a_row * STRIDE + 4 * ty) & EVEN), uint32(4 * tx)
     while p < depth:
         for i in range(4):
             left[i] = a[at + i]

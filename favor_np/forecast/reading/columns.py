@@ -156,6 +156,8 @@ def time_column(table: Table, price: int, *, date_format: str | None = None) -> 
         if len(found) > 1:
             readable = {i: _readable(table, i, date_format) for i in found}
             index = min(found, key=lambda i: (not readable[i], i not in named, i))
+            alike = [i for i in found if readable[i] and _same_name(table, i, index)]
+            index = max((i for i in alike if i < price), default=index)  # its own, side by side
         date = TimeColumn(table.header[index], table.column(index), indices=(index,))
         return _with_clock(table, date, others, date_format)
     found = [i for i in others if _is_clock_column(table, i)]
@@ -164,6 +166,12 @@ def time_column(table: Table, price: int, *, date_format: str | None = None) -> 
     if found:  # reading it tells what is wrong
         return TimeColumn(table.header[found[0]], table.column(found[0]), indices=(found[0],))
     return None
+
+
+def _same_name(table: Table, one: int, other: int) -> bool:
+    """Whether columns are called the same, but for a number at the end: Date, Date.1."""
+    names = {re.sub(r"[._ ]\d+$", "", table.header[i]).casefold() for i in (one, other)}
+    return table.named and len(names) == 1
 
 
 def _readable(table: Table, index: int, date_format: str | None = None) -> bool:

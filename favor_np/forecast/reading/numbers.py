@@ -159,6 +159,8 @@ def _parse(texts: Sequence[str], mark: str) -> tuple[F64, set[str], list[str]]:
     if any(notes):
         said.append(f"marks such as {quote(next(filter(None, notes)))} left out")
     units = {cell.strip("+−-" + _BLANKS) for cell in {*before, *after}} - {""}
+    if "p" in notes and units & {"£", "GBP"}:  # pence
+        units.add("p")
     if "%" in units:
         said.append("numbers in %")
     return values, units, said

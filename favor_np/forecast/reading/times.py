@@ -15,6 +15,7 @@ from .errors import PriceError, quote
 from .formats import (
     DIGITS,
     FORMATS,
+    NONE,
     Reading,
     literal_pattern,
     month_number,
@@ -106,7 +107,9 @@ def read_times(
     best = max((len(r.known) for r in readings.values()), default=0)
     if best:
         readings = {form: r for form, r in readings.items() if len(r.known) == best}
-        return settle(readings, some, name, day_first)
+        reading = settle(readings, some, name, day_first)
+        _check_exchanged(text, reading, name)
+        return reading
     starts = [text.partition(" - ") for text in texts]
     if some and all(dash for _, dash, _ in starts):  # from - to
         return read_times([start for start, *_ in starts], name, day_first=day_first)
@@ -147,6 +150,11 @@ def settle(
             f"{' or '.join(readings)}: {options}--date-format says which, as in "
             f"--date-format '{form}'"
         )
+    if form == "%Y-%m" and len(some) > 2 and all(map(_is_season, some)):
+        raise PriceError(
+            f"column {quote(name)} holds {quote(some[0])}, a month or two years? "
+            "--date-format says which"
+        )
     if form == "%b %y" and len(some) > 2 and (np.diff(reading.months) % 12 == 0).mean() > 0.5:
         raise PriceError(
             f"column {quote(name)} holds {quote(some[0])}, months of years or days without a year? "
@@ -157,6 +165,35 @@ def settle(
         mark = re.search(r"\d([-/. ])", some[0])
         said.insert(0, f"dates as {form.replace('-', mark[1] if mark else '-')}")
     return Reading(reading.nanoseconds, "; ".join(filter(None, said)))
+
+
+def _is_season(text: str) -> bool:
+    """Whether a cell may be two years, the second cut short: 2011/12."""
+    years = re.fullmatch(r"\d\d(\d\d)[-/](\d\d)", text)
+    return years is not None and (int(years[1]) + 1) % 100 == int(years[2])
+
+
+def _check_exchanged(text: str, reading: Reading, name: str) -> None:
+    """Refuse times among which a program has taken some days for months, those up to the 12th.
+
+    Then they are in order, if such cells are read as that program has written them.
+
+    Raises
+    ------
+    PriceError
+        If there are such.
+    """
+    if reading.ordered:
+        return
+    for form in ("%d-%m-%Y", "%m-%d-%Y"):
+        other = read_as(text, pattern(form)).nanoseconds
+        mixed = np.where(other == NONE, reading.nanoseconds, other)
+        at = np.flatnonzero(mixed != reading.nanoseconds)
+        if len(at) and (mixed != other).any() and Reading(mixed).ordered:
+            raise PriceError(
+                f"column {quote(name)} has days and months in both orders: "
+                f"{quote(text.splitlines()[at[0]])} stands where the other order would"
+            )
 
 
 def _differ(readings: dict[str, Reading]) -> bool:
