@@ -49,10 +49,11 @@ def test_the_table_has_every_kernel_that_is_launched(kernels):
 def of_the_table():
     """Kernels and architectures; variants, which differ in a few instructions, for the last one.
 
-    They are relu and elu, biased keys, and 16-bit numbers, which names have in round brackets.
+    They are relu and elu, biased keys, gradients of the projection, and 16-bit numbers, which names
+    have in round brackets.
     """
     for name in TABLE:
-        varied = any(text in name for text in ("kind=1", "kind=2", "biased=1", "("))
+        varied = any(text in name for text in ("kind=1", "kind=2", "biased=1", "of_map=1", "("))
         for cc in gate.STRICT[-1:] if varied else gate.STRICT:
             yield pytest.param(name, cc, id=f"{name}-{gate.architecture(cc)}")
 
