@@ -62,6 +62,12 @@ def test_steps_per_year(times, expected):
     assert words
 
 
+@pytest.mark.parametrize("days", [360, 361])
+def test_a_series_of_360_days_is_counted(days):
+    times = np.datetime64("2024-01-01", "D") + np.arange(days)
+    assert (steps_per_year(times)[1] == "counted over 1.0 years") == (days == 361)
+
+
 def test_what_a_few_hours_cannot_tell_is_not_guessed():
     for start, bars in (("2024-03-04T10", 60), ("2024-03-04T02", 1000), ("2024-03-09T10", 390)):
         times = np.datetime64(start, "m") + MINUTE * np.arange(bars)

@@ -395,6 +395,17 @@ def test_equity_is_that_of_a_ledger(horizon):
     assert record.moves == moved.sum()
 
 
+def test_the_base_rate_is_that_of_the_usual_direction_so_far():
+    ups = np.tile([1, -1, -1, 1], 150)  # after every second move both directions were as frequent
+    prices = 50 * np.exp(np.append(0, np.cumsum(0.01 * ups)))
+    result = forecast(prices, num_features=16, calibration="none")
+    record, right = evaluate(result), 0
+    for row in range(record.start, record.stop):
+        before = ups[: result.index[row]].sum()
+        right += (1 if before >= 0 else -1) == np.sign(result.outcome[row])
+    assert record.base_rate == pytest.approx(right / record.moves)
+
+
 def test_wilson_interval():
     low, high = wilson_interval(50, 100)  # the textbook's 0.404 to 0.596
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)

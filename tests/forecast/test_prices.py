@@ -138,6 +138,26 @@ def test_the_newest_rows_unusable_is_said(write, rows, newest_first):
     assert ("the last row is" in note) == (rows == 1)
 
 
+@pytest.mark.parametrize(
+    ("at", "factor", "others", "said"),
+    [
+        (50, 3.0, 1.001, True),
+        (50, 2.0, 1.001, False),  # a day of a wild market
+        (50, 3.0, 1.2, False),  # as wild as the others
+        (50, 1 / 3, 1.001, True),
+        (1, 3.0, 1.001, True),
+        (99, 3.0, 1.001, True),
+    ],
+)
+@pytest.mark.parametrize("recovers", [1, 1.0001, 0.9999])
+def test_a_price_far_from_its_neighbours_is_said(write, at, factor, others, said, recovers):
+    prices = 50 * others ** (np.arange(100) % 2.0)
+    prices[at] *= factor
+    prices[at + 1 :] *= recovers
+    note = read_prices(write("\n".join(["Price", *map(repr, prices.tolist())]))).note
+    assert ("times all others" in note) == said, note
+
+
 def test_a_hole_in_the_middle_is_no_end(write):
     lines = [f"2024-01-{1 + i:02},{'N/A' if i == 9 else 100 + i % 7}" for i in range(30)]
     assert read_prices(write("\n".join(["Date,Price", *lines]))).note == ""

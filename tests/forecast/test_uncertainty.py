@@ -60,6 +60,16 @@ def test_the_error_of_a_mean_of_returns_is_the_sum_of_all_covariances():
     assert np.mean(np.square(found)) == pytest.approx(variance, rel=0.06)
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_the_variance_of_a_mean_of_returns_has_no_bias(horizon):
+    """It is a quadratic form of the steps: over unit vectors it adds up to its expectation."""
+    weights = np.array([0.6, 0.3, 0.1])
+    steps = np.eye(len(weights) + horizon - 1)
+    found = [error_of_mean_return(weights, np.ones(3), step, horizon)[0] for step in steps]
+    counted = np.convolve(weights, np.ones(horizon))
+    assert np.square(found).sum() == pytest.approx(np.square(counted).sum())
+
+
 def test_the_effective_number_of_windows():
     """Equal weights: as many as fit side by side; without overlap 1 / sum of squares."""
     rng = np.random.default_rng(0)
