@@ -39,14 +39,14 @@ GROUPS = {
     },
     "engine": {
         "cpu/launch cpu/states cpu/engine cpu/layout jobs numerics cpu/scaling": "attention state "
-        "overflow exact key_bias vjp",
+        "overflow exact exact_vjp key_bias vjp",
         "cpu/record cpu/records cpu/memory": "workspaces kept record attention",
         "cpu/tiles cpu/schedule cpu/threads": "workspaces attention pipeline threads",
         "store cpu/code": "store code",
     },
     "kernels": {
-        "cpu/kernels/state cpu/kernels/step": "state window_state",
-        "cpu/kernels/exact": "exact",
+        "cpu/kernels/state cpu/kernels/step": "state window_state attention",
+        "cpu/kernels/exact": "exact exact_options",
         "cpu/kernels/chunk cpu/kernels/favor cpu/kernels/heads cpu/kernels/pack "
         "cpu/kernels/functions cpu/kernels/activate": "attention overflow",
         "cpu/kernels/floats cpu/kernels/simd": "floats exp2 attention",
@@ -63,11 +63,11 @@ GROUPS = {
         "forecast/_backtest forecast/_baselines forecast/_scores forecast/_intervals "
         "forecast/_volatility": "forecast/intervals forecast/backtest",
         "forecast/_evaluate forecast/_windows forecast/_inputs forecast/_simulate "
-        "forecast/_forecast forecast/_next forecast/_start forecast/_compare "
+        "forecast/_forecast forecast/_next forecast/_compare "
         "forecast/_error_bars": "forecast/uncertainty forecast/forecast forecast/backtest",
-        "forecast/_prices forecast/_calendar": "forecast/prices forecast/calendar",
+        "forecast/_prices forecast/_calendar": "forecast/prices forecast/calendar forecast/frames",
         "forecast/_live forecast/_trading": "forecast/trading forecast/live",
-        "forecast/_performer forecast/_residual": "forecast/performer",
+        "forecast/_performer forecast/_residual forecast/_start": "forecast/performer",
     },
 }
 
