@@ -171,6 +171,19 @@ def test_on_from_a_state_and_into_it(pipelines):
     assert pipelines
 
 
+def test_on_from_a_state_that_has_single_tokens(pipelines):
+    q, k, v = inputs(1000, lead=(1,))
+    fm = feature_map("positive", dim=7, num_features=24)
+    state = favor_np.AttentionState(fm, 5, (1,), dtype=np.float32)
+    for t in range(5):  # which are not folded yet
+        state.step(q[:, t], k[:, t], v[:, t])
+    pipelines.clear()
+    found = same_bits(q[:, 5:], k[:, 5:], v[:, 5:], fm, state=state)[0]
+    assert pipelines
+    expected = favor_attention(q, k, v, fm, causal=True)[:, 5:]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_heads_that_share_keys_and_heads_that_are_left_over(pipelines):
     fm = a_map("small")[2]
     q, k, v = inputs(1000, lead=(6,))

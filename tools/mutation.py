@@ -48,7 +48,7 @@ GROUPS = {
         "cpu/kernels/state cpu/kernels/step": "state window_state attention",
         "cpu/kernels/exact": "exact exact_options",
         "cpu/kernels/chunk cpu/kernels/favor cpu/kernels/heads cpu/kernels/pack "
-        "cpu/kernels/functions cpu/kernels/activate": "attention overflow",
+        "cpu/kernels/functions cpu/kernels/activate": "attention overflow bfloat16",
         "cpu/kernels/floats cpu/kernels/simd": "floats exp2 attention",
         "cpu/kernels/pipeline": "pipeline",
     },
@@ -64,7 +64,8 @@ GROUPS = {
         "forecast/_volatility": "forecast/intervals forecast/backtest",
         "forecast/_evaluate forecast/_windows forecast/_inputs forecast/_simulate "
         "forecast/_forecast forecast/_next forecast/_compare "
-        "forecast/_error_bars": "forecast/uncertainty forecast/forecast forecast/backtest",
+        "forecast/_error_bars": "forecast/uncertainty forecast/forecast forecast/backtest "
+        "forecast/live",
         "forecast/_prices forecast/_calendar": "forecast/prices forecast/calendar forecast/frames",
         "forecast/_live forecast/_trading": "forecast/trading forecast/live",
         "forecast/_performer forecast/_residual forecast/_start": "forecast/performer",

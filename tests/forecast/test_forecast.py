@@ -273,8 +273,11 @@ def test_bundled_returns_cannot_be_predicted_and_features_are_enough():
     assert record.hit_low < record.up_share
 
 
-def test_similar_windows_are_the_heaviest_and_apart():
-    prices, window, horizon = walk(400), 10, 2
+@pytest.mark.parametrize("cycle", [0, 0.05])
+def test_similar_windows_are_the_heaviest_and_apart(cycle):
+    window, horizon, prices = 10, 2, walk(400)
+    for end in (230, 400):  # cycles of six steps, here and now: windows a cycle apart are alike
+        prices[end - 30 : end] *= np.exp(cycle * np.sin(np.arange(30) * np.pi / 3))
     result = forecast(prices, window=window, horizon=horizon, num_features=64)
     labels = {f"price {t + 1}": t for t in range(len(prices))}
     ends = [labels[p.time] for p in result.next.similar]
@@ -283,8 +286,11 @@ def test_similar_windows_are_the_heaviest_and_apart():
     weights = [p.weight for p in result.next.similar]
     assert weights == sorted(weights, reverse=True)
     keys, query = result.windows.keys.astype(float), result.windows.queries[-1].astype(float)
-    best = int(np.argmax(keys @ query))
-    assert ends[0] == result.index[best] - horizon
+    kept = []
+    for row in np.argsort(-(keys @ query), kind="stable"):
+        if all(abs(row - other) >= window // 2 for other in kept):
+            kept.append(int(row))
+    assert ends == (result.index[kept[:3]] - horizon).tolist()
     moves = [np.log(prices[t + horizon] / prices[t]) for t in ends]
     np.testing.assert_allclose([p.move for p in result.next.similar], moves)
 
