@@ -154,7 +154,7 @@ def stream_attention(
     if decay is not None and not hasattr(decay, "shape"):
         decay = validation.array_of("decay", decay)
     shape = () if decay is None else tuple(decay.shape)
-    if decay is not None and len(shape) == len(call.state_shape) + 1:
+    if len(shape) == len(call.state_shape) + 1:
         if not call.causal:
             raise ValueError("decay needs causal=True")
         validation.gates_shape(shape, call.state_shape, call.keys)

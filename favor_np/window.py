@@ -267,7 +267,7 @@ class WindowState:
     _parts: Any = None
 
     def _forget(self) -> None:
-        #: That n; -1 while none is filled.
+        #: The n of `_parts`; -1 while no state is filled.
         self._latest = -1
 
     def _stack(self, count: int) -> list[tuple[Array, ...]]:

@@ -1,5 +1,7 @@
 """ONNX models in onnxruntime, on one thread: export, a sequence and a token, beside favor_np."""
 
+import functools
+
 import numpy as np
 
 import favor_np
@@ -124,21 +126,22 @@ class LanguageModel:
     def time_export(self, form):
         export_model(self.model, self.weights, form=form)
 
-    def over_favor_np(self, tokens):
-        """The ratio for a text that goes on with these tokens."""
+    def over_favor_np(self, tokens, step):
+        """The ratio for a text that goes on with these tokens: for us, by ``step(state, tokens)``."""
         state = {}
 
         def ours():
             with favor_np.thread_limit(1):
-                self.model.extend(self.weights, state, tokens)
+                step(state, tokens)
 
         return ratio(*interleave(lambda: self.session(tokens=tokens), ours).T)
 
     def track_prompt_over_favor_np(self, form):
-        return self.over_favor_np(np.zeros((1, 1024), np.int64))
+        extend = functools.partial(self.model.extend, self.weights)
+        return self.over_favor_np(np.zeros((1, 1024), np.int64), extend)
 
     def track_token_over_favor_np(self, form):
-        return self.over_favor_np(np.zeros((1, 1), np.int64))
+        return self.over_favor_np(np.zeros((1, 1), np.int64), self.model.prepare(self.weights))
 
 
 class Forecaster:

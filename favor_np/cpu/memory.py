@@ -26,7 +26,7 @@ def integer_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def aligned(shape: Shape, dtype: npt.DTypeLike, make: Callable[..., Array] = np.zeros) -> Array:
-    """Return zeros that begin on a cache line: a vector that crosses two is loaded twice."""
+    """Return what `make` makes, from a cache line on: a vector across two is loaded twice."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     raw = make(size + 64, np.uint8)

@@ -40,9 +40,11 @@ class Attend:
 
     def has_gates(self, q: Any, k: Any, v: Any, **of_keys: Any) -> bool:
         """Whether the decay, one of `of_keys`, has a factor for each token of these arrays."""
-        given = {n: outline(np.shape(x)) for n, x in of_keys.items() if x is not None}
-        if "key_mask" in given:
-            given["key_mask"] = given["key_mask"].astype(np.bool_)
+        given = {
+            name: outline(np.shape(x), np.bool_ if name == "key_mask" else np.float32)
+            for name, x in of_keys.items()
+            if x is not None
+        }
         q, k, v = (outline(np.shape(x)) for x in (q, k, v))
         return check(q, k, v, self.feature_map, **(self.options | given)).gates is not None
 

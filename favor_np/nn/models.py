@@ -186,7 +186,7 @@ class Block(InOrder):
         x, pull_two = part(two, "feedforward", params, x, key)
         return x, lambda grad, grads: pull_one(pull_two(grad, grads), grads)
 
-    prepare = InOrder.prepare
+    prepare = InOrder.prepare  # its own `vjp` only hands options on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +321,7 @@ local_heads, window
         x, pull_norm = part(self.parts["norm"], "norm", params, x, key)
         return x, lambda grad, grads: pull_blocks(pull_norm(grad, grads), grads)
 
-    prepare = InOrder.prepare
+    prepare = InOrder.prepare  # its own `vjp` only hands options on
 
 
 @dataclass(frozen=True, kw_only=True)
