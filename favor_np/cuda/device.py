@@ -41,6 +41,11 @@ class Device:
     #: Its number among those of this process.
     number: int = 0
 
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether its tensor cores multiply bfloat16 numbers."""
+        return self.compute_capability >= (8, 0)
+
     def __str__(self) -> str:
         """Name, size and architecture."""
         major, minor = self.compute_capability

@@ -88,6 +88,8 @@ class Problem(NamedTuple):
     biased: bool
     states: States
     spans: tuple[plan.Span, ...]
+    #: Whether what is multiplied is rounded to bfloat16.
+    bfloat16: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -309,6 +311,7 @@ class Launch:
             biased=call.log2_bias is not None,
             states=state or self._room(of, how.jobs, call.v.shape[-1]),
             spans=how.spans,
+            bfloat16=call.bfloat16 and self.place.device.tensor_cores,
         )
         flat = of.nothing, of.no_tops
         if normalizers is not None:
@@ -539,7 +542,7 @@ class Launch:
         layout, (slices, columns), a = p.map.layout, p.shape, p.a
         own = self._room(p.map, span.parts, columns * TILE)
         self._launch(
-            make_fold(layout.kind, layout.signs, p.biased),
+            make_fold(layout.kind, layout.signs, p.biased, p.bfloat16),
             (span.parts, slices, columns),
             a.rows,
             a.log_norms,
@@ -568,7 +571,7 @@ class Launch:
         """Read states, a part of side b each."""
         layout, a, b = p.map.layout, p.a, p.b
         self._launch(
-            make_read(layout.kind, layout.signs, p.causal, divide, p.biased),
+            make_read(layout.kind, layout.signs, p.causal, divide, p.biased, p.bfloat16),
             (span.read.shape[0], p.shape[1]),
             b.rows,
             b.log_norms,

@@ -445,8 +445,8 @@ class _Translator:
         return self.put(to, f"{_name(test)} ? {self.value(x, kind)} : {self.value(y, kind)}", kind)
 
     def op_cvt(self, ins: Instruction) -> str:
-        if len(ins.operands) != 2:  # two halves packed
-            raise ins.unknown()
+        if len(ins.operands) != 2:
+            return self.packed(ins)
         to, x = ins.operands
         into, out_of = ins.modifiers[-2:]
         x = self.value(x, out_of)
@@ -466,6 +466,14 @@ class _Translator:
                 raise ins.unknown()
             x = f"fminf(fmaxf({x}, 0), 1)"
         return self.put(to, x, into)
+
+    def packed(self, ins: Instruction) -> str:
+        """Two floats rounded to the halves of a register: the first is the upper."""
+        if ins.opcode != "cvt.rn.bf16x2.f32":
+            raise ins.unknown()
+        to, *halves = ins.operands
+        upper, lower = (f"of_bf16({self.value(x, 'f32')})" for x in halves)
+        return self.put(to, f"(uint32_t){upper} << 16 | {lower}", "b32")
 
     def truncated(self, to: str, value: str, kind: str) -> str:
         """Put a double into an integer: NaN is 0, what is too large the largest."""
@@ -639,6 +647,15 @@ class _Translator:
 
     def op_activemask(self, ins: Instruction) -> str:
         return self.put(ins.operands[0], "0xffffffffu", "b32")
+
+    def op_mma(self, ins: Instruction) -> str:
+        if ins.opcode != "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32":
+            raise ins.unknown()
+        to, a, b, c = map(_members, ins.operands)
+        take = [f"self->factors[{i}] = {self.value(x, 'b32')};" for i, x in enumerate([*a, *b])]
+        take += [f"self->sums[{i}] = {self.value(x, 'f32')};" for i, x in enumerate(c)]
+        give = [self.put(x, f"self->sums[{i}]", "f32") for i, x in enumerate(to)]
+        return " ".join([*take, self.with_warp("MMA", "0xffffffff", ins.line), *give])
 
     def op_shfl(self, ins: Instruction) -> str:
         to, x, b, c, mask = ins.operands

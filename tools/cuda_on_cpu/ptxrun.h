@@ -17,7 +17,7 @@
 
 enum { OUT_OF_BOUNDS = 1, MISALIGNED, RACE, UNINITIALISED, BARRIER, DEADLOCK };
 enum { RUNNING, AT_BARRIER, IN_WARP };                           /* what a thread waits for */
-enum { SHUFFLE, BALLOT, SYNCWARP };                              /* what a warp does together */
+enum { SHUFFLE, BALLOT, SYNCWARP, MMA };                         /* what a warp does together */
 
 typedef struct {
   int kind, line, thread, block, other_thread, other_line;
@@ -50,6 +50,8 @@ typedef struct {
   int done, waits, line; /* the line at which it waits */
   int operation, source_lane;
   uint32_t mask, sent, received;
+  uint32_t factors[6]; /* of mma: four registers of A, two of B */
+  float sums[4];       /* and of C, then of D */
   uint8_t *local;
 } thread_;
 
@@ -229,6 +231,26 @@ static void entry(void) {
   swapcontext(&self->context, &scheduler);
 }
 
+/* One number of a register that holds two of bfloat16. */
+static inline float half_of(uint32_t pair, int upper) { return bf16_of(pair >> 16 * upper); }
+
+/* mma.m16n8k16 of bfloat16.  Of C a lane holds rows lane / 4 and 8 below, columns 2 (lane % 4) and
+   the next, of A the same rows, of B column lane / 4; along k both have pairs lane % 4 and 4 on.
+   A GPU sums in an order, and with a rounding, of its own: here a sum is exact but for its last
+   rounding. */
+static void multiply_warp(thread_ **lanes) {
+  for (int i = 0; i < 32; i++)
+    for (int n = 0; n < 4; n++) {
+      int row = lanes[i]->lane / 4, column = lanes[i]->lane % 4 * 2 + n % 2;
+      double total = lanes[i]->sums[n];
+      for (int k = 0; k < 16; k++) {
+        const uint32_t *a = lanes[row * 4 + k % 8 / 2]->factors, *b = lanes[column * 4 + k % 8 / 2]->factors;
+        total += (double)half_of(a[k / 8 * 2 + n / 2], k % 2) * half_of(b[4 + k / 8], k % 2);
+      }
+      lanes[i]->sums[n] = total;
+    }
+}
+
 /* All lanes of the mask have arrived: do what they came for. */
 static void meet(thread_ **lanes, int n) {
   uint32_t ballot = 0;
@@ -245,6 +267,10 @@ static void meet(thread_ **lanes, int n) {
     lanes[i]->waits = RUNNING;
   }
   if (lanes[0]->operation == SYNCWARP) WARP_EPOCH[lanes[0]->warp]++;
+  if (lanes[0]->operation == MMA) {
+    if (n == 32) multiply_warp(lanes);
+    else report(BARRIER, lanes[0]->line, 1, n, 0);
+  }
 }
 
 /* The lanes that `self` waits for, if all of them are there; else 0. */

@@ -14,6 +14,17 @@ from typing import Any
 from numba import cuda, float32, int32, uint32, uint64
 
 from favor_np import numerics
+from favor_np.cuda.kernels.pairs import (
+    WORDS,
+    begin,
+    multiply_pairs,
+    multiply_pairs_seen,
+    pair,
+    project_pairs,
+    put_columns,
+    put_rows,
+    put_state,
+)
 from favor_np.cuda.kernels.storage import four, number, put_four, rounded
 from favor_np.cuda.kernels.tiles import (
     EVEN,
@@ -121,6 +132,27 @@ def put_values(v, row, step, count, mask, mask_row, start, rows, column, plain):
 
 
 @device
+def put_value_pairs(v, row, step, count, mask, mask_row, column, tile):
+    """The same of all 64 values, to the rows of a tile of pairs."""
+    tid, _, _ = lane()
+    x = tid & 63
+    place, at, clean = uint32(column + x), begin(x), True
+    numbers = cuda.local.array(4, float32)
+    for n in range(4):
+        first = (tid >> 6) + 4 * n
+        for u in range(4):
+            p, value = first + 16 * u, float32(0)
+            if p < count and place < uint32(v.shape[1]):
+                if mask.size == 0 or mask[uint32(mask_row + step * p)] != 0:
+                    value = number(v[uint32(row + step * p), place])
+            clean = clean & (value * float32(0) == float32(0))
+            numbers[u] = value
+        to = uint32(at + 2 * first)
+        tile[to], tile[to + 1] = pair(numbers[0], numbers[1]), pair(numbers[2], numbers[3])
+    return clean
+
+
+@device
 def highest_of_rows(top, tops, base):
     """The maximum over all rows of a tile of what each thread has of its four columns, and base."""
     tid, ty, tx = lane()
@@ -172,10 +204,14 @@ def part_of_keys(biased, y, rise, start, count, before, level, base, cut, tops):
     return stop
 
 
-def make_fold(kind: int, signs: int, biased: bool) -> Callable[..., Any]:
+def make_fold(
+    kind: int, signs: int, biased: bool, bfloat16: bool = False
+) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own.
 
-    Keys that are `biased` weigh 2**bias_exponent times as much.
+    Keys that are `biased` weigh 2**bias_exponent times as much.  With `bfloat16` what is multiplied
+    is rounded, see `kernels.pairs`, and a thread's part of the product is rows ``ty + 16 i``,
+    columns ``tx + 16 j``.
     """
     per_sign = 4 // signs
 
@@ -209,7 +245,15 @@ def make_fold(kind: int, signs: int, biased: bool) -> Callable[..., Any]:
             put_log_norms(log_norm, first, mask, job[MASK] + step * start, step, size, high)
             if biased:
                 raise_log_norms(log2_bias, job[LOG2_BIAS] + step * start, step, size, high, rise)
-            project(kind, k, first, step, size, weight, bias, job[HEAD], part, high, plain, raw, y)
+            if bfloat16:
+                project_pairs(
+                    kind, k, first, step, size, weight, bias, job[HEAD], part, high, keys, plain,
+                    raw, y,
+                )  # fmt: skip
+            else:
+                project(
+                    kind, k, first, step, size, weight, bias, job[HEAD], part, high, plain, raw, y
+                )
             for j in range(4):
                 level[j], new[j] = levels[tx + 16 * j], int32(LOWEST)
                 for i in range(4):
@@ -228,18 +272,29 @@ def make_fold(kind: int, signs: int, biased: bool) -> Callable[..., Any]:
                     if p < size:
                         weight_of = share[job[ROW] + job[STEP] * (start + p)]
                 for j in range(4):
-                    keys[p * STRIDE + tx + 16 * j] = y[i, j]
+                    if not bfloat16:
+                        keys[p * STRIDE + tx + 16 * j] = y[i, j]
                     folded[j] += y[i, j] * weight_of
                 cuda.syncwarp()
             at = job[STEP] * start
-            put_values(
-                v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, 0, TILE, column, plain
-            )
+            if bfloat16:
+                put_columns(y, keys)
+                put_value_pairs(
+                    v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, column, plain
+                )
+            else:
+                put_values(
+                    v, job[V_ROW] + at, job[STEP], size, mask, job[MASK] + at, 0, TILE, column,
+                    plain,
+                )  # fmt: skip
             cuda.syncthreads()
             for i in range(4):
                 for j in range(4):
-                    total[i, j] *= scale[4 * ty + i]
-            multiply_turned(keys, 0, plain, TILE, total)
+                    total[i, j] *= scale[ty + 16 * i if bfloat16 else 4 * ty + i]
+            if bfloat16:
+                multiply_pairs(keys, plain, uint32(WORDS), total)
+            else:
+                multiply_turned(keys, 0, plain, TILE, total)
             cuda.syncthreads()
         for j in range(4):
             value = folded[j] + cuda.shfl_xor_sync(0xFFFFFFFF, folded[j], 16)
@@ -255,17 +310,23 @@ def make_fold(kind: int, signs: int, biased: bool) -> Callable[..., Any]:
                 c[job[SLOT], part * TILE + f] = levels[f]
                 z[job[SLOT], part * TILE + f] = value
         slot = uint32(job[SLOT])
-        for i in range(4):
-            f = uint32(part * TILE + 4 * ty + i)
-            put_four(
-                s,
-                slot * s.shape[1] + f,
-                column + 4 * tx,
-                total[i, 0],
-                total[i, 1],
-                total[i, 2],
-                total[i, 3],
-            )
+        if bfloat16:
+            for i in range(4):
+                for j in range(4):
+                    f, x = uint32(part * TILE + ty + 16 * i), uint32(column + tx + 16 * j)
+                    s[slot, f, x] = total[i, j]
+        else:
+            for i in range(4):
+                f = uint32(part * TILE + 4 * ty + i)
+                put_four(
+                    s,
+                    slot * s.shape[1] + f,
+                    column + 4 * tx,
+                    total[i, 0],
+                    total[i, 1],
+                    total[i, 2],
+                    total[i, 3],
+                )
 
     return fold
 
@@ -347,12 +408,13 @@ def scan(table, own_c, c, s, z, total_c, total_s, total_z):
 
 
 def make_read(
-    kind: int, signs: int, causal: bool, divide: bool, biased: bool
+    kind: int, signs: int, causal: bool, divide: bool, biased: bool, bfloat16: bool = False
 ) -> Callable[..., Any]:
     """Return the kernel that reads states, and the keys of the same chunk where it is causal.
 
     It divides by the denominator; or else, for the gradient of values, takes the log-norms of the
-    rows, and their log2_bias if they are `biased`.
+    rows, and their log2_bias if they are `biased`.  With `bfloat16` what is multiplied is rounded,
+    as by `make_fold`.
     """
     per_sign = 4 // signs
     moved = biased and not divide
@@ -426,21 +488,16 @@ def make_read(
                 for j in range(4):
                     level[j] = before[j]
                 if causal:
-                    project(
-                        kind,
-                        k,
-                        job[ROW],
-                        job[STEP],
-                        job[COUNT],
-                        weight,
-                        bias,
-                        job[HEAD],
-                        part,
-                        high,
-                        plain,
-                        raw,
-                        y,
-                    )
+                    if bfloat16:
+                        project_pairs(
+                            kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                            high, queries, plain, raw, y,
+                        )  # fmt: skip
+                    else:
+                        project(
+                            kind, k, job[ROW], job[STEP], job[COUNT], weight, bias, job[HEAD], part,
+                            high, plain, raw, y,
+                        )  # fmt: skip
                     stop = part_of_keys(
                         biased, y, rise, start, job[COUNT], before, level, base, cut, tops
                     )
@@ -448,28 +505,27 @@ def make_read(
                     for i in range(4):
                         p = ty + 16 * i
                         for j in range(4):
-                            keys[p * STRIDE + tx + 16 * j] = (
-                                y[i, j] if start <= p < stop else float32(0)
-                            )
+                            value = y[i, j] if start <= p < stop else float32(0)
+                            if bfloat16:
+                                y[i, j] = value
+                            else:
+                                keys[p * STRIDE + tx + 16 * j] = value
+                    if bfloat16:
+                        put_rows(y, keys)
                 if ty == 0:
                     for j in range(4):
                         f = tx + 16 * j
                         base[f], scale[f] = level[j], power(before[j] - level[j])
-                project(
-                    kind,
-                    q,
-                    job[Q_ROW],
-                    job[STEP],
-                    job[COUNT],
-                    weight,
-                    q_bias,
-                    job[HEAD],
-                    part,
-                    high_q,
-                    plain,
-                    raw,
-                    y,
-                )
+                if bfloat16:
+                    project_pairs(
+                        kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                        high_q, queries, plain, raw, y,
+                    )  # fmt: skip
+                else:
+                    project(
+                        kind, q, job[Q_ROW], job[STEP], job[COUNT], weight, q_bias, job[HEAD], part,
+                        high_q, plain, raw, y,
+                    )  # fmt: skip
                 for j in range(4):
                     level[j] = base[tx + 16 * j]
                 for i in range(4):
@@ -504,7 +560,8 @@ def make_read(
                         f = tx + 16 * j
                         if causal and p < start:
                             y[i, j] = float32(0)
-                        queries[p * STRIDE + f] = y[i, j]
+                        if not bfloat16:
+                            queries[p * STRIDE + f] = y[i, j]
                         if divide and start == 0:
                             part_of_row += (
                                 y[i, j] * z[uint32(job[SLOT]), uint32(part * TILE + f)] * scale[f]
@@ -513,19 +570,33 @@ def make_read(
                         part_of_row = total_across(part_of_row)
                         if tx == 0:
                             den[p] += part_of_row
+                if bfloat16:
+                    put_rows(y, queries)
                 cuda.syncthreads()
                 if causal:
-                    multiply_rows(queries, keys, scores)
+                    if bfloat16:
+                        multiply_pairs(queries, keys, uint32(WORDS), scores)
+                    else:
+                        multiply_rows(queries, keys, scores)
                 # counters of 64 bits would take two registers each
-                for half in range(int32(0), int32(TILE if start == 0 else 0), int32(32)):
-                    for n in range(2):
-                        r, x = (tid >> 4) + 16 * n, 4 * tx
-                        by, to = scale[half + r], uint32((r * TILE + x) & EVEN)
-                        row = four(s, job[SLOT] * s.shape[1] + part * TILE + half + r, column + x)
-                        for u in range(4):
-                            plain[to + u] = row[u] * by
+                for half in range(
+                    int32(0), int32(TILE if start == 0 else 0), int32(TILE if bfloat16 else 32)
+                ):
+                    if bfloat16:
+                        put_state(s, job[SLOT], part * TILE, column, scale, plain)
+                    else:
+                        for n in range(2):
+                            r, x = (tid >> 4) + 16 * n, 4 * tx
+                            by, to = scale[half + r], uint32((r * TILE + x) & EVEN)
+                            f = part * TILE + half + r
+                            row = four(s, job[SLOT] * s.shape[1] + f, column + x)
+                            for u in range(4):
+                                plain[to + u] = row[u] * by
                     cuda.syncthreads()
-                    multiply(queries, half, plain, 32, num)
+                    if bfloat16:
+                        multiply_pairs(queries, plain, uint32(WORDS), num)
+                    else:
+                        multiply(queries, half, plain, 32, num)
                     cuda.syncthreads()
                 for j in range(4):
                     before[j] = int32(NOTHING)
@@ -538,20 +609,38 @@ def make_read(
                 for j in range(4):
                     value = scores[i, j] if tx + 16 * j <= p else float32(0)
                     part_of_row += value
-                    queries[p * STRIDE + tx + 16 * j] = value
+                    if bfloat16:
+                        scores[i, j] = value
+                    else:
+                        queries[p * STRIDE + tx + 16 * j] = value
                 if divide:
                     part_of_row = total_across(part_of_row)
                     if tx == 0:
                         den[p] += part_of_row
-            for half in range(0, TILE, 32):
-                if not put_values(
-                    v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], half, 32, column, plain
-                ):
+            if bfloat16:
+                put_rows(scores, queries)
+            for half in range(0, TILE, TILE if bfloat16 else 32):
+                if bfloat16:
+                    clean = put_value_pairs(
+                        v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], column, plain
+                    )
+                else:
+                    clean = put_values(
+                        v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], half, 32, column,
+                        plain,
+                    )  # fmt: skip
+                if not clean:
                     cuda.atomic.min(cut, 0, -1)
                 cuda.syncthreads()
+                # zero times infinity must not reach the rows before it
                 if cut[0] >= 0:
-                    multiply(queries, half, plain, 32, num)
-                else:  # zero times infinity must not reach the rows before it
+                    if bfloat16:
+                        multiply_pairs(queries, plain, uint32(WORDS), num)
+                    else:
+                        multiply(queries, half, plain, 32, num)
+                elif bfloat16:
+                    multiply_pairs_seen(queries, plain, num)
+                else:
                     multiply_seen(queries, half, plain, 32, num)
                 cuda.syncthreads()
         for i in range(4):
@@ -566,9 +655,8 @@ def make_read(
                     by = float32(1) / by
             for j in range(4):
                 value = num[i, j] * by
-                queries[p * STRIDE + 4 * tx + j] = (
-                    value if high_q[p] != float32(MASKED) else float32(0)
-                )
+                x = tx + 16 * j if bfloat16 else 4 * tx + j
+                queries[p * STRIDE + x] = value if high_q[p] != float32(MASKED) else float32(0)
         cuda.syncthreads()
         i, x = uint32(tid >> 6), uint32(column + (tid & 63))
         while x < out.shape[1] and i < job[COUNT]:
