@@ -1,4 +1,4 @@
-"""Time the GPU benchmarks without asv, beside what else is installed: python tools/gpu.py.
+"""Time the GPU benchmarks without asv, beside what else is installed: python tools/gpu.py [bfloat16].
 
 Prints a table: the time of each call, and the floor by roofline.py; exact attention of PyTorch and
 linear attention of fla are timed where they are there.  Fails where there is no GPU.
@@ -86,6 +86,14 @@ print(time.perf_counter() - start)
 """
 
 
+def in_bfloat16():
+    """Forwards in float32, and with products of bfloat16."""
+    for kind, size in itertools.product(bench_cuda.KINDS, bench_cuda.SIZES):
+        for precision in ("full", "bfloat16"):
+            call = bench_cuda.forward(kind, size, precision=precision)
+            yield f"Forward {kind} {size} {precision}", times(call)
+
+
 def first_calls():
     """The first call of a process, which compiles, or finds what was kept."""
     with tempfile.TemporaryDirectory() as folder:
@@ -157,13 +165,14 @@ def floors():
             yield f"floor {name} {kind} {size}", Times(floor, floor)
 
 
-def main():
-    """Print all."""
+def main(part=None):
+    """Print all, or only what compares the two precisions."""
     bench_cuda.cuda()
     print("   µs: alone    in a row")
-    for name, found in itertools.chain(floors(), first_calls(), ours(), rivals()):
+    parts = [in_bfloat16()] if part else [floors(), first_calls(), ours(), rivals()]
+    for name, found in itertools.chain(*parts):
         print(f"{1e6 * found.alone:12.1f}{1e6 * found.in_a_row:12.1f}  {name}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

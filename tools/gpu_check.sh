@@ -36,6 +36,8 @@ main() {
   step "Kernels are compiled, and kept" "$python" -m favor_np.cli warmup --device cuda
   step "Another process finds them" "$python" -m favor_np.cli warmup --device cuda
   step "Installation" "$python" -m favor_np.cli info
+  step "Products of bfloat16" "$python" tests/gpu/plain.py bfloat16
+  step "How long they take" "$python" tools/gpu.py bfloat16
 
   if "$python" -c 'import pytest' 2>/dev/null; then
     # not the whole suite's settings: they need packages that may not be here

@@ -19,14 +19,15 @@ sys.path += map(str, (ROOT / "tests", CUDA, ROOT / "tools" / "cuda_on_cpu"))
 
 
 class Gpu(NamedTuple):
-    """Peaks of NVIDIA's data sheets: bytes and operations of float32 a second."""
+    """Peaks of NVIDIA's data sheets: bytes, and operations of each precision, a second."""
 
     bandwidth: float
-    float32: float
+    full: float
+    bfloat16: float
 
 
 #: SXM modules; an operation is a multiplication or an addition.
-GPUS = {"H100": Gpu(3.35e12, 67e12), "H200": Gpu(4.8e12, 67e12)}
+GPUS = {"H100": Gpu(3.35e12, 67e12, 989e12), "H200": Gpu(4.8e12, 67e12, 989e12)}
 
 #: Leading axes, positions.
 WORKLOADS = {
@@ -58,10 +59,11 @@ class Cost(NamedTuple):
     launches: int
     bytes: int
     operations: int
+    precision: str = "full"  # of the operations
 
     def floor(self, gpu):
         """Seconds that no program can beat which does this."""
-        return max(self.bytes / gpu.bandwidth, self.operations / gpu.float32)
+        return max(self.bytes / gpu.bandwidth, self.operations / getattr(gpu, self.precision))
 
 
 def nothing_allocated(recorder):
@@ -71,7 +73,7 @@ def nothing_allocated(recorder):
     return recorder
 
 
-def launches(lead, length, *, causal, gpu="H100"):
+def launches(lead, length, *, causal, gpu="H100", precision="full"):
     """What `favor_attention` launches."""
     import gate
 
@@ -81,7 +83,7 @@ def launches(lead, length, *, causal, gpu="H100"):
     q, k, v = (np.broadcast_to(np.zeros((), np.float32), shape) for _ in range(3))
     fm = favor_np.feature_map("positive", DIM, FEATURES, antithetic=True, rng=0)
     with recorder.installed():
-        favor_np.favor_attention(q, k, v, fm, causal=causal, device="cuda")
+        favor_np.favor_attention(q, k, v, fm, causal=causal, device="cuda", precision=precision)
     return recorder.launches
 
 
@@ -125,13 +127,16 @@ def moved(kernel, args):
     )
 
 
-def costs(lead, length, *, causal, gpu="H100"):
+def costs(lead, length, **options):
     """The cost of each kernel of a call, in the order of the first launches."""
     found = {}
-    for kernel, grid, args in launches(lead, length, causal=causal, gpu=gpu):
-        old = found.get(kernel.__name__, Cost(0, 0, 0))
+    for kernel, grid, args in launches(lead, length, **options):
+        name = kernel.__name__
+        # only the products of tiles are of bfloat16
+        half = inspect.getclosurevars(kernel).nonlocals.get("bfloat16")
         new = Cost(1, moved(kernel, args), operations(kernel, grid, args))
-        found[kernel.__name__] = Cost(*(a + b for a, b in zip(old, new, strict=True)))
+        both = zip(found.get(name, (0, 0, 0)), new[:3], strict=False)
+        found[name] = Cost(*(a + b for a, b in both), "bfloat16" if half else "full")
     return found
 
 
@@ -140,17 +145,17 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def floors():
+def floors(precision="full"):
     """One row for each kernel of each call."""
     rows = []
     for name, workload in WORKLOADS.items():
         for causal in (True, False):
-            table = costs(*workload, causal=causal)
+            table = costs(*workload, causal=causal, precision=precision)
             what = f"{name}, {'causal' if causal else 'full'}"
             for kernel, cost in table.items():
                 rows.append([what, kernel, cost.launches, *_cells(cost)])
                 what = ""
-            whole = Cost(*map(sum, zip(*table.values(), strict=True)))
+            whole = Cost(*map(sum, zip(*(cost[:3] for cost in table.values()), strict=True)))
             seconds = [sum(c.floor(gpu) for c in table.values()) for gpu in GPUS.values()]
             rows.append(["", "**all**", whole.launches, *_cells(whole, seconds)])
     header = ["call", "kernel", "launches", "MB", "GFLOP", *(f"{gpu}, µs" for gpu in GPUS)]
@@ -177,7 +182,16 @@ def figures():
     return markdown(header, rows)
 
 
-TABLES = {"roofline_floors": floors, "roofline_figures": figures}
+def bfloat16_floors():
+    """The same with products of bfloat16."""
+    return floors("bfloat16")
+
+
+TABLES = {
+    "roofline_floors": floors,
+    "roofline_bfloat16": bfloat16_floors,
+    "roofline_figures": figures,
+}
 
 if __name__ == "__main__":
     for table in TABLES.values():

@@ -81,6 +81,10 @@ def launched() -> dict[str, Kernel]:
                     found.projection  # noqa: B018 (it is computed when it is asked for)
         for dtype in (np.float16, ml_dtypes.bfloat16):
             in_16_bits(cases.CASES["causal-131"], dtype)
+        for name in ("causal-131", "full-131"):
+            case = cases.CASES[name]
+            arrays, fm, options = case.arrays(), case.feature_map(), case.keywords()
+            favor_np.favor_attention(*arrays, fm, device="cuda", precision="bfloat16", **options)
     return recorder.kernels
 
 

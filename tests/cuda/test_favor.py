@@ -31,14 +31,13 @@ def test_against_the_oracle(case, gpu):
     assert relative_error(out, here) < max(1e-6, case.tolerance())
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("cc", [(8, 0), (9, 0), (12, 0)])
+@pytest.mark.parametrize(("cc", "seed"), [((8, 0), 1), ((9, 0), 2), ((12, 0), 3)])
 def test_any_order_of_threads_gives_the_same_bits(cc, seed, gpu):
     case = Case(causal=True)
     fm = case.feature_map()
     gpu.cc = cc
     results = []
-    for gpu.seed in (0, seed + 1):
+    for gpu.seed in (0, seed):
         results.append(favor_attention(*case.arrays(), fm, causal=True, device="cuda"))
     assert np.array_equal(*results)
     assert relative_error(results[0], case.expected()) < case.tolerance()

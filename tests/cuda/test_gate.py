@@ -49,11 +49,13 @@ def test_the_table_has_every_kernel_that_is_launched(kernels):
 def of_the_table():
     """Kernels and architectures; variants, which differ in a few instructions, for the last one.
 
-    They are relu and elu, biased keys, gradients of the projection, and 16-bit numbers, which names
-    have in round brackets.
+    They are relu and elu, biased keys, gradients of the projection, products of bfloat16 (sm_80
+    differs from sm_89, below, in nothing here), and 16-bit numbers, which names have in round
+    brackets.
     """
+    variants = ("kind=1", "kind=2", "biased=1", "of_map=1", "bfloat16=1", "(")
     for name in TABLE:
-        varied = any(text in name for text in ("kind=1", "kind=2", "biased=1", "of_map=1", "("))
+        varied = any(text in name for text in variants)
         for cc in gate.STRICT[-1:] if varied else gate.STRICT:
             yield pytest.param(name, cc, id=f"{name}-{gate.architecture(cc)}")
 
@@ -70,7 +72,7 @@ def test_figures(name, cc, kernels):
     assert found == expected
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name.startswith(("fold", "read"))])
+@pytest.mark.parametrize("name", [name for name in TABLE if "bfloat16=0" in name])
 def test_products_load_128_bits_at_a_time(name):
     for found in TABLE[name].values():
         assert found["wide_shared_loads"] > 0
@@ -98,13 +100,15 @@ def test_other_architectures_compile(cc, kernels):
     A few words may spill here: the loops of products have none of them.
     """
     chosen = largest(kernels)
-    assert len(chosen) == 4  # biased ones as well
+    assert len(chosen) == 5  # biased ones as well, and one of bfloat16
+    if cc < (8, 0):
+        chosen = {name: kernel for name, kernel in chosen.items() if "bfloat16=1" not in name}
     if cc == ARCHITECTURES[0]:
         chosen = chosen | {name: kernel for name, kernel in kernels.items() if "[" not in name}
     for name, kernel in chosen.items():
         found = gate.figures(gate.compiled(kernel, cc), cc)
         assert found.float64 == 0, name
-        assert found.spill_stores <= 32, name
+        assert found.spill_stores <= (64 if "bfloat16=1" in name else 32), name
         assert found.shared <= 49152
         assert found.registers * THREADS <= 65536
 
@@ -116,5 +120,5 @@ def test_warming_up_launches_every_kernel_for_float32():
             for causal in (True, False):
                 warmup._call_on_gpu(fm, causal=causal)
     assert set(recorder.kernels) >= {
-        name for name in TABLE if "(" not in name and name != "convert"
+        name for name in TABLE if "(" not in name and "bfloat16=1" not in name and name != "convert"
     }

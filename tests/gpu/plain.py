@@ -9,7 +9,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "cuda"
 import cases
 import numpy as np
 from support import oracle
-from support.tolerance import relative_error
+from support.tolerance import relative_error, relative_rms
 
 import favor_np
 from favor_np.cuda import device
@@ -34,6 +34,23 @@ def errors(case, cuda):
         yield f" d{name}", error / max(np.abs(wanted).max(), 1), 10 * case.tolerance()
 
 
+def bfloat16_errors(cuda):
+    """Of products of bfloat16; and how far later keys change an earlier row, which is not at all."""
+    for name in ("causal-131", "full-131", "wide", "narrow"):
+        case = cases.CASES[name]
+        options = case.keywords() | {"precision": "bfloat16"}
+        arrays, fm = case.arrays(), case.feature_map()
+        out = favor_np.favor_attention(*map(cuda.to_device, arrays), fm, **options).copy_to_host()
+        yield f"{name} bfloat16", relative_rms(out, case.expected()), 2e-2
+        if case.causal:
+            half = case.length // 2
+            for x in arrays:
+                x[..., half:, :] *= 1e6
+            found = favor_np.favor_attention(*map(cuda.to_device, arrays), fm, **options)
+            changed = found.copy_to_host()[..., :half, :] != out[..., :half, :]
+            yield f"{name} bfloat16, later keys", float(changed.sum()), 0.5
+
+
 def main(part=""):
     """Run the cases whose names have `part`; the number of results that are wrong."""
     device.current()  # raises what is missing
@@ -51,6 +68,8 @@ def checks(cuda, part):
         if part in name:
             for text, *numbers in errors(case, cuda):
                 yield name + text, *numbers
+    if part in "bfloat16":
+        yield from bfloat16_errors(cuda)
     if part in "steps":
         yield from cases.step_errors(cuda)
 

@@ -204,9 +204,7 @@ def part_of_keys(biased, y, rise, start, count, before, level, base, cut, tops):
     return stop
 
 
-def make_fold(
-    kind: int, signs: int, biased: bool, bfloat16: bool = False
-) -> Callable[..., Any]:
+def make_fold(kind: int, signs: int, biased: bool, bfloat16: bool = False) -> Callable[..., Any]:
     """Return the kernel that folds stretches of keys, each into a state of its own.
 
     Keys that are `biased` weigh 2**bias_exponent times as much.  With `bfloat16` what is multiplied

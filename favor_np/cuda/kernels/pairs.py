@@ -92,30 +92,30 @@ def put_columns(y, tile):
 @device
 def put_state(s, slot, first, column, scale, tile):
     """Columns of 64 rows of a state, times their scales, to the rows of a tile."""
-    tid, _, _ = lane()
-    x = tid & 63
-    place, at = uint32(column + x), begin(x)
-    numbers = cuda.local.array(4, float32)
-    for n in range(4):
-        r = (tid >> 6) + 4 * n
-        for u in range(4):
-            f = r + 16 * u
-            numbers[u] = s[uint32(slot), uint32(first + f), place] * scale[f]
-        to = uint32(at + 2 * r)
-        tile[to], tile[to + 1] = pair(numbers[0], numbers[1]), pair(numbers[2], numbers[3])
+    _, ty, tx = lane()
+    numbers = cuda.local.array((4, 4), float32)
+    for u in range(4):
+        f = ty + 16 * u
+        found, by = four(s, slot * s.shape[1] + first + f, column + 4 * tx), scale[f]
+        for i in range(4):
+            numbers[u, i] = found[i] * by
+    for i in range(4):
+        to = uint32(begin(4 * tx + i) + 2 * ty)
+        tile[to] = pair(numbers[0, i], numbers[1, i])
+        tile[to + 1] = pair(numbers[2, i], numbers[3, i])
 
 
 @device
 def stage(source, row, step, count, column, tile):
     """64 columns of padded rows, neighbours in pairs, zeros where there are no rows."""
     tid, _, _ = lane()
-    x = (tid & 15) << 2
-    if column + x < source.shape[1]:
-        for n in range(4):
-            i = (tid >> 4) + 16 * n
-            to = uint32(begin(i) + (x >> 1))
+    i, x = tid >> 2, (tid & 3) << 2  # a thread stays in its row: it has one address
+    at = uint32(begin(i) + (x >> 1))
+    for n in range(4):
+        to = uint32(at + 8 * n)
+        if column + 16 * n < source.shape[1]:
             if i < count:
-                numbers = four(source, row + step * i, column + x)
+                numbers = four(source, row + step * i, column + 16 * n + x)
                 tile[to], tile[to + 1] = pair(numbers[0], numbers[1]), pair(numbers[2], numbers[3])
             else:
                 tile[to], tile[to + 1] = float32(0), float32(0)
@@ -142,7 +142,15 @@ def project_pairs(
 
 @device
 def multiply_pairs(a, b, words, total):
-    """``total[i, j] += a[ty + 16 i] . b[tx + 16 j]``: so many words of the rows of two tiles.
+    """``total[i, j] += a[ty + 16 i] . b[tx + 16 j]``: so many words of the rows of two tiles."""
+    _multiply_half(a, b, words, 0, total)  # half of them at a time, for all need more registers
+    if total.shape[1] > 2:
+        _multiply_half(a, b, words, 2, total)
+
+
+@device
+def _multiply_half(a, b, words, first, total):
+    """The same of columns j of the total from `first` on, two of them.
 
     The eight rows of `a` whose entries a warp has are columns of its products, all rows of `b` are
     their rows.
@@ -151,13 +159,16 @@ def multiply_pairs(a, b, words, total):
     # of the instruction: threads in fours, each with a row or column, or two
     group, member = (tid >> 2) & 7, tid & 3
     at = uint32(begin((tid >> 5) * 2 + (group >> 2) + ((group & 3) << 4)) + member)
-    to = uint32(begin(group) + member)
-    sums = cuda.local.array((4, 4), float32)
-    clear(sums)
+    to = uint32(begin(group) + member + SIXTEEN * first)
+    sums = cuda.local.array((2, 4), float32)
+    for j in range(2):
+        for u in range(4):
+            sums[j, u] = float32(0)
     x = uint32(0)
     while x < words:
+        cuda.syncwarp()
         right = a[at + x], a[at + x + 4]
-        for j in range(total.shape[1]):
+        for j in range(2):
             low = uint32(to + SIXTEEN * j + x)
             high = uint32(low + 8 * PITCH)
             left = b[low], b[high], b[low + 4], b[high + 4]
@@ -165,12 +176,12 @@ def multiply_pairs(a, b, words, total):
             for u in range(4):
                 sums[j, u] = found[u]
         x = uint32(x + 8)
-    _add(sums, total)
+    _add(sums, first, total)
 
 
 @device
-def _add(sums, total):
-    """Add what `multiply_pairs` has found to the entries, each by its own thread.
+def _add(sums, first, total):
+    """Add what `_multiply_half` has found to the entries, each by its own thread.
 
     Thread `tid` finds rows 2 (tid & 3) and the next of the eight, columns (tid >> 2) & 7 and 8 on
     of each sixteen; its entries are those of four rows, but of one column.  So it has them from two
@@ -179,13 +190,13 @@ def _add(sums, total):
     tid, _, _ = lane()
     half, even = (tid >> 3) & 1, tid & 1 == 0
     source = ((tid & 7) << 2) + ((tid & 16) >> 3)
-    for j in range(total.shape[1]):
+    for j in range(2):
         for u in range(2):
             low, high = sums[j, u], sums[j, 2 + u]
             one = cuda.shfl_sync(0xFFFFFFFF, low if even else high, source + half)
             other = cuda.shfl_sync(0xFFFFFFFF, high if even else low, source + 1 - half)
-            total[u, j] += other if half else one
-            total[2 + u, j] += one if half else other
+            total[u, first + j] += other if half else one
+            total[2 + u, first + j] += one if half else other
 
 
 @device

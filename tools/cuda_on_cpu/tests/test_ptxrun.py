@@ -353,6 +353,69 @@ def test_a_python_float_brings_float64():
     assert not ptxrun.float64_instructions(report.ptx)
 
 
+#: One product of a warp: lanes read eight numbers of A, four of B and four of C, and write four.
+PRODUCT = """
+.visible .entry k(
+.param .u64 k_0,
+.param .u64 k_1
+)
+{
+.reg .b32 %r<7>;
+.reg .f32 %f<16>;
+.reg .b64 %rd<4>;
+mov.u32 %r6, %laneid;
+ld.param.u64 %rd0, [k_0]; ld.param.u64 %rd1, [k_1];
+mul.wide.u32 %rd2, %r6, 64; add.s64 %rd2, %rd0, %rd2;
+mul.wide.u32 %rd3, %r6, 16; add.s64 %rd3, %rd1, %rd3;
+LOADS
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 SUMS, {%r0, %r1, %r2, %r3}, {%r4, %r5}, SUMS;
+st.global.v4.f32 [%rd3], SUMS;
+ret;
+}
+""".replace("SUMS", "{%f12, %f13, %f14, %f15}").replace(
+    "LOADS",
+    "".join(f"ld.global.f32 %f{i}, [%rd2+{4 * i}];\n" for i in range(16))
+    + "".join(f"cvt.rn.bf16x2.f32 %r{i}, %f{2 * i + 1}, %f{2 * i};\n" for i in range(6)),
+)
+
+
+def product(lanes, found):
+    spans = [(x.ctypes.data, x.nbytes) for x in (lanes, found)]
+    values = [address for address, _ in spans]
+    return ptxrun.execute_raw(PRODUCT, 1, len(lanes), values, spans)[0]
+
+
+def test_a_product_of_tensor_cores():
+    """Of numbers that are rounded to bfloat16, where the PTX ISA says that lanes have them."""
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.standard_normal(shape) for shape in ((16, 16), (16, 8), (16, 8)))
+    a[0, 0], a[3, 5], b[2, 3] = 1 + 2.0**-8, 1 + 3 * 2.0**-8, 2.0**100  # two ties, a large number
+    a[:, 2] *= 2.0**-100
+    lanes, found = np.zeros((32, 16), np.float32), np.zeros((32, 4), np.float32)
+    expected = np.zeros((32, 4))
+    bits = a.astype(np.float32).view(np.int32), b.astype(np.float32).view(np.int32)
+    near = [((x + 0x7FFF + (x >> 16 & 1)) & -0x10000).view(np.float32).astype(float) for x in bits]
+    whole = near[0] @ near[1] + c.astype(np.float32)
+    for lane in range(32):
+        group, member = divmod(lane, 4)
+        for i in range(8):
+            row, column = group + 8 * (i // 2 % 2), 2 * member + i % 2 + 8 * (i // 4)
+            lanes[lane, i] = a[row, column]
+        for i in range(4):
+            lanes[lane, 8 + i] = b[2 * member + i % 2 + 8 * (i // 2), group]
+            at = group + 8 * (i // 2), 2 * member + i % 2
+            lanes[lane, 12 + i], expected[lane, i] = c[at], whole[at]
+    assert product(lanes, found).ok
+    assert np.allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert near[0][0, 0] == 1
+    assert near[0][3, 5] == 1 + 2.0**-6
+
+
+def test_a_product_needs_a_whole_warp():
+    report = product(np.zeros((16, 16), np.float32), np.zeros((16, 4), np.float32))
+    assert "barrier" in str(report)
+
+
 @pytest.mark.parametrize(
     "line",
     ["add.f16x2 %r1, %r1, %r1;", "cp.async.ca.shared.global [%r1], [%rd1], 4;", "nonsense.b32 %r1;",
