@@ -97,6 +97,8 @@ class AttentionState:
     #: Tokens folded: by every row, or an array where rows may differ, which is never changed in
     #: place.
     _tokens: int | Array
+    #: The plan of the last plain token: see `cpu.plain`.
+    _plan: Any
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class AttentionState:
         self._arrays = engine.new_states(form, math.prod(batch_shape) * (sequences or 1))
         self._rates = self._fade = None
         self._tokens = 0
+        self._plan = None
         self._guard = Guard("AttentionState")
 
     @classmethod
@@ -428,7 +431,9 @@ class AttentionState:
         if (
             key_bias is None and decay is None and num_threads is None and check_finite is False
         ) and (self.sequences is None and self._rates is None and self._engine is cpu):
-            plan = cpu.plan_of_token(self._form, self.batch_shape, q, k, v)
+            plan = self._plan
+            if plan is None or not plan.fits(q, k, v):
+                plan = self._plan = cpu.plan_of_token(self._form, self.batch_shape, q, k, v)
             if plan is not None:
                 plain = self._guard.change(self._step, (plan, q, k, v))
                 if plain is not None:

@@ -38,14 +38,23 @@ NO_NORMALIZERS = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What plain calls of the same shapes have in common."""
+    """What plain calls for arrays of the same shapes have in common."""
 
+    shapes: tuple[Shape, Shape, Shape]
     dtype: np.dtype[Any]
     out_shape: Shape
     kernel: Kernel
     space: Workspace
     rest: tuple[Any, ...]
     count: int
+
+    def fits(self, q: Any, k: Any, v: Any) -> bool:
+        """Whether these are plain arrays of its shapes."""
+        return (
+            (type(q) is type(k) is type(v) is np.ndarray)
+            and (q.dtype is k.dtype is v.dtype is self.dtype)
+            and (q.shape, k.shape, v.shape) == self.shapes
+        )
 
     def run(self, q: Array, k: Array, v: Array, state: tuple[Array, ...] = ()) -> Array | None:
         """Return the result; None, with the state as it was, if sums of values may overflow."""
@@ -104,6 +113,7 @@ def _plan(
     if plan.work * count >= tuning.MIN_PARALLEL_WORK or (of is not None and not tokens):
         return None
     return Plan(
+        (q, k, v),
         dtype,
         (*shape[:-2], shape[-1]) if flat else shape,
         plan.layout.attend_tokens if tokens else plan.layout.attend,
