@@ -180,6 +180,46 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _remembering(target: Any) -> Iterator[None]:
+    """Let Numba resolve each call and attribute of some types once, and look for no more functions.
+
+    It would ask all that it knows anew at every place, and first whether it knows more by now.
+    """
+    typing, lowering = target.typing_context, target.target_context
+    typing.refresh()
+    lowering.refresh()
+    typing.refresh = lambda: None
+    first = next(iter(lowering._registries))  # where intrinsics go
+    lowering.refresh = lambda: lowering.install_registry(first)
+    for name in "resolve_function_type", "resolve_getattr":
+        setattr(typing, name, _remembered(getattr(typing, name)))
+    try:
+        yield
+    finally:
+        for name in "resolve_function_type", "resolve_getattr", "refresh":
+            delattr(typing, name)
+        del lowering.refresh
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def resolve(subject: Any, args: Any, kws: Any = None) -> Any:
+        key = subject, args if isinstance(args, str) else tuple(args), tuple((kws or {}).items())
+        try:
+            if key in known:
+                return known[key]
+        except TypeError:  # an index may be a slice
+            key = None
+        found = function(subject, args) if kws is None else function(subject, args, kws)
+        if key is not None:
+            known[key] = found
+        return found
+
+    return resolve
+
+
 def _collect(library: Any, found: list[Any]) -> None:
     """Add the libraries that one needs, those first that need no other."""
     for each in library._linking_libraries:
@@ -202,10 +242,8 @@ def compile_kernel(body: Any, kind: Any, symbol: str, way: str) -> bytes:
 
     It returns what the body does, or -1 if that has raised an error.
     """
-    with global_compiler_lock, _no_collector():
-        target = registry.cpu_target
-        target.typing_context.refresh()
-        target.target_context.refresh()
+    target = registry.cpu_target
+    with global_compiler_lock, _no_collector(), _remembering(target):
         library = _Kernel(codegen_for(way), symbol)
         library.symbol = symbol
         result = compiler.compile_extra(
