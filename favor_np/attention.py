@@ -10,7 +10,7 @@ import numpy.typing as npt
 from favor_np import decay as decays
 from favor_np import validation
 from favor_np.call import Call, Options, StateForm
-from favor_np.engine import Engine, engine_for, refuse
+from favor_np.engine import Engine, engine_for, processor, refuse
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.state import AttentionState
 
@@ -190,6 +190,15 @@ def favor_attention(
     >>> favor_np.favor_attention(q, k, v, fm, causal=True).ravel()
     array([1.        , 0.5       , 0.33333333])
     """
+    if (
+        (key_mask is None and key_bias is None and cu_seqlens is None and decay is None)
+        and (window is None and state is None and out is None)
+        and (num_threads is None and device is None and precision == "full")
+        and (enable_gqa is False and return_state is False and check_finite is False)
+    ):
+        plain = processor().attend_plainly(q, k, v, feature_map, causal)
+        if plain is not None:
+            return plain
     call = check(
         q,
         k,

@@ -97,6 +97,8 @@ class AttentionState:
     #: Tokens folded: by every row, or an array where rows may differ, which is never changed in
     #: place.
     _tokens: int | Array
+    #: The plan of the last plain token: see `cpu.plain`.
+    _plan: Any
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class AttentionState:
         self._arrays = engine.new_states(form, math.prod(batch_shape) * (sequences or 1))
         self._rates = self._fade = None
         self._tokens = 0
+        self._plan = None
         self._guard = Guard("AttentionState")
 
     @classmethod
@@ -424,6 +427,17 @@ class AttentionState:
         RuntimeError
             If a call that changed the state was interrupted, and spoiled it.
         """
+        cpu = processor()
+        if (
+            key_bias is None and decay is None and num_threads is None and check_finite is False
+        ) and (self.sequences is None and self._rates is None and self._engine is cpu):
+            plan = self._plan
+            if plan is None or not plan.fits(q, k, v):
+                plan = self._plan = cpu.plan_of_token(self._form, self.batch_shape, q, k, v)
+            if plan is not None:
+                plain = self._guard.change(self._step, (plan, q, k, v))
+                if plain is not None:
+                    return plain
         engine, (q, k, v, _) = self._engine.receive(q, k, v)
         if key_bias is not None:
             key_bias = validation.number_a_token(
@@ -451,6 +465,16 @@ class AttentionState:
         ends = None if self.sequences is None else np.arange(self.sequences + 1)
         out = self._run(call, ends, decay)
         return out.reshape(*out.shape[:-2], out.shape[-1]) if flat else out
+
+    def _step(self, given: tuple[Any, Any, Any, Any]) -> Array | None:
+        """Append a plain token; None, and nothing was done, if it or the state is not plain."""
+        plan, q, k, v = given
+        if self._fade is not None:
+            return None
+        out: Array | None = plan.run(q, k, v, self._arrays)
+        if out is not None:
+            self._tokens = self._tokens + 1
+        return out
 
     def _fits(
         self,

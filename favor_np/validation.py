@@ -87,7 +87,7 @@ def float_dtype(name: str, value: npt.DTypeLike | None) -> np.dtype[Any]:
         raise TypeError(f"{name} must be float32 or float64, got {got(value)}") from None
     if value is None or dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(f"{name} must be float32 or float64, got {got(value)}")
-    return dtype
+    return np.dtype(dtype.type)  # the one object that arrays have: compared in no time
 
 
 # ----------------------------------------------------------------------------------------

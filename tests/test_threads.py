@@ -17,7 +17,6 @@ from support.child import BEGIN, HANG, python
 import favor_np
 from favor_np import exact_attention, favor_attention, thread_limit
 from favor_np.cpu import launch, threads
-from favor_np.cpu.record import fixed
 from favor_np.cpu.records import COUNT, FINISHED, NEXT
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
@@ -70,7 +69,7 @@ class Kernel:
 def run(pool, kernel, count, number, array=None):
     """Call a kernel on one array; its control words."""
     array = np.ones(1) if array is None else array
-    return pool.call(kernel, (array,), fixed(()), count, number)
+    return pool.call(kernel, (array,), (), count, number)
 
 
 def test_caller_waits_for_what_a_helper_has_claimed():

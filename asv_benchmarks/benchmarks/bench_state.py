@@ -4,7 +4,7 @@ import numpy as np
 
 import favor_np
 from favor_np.cpu import launch
-from favor_np.cpu.record import HEAD, pack
+from favor_np.cpu.record import pack
 from favor_np.cpu.records import CONTROL, COUNT
 
 from .common import TIMER, feature_map, full_only, interleave, warm
@@ -83,7 +83,8 @@ class Decode:
             del pool.call
         ((kernel, arrays, rest, count, _),) = seen
         control = np.zeros(CONTROL, np.int64)
-        block, run = HEAD + pack((*arrays, control)) + rest.block, kernel.load()
+        record = (*arrays, control, *rest)
+        block, run = pack(record), kernel.load()
 
         def again():
             control[:] = 0

@@ -88,7 +88,7 @@ class Kernel:
         return f"{TARGET.level}-{self.way}" if self.way else TARGET.level
 
     def __call__(self, block: bytes) -> int:
-        """Run it on a block of `record.pack`, whose arrays are kept meanwhile."""
+        """Run it on a block of `record.pack`, whose record is kept meanwhile."""
         return self.load()(block)
 
     def load(self) -> Callable[[bytes], int]:

@@ -11,7 +11,7 @@ from favor_np import validation
 from favor_np.call import Arrays, Call, check_call
 
 if TYPE_CHECKING:
-    from favor_np.cpu import launch, states
+    from favor_np.cpu import launch, plain, states
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -79,14 +79,17 @@ class CPU:
         projection_vjp = staticmethod(launch.projection_vjp)
         attend_exact = staticmethod(launch.attend_exact)
         exact_vjp = staticmethod(launch.exact_vjp)
+        attend_plainly = staticmethod(plain.attend_plainly)
+        plan_of_token = staticmethod(plain.plan_of_token)
     else:
 
         def __getattr__(self, name):
             """Load what computes, and Numba with it, when it is first needed."""
             if name.startswith("_"):
                 raise AttributeError(name)
-            from favor_np.cpu import launch, states
+            from favor_np.cpu import launch, plain, states
 
-            function = getattr(launch if hasattr(launch, name) else states, name)
+            home = next((m for m in (launch, plain) if hasattr(m, name)), states)
+            function = getattr(home, name)
             setattr(self, name, function)
             return function

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from favor_np.call import Call, Cotangents, ErrorBars, Forward, StateForm, sum_heads
 from favor_np.cpu import memory, scaling, schedule, tuning
-from favor_np.cpu.code import Kernel, kernel
+from favor_np.cpu.code import kernel
 from favor_np.cpu.layout import (
     Layout,
     exact_parameters,
@@ -22,7 +22,7 @@ from favor_np.cpu.layout import (
     worth_bfloat16,
 )
 from favor_np.cpu.pairs import TILE_CONFIG
-from favor_np.cpu.record import Fixed, fixed
+from favor_np.cpu.plain import NO_BIAS, NO_MASK, NO_NORMALIZERS
 from favor_np.cpu.records import OVERFLOW, TROUBLE
 from favor_np.cpu.scaling import holds_large
 from favor_np.cpu.states import copy_states, empty, has_tails, layout_of, merge_states
@@ -47,13 +47,6 @@ from favor_np.validation import contiguous
 Array: TypeAlias = npt.NDArray[Any]
 
 _PLAIN, _PAIRS, _PARTS = frozenset[str](), frozenset(["pairs"]), frozenset(["parts"])
-_NO_MASK = np.ones(1, np.bool_)
-_NO_MASK.flags.writeable = False
-_NO_BIAS = np.zeros(1)
-_NO_NORMALIZERS = {
-    np.dtype(kind): (np.zeros(0, kind), np.zeros(0, memory.integer_of(np.dtype(kind))))
-    for kind in (np.float32, np.float64)
-}
 
 
 def state_sums(form: StateForm, arrays: Any) -> tuple[Array, Array, Array]:
@@ -75,10 +68,10 @@ def fold_tails(form: StateForm, arrays: Any) -> None:
         keys,
         keys,
         nothing,
-        _NO_MASK,
-        _NO_BIAS,
+        NO_MASK,
+        NO_BIAS,
         nothing,
-        *_NO_NORMALIZERS[form.dtype],
+        *NO_NORMALIZERS[form.dtype],
     )
     _Launch(layout, arrays_of_call, 1).fold_tails(arrays)
 
@@ -161,11 +154,11 @@ def _attend_windows(
 
 
 def _mask(call: Call) -> Array:
-    return _NO_MASK if call.mask is None else call.mask
+    return NO_MASK if call.mask is None else call.mask
 
 
 def _log2_bias(call: Call) -> Array:
-    return _NO_BIAS if call.log2_bias is None else call.log2_bias
+    return NO_BIAS if call.log2_bias is None else call.log2_bias
 
 
 def _attend_scaled(call: Call, v: Array, out: Array, state: Any) -> None:
@@ -297,7 +290,7 @@ def _pull(
         more = () if layout.parts is None else (*layout.parts, TILE_CONFIG)
         fields = constants, jobs.table, *layout.weights, *layout.natural, *more
         known = kernel("pull", dtype, layout.variant & {"parts"})
-        overflow = bool(_run(known, arrays, fixed(fields), count, workers, space)[OVERFLOW])
+        overflow = bool(space.run(known, arrays, fields, count, min(workers, count))[OVERFLOW])
     pulled = _Pulled(layout, jobs, slots, to, states)
     unseen = (*(to[4:] if projection else ()), *(() if states is None else states[1:]))
     if overflow or not all(np.isfinite(x).all() for x in unseen):  # the kernel looks at rows only
@@ -389,12 +382,11 @@ class _Launch:
         if state is not None:
             space, arrays = layout.stateless, (*arrays, *state)
         known = layout.attend_tokens if tokens else layout.attend
-        if self.plan is not None and jobs is self.plan.jobs and not layout.variant:
+        if self.plan is not None and jobs is self.plan.jobs and self.bars is None:
             rest = self.plan.fixed
         else:
-            more = () if tokens else self._more()
-            rest = schedule.fixed_of(layout, constants, jobs, more)
-        control = _run(known, arrays, rest, count, self.threads, space)
+            rest = schedule.fixed_of(layout, constants, jobs, self._more())
+        control = space.run(known, arrays, rest, count, min(self.threads, count))
         if control[OVERFLOW]:
             self.overflow = True
 
@@ -437,18 +429,15 @@ class _Launch:
 
     def _more(self, words: Array | None = None, keys: Array | None = None) -> tuple[Any, ...]:
         """Return the fields of `Attend` of which there are variants."""
-        bars, layout, none = self.bars, self.layout, (None, None)
-        if words is None and not layout.variant:
-            return ()
-        error_bars: tuple[Any, ...] = (*none, *none)
+        bars, more = self.bars, self.layout.more
+        error_bars = more[2:6]
         if bars is not None:
             v = self.arrays[2]
             rows = v.size // v.shape[-1] // len(bars.variances)
             numbers = np.array([bars.dof, bars.prior_dof, bars.t_factor, rows])
             variances = np.ascontiguousarray(bars.variances)
             error_bars = (bars.errors, bars.sizes, variances, numbers)
-        parts = none if layout.parts is None else layout.parts[:2]
-        return words, keys, *error_bars, *parts, TILE_CONFIG
+        return words, keys, *error_bars, *more[6:]
 
     def fold(self, constants: Array, folds: Jobs, totals: Any) -> None:
         """Fold segments into states of their own, then merge these in order into their totals."""
@@ -471,7 +460,7 @@ def normalizers(out: Array) -> tuple[Array, Array]:
 def _flat(normalizers: tuple[Array, Array] | None, dtype: np.dtype[Any]) -> tuple[Array, ...]:
     """Return the denominators of rows, one after the other; none if there are none."""
     if normalizers is None:
-        return _NO_NORMALIZERS[dtype]
+        return NO_NORMALIZERS[dtype]
     return tuple(w.reshape(-1) for w in normalizers)
 
 
@@ -506,7 +495,7 @@ def attend_exact(call: Call, out: Array, normalizers: tuple[Array, Array] | None
     space = exact_workspace(dtype, q.shape[-1], v.shape[-1], variant)
     workers = _threads(_exact_work(call), call.num_threads)
     known = kernel("attend_exact", dtype, variant)
-    control = _run(known, arrays, fixed(fields), len(table), workers, space)
+    control = space.run(known, arrays, fields, len(table), min(workers, len(table)))
     if control[OVERFLOW] and holds_large(values):
         power, rows = scaling.POWER[dtype.itemsize], np.empty_like(out)
         attend_exact(replace(call, v=scaling.scaled(values, -power)), rows)
@@ -529,7 +518,7 @@ def _exact_work(call: Call) -> int:
 def _factors(call: Call, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """Return what the weights of keys are multiplied with, as exponents and shares of 1/2 to 1."""
     if call.log2_bias is None:
-        return _NO_NORMALIZERS[dtype][::-1]
+        return NO_NORMALIZERS[dtype][::-1]
     whole = np.ceil(call.log2_bias)
     shares = np.exp2((call.log2_bias - whole).astype(dtype))
     return whole.astype(memory.integer_of(dtype)).reshape(-1), shares.reshape(-1)
@@ -570,7 +559,7 @@ def exact_vjp(call: Call, forward: Forward, grad_out: Array, grads: list[Array])
     workers = _threads(4 * _exact_work(call), call.num_threads)
     space = exact_vjp_workspace(dtype, dim, v.shape[-1])
     known = kernel("differentiate_exact", dtype)
-    _run(known, arrays, fixed(fields), len(jobs.table), workers, space)
+    space.run(known, arrays, fields, len(jobs.table), min(workers, len(jobs.table)))
     for part in sums[1:]:
         sums[0] += part
     rows = sums[0, :, :queries] if call.offsets is None else sums[0].take(jobs.places, 1)
@@ -609,23 +598,3 @@ def _cotangents(forward: Forward, g: Array) -> tuple[Array, ...]:
         inverse[bad] = delta[bad] = np.nan
         inverse[w == 0] = delta[w == 0] = 0
     return g, inverse, delta, tops
-
-
-def _run(
-    known: Kernel,
-    arrays: tuple[Array, ...],
-    rest: Fixed,
-    count: int,
-    workers: int,
-    space: memory.Workspace,
-) -> Array:
-    """Run jobs on threads with such a workspace each; the control words.
-
-    `arrays` are the fields up to the workspace, `rest` those behind the control words.
-    """
-    workers = min(workers, count)
-    mine = memory.borrow(space, workers)
-    try:
-        return POOL.call(known, arrays + mine, rest, count, workers)
-    finally:
-        memory.give_back(space, workers, mine)

@@ -102,6 +102,15 @@ class Layout:
         """The kernel for jobs of one token."""
         return kernel("attend_tokens", self.dtype)
 
+    @functools.cached_property
+    def more(self) -> tuple[Any, ...]:
+        """The fields of `records.Attend` of which there are variants: its last.
+
+        Those of pipelines and of error bars are for whoever has some.
+        """
+        parts = (None, None) if self.parts is None else self.parts[:2]
+        return (*[None] * 6, *parts, pairs.TILE_CONFIG)
+
 
 class _Blocks:
     """How the rows of W are cut into blocks of `width`, the first `filled` of which are used."""

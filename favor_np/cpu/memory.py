@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np.cpu import tuning
+from favor_np.cpu.code import Kernel
 from favor_np.cpu.record import Room
+from favor_np.cpu.threads import POOL
 from favor_np.cpu.tiles import PAD, TAIL
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -90,6 +92,24 @@ class Workspace:
         if not pipeline:
             return *states, rooms
         return *states, rooms, aligned((pipeline, *self.keys), self.dtype)
+
+    def run(
+        self,
+        kernel: Kernel,
+        arrays: tuple[Any, ...],
+        rest: tuple[Any, ...],
+        count: int,
+        threads: int,
+    ) -> Array:
+        """Run jobs on threads with such memory each; the control words.
+
+        `arrays` are the fields up to this memory, `rest` those behind the control words.
+        """
+        mine = borrow(self, threads)
+        try:
+            return POOL.call(kernel, arrays + mine, rest, count, threads)
+        finally:
+            give_back(self, threads, mine)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,8 +1,9 @@
 """What kernels take: one pointer to one block, whose fields Python and kernels know by name.
 
-A record is a ``NamedTuple`` of arrays.  Its block has the addresses of the array objects: where
-their data are and how long their axes are, the kernel reads there itself, in the layout of NumPy's
-C API.  A room is a block of the tiles that one thread works on, which lie behind it.
+A record is a tuple of arrays, whose fields a ``NamedTuple`` names.  Its block has the addresses of
+the array objects: where their data are and how long their axes are, the kernel reads there itself,
+in the layout of NumPy's C API.  A room is a block of the tiles that one thread works on, which lie
+behind it.
 
 Each field says what its array is: a kind and a number of axes, all in C order, and of which
 variants of the kernel it is, if not of all.
@@ -10,6 +11,7 @@ variants of the kernel it is, if not of all.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import struct
@@ -43,7 +45,8 @@ class Field:
     ndim: int = 1
     variants: tuple[str, ...] = ()
     block: Any = None
-    #: Whether any number of leading axes counts as the first, whose length the kernel does not ask.
+    #: Whether any number of leading axes, or none, counts as the first: the kernel does not ask for
+    #: its length.
     rows: bool = False
 
     def dtype(self, float_dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -80,25 +83,12 @@ def fields(cls: Any) -> dict[str, Field]:
 
 #: How a block begins: with where NumPy's fields are in an array object, behind what every Python
 #: object has.
-HEAD = struct.pack("=q", object.__basicsize__)
-_PACK = [struct.Struct(f"={count}q").pack for count in range(64)]
+_HEAD = struct.pack("=q", object.__basicsize__)
 
 
-def pack(arrays: tuple[Any, ...]) -> bytes:
-    """Return the addresses of arrays, which must outlive the block that begins with HEAD."""
-    return _PACK[len(arrays)](*map(id, arrays))
-
-
-class Fixed(NamedTuple):
-    """The last arrays of a record, and their part of the block."""
-
-    arrays: tuple[Any, ...]
-    block: bytes
-
-
-def fixed(arrays: tuple[Any, ...]) -> Fixed:
-    """Prepare the last arrays of records for any number of calls."""
-    return Fixed(arrays, pack(arrays))
+def pack(record: tuple[Any, ...]) -> bytes:
+    """Return the block of a record, which must outlive it: the addresses that the tuple holds."""
+    return _HEAD + ctypes.string_at(id(record) + tuple.__basicsize__, 8 * len(record))
 
 
 #: Words of a tile in the block of a room: where it begins, and its axes.

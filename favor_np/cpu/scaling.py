@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from favor_np.cpu.code import kernel
-from favor_np.cpu.record import HEAD, pack
+from favor_np.cpu.record import pack
 from favor_np.cpu.tiles import PAD
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -25,7 +25,7 @@ POWER = {4: 96, 8: 768}
 def holds_large(rows: Array) -> bool:
     """Whether sums of these numbers may overflow."""
     rows = rows.reshape(-1, rows.shape[-1] if rows.size else 1)
-    return kernel("holds_large", rows.dtype)(HEAD + pack((rows,))) > 0
+    return kernel("holds_large", rows.dtype)(pack((rows,))) > 0
 
 
 def power_of(*rows: Array) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 from favor_np.cpu import records as names
 from favor_np.cpu import tuning
 from favor_np.cpu.layout import Layout, layout
-from favor_np.cpu.record import Fixed, fixed
 from favor_np.cpu.threads import give_way
 from favor_np.cpu.tiles import CHUNK, KEY_TILES, QUERY_TILES
 from favor_np.features import FeatureMap
@@ -49,7 +48,7 @@ class Schedule(NamedTuple):
     jobs: Jobs
     longest: int
     work: int  # multiply-adds of a job's projections
-    fixed: Fixed
+    fixed: tuple[Any, ...]  # the fields of `records.Attend` behind the control words
 
 
 @tuning.depends_on_tuning
@@ -68,16 +67,15 @@ def schedule(
     longest = max(shapes.q[-2], shapes.k[-2])
     constants = of.causal if causal else of.bidirectional
     work = longest * of.features * shapes.q[-1]
-    return Schedule(of, constants, to_do, longest, work, fixed_of(of, constants, to_do))
+    return Schedule(of, constants, to_do, longest, work, fixed_of(of, constants, to_do, of.more))
 
 
-def fixed_of(of: Layout, constants: Array, jobs: Jobs, more: tuple[Any, ...] = ()) -> Fixed:
+def fixed_of(of: Layout, constants: Array, jobs: Jobs, more: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the fields of `records.Attend` behind the control words.
 
     `more` are those of variants.
     """
-    arrays = constants, jobs.table, jobs.q_rows, jobs.out_rows, *of.weights
-    return fixed((*arrays, *more))
+    return constants, jobs.table, jobs.q_rows, jobs.out_rows, *of.weights, *more
 
 
 def segments(of: Jobs) -> tuple[Jobs, Jobs]:

@@ -12,7 +12,6 @@ from favor_np.call import StateForm, StateParts
 from favor_np.cpu import memory, scaling
 from favor_np.cpu.code import kernel
 from favor_np.cpu.layout import Layout, layout
-from favor_np.cpu.record import fixed
 from favor_np.cpu.threads import POOL
 from favor_np.cpu.tiles import PAD, TAIL
 
@@ -115,5 +114,5 @@ def states_of(form: StateForm, parts: StateParts) -> tuple[Array, ...]:
 def merge_states(into: Any, other: Any) -> None:
     """Add the states `other` to the states `into`, of equal shapes and without tails."""
     c, s, z = into
-    POOL.call(kernel("merge", z.dtype), (c, s, z, *other), fixed(()), len(c), 1)
+    POOL.call(kernel("merge", z.dtype), (c, s, z, *other), (), len(c), 1)
     scaling.keep_in_range(into)

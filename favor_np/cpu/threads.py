@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from favor_np.cpu.record import HEAD, Fixed, pack
+from favor_np.cpu.record import pack
 from favor_np.cpu.records import CONTROL, COUNT, FINISHED
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class TilePool:
             if job is None:
                 return
             try:
-                run, block, _arrays, count, done, errors = job
+                run, block, _record, count, done, errors = job
             except ValueError:  # emptied: that call is over
                 continue
             try:
@@ -209,7 +209,7 @@ class TilePool:
             except BaseException as error:  # the caller must not wait for ever
                 errors.append(error)
             # Do not keep the caller's arrays alive until the next job.
-            job = run = block = _arrays = done = errors = None
+            job = run = block = _record = done = errors = None
 
     def _steer(self) -> None:
         """Keep the helpers off the caller's processor: the scheduler likes to put them there."""
@@ -236,7 +236,7 @@ class TilePool:
         self,
         kernel: Kernel,
         arrays: tuple[Any, ...],
-        rest: Fixed,
+        rest: tuple[Any, ...],
         count: int,
         threads: int,
     ) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -248,8 +248,8 @@ class TilePool:
         run = kernel.load()  # compile alone: who interrupts that shall not wait for it
         control = np.zeros(CONTROL, np.int64)
         control[COUNT] = count
-        arrays = (*arrays, control)
-        block = HEAD + pack(arrays) + rest.block
+        record = (*arrays, control, *rest)
+        block = pack(record)
         if threads <= 1 or count <= 1:
             if run(block) < 0:
                 raise _failure()
@@ -258,7 +258,7 @@ class TilePool:
         try:
             callers[me] = True
             helpers = min(threads - len(callers), count - 1)  # other callers fill the machine too
-            self._share(run, block, (arrays, rest), control, helpers)
+            self._share(run, block, record, control, helpers)
         finally:
             callers.pop(me, None)
         return control
@@ -267,7 +267,7 @@ class TilePool:
         self,
         run: Callable[[bytes], int],
         block: bytes,
-        kept: tuple[Any, ...],
+        record: tuple[Any, ...],
         control: Any,
         helpers: int,
     ) -> None:
@@ -278,7 +278,7 @@ class TilePool:
             self._steer()
         count, done, errors = int(control[COUNT]), threading.Lock(), list[BaseException]()
         done.acquire()
-        job: list[Any] = [run, block, kept, count, done, errors]
+        job: list[Any] = [run, block, record, count, done, errors]
         finished = 0
         try:
             try:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from favor_np.cpu.code import kernel
-from favor_np.cpu.record import fixed
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.cpu.tiles import LAYER_ROWS
 from favor_np.nn.memory import empty, empty_like
@@ -34,7 +33,7 @@ def _run(name: str, arrays: tuple[Array, ...], rest: tuple[Array, ...], count: i
     """Run so many jobs; the first array has the dtype that is computed in."""
     if count:
         threads = 1 if arrays[0].size + arrays[1].size < LEAST else resolve_threads(None)
-        POOL.call(kernel(name, arrays[0].dtype), arrays, fixed(rest), count, threads)
+        POOL.call(kernel(name, arrays[0].dtype), arrays, rest, count, threads)
 
 
 def _blocks(rows: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from favor_np.cpu.record import fixed
 from favor_np.cpu.threads import POOL, resolve_threads
 from favor_np.nn.blas import one_thread
 from favor_np.nn.memory import empty
@@ -56,7 +55,7 @@ def share(do: Callable[[int], object], count: int) -> None:
             do(job)
         return
     jobs = _Jobs(do, count)
-    POOL.call(cast(Any, jobs), (), fixed(()), count, threads)
+    POOL.call(cast(Any, jobs), (), (), count, threads)
     if jobs.errors:
         raise jobs.errors[0]
 

@@ -65,11 +65,12 @@ def test_later_keys_change_no_bit(gpu):
     assert np.isnan(found[:, changed:]).all()
 
 
-def test_infinite_values_reach_the_rows_after_them(gpu):
+@pytest.mark.parametrize("value", [np.inf, np.finfo(np.float32).max])  # of which infinity is made
+def test_infinite_values_reach_the_rows_after_them(value, gpu):
     case = Case(length=TILE + 9, causal=True)
     q, k, v = case.arrays()
     clean = in_bfloat16(case, q, k, v)
-    v[:, 5, 1] = np.inf
+    v[:, 5, 1] = value
     found = in_bfloat16(case, q, k, v)
     assert not np.isfinite(found[:, 5:, 1]).any()
     assert np.array_equal(found[:, :5], clean[:, :5])

@@ -5,6 +5,7 @@ Run as a program (python -m support.guard), it makes every kind of call on such 
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import mmap
 import sys
@@ -26,6 +27,7 @@ from favor_np.cpu import memory, record
 from favor_np.cpu.processor import amx_unavailable
 from favor_np.cpu.tiles import ChunkTiles, Sizes, chunk_room
 from favor_np.engine import processor
+from favor_np.nn import fused
 from support.tuning import tuned
 from support.workspaces import forget_workspaces, tiles_of
 
@@ -158,6 +160,54 @@ def attend_exactly(q, k, v, mask, out, front):
     call.engine.exact_vjp(call, Forward(out, normalizers), out, grads)
 
 
+def attend_with_options(q, k, v, W, front):
+    """Calls with biases, forgetting, windows and packed sequences."""
+    fm, causal = FeatureMap.from_projection(W, "positive"), as_many(q, k, v, front)
+    length = causal[0].shape[1]
+    bias, decay = (guarded((2, length), q.dtype, front) for _ in range(2))
+    ends = guarded(3, np.int64, front)
+    decay[...], ends[:] = 0.9, [0, length // 2, length]
+    for options in ({"key_bias": bias}, {"decay": decay}, {"window": 7}):
+        exact_attention(*causal, causal=True, **options)
+        out, pullback = favor_attention_vjp(*causal, fm, causal=True, **options)
+        pullback(out)
+    favor_attention(*causal, fm, causal=True, cu_seqlens=ends)
+
+
+def pass_through_layers(v, front):
+    """Every kernel of layers, there and back."""
+
+    def like(x):
+        return guarded(np.shape(x), v.dtype, front)
+
+    with mock.patch.multiple(
+        fused,
+        empty=functools.partial(guarded, front=front),
+        empty_like=lambda x: guarded(x.shape, x.dtype, front),
+    ):
+        weight = like(v[0, 0])
+        for bias, shifted in itertools.product((None, weight), (False, True)):
+            norm = fused.Norm(v, weight, bias, 1e-5, centred=True, shifted=shifted)
+            norm.back(norm.y)
+        for name in (*fused.FUNCTIONS, *fused.GATED):
+            wide = guarded((*v.shape[:-1], 2 * v.shape[-1]), v.dtype, front)
+            fused.activate_back(name, wide, fused.activate(name, wide))
+        length, dim = v.shape[-2], 2 * v.shape[-1]
+        lengths, turns = guarded(3, v.dtype, front), like(np.empty((2, length, dim)))
+        rows = like(np.empty((2, length, 4 * dim)))
+        for options in ({}, {"lengths": lengths, "turns": (turns[0], turns[1])}):
+            for adjacent in (False, True):
+                heads = fused.Heads((2, 1, 1), dim, adjacent=adjacent, **options)
+                heads.merge(heads.split(rows), rows)
+        targets = guarded(length, np.int64, front)
+        fused.cross_entropy(v[0], targets, 1.0)
+        vectors = tuple(guarded(v.size, v.dtype, front) for _ in range(4))
+        pieces, constants = guarded((1, 3), np.int64, front), guarded(7, np.float64, front)
+        pieces[0] = 0, v.size, 1
+        fused.square_sum(vectors[0], pieces)
+        fused.adam(vectors, pieces, constants)
+
+
 def as_many(q, k, v, front):
     """As many queries as keys, also guarded."""
     n, found = min(q.shape[1], k.shape[1]), []
@@ -179,6 +229,8 @@ def main():
                 for kind, antithetic in (("positive", False), ("positive", True), ("elu", False)):
                     attend_and_differentiate(q, k, v, mask, out, W, kind, antithetic, front)
                 attend_exactly(q, k, v, mask, out, front)
+                attend_with_options(q, k, v, W, front)
+                pass_through_layers(v, front)
     print("no fault")
 
 

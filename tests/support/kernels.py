@@ -24,4 +24,4 @@ def compiled(body, cls, dtype=np.float32, **options):
     """A function that calls it with the fields of a record; the optional ones may be left out."""
     symbol = f"test_kernel_{next(_numbers)}"
     function = code._link(object_code(body, cls, dtype, symbol=symbol, **options), symbol)
-    return lambda *arrays: function(record.HEAD + record.pack(arrays))
+    return lambda *arrays: function(record.pack(arrays))

@@ -26,13 +26,14 @@ def state_error(state, other):
     return max(relative_error(got, expected) for got, expected in pairs)
 
 
-def tolerance(q, k, feature_map, dtype, decay=None):
+def tolerance(q, k, feature_map, dtype, decay=None, steps=64):
     """What rounding the log-features costs: eps times the largest, and a little more.
 
-    With a decay, also the rounding of the up to 64 steps by which a chunk raises a key.
+    With a decay, also the rounding of the steps by which a key is raised: 64 in a chunk, and all
+    those of a sequence where it is compared with its pieces.
     """
     longest = max(np.max(np.sum(x.astype(float) ** 2, -1), initial=0) for x in (q, k)) ** 0.5
     widest = np.max(np.linalg.norm(feature_map.key_weight, axis=-1))
     largest = 4 * widest * longest + 2 * feature_map.key_norm * longest**2
     rate = 0 if decay is None else -np.log2(np.min(decay))
-    return np.finfo(dtype).eps * (8 + largest + 64 * rate)
+    return np.finfo(dtype).eps * (8 + largest + steps * rate)

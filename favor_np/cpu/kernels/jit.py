@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import compiler, compiler_machinery, cpu, registry
+from numba.core import compiler, compiler_machinery, cpu, lowering, registry
+from numba.core import ir as numba_ir
 from numba.core import typed_passes as typed
 from numba.core import untyped_passes as untyped
 from numba.core.codegen import AOTCodeLibrary, AOTCPUCodegen
 from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.compiler_machinery import PassManager
+from numba.core.compiler_machinery import PassManager, register_pass
 
 from favor_np.cpu.processor import TARGET
 
@@ -42,6 +44,47 @@ class _Codegen(AOTCPUCodegen):  # type: ignore[misc]  # Numba's classes have no 
         return TARGET.features_for(self._way)
 
 
+class _Lower(lowering.Lower):  # type: ignore[misc]  # Numba's classes have no types
+    """From Numba's form to LLVM's: what is assigned once is a value, and nothing counts references.
+
+    Numba would keep each variable that two blocks know in memory, and clear it after its last use.
+    """
+
+    def _find_singly_assigned_variable(self) -> None:
+        assigned: Counter[str] = Counter()
+        early = set()  # read before they are assigned, in the order in which blocks are lowered
+        for _, block in sorted(self.blocks.items()):
+            for statement in block.body:
+                if isinstance(statement, numba_ir.Del):
+                    continue
+                is_assignment = isinstance(statement, numba_ir.Assign)
+                reads = statement.value if is_assignment else statement
+                if isinstance(reads, numba_ir.Var):
+                    early |= {reads.name} - assigned.keys()
+                elif isinstance(reads, numba_ir.Inst):
+                    early |= {each.name for each in reads.list_vars()} - assigned.keys()
+                if is_assignment:
+                    assigned[statement.target.name] += 1
+        self._singly_assigned_vars = {name for name, n in assigned.items() if n == 1} - early
+        self._blk_local_varmap: dict[str, Any] = {}
+
+    def storevar(self, value: Any, name: str, argidx: int | None = None) -> None:  # noqa: ARG002
+        """Set a variable; what it was is of no interest."""
+        if name in self._singly_assigned_vars:
+            self._blk_local_varmap[name] = value
+        else:
+            self.builder.store(value, self.getvar(name))
+
+    def delvar(self, name: str) -> None:
+        """Do nothing: no variable has anything to be freed."""
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _Lowering(typed.NativeLowering):  # type: ignore[misc]  # Numba's classes have no types
+    _name = "kernel_lowering"
+    lowering_class = _Lower
+
+
 class _Passes(PassManager):  # type: ignore[misc]  # Numba's classes have no types
     """The passes that kernels need: no closures, no literals, no checks of other passes."""
 
@@ -59,7 +102,7 @@ class _Passes(PassManager):  # type: ignore[misc]  # Numba's classes have no typ
             typed.NopythonTypeInference,
             typed.PreLowerStripPhis,
             typed.IRLegalization,
-            typed.NativeLowering,
+            _Lowering,
             typed.NoPythonBackend,
         ):
             self.add_pass(each)
@@ -180,6 +223,45 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def _remembering(target: Any) -> Iterator[None]:
+    """Let Numba resolve each call and attribute of some types once, and look for no more functions.
+
+    It would ask all that it knows anew at every place, and first whether it knows more by now.
+    """
+    typing, target_context = target.typing_context, target.target_context
+    typing.refresh()
+    target_context.refresh()
+    typing.refresh = lambda: None
+    first = next(iter(target_context._registries))  # where intrinsics go
+    target_context.refresh = lambda: target_context.install_registry(first)
+    for name in "resolve_function_type", "resolve_getattr":
+        setattr(typing, name, _remembered(getattr(typing, name)))
+    try:
+        yield
+    finally:
+        for name in "resolve_function_type", "resolve_getattr", "refresh":
+            delattr(typing, name)
+        del target_context.refresh
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def resolve(subject: Any, args: Any, kws: Any = None) -> Any:
+        more = () if kws is None else (kws,)
+        key = subject, args if isinstance(args, str) else tuple(args), tuple(dict(*more).items())
+        try:
+            hash(key)
+        except TypeError:  # an index may be a slice
+            return function(subject, args, *more)
+        if key not in known:
+            known[key] = function(subject, args, *more)
+        return known[key]
+
+    return resolve
+
+
 def _collect(library: Any, found: list[Any]) -> None:
     """Add the libraries that one needs, those first that need no other."""
     for each in library._linking_libraries:
@@ -202,10 +284,8 @@ def compile_kernel(body: Any, kind: Any, symbol: str, way: str) -> bytes:
 
     It returns what the body does, or -1 if that has raised an error.
     """
-    with global_compiler_lock, _no_collector():
-        target = registry.cpu_target
-        target.typing_context.refresh()
-        target.target_context.refresh()
+    target = registry.cpu_target
+    with global_compiler_lock, _no_collector(), _remembering(target):
         library = _Kernel(codegen_for(way), symbol)
         library.symbol = symbol
         result = compiler.compile_extra(

@@ -17,6 +17,7 @@ from favor_np import numerics
 from favor_np.cuda.kernels.pairs import (
     WORDS,
     begin,
+    is_finite,
     multiply_pairs,
     multiply_pairs_seen,
     pair,
@@ -145,7 +146,7 @@ def put_value_pairs(v, row, step, count, mask, mask_row, column, tile):
             if p < count and place < uint32(v.shape[1]):
                 if mask.size == 0 or mask[uint32(mask_row + step * p)] != 0:
                     value = number(v[uint32(row + step * p), place])
-            clean = clean & (value * float32(0) == float32(0))
+            clean = clean & is_finite(value * float32(1.0078125))  # as it may be rounded up
             numbers[u] = value
         to = uint32(at + 2 * first)
         tile[to], tile[to + 1] = pair(numbers[0], numbers[1]), pair(numbers[2], numbers[3])

@@ -210,12 +210,32 @@ def _number(tile, row, x):
 def multiply_pairs_seen(a, b, total):
     """As `multiply_pairs`, but row i of `a` leaves out what comes after its number i.
 
-    Whatever it is multiplied with.
+    Whatever it is multiplied with: where `b` is not finite it becomes zero, so that the sums of
+    rows that do not see that have the bits that they would have, and the others get it themselves.
     """
-    _, ty, tx = lane()
+    tid, ty, tx = lane()
     for x in range(TILE):
-        for i in range(4):
-            if x <= ty + 16 * i:
-                left = _number(a, ty + 16 * i, x)
-                for j in range(total.shape[1]):
-                    total[i, j] += left * _number(b, tx + 16 * j, x)
+        for j in range(total.shape[1]):
+            right = _number(b, tx + 16 * j, x)
+            if not is_finite(right):
+                for i in range(4):
+                    if x <= ty + 16 * i:
+                        total[i, j] += _number(a, ty + 16 * i, x) * right
+    cuda.syncthreads()
+    for n in range(8):
+        at = uint32(begin(tid >> 2) + (tid & 3) + 4 * n)
+        bits = float_as_int(b[at])
+        low, high = int32(bits & int32(0xFFFF)), int32(bits & int32(-65536))
+        if not is_finite(int_as_float(int32(low << int32(16)))):
+            low = int32(0)
+        if not is_finite(int_as_float(high)):
+            high = int32(0)
+        b[at] = int_as_float(int32(high | low))
+    cuda.syncthreads()
+    multiply_pairs(a, b, uint32(WORDS), total)
+
+
+@device
+def is_finite(x):
+    """Whether it is neither infinite nor NaN."""
+    return x * float32(0) == float32(0)
