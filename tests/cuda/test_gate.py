@@ -108,7 +108,7 @@ def test_other_architectures_compile(cc, kernels):
     for name, kernel in chosen.items():
         found = gate.figures(gate.compiled(kernel, cc), cc)
         assert found.float64 == 0, name
-        assert found.spill_stores <= (64 if "bfloat16=1" in name else 32), name
+        assert found.spill_stores <= (80 if "bfloat16=1" in name else 32), name
         assert found.shared <= 49152
         assert found.registers * THREADS <= 65536
 
