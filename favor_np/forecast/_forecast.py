@@ -245,9 +245,13 @@ def forecast(
         )
 
     make = return_windows if target == "return" else volatility_windows
-    windows = make(np.log(prices.values), window, horizon)
+    logs = np.log(prices.values)
+    still = PriceError(f"{prices.name}: the price hardly ever moves: too little to forecast from")
+    if not np.ptp(logs):  # prices that differ may have the same logarithm
+        raise still
+    windows = make(logs, window, horizon)
     if len(windows) < horizon + FEWEST_FORECASTS:
-        raise PriceError(f"{prices.name}: the price hardly ever moves: too little to forecast from")
+        raise still
     scale = windows.scale if scale is None else scale
     fm = plain_map(windows.queries.shape[1], setting.num_features, scale, setting.seed)
     parts = sections(windows, fm, calibration)

@@ -457,6 +457,16 @@ def test_bad_options(options, error, message):
         forecast(walk(300), **options)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_price_that_hardly_moves(target):
+    """Only at the end; or back and forth, by so little that its logarithm is the same."""
+    late, trembling = np.full(100, 50.0), np.full(100, 5e8)
+    late[-1], trembling[::2] = 51, np.nextafter(5e8, 6e8)
+    for prices in (late, trembling):
+        with pytest.raises(PriceError, match="hardly ever moves"):
+            forecast(prices, target=target)
+
+
 def test_bad_costs():
     result = forecast(walk(100), num_features=16)
     for options in ({"cost": -1.0}, {"threshold": math.nan}, {"cost": math.inf}):
