@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 from support.tolerance import relative_rms
-from test_access import TracingDevice
 
 from favor_np import exact_attention, favor_attention, favor_attention_vjp, feature_map
 from favor_np.cuda.kernels.tiles import TILE
@@ -75,15 +74,6 @@ def test_infinite_values_reach_the_rows_after_them(value, gpu):
     assert not np.isfinite(found[:, 5:, 1]).any()
     assert np.array_equal(found[:, :5], clean[:, :5])
     assert relative_rms(found[:, 5:, 2:], clean[:, 5:, 2:]) < 1e-6
-
-
-def test_memory_is_accessed_as_by_float32():
-    """Sectors of global memory, and banks of shared memory."""
-    with TracingDevice().installed() as device:
-        in_bfloat16(Case(66, dim=20, value_dim=3, rows=32, lead=(), causal=True))
-    for name in ("fold", "read"):
-        assert max(device.reports[name].sectors.values()) <= 2
-        assert max(device.reports[name].bank_passes.values()) <= 3
 
 
 def kernels(gpu_name, **options):

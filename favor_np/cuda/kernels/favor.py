@@ -246,9 +246,21 @@ def make_fold(kind: int, signs: int, biased: bool, bfloat16: bool = False) -> Ca
                 raise_log_norms(log2_bias, job[LOG2_BIAS] + step * start, step, size, high, rise)
             if bfloat16:
                 project_pairs(
-                    kind, k, first, step, size, weight, bias, job[HEAD], part, high, keys, plain,
-                    raw, y,
-                )  # fmt: skip
+                    kind,
+                    k,
+                    first,
+                    step,
+                    size,
+                    weight,
+                    bias,
+                    job[HEAD],
+                    part,
+                    high,
+                    keys,
+                    plain,
+                    raw,
+                    y,
+                )
             else:
                 project(
                     kind, k, first, step, size, weight, bias, job[HEAD], part, high, plain, raw, y
@@ -625,9 +637,17 @@ def make_read(
                     )
                 else:
                     clean = put_values(
-                        v, job[V_ROW], job[STEP], job[COUNT], mask, job[MASK], half, 32, column,
+                        v,
+                        job[V_ROW],
+                        job[STEP],
+                        job[COUNT],
+                        mask,
+                        job[MASK],
+                        half,
+                        32,
+                        column,
                         plain,
-                    )  # fmt: skip
+                    )
                 if not clean:
                     cuda.atomic.min(cut, 0, -1)
                 cuda.syncthreads()
