@@ -68,7 +68,9 @@ def cuda(session: nox.Session) -> None:
     """Test the kernels for GPUs where there is none, and the tools that compile and execute them."""
     install(session, "cuda")
     files = session.posargs or ["tests/cuda", "tools/cuda_on_cpu"]
-    session.run("pytest", *files, env={"FAVOR_NP_TEST_CUDA": "require"})
+    kept = Path(session.create_tmp(), "ptxrun").absolute()  # compiled once for all workers and runs
+    environ = {"FAVOR_NP_TEST_CUDA": "require", "PTXRUN_CACHE": str(kept)}
+    session.run("pytest", *files, env=environ)
 
 
 #: What `arm64` tests.  An emulated compiler takes up to two minutes a kernel, so there are few: of

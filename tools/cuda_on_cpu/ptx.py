@@ -7,6 +7,7 @@ raises NotImplementedError: nothing is ever guessed.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -162,6 +163,7 @@ class Kernel:
         )
 
 
+@functools.cache
 def translate(ptx: str) -> Kernel:
     """Translate the one kernel of a PTX text."""
     return _Translator(ptx).kernel

@@ -1,6 +1,6 @@
 /* The machine that a translated kernel runs on (ptxrun.py writes the kernel and includes this).
 
-   Every CUDA thread of a block is a context of its own.  One runs until it waits, then another one,
+   Every CUDA thread of a block has a stack of its own.  One runs until it waits, then another one,
    drawn at random; blocks run one after another in random order.  Every access goes through
    global_at() or shared_at(), which check bounds and alignment and keep a record of each granule of
    memory: who wrote it last, who has read it since, and whether a barrier lies between.
@@ -13,7 +13,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
 enum { OUT_OF_BOUNDS = 1, MISALIGNED, RACE, UNINITIALISED, BARRIER, DEADLOCK };
 enum { RUNNING, AT_BARRIER, IN_WARP };                           /* what a thread waits for */
@@ -45,7 +44,7 @@ typedef struct {
 } word;
 
 typedef struct {
-  ucontext_t context;
+  void *stack; /* where its registers lie while another thread runs */
   int x, y, z, id, lane, warp;
   int done, waits, line; /* the line at which it waits */
   int operation, source_lane;
@@ -73,7 +72,7 @@ static uint64_t TRACED, MOST_TRACED;
 static uint32_t EPOCH, WARP_EPOCH[64], BLOCK;
 static int DYNAMIC_BYTES, CTAID_X, CTAID_Y, CTAID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z, NTID_X, NTID_Y, NTID_Z;
 static thread_ *THREADS, *self;
-static ucontext_t scheduler;
+static void *scheduler;
 
 static const uint64_t SHARED_WINDOW = 0x7f0000000000ull; /* generic addresses of shared memory */
 
@@ -213,10 +212,16 @@ static inline uint16_t of_f16(float x) { _Float16 h = x; uint16_t b; memcpy(&b, 
 
 /* ---- threads and warps */
 
+/* Go on with another stack: swapcontext without its two system calls.  x86-64 only. */
+__attribute__((naked)) static void go_on(void **left, void *stack) {
+  __asm__("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi);"
+          "mov %rsi, %rsp; pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
+}
+
 static void wait_for(int what, int line) {
   self->waits = what;
   self->line = line;
-  swapcontext(&self->context, &scheduler);
+  go_on(&self->stack, scheduler);
 }
 
 static void with_warp(int operation, uint32_t mask, int line) {
@@ -228,7 +233,15 @@ static void with_warp(int operation, uint32_t mask, int line) {
 static void entry(void) {
   kernel();
   self->done = 1;
-  swapcontext(&self->context, &scheduler);
+  go_on(&self->stack, scheduler);
+}
+
+/* A stack that begins with `entry`: six registers, its address, and no address to return to. */
+static void *new_stack(uint8_t *end) {
+  uint64_t *top = (uint64_t *)end - 8;
+  memset(top, 0, 64);
+  top[6] = (uint64_t)entry;
+  return top;
 }
 
 /* One number of a register that holds two of bfloat16. */
@@ -300,7 +313,7 @@ static void run_to_barrier(int n_threads, int *ready, thread_ **lanes) {
     int k = draw(n), i = ready[k], together;
     ready[k] = ready[--n];
     self = &THREADS[i];
-    swapcontext(&scheduler, &self->context);
+    go_on(&scheduler, self->stack);
     if (self->done || self->waits != IN_WARP || !(together = gather(lanes, n_threads))) continue;
     meet(lanes, together);
     for (int l = 0; l < together; l++) ready[n++] = lanes[l]->id;
@@ -349,10 +362,7 @@ static void run_block(int n_threads, uint8_t *stacks, uint8_t *locals, int *read
     t->lane = i % 32;
     t->warp = i / 32;
     t->local = (uint8_t *)(((uint64_t)locals + (uint64_t)(LOCAL_BYTES + 64) * i + 63) & ~63ull);
-    getcontext(&t->context);
-    t->context.uc_stack.ss_sp = stacks + STACK * i;
-    t->context.uc_stack.ss_size = STACK;
-    makecontext(&t->context, entry, 0);
+    t->stack = new_stack(stacks + STACK * (i + 1));
   }
   do run_to_barrier(n_threads, ready, lanes);
   while (pass_barrier(n_threads));
