@@ -133,11 +133,11 @@ def favor_attention(
         Numba or PyTorch, as the others are, in C order, which overlaps none.
     precision : {"full", "bfloat16"}, default "full"
         "bfloat16": matrix products of numbers rounded to 8 bits, summed in float32; not for
-        float64.  About twice as fast on processors with a matrix unit (AMX), 1.4 times on AMD's with
-        AVX512_BF16; elsewhere everything is computed in float32 (`favor-np info` tells).  On CUDA
-        devices by tensor cores, from compute capability 8.0 on.  It adds an error of about 0.003 of
-        the result.  Rounding is relative to each value: subtract a mean of `v` that is much larger
-        than its spread, and add it to the result.
+        float64.  About twice as fast on processors with a matrix unit (AMX), 1.4 times on AMD's
+        with AVX512_BF16; elsewhere everything is computed in float32 (`favor-np info` tells).  On
+        CUDA devices by tensor cores, from compute capability 8.0 on.  It adds an error of about
+        0.003 of the result.  Rounding is relative to each value: subtract a mean of `v` that is
+        much larger than its spread, and add it to the result.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False
