@@ -21,7 +21,6 @@ class CPU:
 
     home = "in main memory"
     dtype: np.dtype[Any] | None = None
-    refused: frozenset[str] = frozenset()
 
     # Arrays of the caller: they are what they are
 
