@@ -10,7 +10,7 @@ import numpy.typing as npt
 from favor_np import decay as decays
 from favor_np import validation
 from favor_np.call import Call, Options, StateForm
-from favor_np.engine import Engine, engine_for, processor, refuse
+from favor_np.engine import Engine, engine_for, processor
 from favor_np.features import ATTENTION_KINDS, FeatureMap, checked
 from favor_np.state import AttentionState
 
@@ -133,7 +133,7 @@ def favor_attention(
         Numba or PyTorch, as the others are, in C order, which overlaps none.
     precision : {"full", "bfloat16"}, default "full"
         "bfloat16": matrix products of numbers rounded to 8 bits, summed in float32; not for
-        float64.  About twice as fast on processors with a matrix unit (AMX), 1.4 times on others
+        float64.  About twice as fast on processors with a matrix unit (AMX), 1.4 times on AMD's
         with AVX512_BF16; elsewhere everything is computed in float32 (`favor-np info` tells).  On
         CUDA devices by tensor cores, from compute capability 8.0 on.  It adds an error of about
         0.003 of the result.  Rounding is relative to each value: subtract a mean of `v` that is
@@ -145,7 +145,7 @@ def favor_attention(
     device : {"cpu", "cuda"}, optional
         "cuda": copy NumPy arrays to a GPU and the result back.  Arrays that lie on a GPU (CuPy,
         Numba, PyTorch, JAX) are computed there anyway, on the caller's stream, in float32: the
-        result is an array of their kind.  `window` is for the CPU only.
+        result is an array of their kind.  A `window` has no gradient there.
 
     Returns
     -------
@@ -245,10 +245,8 @@ def check(
 ) -> Call:
     """Check the arguments of `favor_attention`."""
     engine = engine_for(device, q, k, v, options.get("key_mask"))
-    if engine.refused:
-        refuse(engine, window=window)
-        decay = engine.to_host(decay)
-        q, k, v, options["key_mask"] = engine.views(q, k, v, options.get("key_mask"))
+    decay = engine.to_host(decay)
+    q, k, v, options["key_mask"] = engine.views(q, k, v, options.get("key_mask"))
     fm = checked(feature_map, ATTENTION_KINDS)
     before = None if state is None else _checked_state(state, fm, engine)
     call = engine.check(q, k, v, fm, before, **options)

@@ -45,10 +45,6 @@ class Engine(Protocol):
     def dtype(self) -> np.dtype[Any] | None:
         """The one dtype of its states; None if they may be float32 or float64."""
 
-    @property
-    def refused(self) -> frozenset[str]:
-        """Names of options that it does not have."""
-
     # Arrays of the caller
 
     def receive(self, q: Any, k: Any, v: Any, key_mask: Any = None) -> tuple[Engine, Arrays]:
@@ -153,13 +149,6 @@ class Engine(Protocol):
         self, call: Call, forward: Forward, grad: Buffer, final_state: States | None = None, /
     ) -> tuple[Array, Array, Array]:
         """Return the cotangents of weights and biases for each job, and the head of each job."""
-
-
-def refuse(engine: Engine, **options: object) -> None:
-    """Refuse options that the engine does not have."""
-    for name in engine.refused.intersection(options):
-        if options[name] not in (None, False):
-            raise ValueError(f"{name} cannot be used {engine.home}")
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def exact_attention(
     precision : {"full", "bfloat16"}, default "full"
         "bfloat16": matrix products of numbers rounded to 8 bits, summed in float32; not for
         float64.  Almost three times as fast on processors with a matrix unit (AMX), one and a half
-        times on others with AVX512_BF16, slower elsewhere.
+        times on AMD's with AVX512_BF16; elsewhere everything is computed in float32.
     num_threads : int, optional
         Default: see `thread_limit`.  The result is the same for any number.
     check_finite : bool, default False

@@ -95,7 +95,7 @@ def favor_attention_vjp(
 state, return_state, precision, num_threads, check_finite, device
         As for `favor_attention`.  With ``precision="bfloat16"`` the pullback computes in float32;
         with `check_finite` it refuses a `grad_out` that is not finite.  On a CUDA device gradients
-        of bias, decay, state and projection are NumPy arrays, too.
+        of bias, decay, state and projection are NumPy arrays, too, and `window` has none.
 
     Returns
     -------

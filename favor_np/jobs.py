@@ -172,10 +172,10 @@ class Segments(NamedTuple):
         return int(self.end[-1])
 
 
-def segments(offsets: Array, window: int) -> Iterator[Segments]:
-    """Go through the segments of all sequences, some at a time."""
+def segments(offsets: Array, window: int, most: int = WAVE) -> Iterator[Segments]:
+    """Go through the segments of all sequences, some at a time: at most so many."""
     firsts = np.cumsum([0, *-(-np.diff(offsets) // window)])  # segments before each sequence
-    step = max(1, WAVE // max(window, 8))
+    step = max(1, min(WAVE // max(window, 8), most))
     for first in range(0, firsts[-1], step):
         number = np.arange(first, min(first + step, firsts[-1]))
         owner = np.searchsorted(firsts, number, side="right") - 1

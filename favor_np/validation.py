@@ -168,7 +168,8 @@ def calibration_data(
         np.moveaxis(x, -3, 0).reshape(x.shape[-3], -1, dim) if x.ndim > 2 else x[None]
         for x in (queries, keys)
     )
-    if len(keys) > 1 and len(queries) % len(keys) == 0:  # several heads read one of the keys
+    grouped = len(keys) > 1 or heads == 1
+    if grouped and len(queries) % len(keys) == 0:  # several heads read one of the keys
         queries = queries.reshape(len(keys), -1, dim)
     if not own and heads is not None:  # one set of data for all the projections
         own, queries = True, np.broadcast_to(queries, (heads, *queries.shape[1:]))

@@ -318,6 +318,8 @@ def test_grouped_heads_share_a_calibration():
     own = FeatureMap(np.stack([own.projection] * 4), "positive", own.scale, True, 1e-3)
     assert own.calibrate(q, k).num_heads == 4
     assert own.calibrate(q[0], k[0]).num_heads == 4
+    one = FeatureMap(own.projection[:1], "positive", own.scale, True, 1e-3)
+    assert one.calibrate(q, k[:1]).num_heads == 1
 
 
 @each_method

@@ -82,6 +82,8 @@ def _call_on_gpu(fm: FeatureMap, *, causal: bool) -> None:
             q, keys, v[: len(keys)], fm, causal=causal, key_bias=bias, device="cuda"
         )
         pullback(v).projection  # noqa: B018 (it is computed when it is asked for)
+    if causal:
+        favor_np.favor_attention(q, k, v, fm, causal=True, window=1, device="cuda")
     state = favor_np.AttentionState(fm, 8, 2, decay=0.5, device="cuda")
     state.update(k, v).merge(state.copy()).step(q[:, 0], k[:, 0], v[:, 0])
 

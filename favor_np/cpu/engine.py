@@ -1,4 +1,4 @@
-"""The engine of the processor: see `favor_np.engine.Engine`.  Numba comes with what computes."""
+"""The engine of the processor: see `favor_np.engine.Engine`.  What computes is imported late."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class CPU:
 
     home = "in main memory"
     dtype: np.dtype[Any] | None = None
-    refused: frozenset[str] = frozenset()
 
     # Arrays of the caller: they are what they are
 
@@ -84,7 +83,7 @@ class CPU:
     else:
 
         def __getattr__(self, name):
-            """Load what computes, and Numba with it, when it is first needed."""
+            """Import what computes when it is first needed."""
             if name.startswith("_"):
                 raise AttributeError(name)
             from favor_np.cpu import launch, plain, states

@@ -111,7 +111,9 @@ class Place(NamedTuple):
         """Return an array that was checked as one that kernels read: NumPy's is copied there."""
         if not isinstance(array, np.ndarray):
             return array
-        held = array.dtype if array.dtype == bool else self.held(array.dtype)
+        held = array.dtype
+        if held != bool and held not in HELD.values():
+            held = self.held(held)
         if held.itemsize == 4:
             array = array.astype(held, copy=False)
         return runtime.to_device(np.ascontiguousarray(array).view(held), self.stream)

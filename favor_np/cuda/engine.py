@@ -33,7 +33,6 @@ class CUDA:
 
     home = "on a CUDA device"
     dtype: np.dtype[Any] | None = np.dtype(np.float32)
-    refused = frozenset(("window",))
 
     def __init__(self, where: Place) -> None:
         self.place = where

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -17,7 +18,16 @@ from favor_np.cuda.device import Device
 from favor_np.cuda.kernels import favor as kernels
 from favor_np.cuda.kernels import favor_vjp as vjp
 from favor_np.cuda.kernels import step as token
-from favor_np.cuda.kernels.pack import change, convert, find_bad, lower, pack, scale
+from favor_np.cuda.kernels.pack import (
+    change,
+    convert,
+    find_bad,
+    join,
+    lower,
+    pack,
+    scale,
+    take,
+)
 from favor_np.cuda.kernels.tiles import NOTHING, TILE
 from favor_np.features import FeatureMap
 
@@ -146,9 +156,16 @@ def _steps(on: Device, stream: int, *args: Any) -> plan.Steps:  # noqa: ARG001
     return found
 
 
+@functools.lru_cache(maxsize=8)
+def _waves(on: Device, stream: int, *args: Any) -> tuple[plan.Wave, ...]:  # noqa: ARG001
+    """Plan a window, its tables on the device, for work on a stream."""
+    found: tuple[plan.Wave, ...] = _there(plan.waves(*args), stream)
+    return found
+
+
 def forget() -> None:
     """Drop the copies of maps and tables on devices."""
-    for copies in (_map, _attention, _gradient, _steps):
+    for copies in (_map, _attention, _gradient, _steps, _waves):
         copies.cache_clear()
 
 
@@ -289,9 +306,20 @@ class Launch:
     ) -> None:
         """Fold keys and values, read with queries into `out`: see `Engine.attend`."""
         of = self._map(call)
-        if state is not None and normalizers is None and _is_step(call, of.layout):
+        if call.window is not None:
+            if normalizers is not None:
+                raise ValueError("window has no gradient on a CUDA device")
+            self._attend_windows(of, call, out)
+        elif state is not None and normalizers is None and _is_step(call, of.layout):
             self._step(of, call, out, state)
-            return
+        else:
+            weights = None if normalizers is None else tuple(map(runtime.flat, normalizers))
+            self._attend(of, call, runtime.rows(out), state, weights)
+
+    def _attend(
+        self, of: Map, call: Call, out: Any, state: States | None, weights: Any = None
+    ) -> None:
+        """Attend without a window; `weights` receive the denominators of the rows of `out`."""
         how = _attention(
             self.place.device,
             self.handle,
@@ -313,10 +341,63 @@ class Launch:
             spans=how.spans,
             bfloat16=call.bfloat16 and self.place.device.tensor_cores,
         )
-        flat = of.nothing, of.no_tops
-        if normalizers is not None:
-            flat = tuple(map(runtime.flat, normalizers))
-        self._run(problem, functools.partial(self._read, out=runtime.rows(out), weights=flat))
+        weights = weights or (of.nothing, of.no_tops)
+        self._run(problem, functools.partial(self._read, out=out, weights=weights))
+
+    def _attend_windows(self, of: Map, call: Call, out: Any) -> None:
+        """Attend within segments, and to the ends of those before; join both: `plan.waves`."""
+        put, bias = self.place.put, call.log2_bias
+        call = replace(
+            call,
+            q=put(call.q),
+            k=put(call.k),
+            v=put(call.v),
+            mask=None if call.mask is None else put(call.mask),
+            log2_bias=None
+            if bias is None
+            else runtime.plain(self._log2_bias(of, call), bias.shape),
+        )
+        shapes = call.shapes(stateful=True)
+        for wave in _waves(
+            self.place.device, self.handle, call.map, shapes, _offsets(call), call.window
+        ):
+            with self.scratch.part():
+                own = self._within(of, call, wave.own)
+                other = own if wave.other is None else self._within(of, call, wave.other)
+                grid = (-(-own[0].shape[0] // 8),)
+                places = wave.joined, wave.own.queries
+                self._launch(join, grid, *own, *other, *places, runtime.rows(out))
+
+    def _within(self, of: Map, call: Call, part: plan.Part) -> tuple[Any, Any, Any]:
+        """Return the rows of a part, for all heads, and their denominators."""
+        packs = np.frombuffer(part.packs, np.int64)
+        part_of = replace(
+            call,
+            q=self._take(call.q, part.queries, 2),
+            k=self._take(call.k, part.keys, 2),
+            v=self._take(call.v, part.keys, 2),
+            mask=self._take(call.mask, part.keys, 1),
+            log2_bias=self._take(call.log2_bias, part.keys, 1),
+            out_shape=(*call.out_shape[:-2], int(packs[-1]), call.out_shape[-1]),
+            offsets=packs,
+            window=None,
+        )
+        count = math.prod(part_of.out_shape[:-1])
+        rows = self._taken((count, call.out_shape[-1]))
+        weights = self._taken(count), self._taken(count, np.int32)
+        self._attend(of, part_of, rows, None, weights)
+        return rows, *weights
+
+    def _take(self, array: Any, places: Any, axes: int) -> Any:
+        """Return what an array, or None, has at positions on the first of its last axes."""
+        if array is None:
+            return None
+        lead, (length, *width) = array.shape[:-axes], array.shape[-axes:]
+        shape = math.prod(lead), math.prod(width)
+        found = self._taken((shape[0] * places.size, shape[1]), array.dtype)
+        source = runtime.plain(array, (shape[0] * length, shape[1]))
+        self._launch(take, (-(-found.shape[0] // 8),), source, places, found)
+        return runtime.plain(found, (*lead, places.size, *width))
 
     def _step(self, of: Map, call: Call, out: Any, state: States) -> None:
         """Take a token for each state, in one launch."""
@@ -500,6 +581,8 @@ class Launch:
     def _log2_bias(self, of: Map, call: Call) -> Any:
         if call.log2_bias is None:
             return of.no_log2_bias
+        if call.log2_bias.dtype == np.int64:  # there already, a part of all
+            return runtime.flat(call.log2_bias)
         return runtime.flat(self._put(np.rint(call.log2_bias * BIAS_UNIT).astype(np.int64)))
 
     def _pack(

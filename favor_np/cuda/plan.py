@@ -28,6 +28,7 @@ from favor_np.jobs import (
     Shapes,
     broadcast_jobs,
     packed,
+    segments,
 )
 from favor_np.numerics import KINDS, LOG2E, POSITIVE, projection_limit
 
@@ -55,6 +56,11 @@ def resident(device: Device) -> int:
     return max(min(RESIDENT, room), 1)
 
 
+def state_bytes(slices: int, columns: int) -> int:
+    """Return what a state of so many slices of features and columns of values takes."""
+    return slices * TILE * (4 * TILE * columns + 8)
+
+
 def lengths(
     device: Device, problems: int, keys: int, slices: int, columns: int, *, causal: bool
 ) -> Lengths:
@@ -64,7 +70,7 @@ def lengths(
     it.  Its states are kept for as many chunks as fit into ROOM.
     """
     if causal:
-        state = slices * TILE * (4 * TILE * columns + 8)
+        state = state_bytes(slices, columns)
         chunks = -(-max(keys, 1) // TILE)
         spans = -(-chunks // max(ROOM // max(problems * state, 1), 1))
         each = -(-chunks // spans)  # of one size, for a rest would not fill the device
@@ -437,6 +443,55 @@ def attention(
         len(jobs.table),
         spans(device, of, keys_and_queries(jobs), v[-1], causal=causal, fresh=fresh),
     )
+
+
+class Part(NamedTuple):
+    """Positions whose rows are causal attention within packs, and where the packs begin and end."""
+
+    queries: Array
+    keys: Array
+    packs: bytes
+
+
+class Wave(NamedTuple):
+    """Some segments of a window: what they see of themselves, and of those before.
+
+    The second has rows turned round, as `favor_np.window` says.  Row i of `own` is joined with row
+    joined[i] of `other`, if that is not negative.
+    """
+
+    own: Part
+    other: Part | None
+    joined: Array
+
+
+def waves(
+    feature_map: FeatureMap, shapes: Shapes, offsets: bytes | None, window: int
+) -> tuple[Wave, ...]:
+    """Cut sequences into segments as long as a window, so many at a time as states have room."""
+    keys, value_dim = shapes.k[-2], shapes.v[-1]
+    state = state_bytes(layout(feature_map).features // TILE, -(-value_dim // TILE))
+    most = ROOM // (state * max(math.prod(shapes.state or ()), 1))
+    ends = np.array([0, keys]) if offsets is None else np.frombuffer(offsets, np.int64)
+    back, found = np.arange(window - 1, 0, -1), []
+    for run in segments(ends, window, most):
+        rows = np.arange(run.first, run.last)
+        own, other = _part(rows, rows, np.append(run.begin, run.last) - run.first), None
+        joined = np.full(len(rows), -1, np.int32)
+        if run.later.any():
+            begin, end = run.begin[run.later, None], run.end[run.later, None]
+            queries = begin + back - 1
+            there = queries < end
+            joined[queries[there] - run.first] = np.flatnonzero(there)
+            packs = np.arange(len(begin) + 1) * (window - 1)
+            other = _part(np.minimum(queries, end - 1), begin - window + back, packs)
+        found.append(Wave(own, other, joined))
+    return tuple(found)
+
+
+def _part(queries: Array, keys: Array, packs: Array) -> Part:
+    first, second = (x.astype(np.int32).ravel() for x in (queries, keys))
+    return Part(first, second, packs.astype(np.int64).tobytes())
 
 
 class Steps(NamedTuple):

@@ -27,6 +27,14 @@ RIDGE = 1e-3  # of the linear regression that training begins with, a row and a 
 FEWEST = 30  # rows below which this regression is all
 
 
+def _scales(columns: F64) -> tuple[F64, F64]:
+    """Return means and standard deviations, 1 for 0: also where squares are beyond float64."""
+    centre = columns.mean(0)
+    unit = np.ldexp(1.0, np.frexp(np.abs(columns - centre).max(0))[1])
+    spread = (columns / unit).std(0) * unit
+    return centre, np.where(spread > 0, spread, 1.0)
+
+
 @dataclass(frozen=True)
 class _Last(nn.Layer):
     """What a body makes of the last step of windows, whose steps are `channels` numbers each."""
@@ -101,8 +109,7 @@ class _Performer(BaseEstimator):
                 f"the columns of X must be a multiple of channels = {self.channels}, got "
                 f"{X.shape[1]}"
             )
-        self.centre_, spread = X.mean(0), X.std(0)
-        self.spread_ = np.where(spread > 0, spread, 1.0)
+        self.centre_, self.spread_ = _scales(X)
         return self._scaled(X)
 
     def _scaled(self, X: F64) -> F64:
@@ -264,8 +271,7 @@ class PerformerRegressor(RegressorMixin, _Performer):
         self._flat = values.ndim == 1
         values = values.reshape(len(rows), -1).astype(np.float64)
         rows = self._begin(rows)
-        self._mean, spread = values.mean(0), values.std(0)
-        self._unit = np.where(spread > 0, spread, 1.0)
+        self._mean, self._unit = _scales(values)
         values = (values - self._mean) / self._unit
         ridge = RIDGE * len(rows) * np.eye(rows.shape[1])
         weights = np.linalg.solve(rows.T @ rows + ridge, rows.T @ values).T

@@ -48,6 +48,20 @@ __all__ = [
 Array = npt.NDArray[Any]
 F64 = npt.NDArray[np.float64]
 DTYPES = (np.float64, np.float32)
+#: The largest number must lie between these, for squares of rows to be added up, by the dtype.
+SIZES = {"float64": (1e-140, 1e150), "float32": (1e-30, 1e30)}
+
+
+def _check_size(X: Array, y: Array, dtype: Any) -> None:
+    """Refuse numbers so large or small that sums of their squares would be infinite or zero."""
+    least, most = SIZES[np.dtype(dtype).name]
+    for name, array, low in (("X", X, least), ("y", y, 0.0)):
+        largest = float(np.abs(array).max(initial=0))
+        if largest and not low <= largest <= most:
+            raise ValueError(
+                f"{name} must have its largest number between {low:g} and {most:g}, "
+                f"got {largest:.3g}: scale it first"
+            )
 
 
 def _seed(random_state: Any) -> int:
@@ -266,6 +280,7 @@ class FavorRegressor(RegressorMixin, _Attention):
         rows, values = validate_data(
             self, X, y, dtype=DTYPES, multi_output=True, y_numeric=True, reset=reset
         )
+        _check_size(rows, values, rows.dtype if reset else self.state_.dtype)
         if reset:
             self._flat = values.ndim == 1
             self._begin(rows, 1 if self._flat else values.shape[1])
@@ -399,6 +414,7 @@ class FavorClassifier(ClassifierMixin, _Attention):
     ) -> Self:
         rows, labels = validate_data(self, X, y, dtype=DTYPES, reset=reset)
         check_classification_targets(labels)
+        _check_size(rows, np.zeros(0), rows.dtype if reset else self.state_.dtype)
         if reset:
             self.classes_ = unique_labels(labels if classes is None else classes)
             self._begin(rows, len(self.classes_))

@@ -162,6 +162,7 @@ CASES = {
     "shared-keys": Case(lead=(2,), kv_lead=(), length=40),
     "far": Case(std=6.0, causal=True, seed=3),
     "huge": Case(std=100.0, causal=True, seed=3),
+    "masked-window": Case(TILE + 6, masked=True, causal=True, options={"window": 20}),
     "biased-full": Case(TILE + 6, biased=True, masked=True),
     **{
         f"weighed-{kind}": Case(TILE + 6, kind=kind, causal=True, biased=True, gated=True)

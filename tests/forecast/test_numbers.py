@@ -73,6 +73,11 @@ def test_three_decimals(read):
     prices = read(text)
     check(prices, values=small)
     assert "decimal comma" in prices.note
+    assert f'in column "Close" is taken for {small[0]},' in prices.note
+    whole = [round(1000 * price) for price in small]
+    text = table("Date,Close", '{t:%Y-%m-%d},"{p:,}"', prices=whole)
+    check(read(text), values=whole)
+    assert read(text).note == f'"{whole[0]:,}" in column "Close" is taken for {whole[0]}'
     below = [round(price / 500, 3) for price in PRICES]
     text = table("Date;Close", lambda t, p: f"{t:%Y-%m-%d};{p:.3f}".replace(".", ","), prices=below)
     check(read(text), values=below)

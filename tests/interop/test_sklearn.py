@@ -201,6 +201,14 @@ def test_a_backtest_takes_them():
             ValueError,
             "not known before",
         ),
+        (lambda X, y: FavorRegressor().fit(1e160 * X, y), ValueError, "X must have its largest"),
+        (lambda X, y: FavorClassifier().fit(1e-160 * X, y > 0), ValueError, "X must have its larg"),
+        (lambda X, y: FavorRegressor().fit(X, 1e200 * y), ValueError, "y must have its largest"),
+        (
+            lambda X, y: FavorRegressor().fit(X.astype("f4"), y).partial_fit(X, 1e50 * y),
+            ValueError,
+            r"y must have its largest number between 0 and 1e\+30",
+        ),
     ],
 )
 def test_bad_input_is_named(make, error, message):

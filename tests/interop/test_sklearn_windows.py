@@ -54,6 +54,21 @@ def test_without_training_they_are_linear():
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_numbers_whose_squares_are_beyond_float64(size):
+    X, y = windows(100)
+    plain = PerformerRegressor(epochs=0).fit(X, y).predict(X)
+    np.testing.assert_allclose(
+        PerformerRegressor(epochs=0).fit(size * X, y).predict(size * X), plain
+    )
+    found = PerformerRegressor(epochs=0).fit(X, size * y).predict(X)
+    np.testing.assert_allclose(found, size * plain)
+    labels = y > 1
+    plain = PerformerClassifier(epochs=0).fit(X, labels).predict_proba(X)
+    found = PerformerClassifier(epochs=0).fit(size * X, labels).predict_proba(size * X)
+    np.testing.assert_allclose(found, plain, rtol=1e-4)
+
+
 def test_what_is_no_better_is_left_out():
     X, _ = windows(300)
     y = X @ np.arange(8.0)

@@ -14,6 +14,7 @@ from favor_np.cuda.kernels.tiles import (
     TILE,
     device,
     lane,
+    power,
     product,
     total_across,
 )
@@ -101,6 +102,46 @@ def convert(source, target):
     i = cuda.blockIdx.x * 256 + (cuda.threadIdx.x & 255)
     if i < target.shape[0]:
         target[i] = rounded(source[i], target)
+
+
+def take(source, places, target):
+    """Copy the rows at these places of every head, a warp a row."""
+    thread, count = uint32(cuda.threadIdx.x & 31), uint32(places.size)
+    row = uint32(cuda.blockIdx.x * 8 + ((cuda.threadIdx.x & 255) >> 5))
+    if row < uint32(target.shape[0]):
+        length = uint32(source.shape[0]) // (uint32(target.shape[0]) // count)
+        line = uint32(row // count * length + uint32(places[row % count]))
+        for x in range(thread, uint32(source.shape[1]), uint32(32)):
+            target[row, x] = source[line, x]
+
+
+def join(rows, dens, tops, others, other_dens, other_tops, joined, places, out):
+    """Write weighted means of rows and of the others that they are joined with, a warp a row.
+
+    Weights are den * 2**top.  Row i of a head goes to its row places[i].
+    """
+    thread, count = uint32(cuda.threadIdx.x & 31), uint32(joined.size)
+    row = uint32(cuda.blockIdx.x * 8 + ((cuda.threadIdx.x & 255) >> 5))
+    if row < uint32(rows.shape[0]):
+        heads, head, i = uint32(rows.shape[0]) // count, row // count, row % count
+        line = uint32(head * (uint32(out.shape[0]) // heads) + uint32(places[i]))
+        other, share, more = uint32(0), float32(1), float32(0)
+        if joined[i] >= 0:
+            other = uint32(head * (uint32(others.shape[0]) // heads) + uint32(joined[i]))
+            more = other_dens[other]
+        if more != float32(0):
+            share = dens[row]
+            if share != float32(0):
+                by = tops[row] - other_tops[other]
+                share *= power(min(by, 0))
+                more *= power(min(-by, 0))
+            total = share + more
+            share, more = share / total, more / total
+        for x in range(thread, uint32(out.shape[1]), uint32(32)):
+            value = rows[row, x]
+            if more != float32(0):
+                value = value * share + others[other, x] * more
+            out[line, x] = rounded(value, out)
 
 
 def find_bad(source, found):

@@ -92,21 +92,24 @@ def read_numbers(
     values : ndarray of float64
     said : str
     """
-    mark = decimal or decimal_mark(texts)
-    if mark is None:
-        mark = others()
+    guessed, mark = [], decimal or decimal_mark(texts)
     if mark is None:
         sample = next(t for t in texts if re.search(r"\d[.,]\d", t))
-        raise PriceError(
-            f"column {quote(name)} holds {quote(sample)}, which may be a whole number or have "
-            "three decimals: --decimal . or --decimal , says which"
-        )
+        mark = others()
+        if mark is None:
+            raise PriceError(
+                f"column {quote(name)} holds {quote(sample)}, which may be a whole number or have "
+                "three decimals: --decimal . or --decimal , says which"
+            )
+        if mark == "," or "," in sample:
+            value = _parse([sample], mark or ".")[0][0]
+            guessed = [f"{quote(sample)} in column {quote(name)} is taken for {value:.12g}"]
     values, units, said = _parse(texts, mark or ".")
     if len(units - {"%"}) > 1:
         raise PriceError(f"prices in several currencies: {', '.join(sorted(units))}")
     if mark == ",":
         said = ["decimal comma", *said]
-    return values, ", ".join(said)
+    return values, ", ".join([*guessed, *said])
 
 
 def decimal_mark(texts: Sequence[str]) -> str | None:
