@@ -23,14 +23,14 @@ _CHANGEABLE = (list, dict, set, np.ndarray)
 _COMPILERS = ("numpy", "numba", "llvmlite", "cuda", "nvidia")
 
 
-def file(parts: tuple[bytes, ...], make: Callable[[Path], Any]) -> Path:
+def file(parts: tuple[bytes, ...], make: Callable[[Path], Any], folder: Path = FOLDER) -> Path:
     """The file that `make` writes to a path, of which `parts` are all that it depends on."""
     digest = hashlib.sha256(b"".join(b"%d " % len(part) + part for part in parts))
-    path = FOLDER / digest.hexdigest()
+    path = folder / digest.hexdigest()
     if not path.exists():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-            written = Path(folder, "file")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            written = Path(own, "file")
             make(written)
             written.replace(path)  # others see it whole or not at all
     return path

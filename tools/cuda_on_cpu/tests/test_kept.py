@@ -66,10 +66,12 @@ def test_a_kernel_with_values_that_may_change_is_not_kept(value):
         parts("SCALE, KIND = 2", f"SCALE, KIND = {value}")
 
 
-def test_a_file_is_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "FOLDER", tmp_path / "new")
-    made = [kept.file((b"1", part), lambda path: path.write_text("x")) for part in (b"2", b"23")]
-    assert made[0] != made[1] != kept.file((b"12", b"3"), lambda path: path.write_text("x"))
-    path = kept.file((b"1", b"2"), lambda path: pytest.fail("it is there"))
-    assert path == made[0]
-    assert len([*kept.FOLDER.iterdir()]) == 3
+def test_a_file_is_made_once(tmp_path):
+    def write(path):
+        path.write_text("x")
+
+    folder = tmp_path / "new"
+    made = {kept.file(x, write, folder) for x in ((b"1", b"2"), (b"1", b"23"), (b"12", b"3"))}
+    assert len(made) == 3
+    assert {*folder.iterdir()} == made
+    assert kept.file((b"1", b"2"), lambda _: pytest.fail("it is there"), folder) in made
