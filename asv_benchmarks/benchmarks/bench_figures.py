@@ -8,7 +8,10 @@ Of one thread the processor time counts, which other programs disturb less than 
 
 import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -59,35 +62,45 @@ class Rate:
     track_over_gemm.unit = "times GEMM's"
 
 
+def work(what, number):
+    """Processor time of a call over that of a matrix product, with arrays and a map of its own."""
+    arrays = inputs(2048 if what == "exact" else 4096)
+    fm = favor_np.feature_map("positive", dim=64, num_features=256, antithetic=False, rng=number)
+
+    def call():
+        if what == "exact":
+            favor_np.exact_attention(*arrays, causal=True)
+        elif what == "gradient":
+            favor_np.favor_attention_vjp(*arrays, fm, causal=True)[1](arrays[2])
+        else:
+            favor_np.favor_attention(*arrays, fm, causal=what == "causal")
+
+    return ratio(*interleave(call, gemm()).T)
+
+
 class Work:
     """Processor time of a call over that of a matrix product: what to compare two commits by.
 
     On as many threads as the environment says.  Taken in turns, the two are slowed down alike by other
-    programs.  Where arrays happen to lie in memory counts up to 6 %, so this is the median over
-    several places.
+    programs.  Where in memory a process has its arrays counts up to 7 %, so this is the median over
+    several processes.
     """
 
     params = (["causal", "full", "gradient", "exact"],)
     param_names = ("what",)
 
-    def call(self, what, number):
-        """A call with arrays and a map of its own."""
-        arrays = [x.copy() for x in inputs(2048 if what == "exact" else 4096)]
-        fm = favor_np.feature_map(
-            "positive", dim=64, num_features=256, antithetic=False, rng=number
-        )
-        if what == "exact":
-            return lambda: favor_np.exact_attention(*arrays, causal=True)
-        if what == "gradient":
-            return lambda: favor_np.favor_attention_vjp(*arrays, fm, causal=True)[1](arrays[2])
-        return lambda: favor_np.favor_attention(*arrays, fm, causal=what == "causal")
-
     def track_over_gemm(self, what):
-        kept, found = [], []
-        for number in range(7 if FULL else 1):
-            kept.append((self.call(what, number), gemm.__wrapped__()))  # the next lie elsewhere
-            found.append(ratio(*interleave(*kept[-1]).T))
-        return statistics.median(found)
+        if not FULL:
+            return work(what, 0)
+        code = f"from benchmarks.bench_figures import work; print(work({what!r}, {{}}))"
+        return statistics.median(
+            float(
+                subprocess.check_output(
+                    [sys.executable, "-c", code.format(number)], cwd=Path(__file__).parents[1]
+                )
+            )
+            for number in range(7)
+        )
 
     track_over_gemm.unit = "times"
 
