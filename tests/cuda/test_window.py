@@ -29,7 +29,16 @@ def attended(case, **options):
 
 @pytest.mark.parametrize(
     ("case", "window"),
-    [(CASE, 1), (CASE, 2), (CASE, 69), (PACKED, 8), (GROUPED, 16), (WEIGHED, 9), (FAR, 33)],
+    [
+        (CASE, 1),
+        (CASE, 2),
+        (CASE, 69),
+        (CASE, 70),
+        (PACKED, 8),
+        (GROUPED, 16),
+        (WEIGHED, 9),
+        (FAR, 33),
+    ],
 )
 def test_against_the_oracle(case, window, gpu):
     wanted = dataclasses.replace(case, options=case.options | {"window": window}).expected()
@@ -63,3 +72,11 @@ def test_16_bits(gpu):
         for x in (short, whole)
     )
     assert same_rounded(found, wanted, ml_dtypes.bfloat16)
+
+
+def test_products_of_bfloat16(gpu):
+    exact, rounded = (
+        attended(CASE, window=9, precision=precision, device="cuda")
+        for precision in ("full", "bfloat16")
+    )
+    assert 0 < relative_error(rounded, exact) < 2e-2
