@@ -197,7 +197,7 @@ def _model(args: argparse.Namespace, checkpoint: str) -> Exported:
 
     found = nn.load(checkpoint)
     if found.info.get("kind") == KIND:
-        return _forecaster(args, checkpoint)
+        return _forecaster(args, found, checkpoint)
     exported = export_model(
         found.model, found.params, key_mask=args.key_mask, form=args.form, opset=args.opset
     )
@@ -246,7 +246,7 @@ def _vocabulary(layer: Any) -> int:
 # --- a trained forecaster ------------------------------------------------------------------------
 
 
-def _forecaster(args: argparse.Namespace, checkpoint: str) -> Exported:
+def _forecaster(args: argparse.Namespace, found: nn.Checkpoint, checkpoint: str) -> Exported:
     """Export a forecaster."""
     import numpy as np
 
@@ -254,7 +254,7 @@ def _forecaster(args: argparse.Namespace, checkpoint: str) -> Exported:
     from favor_np.forecast import PerformerForecaster
     from favor_np.interop.onnx import export_model
 
-    forecaster = PerformerForecaster.load(checkpoint)
+    forecaster = PerformerForecaster._of(found, checkpoint)
     exported = export_model(
         forecaster,
         key_mask=args.key_mask,

@@ -20,6 +20,7 @@ from ._start import TAILS, fit_mean, fit_variance, level
 from ._windows import F64
 
 if TYPE_CHECKING:
+    from favor_np.nn.checkpoint import Checkpoint
     from favor_np.nn.layer import Layer
     from favor_np.nn.tree import Params
 
@@ -364,7 +365,11 @@ class PerformerForecaster(Parameters):
         """
         from favor_np import nn
 
-        found = nn.load(path)
+        return cls._of(nn.load(path), path)
+
+    @classmethod
+    def _of(cls, found: Checkpoint, path: str | os.PathLike[str]) -> Self:
+        """Return the forecaster of a checkpoint, which was read from this file."""
         try:
             if found.info["kind"] != KIND:
                 raise ValueError(f"it holds a {found.info['kind']}")
