@@ -204,6 +204,8 @@ def _checked(name: str, tensor: Any) -> torch.Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {validation.got(tensor)}")
     if tensor.device.type != "cpu":
         raise TypeError(f"{name} must lie on the CPU, got device {tensor.device}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     return tensor
 
 

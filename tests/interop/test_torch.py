@@ -452,6 +452,7 @@ def test_threads():
 
 REFUSED = [
     ("f(q.to('meta'), k, v, FM)", TypeError, "q must lie on the CPU, got device meta"),
+    ("f(q, k, v.to_sparse(), FM)", TypeError, "v must be a dense tensor, got layout torch.sparse"),
     ("f(q, k, v, FM, projection=W.to('meta'))", TypeError, "projection must lie on the CPU"),
     (
         "f(q, k, v, FM, causal=True, decay=W.detach().to('meta'))",
