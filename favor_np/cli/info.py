@@ -8,12 +8,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import favor_np
 from favor_np import store
 from favor_np.cuda import code, device
+
+from ._text import WIDTH
 
 PACKAGES = ("numpy", "numba", "llvmlite", "scipy", "matplotlib", "tqdm")
 
@@ -30,8 +33,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
+    lines = textwrap.TextWrapper(
+        WIDTH, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    )
     for name, value in facts.items():
-        print(f"{name:<12}{value}")
+        print(lines.fill(f"{name:<12}{value}"))
     return 0
 
 

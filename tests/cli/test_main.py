@@ -96,7 +96,10 @@ def test_wrong_options_are_one_line(argv, capsys):
 
 def test_info(capsys):
     assert main(["info"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 or " " not in line[12:] for line in out.splitlines())
+    whole = out.replace("\n" + 12 * " ", " ")  # what did not fit goes on in the next line
+    lines = dict(line.split(maxsplit=1) for line in whole.splitlines())
     assert lines["favor_np"].startswith(favor_np.__version__)
     ours = ["processor", "code", "vectors", "bfloat16", "threads", "cache"]
     assert [name for name in lines if name in ours] == ours
