@@ -99,6 +99,12 @@ def write_tables(app):
         (HERE / "generated" / f"{name}.md").write_text(table(), encoding="utf-8")
 
 
+def trim_examples(app, page, source):
+    """Drop the blank line by which doctest knows where an example ends."""
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")
+
+
 def setup(app):
     app.connect("builder-inited", run_examples)
     app.connect("builder-inited", write_tables)
+    app.connect("source-read", trim_examples)

@@ -298,3 +298,10 @@ def test_links_between_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_pictures_of_the_docs_have_names():
+    """Without a name the second picture of a page is the first again, which nothing notices."""
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert text.count(".. plot::\n") == text.count(".. plot::\n   :filename-prefix: "), page.name

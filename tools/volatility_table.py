@@ -86,6 +86,7 @@ def main(names):
         f"| series | forecasts | {' | '.join(MODELS)} |",
         f"| --- | ---: |{' ---: |' * len(MODELS)}",
     ]
+    r2 = [f"| series | {' | '.join(MODELS)} |", f"| --- |{' ---: |' * len(MODELS)}"]
     tests = [
         f"| {OURS} against | {' | '.join(RIVALS)} |",
         f"| --- |{' ---: |' * len(RIVALS)}",
@@ -96,14 +97,15 @@ def main(names):
     ]
     for name in names:
         made, covered = found(SERIES[name]())
-        cells = [f"{b.score:.4f} / {b.r2:+.3f}" for b in made.values()]
+        cells = [f"{b.score:.4f}" for b in made.values()]
         scores.append(f"| {name} | {len(made['HAR']):,} | {' | '.join(cells)} |")
+        r2.append(f"| {name} | {' | '.join(f'{b.r2:+.3f}' for b in made.values())} |")
         cells = [p_value(made[OURS], made[rival]) for rival in RIVALS]
         tests.append(f"| {name} | {' | '.join(cells)} |")
         held = covered[OURS]
         shares = (held.coverage, *held.by_scale, held.after_shocks)
         cover.append(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
-    print("\n".join(("\n".join(scores), "", "\n".join(tests), "", "\n".join(cover))))
+    print("\n\n".join("\n".join(table) for table in (scores, r2, tests, cover)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import * as ort from "onnxruntime-web";
 ort.env.wasm.numThreads = 1;
 const session = await ort.InferenceSession.create(await readFile("model.onnx"));
 
-// Before the first token there are no positions, sums are zero, and maxima so low that any key passes them.
+// Before the first token: no positions, sums of zero, and maxima that any key passes.
 const state = {};
 for (const { name, type, shape } of session.inputMetadata) {
   if (name.startsWith("past_")) {

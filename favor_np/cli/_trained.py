@@ -144,10 +144,6 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 
 def _loaded(args: argparse.Namespace, X: F64) -> PerformerForecaster:
     """Return what was saved; it has its own target and horizon."""
-    if args.epochs is not None or args.members is not None or args.save is not None:
-        raise options.CommandError(
-            "--load trains nothing: leave out --epochs, --members and --save"
-        )
     try:
         model = PerformerForecaster.load(args.load)
     except ValueError as error:
