@@ -304,4 +304,6 @@ def test_pictures_of_the_docs_have_names():
     """Without a name the second picture of a page is the first again, which nothing notices."""
     for page in (ROOT / "docs").glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        assert text.count(".. plot::\n") == text.count(".. plot::\n   :filename-prefix: "), page.name
+        assert text.count(".. plot::\n") == text.count(".. plot::\n   :filename-prefix: "), (
+            page.name
+        )
