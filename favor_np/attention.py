@@ -105,8 +105,8 @@ def favor_attention(
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
     key_bias : array_like of float, shape (..., L_k), optional
         The weight of a key is multiplied with ``exp(key_bias)``: soft masks, importance weights.
-        At most 2.3e7; below -2.3e7 it counts as that, and -inf masks the key.  It moves exponents
-        and costs no accuracy, whatever its range.
+        At most 2.3e7; below -2.3e7 it counts as that, and -inf masks the key.  It moves exponents:
+        in float32 it costs no accuracy, whatever its range; float64 knows it to 1e-16 of its size.
     cu_seqlens : array_like of int, shape (sequences + 1,), optional
         Packed sequences: sequence i has the rows ``cu_seqlens[i]:cu_seqlens[i + 1]`` of `q`, `k`
         and `v`, and attends to itself only.  From 0 to L; a sequence may be empty.

@@ -61,8 +61,8 @@ def exact_attention(
         True where a key takes part.  A masked key vanishes wholly, NaN in it included.
     key_bias : array_like of float, shape (..., L_k), optional
         What is added to the logits of a key: its weight is multiplied with ``exp(key_bias)``.  At
-        most 2.3e7; below -2.3e7 it counts as that, and -inf masks the key.  It moves exponents and
-        costs no accuracy, whatever its range.
+        most 2.3e7; below -2.3e7 it counts as that, and -inf masks the key.  It moves exponents: in
+        float32 it costs no accuracy, whatever its range; float64 knows it to 1e-16 of its size.
     decay : array_like of float, optional
         With `causal`: the weight of key j for query i is multiplied with ``decay**(i - j)``.  In
         (0, 1], broadcast to the leading axes of keys and values, such as one per head; or with one
