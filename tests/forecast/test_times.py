@@ -286,12 +286,13 @@ def test_day_or_month_first_is_asked(read, form):
     text = table("Date,Close", f"{{t:{form}}},{{p}}", FEBRUARY, PRICES[:12])
     with pytest.raises(
         PriceError, match=r"--day-first, --no-day-first or --date-format says which"
-    ):
+    ) as error:
         read(text)
     hour = dt.timedelta(hours=7 * ("07" in form))
     times = [day + hour for day in FEBRUARY]
     check(read(text, day_first=form.startswith("%d")), times, PRICES[:12])
     check(read(text, date_format=form.removesuffix(" 07:00")), times, PRICES[:12])
+    read(text, date_format=str(error.value).split("'")[1])  # what it suggests
 
 
 def test_days_with_points_are_day_first(read):

@@ -145,10 +145,11 @@ def settle(
     if _differ(readings):
         firsts = {order[form][0] for form in readings}
         options = "--day-first, --no-day-first or " if firsts == {"d", "m"} else ""
+        written = [_written(form, some[0]) for form in readings]
         raise PriceError(
             f"column {quote(name)} holds {quote(some[0])}, which may be written as "
-            f"{' or '.join(readings)}: {options}--date-format says which, as in "
-            f"--date-format '{form}'"
+            f"{' or '.join(written)}: {options}--date-format says which, as in "
+            f"--date-format '{written[0]}'"
         )
     if form == "%Y-%m" and len(some) > 2 and all(map(_is_season, some)):
         raise PriceError(
@@ -162,9 +163,14 @@ def settle(
         )
     said = [reading.said]
     if order[form] and "%b" not in form and not form.startswith("%Y"):
-        mark = re.search(r"\d([-/. ])", some[0])
-        said.insert(0, f"dates as {form.replace('-', mark[1] if mark else '-')}")
+        said.insert(0, f"dates as {_written(form, some[0])}")
     return Reading(reading.nanoseconds, "; ".join(filter(None, said)))
+
+
+def _written(form: str, text: str) -> str:
+    """Return a format with the mark that a cell has between day and month."""
+    mark = re.search(r"\d([-/. ])", text)
+    return form.replace("-", mark[1]) if mark else form
 
 
 def _is_season(text: str) -> bool:
