@@ -232,14 +232,19 @@ def test_concurrent_callers_share_the_threads():
         ({"OMP_NUM_THREADS": "7"}, 7),
         ({"OMP_NUM_THREADS": "6,2"}, 6),
         ({"FAVOR_NP_NUM_THREADS": " 4 "}, 4),
-        *[
-            ({"FAVOR_NP_NUM_THREADS": bad, "OMP_NUM_THREADS": "7"}, 7)
-            for bad in ("", "0", "-1", "two", "1.5", "²")
-        ],
+        ({"FAVOR_NP_NUM_THREADS": "", "OMP_NUM_THREADS": "7"}, 7),
+        ({"NUMBA_NUM_THREADS": "two", "OMP_NUM_THREADS": "7"}, 7),
     ],
 )
 def test_environment_sets_the_count(environ, count):
     assert threads.default_threads(environ) == count
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "two", "1.5", "²"])
+def test_a_count_that_is_none_is_ignored_with_a_warning(bad):
+    environ = {"FAVOR_NP_NUM_THREADS": bad, "OMP_NUM_THREADS": "7"}
+    with pytest.warns(RuntimeWarning, match=f"FAVOR_NP_NUM_THREADS .* got '{bad}'"):
+        assert threads.default_threads(environ) == 7
 
 
 def test_argument_then_limit_then_environment():

@@ -17,6 +17,7 @@ import queue
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,12 +102,21 @@ def cgroup_cpus(
 
 
 def default_threads(environ: Mapping[str, str] | None = None) -> int:
-    """Return the thread count of the environment, else that of the processors we may use."""
+    """Return the thread count of the environment, else that of the processors we may use.
+
+    A variable that holds something else is ignored, our own with a RuntimeWarning.
+    """
     environ = os.environ if environ is None else environ
     for name in ("FAVOR_NP_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_NUM_THREADS"):
         text = environ.get(name, "").split(",")[0].strip()
         if text.isdecimal() and int(text) > 0:
             return int(text)
+        if text and name == "FAVOR_NP_NUM_THREADS":
+            warnings.warn(
+                f"{name} must be an integer of at least 1, got {environ[name]!r}: it is ignored",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     if hasattr(os, "process_cpu_count"):  # Python 3.13: knows affinity and PYTHON_CPU_COUNT
         allowed = os.process_cpu_count() or 1
     elif hasattr(os, "sched_getaffinity"):
