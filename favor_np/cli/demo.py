@@ -119,7 +119,7 @@ def _cells(column: Column) -> dict[str, str]:
         "memory of FAVOR+": memory(exact.favor_peak_bytes),
         "all weights, if stored": memory(exact.matrix_bytes),
         "distance from exact": f"{100 * exact.rmse / exact.spread:.2g}{GLUE}% of the spread",
-        "within error bars of 95 %": f"{100 * column.inside:.1f}{GLUE}%",
+        "inside its 95 % error bars": f"{100 * column.inside:.1f}{GLUE}%",
         "R² against the mean": f"{record.r2:+.3f} (z = {record.z:+.1f})",
         "R² of a moving average": f"{record.r2_ewma:+.3f}",
     }
@@ -133,7 +133,7 @@ def _words(column: Column) -> str:
     elif len(column.result) < exact.pays_from:
         speed = f"short: FAVOR+ pays from {rows} on, for the calibration takes longer"
     else:
-        speed = f"FAVOR+ pays, as from {rows} on"
+        speed = f"FAVOR+ pays: it is faster from {rows} on"
     skill = "no better than the mean so far"
     if record.z > 2:
         skill = "better than the mean so far, by more than chance"

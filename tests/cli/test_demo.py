@@ -23,7 +23,7 @@ def test_demo_is_one_screen(capsys):
         "10,225, 1 day apart",
         "20,000, 1 minute apart",
         "FAVOR+, 192 features",
-        "within error bars",
+        "inside its 95 % error bars",
         "by more than chance, and worse than a moving average",
     ):
         assert part in out, part
@@ -56,7 +56,7 @@ COMPARISON = ExactComparison(
             "your series is short, take exact attention: from 20,000 windows on FAVOR+ pays",
         ),
         (0.5, 1.4, "short: FAVOR+ pays from 14,594 windows on, for the calibration takes longer"),
-        (0.5, 0.0, "FAVOR+ pays, as from 5,000 windows on"),
+        (0.5, 0.0, "FAVOR+ pays: it is faster from 5,000 windows on"),
     ],
 )
 def test_times_are_put_into_words(favor_seconds, calibration_seconds, words):
