@@ -30,10 +30,12 @@ def tolerance(q, k, feature_map, dtype, decay=None, steps=64):
     """What rounding the log-features costs: eps times the largest, and a little more.
 
     With a decay, also the rounding of the steps by which a key is raised: 64 in a chunk, and all
-    those of a sequence where it is compared with its pieces.
+    those of a sequence where it is compared with its pieces.  Of relu and elu the features that
+    are left may all be small, beside what they are rounded by.
     """
     longest = max(np.max(np.sum(x.astype(float) ** 2, -1), initial=0) for x in (q, k)) ** 0.5
     widest = np.max(np.linalg.norm(feature_map.key_weight, axis=-1))
     largest = 4 * widest * longest + 2 * feature_map.key_norm * longest**2
     rate = 0 if decay is None else -np.log2(np.min(decay))
-    return np.finfo(dtype).eps * (8 + largest + steps * rate)
+    small = 1 if feature_map.kind == "positive" else 4
+    return small * np.finfo(dtype).eps * (8 + largest + steps * rate)
