@@ -142,6 +142,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
+    except OSError as error:
+        if error.filename is None:  # of a disk that is full
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can open a directory

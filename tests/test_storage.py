@@ -452,7 +452,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
             try:
                 make(number, batch).save("state")
             except OSError as error:
-                assert error.errno == errno.EFBIG
+                assert (error.errno, error.filename) == (errno.EFBIG, "state")
             else:
                 raise AssertionError(limit)
             assert os.listdir() == ["state"]
