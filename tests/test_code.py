@@ -114,6 +114,14 @@ def test_no_folder_to_write_to(tmp_path):
     assert files(tmp_path) == [file]
 
 
+def test_a_processor_that_llvm_does_not_know(tmp_path):
+    """It passes over the name, and says so on standard error."""
+    environ = environment(NUMBA_CPU_NAME="nobody", NUMBA_CACHE_DIR=str(tmp_path))
+    command = [sys.executable, "-c", CALL]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == "compiled\n"
+
+
 @pytest.mark.parametrize(
     "name",
     ["BOUNDSCHECK", "CPU_NAME", "CPU_FEATURES", "DEBUGINFO", "LOOP_VECTORIZE", "OPT",

@@ -87,7 +87,7 @@ def test_features_besides_a_name():
     assert find_target(both, "x86_64").way == "dots"
     assert named_target("znver4", "-avx512bf16", "x86_64").way == "plain"
     alone = find_target({"NUMBA_CPU_FEATURES": "+sse4.2"})
-    assert alone.features == "+sse4.2"
+    assert alone.features.endswith("+sse4.2")
     assert alone.cpu not in ("", "host")
     assert find_target({"NUMBA_CPU_NAME": "host"}) == find_target({})
 

@@ -111,6 +111,8 @@ def named_target(name: str, features: str, machine: str = _MACHINE) -> Target:
         isa = "avx2"
     elif machine in _ARM:
         isa = "neon"
+    if machine in _X86:  # also of a name that LLVM does not know, and passes over
+        features = ",".join(filter(None, ("+64bit,+cx8,+sse2", features)))
     return Target(name, isa, name, features, dots=dots)
 
 
